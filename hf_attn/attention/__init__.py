@@ -1,0 +1,9 @@
+"""Attention functions: one file a mechanism, each registered under its name and the names of its implementations."""
+
+from .interface import Implementation, Mechanism, uses_attention
+from .sigmoid import SIGMOID
+
+
+MECHANISMS: tuple[Mechanism, ...] = (SIGMOID,)
+
+__all__ = ["MECHANISMS", "Implementation", "Mechanism", "uses_attention"]

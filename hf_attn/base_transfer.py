@@ -1,0 +1,103 @@
+"""From a pretrained transformers checkpoint to a family that changes its attention."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BaseReport:
+    """What became of the tensors of a base model.
+
+    Attributes:
+        kept: names of tensors taken over as they are.
+        dropped: names of base tensors that the new model has no place for, by design.
+        new: names of tensors that the base did not have.
+        kept_parameters, dropped_parameters, new_parameters: the numbers of their elements.
+    """
+
+    kept: tuple[str, ...]
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    kept_parameters: int
+    dropped_parameters: int
+    new_parameters: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{what:8}{number:>14,} parameters in {len(names)} tensors"
+            for what, names, number in (
+                ("kept", self.kept, self.kept_parameters),
+                ("dropped", self.dropped, self.dropped_parameters),
+                ("new", self.new, self.new_parameters),
+            )
+        ]
+        return "\n".join(lines)
+
+
+class FromBaseMixin:
+    """Gives a causal LM family ``from_base``: the weights of a pretrained model, another attention.
+
+    A family says which bases it understands (:meth:`config_from_base`) and which base tensors it drops
+    (:meth:`dropped_from_base`); every other tensor has to be taken over, and every tensor of the new model filled.
+    """
+
+    base_report: BaseReport | None = None
+
+    @classmethod
+    def config_from_base(cls, base_config: PreTrainedConfig, **overrides) -> PreTrainedConfig:
+        """The family's configuration for a base; raises ``ValueError`` for an architecture that is not supported."""
+        raise NotImplementedError(f"{cls.__name__} does not say how to derive its configuration from a base.")
+
+    @classmethod
+    def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
+        """Whether the base tensor ``name`` has no place in a model of this configuration, by design."""
+        return False
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel | str | Path, dtype=None, **overrides):
+        """Make a model of this family from a pretrained one.
+
+        Args:
+            base: a model, a Hub id or a folder. A model object is left as it is; its weights are copied.
+            dtype: dtype to load a checkpoint in; its own if not given.
+            overrides: fields of the family's configuration.
+
+        Returns:
+            The model, in eval mode, with ``base_report`` telling which tensors were kept, dropped and new.
+
+        Raises:
+            ValueError: if the architecture of the base is not supported, or if a tensor is unaccounted for.
+        """
+        if not isinstance(base, PreTrainedModel):
+            # Refuses an unsupported architecture before the weights are read.
+            cls.config_from_base(AutoConfig.from_pretrained(base), **overrides)
+            base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+        config = cls.config_from_base(base.config, **overrides)
+        config._attn_implementation = base.config._attn_implementation
+
+        base_state = base.state_dict()
+        dropped = tuple(name for name in base_state if cls.dropped_from_base(name, config))
+        kept_state = {name: tensor.clone() for name, tensor in base_state.items() if name not in dropped}
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=kept_state, output_loading_info=True, dtype=base.dtype
+        )
+        new = tuple(sorted(info["missing_keys"]))
+        if info["unexpected_keys"]:
+            raise ValueError(
+                f"{cls.__name__} has no place for {', '.join(sorted(info['unexpected_keys']))} of {type(base).__name__}. "
+                "This base has parts that the family does not model."
+            )
+        if base.can_generate():
+            model.generation_config = base.generation_config
+        state = model.state_dict()
+        model.base_report = BaseReport(
+            kept=tuple(kept_state),
+            dropped=dropped,
+            new=new,
+            kept_parameters=sum(tensor.numel() for tensor in kept_state.values()),
+            dropped_parameters=sum(base_state[name].numel() for name in dropped),
+            new_parameters=sum(state[name].numel() for name in new),
+        )
+        return model.eval()

@@ -1,0 +1,322 @@
+"""The catalogue: one declarative entry for each paper, plain data, imported by everything and importing nothing heavy.
+
+Registration, conversion, Hub stubs, PEFT defaults, the command line, the README table and the test battery are all
+driven by it. A class is named by the convention of the package, ``hf_attn.modeling.<folder>.modeling_<folder>.<Class>``
+and ``hf_attn.modeling.<folder>.configuration_<folder>.<Class>``, and is imported only when somebody needs it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration class with its models.
+
+    Attributes:
+        model_type: the key in ``config.json``.
+        config: name of the configuration class.
+        models: name of the Auto class -> name of the model class.
+        folder: folder in ``modeling/``; defaults to the model type.
+        peft: PEFT defaults: the transformers model type whose target modules fit this family as well, or the names
+            of the linear layers to adapt.
+    """
+
+    model_type: str
+    config: str
+    models: dict[str, str]
+    folder: str = ""
+    peft: str | tuple[str, ...] = ()
+
+    @property
+    def config_reference(self) -> str:
+        folder = self.folder or self.model_type
+        return f"hf_attn.modeling.{folder}.configuration_{folder}.{self.config}"
+
+    def model_reference(self, auto_class: str) -> str:
+        folder = self.folder or self.model_type
+        return f"hf_attn.modeling.{folder}.modeling_{folder}.{self.models[auto_class]}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper and what it has become here.
+
+    Attributes:
+        slug: short name, also of the paper's folder in ``modeling/`` and of its model card.
+        title: title of the paper.
+        arxiv: arXiv identifier.
+        becomes: what the paper is turned into, in a few words.
+        code: repository of the official code, empty if there is none.
+        available: whether it can be used; everything else in the entry is empty until it can.
+        families: configuration/model pairs.
+        attention: names for ``attn_implementation``.
+        converter: whether :func:`hf_attn.conversion.from_official` reads the official checkpoints.
+    """
+
+    slug: str
+    title: str
+    arxiv: str
+    becomes: str
+    code: str = ""
+    available: bool = False
+    families: tuple[Family, ...] = ()
+    attention: tuple[str, ...] = ()
+    converter: bool = False
+
+    @property
+    def converter_module(self) -> str:
+        return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
+
+
+_PAPERS = (
+    Paper(
+        slug="sigmoid_attention",
+        title="Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
+        arxiv="2409.04431",
+        becomes="attention function with kernels; causal LM family for training from scratch",
+        code="apple/ml-sigmoid-attention",
+        available=True,
+        families=(
+            Family(
+                model_type="sigmoid_attention",
+                config="SigmoidAttentionConfig",
+                models={"AutoModel": "SigmoidAttentionModel", "AutoModelForCausalLM": "SigmoidAttentionForCausalLM"},
+                peft="llama",
+            ),
+        ),
+        attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
+        converter=True,
+    ),
+    Paper(
+        slug="sigma_reparam",
+        title="Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
+        arxiv="2303.06296",
+        becomes="reparametrised linear layers on any model, ViT and LM families, entropy monitor",
+        code="apple/ml-sigma-reparam",
+    ),
+    Paper(
+        slug="landmark",
+        title="Landmark Attention: Random-Access Infinite Context Length for Transformers",
+        arxiv="2305.16300",
+        becomes="Llama family with grouped-softmax attention, memory cache and retrieval at generation",
+        code="epfml/landmark-attention",
+    ),
+    Paper(
+        slug="echo_att",
+        title="EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
+        arxiv="2409.14595",
+        becomes="Llama-like family made from a base model, similarity analysis, two-stage distillation",
+        available=True,
+        families=(
+            Family(
+                model_type="echo_att",
+                config="EchoAttConfig",
+                models={"AutoModel": "EchoAttModel", "AutoModelForCausalLM": "EchoAttForCausalLM"},
+                peft="llama",
+            ),
+        ),
+        converter=True,
+    ),
+    Paper(
+        slug="deconstructing_attention",
+        title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
+        arxiv="2510.11602",
+        becomes="causal LM family with replaceable mixers, uniform or hybrid",
+    ),
+    Paper(
+        slug="memoryformer",
+        title="MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers",
+        arxiv="2411.12992",
+        becomes="causal LM family with hashed memory layers",
+    ),
+    Paper(
+        slug="complexformer",
+        title="ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector "
+        "Attention",
+        arxiv="2505.10222",
+        becomes="causal LM family",
+        code="shaojintian/complexFormer",
+    ),
+    Paper(
+        slug="combiner",
+        title="Combiner: Full Attention Transformer with Sparse Computation Cost",
+        arxiv="2107.05768",
+        becomes="attention functions (fixed, logsparse, axial) and LM family",
+        code="google-research/google-research",
+    ),
+    Paper(
+        slug="wide_attention",
+        title="Wide Attention Is The Way Forward For Transformers?",
+        arxiv="2210.00640",
+        becomes="sequence classification family with 10 attention types",
+    ),
+    Paper(
+        slug="unified_long_sequence",
+        title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
+        arxiv="2302.06218",
+        becomes="token-mixing template family, distributed multi-head attention",
+    ),
+    Paper(
+        slug="zeppelin",
+        title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
+        arxiv="2509.21841",
+        becomes="sequence partitioner, ring attention engine, remapping, simulator; Llama family that trains with it",
+    ),
+    Paper(
+        slug="deberta",
+        title="DeBERTa: Decoding-enhanced BERT with Disentangled Attention",
+        arxiv="2006.03654",
+        becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
+        code="microsoft/DeBERTa",
+    ),
+    Paper(
+        slug="pooling_attention",
+        title="Pooling And Attention: What Are Effective Designs For LLM-Based Embedding Models?",
+        arxiv="2409.02727",
+        becomes="embedding family with 5 designs, sentence-transformers module",
+        code="yixuantt/PoolingAndAttn",
+    ),
+    Paper(
+        slug="dementia_fusion",
+        title="Context-Aware Attention Layers coupled with Optimal Transport Domain Adaptation and Multimodal Fusion "
+        "methods for recognizing dementia from spontaneous speech",
+        arxiv="2305.16406",
+        becomes="audio and text classification family, processor, calibration",
+    ),
+    Paper(
+        slug="tnt",
+        title="Transformer in Transformer",
+        arxiv="2103.00112",
+        becomes="image family",
+        code="huawei-noah/Efficient-AI-Backbones",
+    ),
+    Paper(
+        slug="shvit",
+        title="SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+        arxiv="2401.16456",
+        becomes="image family and backbone, fused inference form",
+        code="ysj9909/SHViT",
+    ),
+    Paper(
+        slug="biformer",
+        title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        arxiv="2303.08810",
+        becomes="image family and backbone, bi-level routing attention",
+        code="rayleizhu/BiFormer",
+    ),
+    Paper(
+        slug="rmt",
+        title="RMT: Retentive Networks Meet Vision Transformers",
+        arxiv="2309.11523",
+        becomes="image family and backbone, Manhattan self-attention",
+        code="qhfan/RMT",
+    ),
+    Paper(
+        slug="ninformer",
+        title="NiNformer: A Network in Network Transformer with Token Mixing Generated Gating Function",
+        arxiv="2403.02411",
+        becomes="image family",
+        code="Abdullah-88/NiNformer",
+    ),
+    Paper(
+        slug="activator",
+        title="Activator: GLU Activations as The Core Functions of a Vision Transformer",
+        arxiv="2405.15953",
+        becomes="image family",
+        code="Abdullah-88/Activator",
+    ),
+    Paper(
+        slug="path_ensemble",
+        title="Revisiting Vision Transformer from the View of Path Ensemble",
+        arxiv="2308.06548",
+        becomes="ViT family made from a base model: path pruning, EnsembleScale, self-distillation",
+    ),
+    Paper(
+        slug="hat",
+        title="HAT: Hybrid Attention Transformer for Image Restoration",
+        arxiv="2309.05239",
+        becomes="image restoration family and pipeline",
+        code="XPixelGroup/HAT",
+    ),
+    Paper(
+        slug="drct",
+        title="DRCT: Saving Image Super-Resolution away from Information Bottleneck",
+        arxiv="2404.00722",
+        becomes="image restoration family and pipeline",
+        code="ming053l/DRCT",
+    ),
+    Paper(
+        slug="clear",
+        title="CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
+        arxiv="2412.16112",
+        becomes="diffusers attention processors for FLUX and SD3, distillation script",
+        code="Huage001/CLEAR",
+    ),
+    Paper(
+        slug="sd_rpn",
+        title="Catching the Details: Self-Distilled RoI Predictors for Fine-Grained MLLM Perception",
+        arxiv="2509.16944",
+        becomes="LLaVA and Qwen2.5-VL hooks, RoI predictor family, pseudo-labels, two-pass pipeline",
+        code="YuHengsss/SD-RPN",
+    ),
+    Paper(
+        slug="gman",
+        title="GMAN: A Graph Multi-Attention Network for Traffic Prediction",
+        arxiv="1911.08415",
+        becomes="time-series family and forecasting pipeline",
+        code="zhengchuanpan/GMAN",
+    ),
+    Paper(
+        slug="oat",
+        title="OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
+        arxiv="2407.13335",
+        becomes="scanpath family and pipeline",
+        code="HKUST-NISL/oat_eccv24",
+    ),
+    Paper(
+        slug="random_feature_attention",
+        title="What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
+        arxiv="2307.11353",
+        becomes="family and experiment script",
+    ),
+    Paper(
+        slug="vit_analytics",
+        title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
+        arxiv="2303.13731",
+        becomes="analysis functions, autoencoder family, plots",
+    ),
+)
+
+#: slug -> paper, in the order of the README table.
+PAPERS: dict[str, Paper] = {paper.slug: paper for paper in _PAPERS}
+
+
+def get_paper(slug: str) -> Paper:
+    """Return the entry of a paper.
+
+    Raises:
+        ValueError: if there is no such slug; the message lists the ones that exist.
+    """
+    if slug not in PAPERS:
+        raise ValueError(f"No paper {slug!r} in the catalogue. Known: {', '.join(PAPERS)}.")
+    return PAPERS[slug]
+
+
+def families() -> tuple[Family, ...]:
+    """All registered families, in catalogue order."""
+    return tuple(family for paper in _PAPERS for family in paper.families)
+
+
+def find_family(model_type: str) -> tuple[Paper, Family]:
+    """Return the paper and the family of a model type.
+
+    Raises:
+        ValueError: if no family has this model type.
+    """
+    for paper in _PAPERS:
+        for family in paper.families:
+            if family.model_type == model_type:
+                return paper, family
+    raise ValueError(
+        f"No family has model type {model_type!r}. Known: {', '.join(family.model_type for family in families())}."
+    )

@@ -1,0 +1,149 @@
+"""Turns the catalogue into registrations with transformers and PEFT, without importing either.
+
+Every registration waits until the module that it fills has been imported (or is done at once if it has been), so
+``import hf_attn`` costs next to nothing and works before or after ``import transformers`` and ``import peft``.
+
+transformers' own ``register`` methods take classes, and so would import every model file. They fill the dictionary
+``_extra_content`` of a mapping; a :class:`LazyContent` is put in its place, which imports a class when it is looked
+up. ``_extra_content`` is the one private name of transformers that this package leans on.
+"""
+
+from collections.abc import Hashable
+from importlib import import_module
+from types import ModuleType
+
+from ._import_hooks import when_imported
+from .catalog import families
+
+
+def load(reference: str) -> type:
+    """Import ``package.module.Class``."""
+    module, name = reference.rsplit(".", 1)
+    return getattr(import_module(module), name)
+
+
+def _name(key: Hashable) -> str | None:
+    return f"{key.__module__}.{key.__qualname__}" if isinstance(key, type) else key
+
+
+class LazyContent(dict):
+    """A dictionary some of whose entries are import references until somebody asks for them.
+
+    Args:
+        content: entries that exist already.
+        references: key -> ``package.module.Class``.
+        keys_are_classes: whether the keys are such references too (model mappings are keyed by config class).
+    """
+
+    def __init__(self, content: dict, references: dict[str, str], keys_are_classes: bool):
+        super().__init__(content)
+        self._references = dict(references)
+        self._keys_are_classes = keys_are_classes
+
+    def _resolve(self, name: str) -> None:
+        value = load(self._references[name])
+        key = load(name) if self._keys_are_classes else name
+        self._references.pop(name, None)
+        super().setdefault(key, value)
+
+    def _resolve_all(self) -> None:
+        for name in list(self._references):
+            self._resolve(name)
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(key) or _name(key) in self._references
+
+    def __getitem__(self, key):
+        if not super().__contains__(key) and _name(key) in self._references:
+            self._resolve(_name(key))
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self._references)
+
+    def __iter__(self):
+        self._resolve_all()
+        return super().__iter__()
+
+    def keys(self):
+        self._resolve_all()
+        return super().keys()
+
+    def values(self):
+        self._resolve_all()
+        return super().values()
+
+    def items(self):
+        self._resolve_all()
+        return super().items()
+
+
+def _fill(mapping, references: dict[str, str], keys_are_classes: bool) -> None:
+    if not isinstance(getattr(mapping, "_extra_content", None), dict):
+        raise RuntimeError(
+            "hf_attn cannot register its families: this version of transformers keeps registered classes elsewhere than "
+            "in `_extra_content`. Install the version range that hf_attn asks for (see its requirements)."
+        )
+    mapping._extra_content = LazyContent(mapping._extra_content, references, keys_are_classes)
+
+
+def _register_configs(module: ModuleType) -> None:
+    _fill(
+        module.CONFIG_MAPPING,
+        {family.model_type: family.config_reference for family in families()},
+        keys_are_classes=False,
+    )
+
+
+def _register_models(module: ModuleType) -> None:
+    for auto_class in sorted({name for family in families() for name in family.models}):
+        references = {
+            family.config_reference: family.model_reference(auto_class)
+            for family in families()
+            if auto_class in family.models
+        }
+        _fill(getattr(module, auto_class)._model_mapping, references, keys_are_classes=True)
+
+
+def _register_attention_functions(module: ModuleType) -> None:
+    from .attention import MECHANISMS
+
+    for mechanism in MECHANISMS:
+        for name in mechanism.names:
+            module.AttentionInterface.register(name, mechanism.attention_function(name))
+
+
+def _register_mask_functions(module: ModuleType) -> None:
+    from .attention import MECHANISMS
+
+    for mechanism in MECHANISMS:
+        for name in mechanism.names:
+            module.AttentionMaskInterface.register(name, mechanism.mask_function)
+
+
+#: tables that name norms, biases or a part of the other targets, not the linear layers to adapt
+_OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET", "IA3_FEEDFORWARD")
+
+
+def _register_peft_targets(module: ModuleType) -> None:
+    # Each tuner has a table of its own, copied from LoRA's when peft was imported.
+    for name, table in vars(module).items():
+        if not (name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING")):
+            continue
+        for family in families():
+            if isinstance(family.peft, str) and family.peft in table:
+                table.setdefault(family.model_type, table[family.peft])
+            elif isinstance(family.peft, tuple) and not any(other in name for other in _OTHER_PEFT_TABLES):
+                table.setdefault(family.model_type, list(family.peft))
+
+
+def register() -> None:
+    """Register everything in the catalogue; called once, by ``import hf_attn``."""
+    when_imported("transformers.models.auto.configuration_auto", _register_configs)
+    when_imported("transformers.models.auto.modeling_auto", _register_models)
+    when_imported("transformers.modeling_utils", _register_attention_functions)
+    when_imported("transformers.masking_utils", _register_mask_functions)
+    when_imported("peft.utils.constants", _register_peft_targets)

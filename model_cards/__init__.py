@@ -1,0 +1,1 @@
+"""Model card templates, one a paper, filled by `hf_attn.hub.model_card`."""

@@ -1,0 +1,93 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the EchoAtt models."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from hf_attn.hub import HubConfigMixin
+
+
+@strict
+class EchoAttConfig(HubConfigMixin, LlamaConfig):
+    r"""Configuration of an [`EchoAttForCausalLM`]: a Llama-like model in which some layers reuse another layer's attention
+    map.
+
+    Args:
+        shared_layers (`list[int]`): layers (counted from 0) that have no query and key projections of their own.
+        shared_source (`list[int]`, *optional*): for each entry of `shared_layers` the layer whose map it uses; the nearest
+            earlier layer that has a map of its own if not given.
+        attention_output_bias (`bool`, *optional*): whether the output projection has a bias; as `attention_bias` (which
+            is about queries, keys and values) if not given.
+        qk_norm (`bool`): whether queries and keys are normalised in each head, as in Qwen3.
+        sliding_window (`int`, *optional*): width of the attention window of layers of type `sliding_attention`.
+        layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` for each layer; all of the second
+            kind if there is a `sliding_window`, else of the first.
+
+    The other arguments are those of [`~transformers.LlamaConfig`].
+    """
+
+    model_type = "echo_att"
+
+    shared_layers: list[int] | tuple[int, ...] = field(default_factory=list)
+    shared_source: list[int] | tuple[int, ...] | None = None
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.shared_layers = list(self.shared_layers)
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        if self.shared_source is None and self._shared_layers_in_range():
+            self.shared_source = [self._nearest_source(layer) for layer in self.shared_layers]
+        super().__post_init__(**kwargs)
+
+    def _shared_layers_in_range(self) -> bool:
+        return all(0 < layer < self.num_hidden_layers for layer in self.shared_layers)
+
+    def _nearest_source(self, layer: int) -> int:
+        return max(source for source in range(layer) if source not in self.shared_layers)
+
+    @property
+    def attention_source(self) -> dict[int, int]:
+        """Shared layer -> layer whose attention map it uses."""
+        return dict(zip(self.shared_layers, self.shared_source or (), strict=True))
+
+    def validate_shared_layers(self):
+        """Part of the validation that `@strict` runs."""
+        if not self._shared_layers_in_range():
+            raise ValueError(
+                f"shared_layers must be layers between 1 and {self.num_hidden_layers - 1} (layer 0 has no earlier layer to "
+                f"share with), got {self.shared_layers}."
+            )
+        if len(set(self.shared_layers)) != len(self.shared_layers):
+            raise ValueError(f"shared_layers must not repeat a layer, got {self.shared_layers}.")
+        if self.shared_source is None or len(self.shared_source) != len(self.shared_layers):
+            raise ValueError(
+                f"shared_source must name one source for each of the {len(self.shared_layers)} shared layers, got "
+                f"{self.shared_source}."
+            )
+        for layer, source in self.attention_source.items():
+            if not 0 <= source < layer:
+                raise ValueError(
+                    f"Layer {layer} cannot share with layer {source}: the source must be an earlier layer."
+                )
+            if source in self.shared_layers:
+                raise ValueError(
+                    f"Layer {layer} cannot share with layer {source}, which has no attention of its own. Name the layer "
+                    f"that layer {source} shares with, {self.attention_source[source]}."
+                )
+            if self.layer_types[layer] != self.layer_types[source]:
+                raise ValueError(
+                    f"Layer {layer} ({self.layer_types[layer]}) cannot share with layer {source} "
+                    f"({self.layer_types[source]}): their masks differ."
+                )
+
+
+__all__ = ["EchoAttConfig"]
