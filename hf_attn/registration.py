@@ -59,7 +59,10 @@ class LazyContent(dict):
         return super().__getitem__(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def __len__(self) -> int:
         return super().__len__() + len(self._references)
