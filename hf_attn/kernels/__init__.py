@@ -1,0 +1,1 @@
+"""Fused kernels behind the attention functions."""
