@@ -237,6 +237,16 @@ _PAPERS = (
         arxiv="2309.05239",
         becomes="image restoration family and pipeline",
         code="XPixelGroup/HAT",
+        available=True,
+        families=(
+            Family(
+                model_type="hat",
+                config="HATConfig",
+                models={"AutoModel": "HATModel", "AutoModelForImageToImage": "HATForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="drct",
@@ -244,6 +254,16 @@ _PAPERS = (
         arxiv="2404.00722",
         becomes="image restoration family and pipeline",
         code="ming053l/DRCT",
+        available=True,
+        families=(
+            Family(
+                model_type="drct",
+                config="DRCTConfig",
+                models={"AutoModel": "DRCTModel", "AutoModelForImageToImage": "DRCTForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="clear",
