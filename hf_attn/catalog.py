@@ -64,6 +64,10 @@ class Paper:
     converter: bool = False
 
     @property
+    def status(self) -> str:
+        return "available" if self.available else "planned"
+
+    @property
     def converter_module(self) -> str:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 

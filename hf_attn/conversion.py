@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .catalog import PAPERS, get_paper
@@ -263,7 +264,11 @@ def from_official(
         # The parameters of the model are the tensors themselves, and those of the caller are the caller's.
         tensors = {name: tensor.clone() for name, tensor in select_state_dict(state_dict_or_path, source).items()}
     official = StateDict(tensors)
-    converted = import_module(paper.converter_module).convert_official(official, OfficialArguments(config or {}))
+    converter = import_module(paper.converter_module)
+    try:
+        converted = converter.convert_official(official, OfficialArguments(config or {}))
+    except StrictDataclassError as error:
+        raise ConversionError(f"The official configuration does not make a {slug} model: {error}") from error
     left_over = set(official.left_over) - set(converted.dropped)
     if left_over:
         raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")
