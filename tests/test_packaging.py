@@ -77,7 +77,7 @@ class TestWheel:
         assert f"\nVersion: {hf_attn.__version__}\n" in metadata
         assert "\nLicense-Expression: Apache-2.0\n" in metadata
         assert "\nRequires-Python: >=3.11\n" in metadata
-        core = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;]*$", metadata, re.MULTILINE))
+        core = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE))
         assert core == {"torch", "transformers", "accelerate", "safetensors", "huggingface_hub"}
 
     def test_one_name_is_added_to_site_packages(self, installed):
