@@ -311,6 +311,15 @@ def families() -> tuple[Family, ...]:
     return tuple(family for paper in _PAPERS for family in paper.families)
 
 
+def class_references() -> dict[str, str]:
+    """Name of a configuration or model class -> ``package.module.Class``."""
+    references = {}
+    for family in families():
+        references[family.config] = family.config_reference
+        references.update({name: family.model_reference(auto_class) for auto_class, name in family.models.items()})
+    return references
+
+
 def find_family(model_type: str) -> tuple[Paper, Family]:
     """Return the paper and the family of a model type.
 
