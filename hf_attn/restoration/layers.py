@@ -249,9 +249,7 @@ def join(regions: list[torch.Tensor], num_columns: int) -> torch.Tensor:
     """Put regions `(batch, rows, columns, ...)`, given row by row, side by side and one below the other."""
     if len(regions) == 1:
         return regions[0]
-    bands = [
-        torch.cat(regions[start : start + num_columns], dim=2) for start in range(0, len(regions), num_columns)
-    ]
+    bands = [torch.cat(regions[start : start + num_columns], dim=2) for start in range(0, len(regions), num_columns)]
     return torch.cat(bands, dim=1)
 
 

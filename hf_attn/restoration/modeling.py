@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """The shell of the image-restoration families: everything around their residual groups.
 
-    F0 = conv(range * (x - mean));  T = groups(norm(F0));  F = conv(norm(T)) + F0;  y = reconstruction(F) / range + mean
+F0 = conv(range * (x - mean));  T = groups(norm(F0));  F = conv(norm(T)) + F0;  y = reconstruction(F) / range + mean
 """
 
 import torch

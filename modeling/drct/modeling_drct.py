@@ -38,7 +38,7 @@ class DRCTBlock(GradientCheckpointingLayer):
 class DRCTGroup(nn.Module):
     """Residual dense group (RDG): five blocks, each of which sees the input and what all the blocks before it added.
 
-        X_k = LeakyReLU(W_k Swin_k([X, X_1, ..., X_{k-1}])),  k = 1...4;   X + 0.2 W_5 Swin_5([X, X_1, ..., X_4])
+    X_k = LeakyReLU(W_k Swin_k([X, X_1, ..., X_{k-1}])),  k = 1...4;   X + 0.2 W_5 Swin_5([X, X_1, ..., X_4])
     """
 
     residual_scale = 0.2

@@ -59,9 +59,7 @@ def _infer(weights) -> dict:
         num_heads.append(shape_of(weights, f"{prefix}overlap_attn.relative_position_bias_table", "hat")[1])
     block = "layers.0.residual_group.blocks.0."
     window_size = (math.isqrt(shape_of(weights, f"{block}attn.relative_position_bias_table", "hat")[0]) + 1) // 2
-    overlap_table = shape_of(
-        weights, "layers.0.residual_group.overlap_attn.relative_position_bias_table", "hat"
-    )
+    overlap_table = shape_of(weights, "layers.0.residual_group.overlap_attn.relative_position_bias_table", "hat")
     overlap = math.isqrt(overlap_table[0]) + 1 - 2 * window_size
     ratio = overlap / window_size
     fields |= {

@@ -5,8 +5,14 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_attn.restoration.layers import MLP, DropPath, WindowAttention, WindowAttentionBase, partition_windows
-from hf_attn.restoration.layers import merge_windows
+from hf_attn.restoration.layers import (
+    MLP,
+    DropPath,
+    WindowAttention,
+    WindowAttentionBase,
+    merge_windows,
+    partition_windows,
+)
 from hf_attn.restoration.modeling import (
     ForImageSuperResolutionMixin,
     ImageRestorationModelMixin,
@@ -93,9 +99,7 @@ class HATOverlappingAttention(WindowAttentionBase):
         key_value = key_value.unfold(1, self.overlap_window_size, self.window_size)
         key_value = key_value.unfold(2, self.overlap_window_size, self.window_size)
         key_value = key_value.unflatten(3, (2, self.num_heads, self.head_dim)).permute(3, 0, 1, 2, 4, 6, 7, 5)
-        key, value = key_value.reshape(
-            2, -1, self.num_heads, self.overlap_window_size**2, self.head_dim
-        ).unbind()
+        key, value = key_value.reshape(2, -1, self.num_heads, self.overlap_window_size**2, self.head_dim).unbind()
 
         query = query.transpose(1, 2)
         output, weights = self.attend(query, key, value, self.position_bias(query))
