@@ -311,6 +311,39 @@ _PAPERS = (
     ),
 )
 
+@dataclass(frozen=True)
+class Task:
+    """A task of `transformers.pipeline` that this package adds.
+
+    Attributes:
+        name: first argument of `pipeline`.
+        pipeline: name of the pipeline class, in the module of `pipelines/` that has the task's name.
+        auto_class: the Auto class that loads its models.
+        type: kind of the input, as transformers has it: "text", "image", "audio", "video" or "multimodal".
+        default_model: Hub id and revision of the model that is used if none is given.
+    """
+
+    name: str
+    pipeline: str
+    auto_class: str
+    type: str
+    default_model: tuple[str, str] | None = None
+
+    @property
+    def pipeline_reference(self) -> str:
+        return f"hf_attn.pipelines.{self.name.replace('-', '_')}.{self.pipeline}"
+
+
+TASKS = (
+    Task(
+        name="image-restoration",
+        pipeline="ImageRestorationPipeline",
+        auto_class="AutoModelForImageToImage",
+        type="image",
+        default_model=("caidas/swin2SR-classical-sr-x2-64", "main"),
+    ),
+)
+
 #: slug -> paper, in the order of the README table.
 PAPERS: dict[str, Paper] = {paper.slug: paper for paper in _PAPERS}
 

@@ -196,7 +196,7 @@ class WindowAttention(WindowAttentionBase):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend on `(batch, height, width, channels)`, both sides multiples of the window; returns the same shape."""
-        batch_size, height, width, dim = hidden_states.shape
+        batch_size, height, width, _ = hidden_states.shape
         window_size, shift_size = self.window_size, self.shift_size
         if shift_size:
             hidden_states = hidden_states.roll((-shift_size, -shift_size), dims=(1, 2))
