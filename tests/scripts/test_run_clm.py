@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
 
 from hf_attn.catalog import families
+from tests.families import tiny_config
 from tests.hub_server import HubServer
 
 
@@ -44,21 +45,26 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
-def small_arguments(model_type: str, text_file: Path, output_dir: Path) -> list[str]:
-    known = type(AutoConfig.for_model(model_type)).__dataclass_fields__
-    overrides = [f"{name}={value}" for name, value in SIZES.items() if name in known]
+def common_arguments(text_file: Path, output_dir: Path) -> list[str]:
     return [
-        *("--model_type", model_type, "--config_overrides", *overrides),
         *("--train_file", str(text_file), "--output_dir", str(output_dir)),
         *("--block_size", "32", "--vocab_size", "270", "--learning_rate", "1e-2"),
         *("--disable_tqdm", "true", "--use_cpu", "true", "--report_to", "none"),
     ]
 
 
+def small_arguments(model_type: str, text_file: Path, output_dir: Path) -> list[str]:
+    overrides = [f"{name}={value}" for name, value in SIZES.items()]
+    model = ["--model_type", model_type, "--config_overrides", *overrides]
+    return [*model, *common_arguments(text_file, output_dir)]
+
+
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_a_model_from_scratch_learns(run_clm, model_type, text_file, tmp_path):
+    tiny_config(model_type).save_pretrained(tmp_path / "config")
+    arguments = ["--config_name", str(tmp_path / "config"), *common_arguments(text_file, tmp_path / "out")]
     output = tmp_path / "out"
-    metrics = run_clm.main([*small_arguments(model_type, text_file, output), "--max_steps", "40"])
+    metrics = run_clm.main([*arguments, "--max_steps", "60"])
     assert metrics["eval_loss"] < 0.5 * metrics["eval_unigram_entropy"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert json.loads((output / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
