@@ -215,14 +215,18 @@ def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
     """Documents in the column `text` of the splits `train` and `validation`."""
     if data_args.dataset_name is not None:
         raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
+        if "train" not in raw:
+            raise SystemExit(f"run_clm.py: {data_args.dataset_name} has no split 'train', only {', '.join(raw)}")
         columns = raw["train"].column_names
         if data_args.text_column not in columns:
             raise SystemExit(
-                f"run_clm.py: {data_args.dataset_name} has no column {data_args.text_column!r}; give one of {', '.join(columns)} as "
-                "--text_column."
+                f"run_clm.py: {data_args.dataset_name} has no column {data_args.text_column!r}; give one of "
+                f"{', '.join(columns)} as --text_column"
             )
+        splits = [split for split in ("train", "validation") if split in raw]
+        raw = datasets.DatasetDict({split: raw[split].select_columns(data_args.text_column) for split in splits})
         if data_args.text_column != "text":
-            raw = raw.map(lambda row: {"text": row[data_args.text_column]}, remove_columns=columns)
+            raw = raw.rename_column(data_args.text_column, "text")
     elif data_args.train_file is not None:
         paths = {"train": data_args.train_file, "validation": data_args.validation_file}
         raw = datasets.DatasetDict(
