@@ -181,7 +181,9 @@ def _from_array(array: np.ndarray) -> DecodedImage:
             )
     else:
         raise ValueError(f"An array must be uint8, uint16 or floating, got {array.dtype}.")
-    return _split_alpha(torch.from_numpy(np.ascontiguousarray(values)).permute(2, 0, 1), peak)
+    # PyTorch shares the memory, and has no read-only tensors.
+    values = np.require(values, requirements=("C", "W"))
+    return _split_alpha(torch.from_numpy(values).permute(2, 0, 1), peak)
 
 
 def _split_alpha(pixels: torch.Tensor, peak: int) -> DecodedImage:
