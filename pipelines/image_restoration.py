@@ -92,7 +92,7 @@ class ImageRestorationPipeline(Pipeline):
         scale = config.upscale
         result = torch.empty(scale * height, scale * width, channels, dtype=image.colour.dtype)
         total = tiling.count_tiles(height, width, config.window_size, tile, tile_overlap, blend, padding)
-        with logging.tqdm(total=total, unit="tile", disable=total == 1 or None) as progress:
+        with logging.tqdm(total=total, unit="tile", disable=total == 1) as progress:
             bands = tiling.restore_bands(
                 tiling.self_ensemble(restore) if self_ensemble else restore,
                 image.colour[None],

@@ -87,11 +87,7 @@ def resize_alpha(alpha: torch.Tensor, scale: int, peak: int) -> torch.Tensor:
 
 def _from_source(source: str, timeout: float | None) -> DecodedImage:
     if source.startswith(("http://", "https://")):
-        import httpx
-
-        response = httpx.get(source, timeout=timeout, follow_redirects=True)
-        response.raise_for_status()
-        content = response.content
+        content = _download(source, timeout)
     elif os.path.isfile(source):
         with open(source, "rb") as file:
             content = file.read()
@@ -122,6 +118,14 @@ def _from_source(source: str, timeout: float | None) -> DecodedImage:
     swap, flips = _TURNS.get(image.getexif().get(_ORIENTATION), (False, ()))
     pixels = pixels.transpose(-2, -1) if swap else pixels
     return _split_alpha(pixels.flip(flips) if flips else pixels, 65535)
+
+
+def _download(url: str, timeout: float | None) -> bytes:
+    from huggingface_hub import get_session
+
+    response = get_session().get(url, timeout=timeout)
+    response.raise_for_status()
+    return response.content
 
 
 def _has_16_bit_colour(image: Image.Image) -> bool:

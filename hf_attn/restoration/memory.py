@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 #: allocators, workspaces of convolutions and matrix products, and what the formulas below leave out
 _MARGIN = 1.3
+#: what libraries keep for themselves once they have run
+_WORKSPACE = 64 * 2**20
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -63,7 +65,7 @@ def fixed_bytes(model: PreTrainedModel, height: int, width: int, channels: int, 
     # Pillow keeps RGB in four bytes.
     result = scale**2 * pixels * (channels * bytes_per_value + (4 if bytes_per_value == 1 else 0))
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return int(weights + pixels * channels * bytes_per_value * 2 + result)
+    return int(_WORKSPACE + weights + pixels * channels * bytes_per_value * 2 + result)
 
 
 def largest_tile(
