@@ -61,7 +61,9 @@ class ImageRestorationPipeline(Pipeline):
         known = ("tile", "max_memory", "tile_overlap", "blend", "padding", "self_ensemble", "tile_batch_size")
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
-            raise TypeError(f"image-restoration has no parameter {', '.join(unknown)}. Parameters: {', '.join(known[:-1])}.")
+            raise TypeError(
+                f"image-restoration has no parameter {', '.join(unknown)}. Parameters: {', '.join(known[:-1])}."
+            )
         forward = {name: value for name, value in kwargs.items() if value is not None}
         return ({} if timeout is None else {"timeout": timeout}), forward, {}
 

@@ -4,7 +4,7 @@
 
 A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; five minutes on two cores:
 
-    python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 1000
+    python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 4000
 
 A published size by a published recipe, on a folder of images, and then scale 4 from scale 2:
 
@@ -60,9 +60,9 @@ MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForI
 
 #: what a model from scratch is made of unless it is said otherwise, as far as its configuration has these fields
 SMALL = {
-    "embed_dim": 32,
-    "depths": [2, 2],
-    "num_heads": [2, 2],
+    "embed_dim": 24,
+    "depths": [2],
+    "num_heads": [2],
     "window_size": 8,
     "compress_ratio": 4,
     "squeeze_factor": 8,
@@ -117,9 +117,12 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset of images."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column of the dataset that holds the images."})
-    patch_size: int = field(default=0, metadata={"help": "Side of low-resolution patches; default 64, from scratch 32."})
+    patch_size: int = field(
+        default=0, metadata={"help": "Side of low-resolution patches; default 64; 16 without a published size."}
+    )
     max_eval_side: int | None = field(
-        default=256, metadata={"help": "Evaluate on the central crop of this side of larger images; 0 for all of them."}
+        default=256,
+        metadata={"help": "Evaluate on the central crop of this side of larger images; 0 for all of them."},
     )
 
 
@@ -132,6 +135,9 @@ class ScriptTrainingArguments(TrainingArguments):
         metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 2e-3."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule without a recipe."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Second beta of Adam."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a device and step."})
@@ -176,7 +182,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     if training_args.recipe not in (None, *RECIPES):
         raise stop(f"--recipe {training_args.recipe} is not one of {', '.join(RECIPES)}")
     small = model_args.model_type is not None and model_args.variant is None
-    data_args.patch_size = data_args.patch_size or (32 if small else 64)
+    data_args.patch_size = data_args.patch_size or (16 if small else 64)
     if training_args.recipe is not None:
         steps, learning_rate, _ = RECIPES[training_args.recipe]
         training_args.max_steps = training_args.max_steps if training_args.max_steps > 0 else steps
@@ -256,7 +262,9 @@ def default_photographs() -> list[np.ndarray]:
         import skimage.data
         from sklearn.datasets import load_sample_images
     except ImportError as error:
-        raise stop("without --train_dir and --dataset_name the extra `train` is needed: pip install 'hf_attn[train]'") from error
+        raise stop(
+            "without --train_dir and --dataset_name the extra `train` is needed: pip install 'hf_attn[train]'"
+        ) from error
     names = ("astronaut", "chelsea", "coffee", "rocket")
     return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
 
@@ -396,7 +404,9 @@ def parse_overrides(overrides: list[str], config_class: type) -> dict[str, objec
         if not equals or name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise stop(f"--config_overrides takes fields of {config_class.__name__} as name=value, got {override!r}{hint}")
+            raise stop(
+                f"--config_overrides takes fields of {config_class.__name__} as name=value, got {override!r}{hint}"
+            )
         try:
             parsed[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -39,8 +39,14 @@ def make_model(family: str, **overrides):
     [
         *((HATConfig.from_variant(f"hat_s_x{scale}"), n) for scale, n in ((2, 9473471), (3, 9658111), (4, 9621183))),
         *((HATConfig.from_variant(f"hat_x{scale}"), n) for scale, n in ((2, 20624795), (3, 20809435), (4, 20772507))),
-        *((HATConfig.from_variant(f"hat_l_x{scale}"), n) for scale, n in ((2, 40698863), (3, 40883503), (4, 40846575))),
-        *((DRCTConfig.from_variant(f"drct_x{scale}"), n) for scale, n in ((2, 13991867), (3, 14176507), (4, 14139579))),
+        *(
+            (HATConfig.from_variant(f"hat_l_x{scale}"), n)
+            for scale, n in ((2, 40698863), (3, 40883503), (4, 40846575))
+        ),
+        *(
+            (DRCTConfig.from_variant(f"drct_x{scale}"), n)
+            for scale, n in ((2, 13991867), (3, 14176507), (4, 14139579))
+        ),
         *(
             (DRCTConfig.from_variant(f"drct_l_x{scale}"), n)
             for scale, n in ((2, 27433007), (3, 27617647), (4, 27580719))
@@ -300,7 +306,13 @@ def spandrel_network(family: str, **overrides):
 
 
 FULL_SIZE = {
-    "hat_s_x4": {"embed_dim": 144, "depths": [6] * 6, "num_heads": [6] * 6, "compress_ratio": 24, "squeeze_factor": 24},
+    "hat_s_x4": {
+        "embed_dim": 144,
+        "depths": [6] * 6,
+        "num_heads": [6] * 6,
+        "compress_ratio": 24,
+        "squeeze_factor": 24,
+    },
     "hat_x3": {"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6},
     "drct_x4": {"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6, "gc": 32},
 }
@@ -362,7 +374,7 @@ def test_checkpoints_that_do_not_fit():
     state = spandrel_network("hat", **SMALL_NETWORK["hat"]).state_dict()
     with pytest.raises(ConversionError, match="for scale 4, and upscale=2 was asked for"):
         from_official("hat", state, {"upscale": 2})
-    with pytest.raises(ConversionError, match="keys that hat does not know: extra.weight"):
+    with pytest.raises(ConversionError, match=r"keys that hat does not know: extra\.weight"):
         from_official("hat", {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(ConversionError, match=r"no weights for hat\.layernorm\.weight"):
         from_official("hat", {name: tensor for name, tensor in state.items() if name != "norm.weight"})
@@ -412,5 +424,5 @@ def test_inputs_of_a_wrong_shape(shape):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="no variant 'hat_x5'. Variants: hat_s_x2"):
+    with pytest.raises(ValueError, match=r"no variant 'hat_x5'\. Variants: hat_s_x2"):
         HATConfig.from_variant("hat_x5")

@@ -30,7 +30,9 @@ def attention_by_definition(module: WindowAttention, hidden_states: torch.Tensor
     window, shift, heads = module.window_size, module.shift_size, module.num_heads
     rolled = hidden_states.roll((-shift, -shift), (1, 2))
     windows = partition_windows(rolled, window)
-    query, key, value = module.qkv(windows).view(len(windows), window**2, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+    query, key, value = (
+        module.qkv(windows).view(len(windows), window**2, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+    )
     logits = query @ key.transpose(-1, -2) / (dim // heads) ** 0.5
     for a in range(window**2):
         for b in range(window**2):

@@ -106,7 +106,9 @@ def test_bicubic_keeps_constants_and_straight_lines():
         centre = (torch.arange(resized.shape[1], dtype=torch.float64) + 0.5) / scale - 0.5
         inside = slice(resized.shape[1] // 4, -(resized.shape[1] // 4))
         torch.testing.assert_close(resized[0, inside], (centre / 40)[inside], atol=1e-9, rtol=0)
-        torch.testing.assert_close(bicubic_resize(torch.ones(5, 7), scale), torch.ones_like(bicubic_resize(torch.ones(5, 7), scale)))
+        torch.testing.assert_close(
+            bicubic_resize(torch.ones(5, 7), scale), torch.ones_like(bicubic_resize(torch.ones(5, 7), scale))
+        )
 
 
 def test_downscaling_wants_multiples():
