@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from .analysis import AttentionSimilarity, attention_similarity
 from .assets import SMOLLM2, load_texts, smollm2_folder, token_blocks
+from .hub import write_model_card
 from .modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer, train_stage
 from .modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from .output_folder import claim_output_folder
@@ -84,6 +85,7 @@ class _Quickstart:
             print(f"Continuing the run in {output}.")
         self.results_file = output / "results.json"
         self.results = json.loads(self.results_file.read_text()) if self.results_file.is_file() else {}
+        self.base_is_default = base is None
         self.base_folder = base or smollm2_folder()
         self.base_name = settings["base"]
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
@@ -160,6 +162,19 @@ class _Quickstart:
             },
         )
         self._once("cost", lambda: costs({"teacher": self.base, "distilled student": distilled}))
+        if distilled is not None:
+            self.write_card(folder, distilled)
+
+    def write_card(self, folder: Path, model: PreTrainedModel) -> None:
+        facts = {"base_model": f"HuggingFaceTB/{SMOLLM2}", "license": "apache-2.0"} if self.base_is_default else {}
+        perplexity = {f"Perplexity of the {name}": value for name, value in self.results["perplexity"].items()}
+        training = {
+            "distillation steps": self.steps,
+            "batch size": BATCH_SIZE,
+            "sequence length": TRAIN_LENGTH,
+            "learning rate": self.learning_rate,
+        }
+        write_model_card(folder, model, language="en", evaluation=perplexity, training=training, **facts)
 
     def generate(self, folder: Path) -> None:
         self._headline(5, f"A sample: AutoModelForCausalLM and pipeline on {folder}")

@@ -70,6 +70,9 @@ def test_from_the_base_to_a_folder_for_the_hub(base, tmp_path, capsys):
     assert {"README.md", "config.json", "model.safetensors", "modeling_hf_attn.py", "tokenizer.json"} <= {
         path.name for path in folder.iterdir()
     }
+    card = (folder / "README.md").read_text()
+    assert f"| Perplexity of the distilled student | {perplexity['distilled student']:.4g} |" in card
+    assert "| distillation steps | 12 |" in card
     assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "EchoAttForCausalLM"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "attention_similarity.png",
