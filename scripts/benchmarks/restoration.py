@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, peak_rss, print_table, run_fresh, write_json
+from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
 from transformers.utils import logging
 
 from hf_attn import from_official
@@ -71,9 +71,7 @@ def measure_peak(name: str, dtype: str, size: int, side: str) -> None:
     image = torch.rand(1, 3, size, size)
     # Libraries allocate their own memory at the first call.
     function(image[..., :32, :32])
-    before = peak_rss()
-    function(image)
-    print(json.dumps({"bytes": peak_rss() - before}))
+    print(json.dumps({"bytes": peak_memory(lambda: function(image))}))
 
 
 def main():
