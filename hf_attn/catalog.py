@@ -311,6 +311,7 @@ _PAPERS = (
     ),
 )
 
+
 @dataclass(frozen=True)
 class Task:
     """A task of `transformers.pipeline` that this package adds.

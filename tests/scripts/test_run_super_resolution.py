@@ -92,15 +92,11 @@ def test_scale_4_starts_from_scale_2(script, folder, tmp_path):
     two, four = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "x4"))
     assert four.config.upscale == 4
     assert len(four.reconstruction.convolutions) == 2
-    torch.testing.assert_close(
-        four.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0
-    )
+    torch.testing.assert_close(four.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
 
 
 def test_a_recipe_halves_the_learning_rate_at_its_milestones(script, folder, tmp_path):
-    model_args, data_args, training_args = script.parse_arguments(
-        tiny(folder, tmp_path / "out", "--recipe", "scratch")
-    )
+    model_args, _, training_args = script.parse_arguments(tiny(folder, tmp_path / "out", "--recipe", "scratch"))
     assert (training_args.max_steps, training_args.learning_rate, training_args.ema_decay) == (500_000, 2e-4, 0.999)
     training_args.max_steps = 100
     model = script.make_model(model_args)
