@@ -217,6 +217,19 @@ _PAPERS = (
         arxiv="2403.02411",
         becomes="image family",
         code="Abdullah-88/NiNformer",
+        available=True,
+        families=(
+            Family(
+                model_type="ninformer",
+                config="NiNformerConfig",
+                models={
+                    "AutoModel": "NiNformerModel",
+                    "AutoModelForImageClassification": "NiNformerForImageClassification",
+                },
+                peft=("proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="activator",
