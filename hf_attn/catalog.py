@@ -237,6 +237,19 @@ _PAPERS = (
         arxiv="2405.15953",
         becomes="image family",
         code="Abdullah-88/Activator",
+        available=True,
+        families=(
+            Family(
+                model_type="activator",
+                config="ActivatorConfig",
+                models={
+                    "AutoModel": "ActivatorModel",
+                    "AutoModelForImageClassification": "ActivatorForImageClassification",
+                },
+                peft=("proj_1", "proj_2", "proj_3", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="path_ensemble",

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .hub import HubModelMixin
+from .layers import check_pixel_values
 
 
 @dataclass
@@ -60,24 +61,19 @@ class PatchEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, num_channels, height, width)` -> `(batch, tokens, hidden_size)`.
-
-        Raises:
-            ValueError: if the channels are not `num_channels`, or if a side is not a multiple of the patch size.
-        """
-        _, channels, height, width = pixel_values.shape
-        if channels != self.num_channels:
-            raise ValueError(
-                f"pixel_values have {channels} channels, but the model is configured with num_channels="
-                f"{self.num_channels}. Convert the images, or build the model with num_channels={channels}."
-            )
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `ValueError` for images that the model cannot take."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"An image of {height}x{width} pixels cannot be cut into patches of {self.patch_size}x{self.patch_size}. "
                 f"Resize or pad it so that both sides are multiples of {self.patch_size}."
             )
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_channels, height, width)` -> `(batch, tokens, hidden_size)`."""
+        check_pixel_values(pixel_values, self.num_channels)
+        self.check_size(*pixel_values.shape[-2:])
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -140,13 +136,11 @@ class PatchModelMixin:
         Raises:
             ValueError: for images that the model cannot take, and for `output_attentions=True`.
         """
-        if pixel_values is None:
-            raise ValueError(f"{type(self).__name__} needs pixel_values.")
         if kwargs.get("output_attentions"):
             raise ValueError(
                 f"{type(self).__name__} has no attention maps. Ask for output_gates=True, the gates of its blocks."
             )
-        hidden_states = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
+        hidden_states = self.patch_embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return PatchModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))

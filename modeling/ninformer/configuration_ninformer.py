@@ -5,11 +5,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_attn.hub import HubConfigMixin
+from hf_attn.imaging import ImagePreprocessingMixin
 from hf_attn.variants import VariantsMixin
 
 
 @strict
-class NiNformerConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
+class NiNformerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, PreTrainedConfig):
     r"""Configuration of a [`NiNformerForImageClassification`] (arXiv 2403.02411). The defaults are those of the paper's
     CIFAR-10 model.
 
@@ -26,6 +27,7 @@ class NiNformerConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     """
 
     model_type = "ninformer"
+    crop_ratio = None
     variants = {"ninformer_cifar10": {"num_labels": 10}}
 
     image_size: int = 32
@@ -42,6 +44,13 @@ class NiNformerConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     def num_tokens(self) -> int:
         """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_mean(self) -> tuple[float, ...]:
+        """Mean of each channel that the image processor subtracts."""
+        return (0.5,) * self.num_channels
+
+    image_std = image_mean
 
     def validate_image_size(self):
         """Part of the validation that `@strict` runs."""

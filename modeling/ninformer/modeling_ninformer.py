@@ -29,15 +29,12 @@ class NiNformerPatchEmbeddings(PatchEmbeddings):
         super().__init__(config)
         self.image_size = config.image_size
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, num_channels, image_size, image_size)` -> `(batch, tokens, hidden_size)`."""
-        height, width = pixel_values.shape[-2:]
+    def check_size(self, height: int, width: int) -> None:
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"NiNformer mixes a fixed number of tokens: this model takes images of {self.image_size}x{self.image_size} "
                 f"pixels, got {height}x{width}. Resize the images (the image processor does)."
             )
-        return super().forward(pixel_values)
 
 
 class NiNformerMixer(nn.Module):
