@@ -1,0 +1,57 @@
+"""Image preprocessing of the published models, by transformers' own image processors."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+
+if TYPE_CHECKING:
+    from transformers import BitImageProcessor, PreTrainedConfig
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImagePreprocessingMixin:
+    """Tells how the official code prepares images for a configuration's model.
+
+    Attributes:
+        image_mean, image_std: normalisation of each channel, for pixels in 0..1.
+        crop_ratio: side of the centre crop over the shortest side of the resized image.
+    """
+
+    image_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
+    image_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+    crop_ratio: float = 0.875
+
+    @property
+    def resized_edge(self) -> int:
+        """Shortest side that images are resized to before the crop to `image_size`."""
+        return int(self.image_size / self.crop_ratio)
+
+
+def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
+    """The image processor that the official evaluation of a model corresponds to.
+
+    Bicubic resize of the shortest side, centre crop to `config.image_size`, normalisation. Saved beside a model with
+    `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
+
+    Args:
+        config: configuration of an image family.
+
+    Raises:
+        ValueError: if the configuration is not of an image family of this package.
+    """
+    from transformers import BitImageProcessor
+
+    if not isinstance(config, ImagePreprocessingMixin):
+        raise ValueError(
+            f"{type(config).__name__} does not say how its images are prepared. Use the image processor saved with the "
+            "model: `AutoImageProcessor.from_pretrained(...)`."
+        )
+    return BitImageProcessor(
+        size={"shortest_edge": config.resized_edge},
+        crop_size={"height": config.image_size, "width": config.image_size},
+        resample=3,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+    )
