@@ -196,6 +196,20 @@ _PAPERS = (
         arxiv="2401.16456",
         becomes="image family and backbone, fused inference form",
         code="ysj9909/SHViT",
+        available=True,
+        families=(
+            Family(
+                model_type="shvit",
+                config="SHViTConfig",
+                models={
+                    "AutoModel": "SHViTModel",
+                    "AutoModelForImageClassification": "SHViTForImageClassification",
+                    "AutoBackbone": "SHViTBackbone",
+                },
+                peft=("qkv.conv", "proj.conv", "fc1.conv", "fc2.conv"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="biformer",

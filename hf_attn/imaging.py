@@ -33,8 +33,8 @@ class ImagePreprocessingMixin:
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
     """The image processor that the official evaluation of a model corresponds to.
 
-    Bicubic resize of the shortest side and centre crop, or resize of both sides, to `config.image_size`; normalisation. Saved beside a model with
-    `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
+    Bicubic resize of the shortest side and centre crop to `config.image_size`, or resize of both sides; normalisation.
+    Saved beside a model with `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
 
     Args:
         config: configuration of an image family.

@@ -1,0 +1,32 @@
+"""transformers' common model tests for SHViT."""
+
+import unittest
+
+from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
+from tests.upstream import UpstreamBackboneTests, UpstreamImageTests
+
+
+def tiny_config() -> SHViTConfig:
+    return SHViTConfig(
+        image_size=64,
+        hidden_sizes=[16, 24, 32],
+        depths=[1, 1, 1],
+        partial_dims=[4, 8, 8],
+        qk_dims=[4, 4, 4],
+        out_features=["stage1", "stage3"],
+    )
+
+
+class SHViTUpstreamTest(UpstreamImageTests, unittest.TestCase):
+    model_type = "shvit"
+    facts = {"num_hidden_layers": 3}
+
+    def get_config(self):
+        return tiny_config()
+
+
+class SHViTBackboneUpstreamTest(UpstreamBackboneTests, unittest.TestCase):
+    model_type = "shvit"
+
+    def get_config(self):
+        return tiny_config()
