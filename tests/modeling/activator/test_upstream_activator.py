@@ -6,14 +6,15 @@ from hf_attn.modeling.activator.configuration_activator import ActivatorConfig
 from tests.upstream import UpstreamImageTests
 
 
-TINY = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "hidden_dropout_prob": 0.1,
-}
+def tiny_config(**overrides) -> ActivatorConfig:
+    fields = {
+        "image_size": 16,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.1,
+    }
+    return ActivatorConfig(**{**fields, **overrides})
 
 
 class ActivatorUpstreamTest(UpstreamImageTests, unittest.TestCase):
@@ -22,11 +23,11 @@ class ActivatorUpstreamTest(UpstreamImageTests, unittest.TestCase):
     facts = {"seq_length": 16}
 
     def get_config(self):
-        return ActivatorConfig(**TINY)
+        return tiny_config()
 
 
 class ActivatorGegluOnlyUpstreamTest(ActivatorUpstreamTest):
     """Without the MLP."""
 
     def get_config(self):
-        return ActivatorConfig(**TINY, use_mlp=False)
+        return tiny_config(use_mlp=False)

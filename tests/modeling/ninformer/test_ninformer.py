@@ -1,20 +1,20 @@
 """NiNformer: the facts of the paper and its code, and bad input."""
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_attn import from_official
 from hf_attn.conversion import ConversionError
+from hf_attn.imaging import image_processor_for
 from hf_attn.modeling.ninformer.configuration_ninformer import NiNformerConfig
 from hf_attn.modeling.ninformer.modeling_ninformer import NiNformerForImageClassification, NiNformerModel
-from tests.image_classification import ImageClassificationTests
+from tests.imaging import ImageFamilyTests
 
-
-def tiny_config(**overrides) -> NiNformerConfig:
-    fields = {"image_size": 16, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_labels": 3}
-    return NiNformerConfig(**{**fields, **overrides})
+from .test_upstream_ninformer import tiny_config
 
 
 def number_of_parameters(module: torch.nn.Module) -> int:
@@ -30,17 +30,20 @@ def macs(config: NiNformerConfig) -> int:
     return counter.get_total_flops() // 2
 
 
-class TestNiNformer(ImageClassificationTests):
-    model_type = "ninformer"
+class TestNiNformer(ImageFamilyTests):
+    parameters = {"ninformer_cifar10": 2_652_170}
+    processors = {"ninformer_cifar10": (None, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
-    def get_config(self):
-        return tiny_config()
+    def get_config(self, **overrides):
+        return tiny_config(**overrides)
+
+    def test_sdpa_agrees_with_eager(self):
+        with pytest.raises(ValueError, match="does not support"):
+            self.get_model().set_attn_implementation("sdpa")
 
 
-def test_parameters_of_the_published_model():
-    model = NiNformerForImageClassification(NiNformerConfig.from_variant("ninformer_cifar10"))
-    assert number_of_parameters(model) == 2_652_170
-    layer = model.ninformer.layers[0]
+def test_parameters_of_a_block():
+    layer = NiNformerModel(NiNformerConfig.from_variant("ninformer_cifar10")).layers[0]
     assert number_of_parameters(layer) == 659_264
     assert number_of_parameters(layer.gating_unit.mixer) == 330_048
 
@@ -62,7 +65,9 @@ def test_weights_start_as_in_pytorch():
 
 def test_one_norm_serves_both_branches():
     model = NiNformerForImageClassification(tiny_config())
-    norms = [name for name, module in model.ninformer.layers[0].named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    norms = [
+        name for name, module in model.ninformer.layers[0].named_modules() if isinstance(module, torch.nn.LayerNorm)
+    ]
     assert norms == ["norm", "gating_unit.mixer.token_norm", "gating_unit.mixer.channel_norm"]
 
 
@@ -114,8 +119,11 @@ def test_mean_of_the_tokens_is_classified():
 
 
 def test_gray_images():
-    model = NiNformerForImageClassification(tiny_config(image_size=28, num_channels=1))
+    model = NiNformerForImageClassification(tiny_config(image_size=28, num_channels=1, num_labels=3))
     assert model.config.num_tokens == 49 and model.config.image_mean == (0.5,)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    pixel_values = image_processor_for(model.config)(Image.fromarray(image), return_tensors="pt").pixel_values
+    assert pixel_values.shape == (1, 1, 28, 28)
     assert model(torch.randn(2, 1, 28, 28), labels=torch.tensor([0, 2])).loss.isfinite()
 
 
@@ -134,5 +142,7 @@ class TestBadInput:
 
     def test_sequence_length_of_another_image(self):
         arguments = {"image_size": 16, "patch_size": 4, "in_channels": 3, "num_classes": 3, "d_model": 24}
-        with pytest.raises(ConversionError, match="seq_len=64.*16 tokens"):
-            from_official("ninformer", {}, config={**arguments, "d_ffn": 40, "seq_len": 64, "num_layers": 2, "dropout": 0})
+        with pytest.raises(ConversionError, match=r"seq_len=64.*16 tokens"):
+            from_official(
+                "ninformer", {}, config={**arguments, "d_ffn": 40, "seq_len": 64, "num_layers": 2, "dropout": 0}
+            )
