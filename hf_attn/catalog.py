@@ -217,6 +217,20 @@ _PAPERS = (
         arxiv="2303.08810",
         becomes="image family and backbone, bi-level routing attention",
         code="rayleizhu/BiFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="biformer",
+                config="BiFormerConfig",
+                models={
+                    "AutoModel": "BiFormerModel",
+                    "AutoModelForImageClassification": "BiFormerForImageClassification",
+                    "AutoBackbone": "BiFormerBackbone",
+                },
+                peft=("qkv", "proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="rmt",
