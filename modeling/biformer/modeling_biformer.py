@@ -486,11 +486,6 @@ class BiFormerPreTrainedModel(HubModelMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
         if isinstance(module, BiFormerLayer):
-            if self.config.layout == "stl_nchw":
-                # There they are convolutions, which the official code leaves as PyTorch starts them.
-                for part in module.modules():
-                    if isinstance(part, nn.Linear):
-                        part.reset_parameters()
             for scale in (module.attention_scale, module.mlp_scale):
                 if scale is not None:
                     init.constant_(scale, self.config.layer_scale_init_value)
@@ -506,6 +501,14 @@ class BiFormerEncoder(BiFormerPreTrainedModel):
         rates = drop_path_rates(config.drop_path_rate, config.depths)
         self.stages = nn.ModuleList([BiFormerStage(config, stage, rates[stage]) for stage in range(len(rates))])
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if self.config.layout == "stl_nchw" and isinstance(module, nn.Linear):
+            # These are 1x1 convolutions in the official code, which leaves convolutions as PyTorch starts them.
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -23,7 +23,11 @@ def tiny_config(**overrides) -> BiFormerConfig:
 
 class BiFormerUpstreamTest(UpstreamImageTests, unittest.TestCase):
     model_type = "biformer"
-    facts = {"num_hidden_layers": 3}
+    facts = {"num_hidden_layers": 1}
+    skipped = {
+        "test_hidden_states_output": "feature maps are (batch, channels, height, width); a test of ours looks at them",
+        "test_attention_outputs": "the maps of each stage have a size of their own; a test of ours looks at them",
+    }
 
     def get_config(self):
         return tiny_config()
