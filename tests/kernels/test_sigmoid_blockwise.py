@@ -10,7 +10,7 @@ from hf_attn.kernels.sigmoid_blockwise import sigmoid_attention_blockwise, suppo
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 
 
-@pytest.fixture(params=["small_blocks", "small_blocks_uncopied_keys", "shipped_blocks"])
+@pytest.fixture(params=["small_blocks", "uncopied_keys", "shipped_blocks"])
 def blocks(request, monkeypatch):
     if request.param != "shipped_blocks":
         monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS", 16)
