@@ -20,11 +20,16 @@ import torch
 from .sigmoid_arguments import reason_not_fused
 
 
-# A block of weights stays in the L2 cache of one core together with the keys and values it is computed from.
+# Found by measurement. A block of weights stays in the L2 cache of one core (1 MiB in float32) together with the keys and
+# values it is computed from; where blocks are smaller, several heads share it.
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 512
-# Causal and windowed attention computes whole blocks along the edges of what is allowed: lower blocks waste less.
+WEIGHTS_IN_CACHE = 2**18
+# Causal and windowed attention computes whole blocks along the edges of what is allowed. Lower blocks waste less there, which
+# counts in short sequences, where edges are most of the work.
 BLOCK_ROWS_AT_EDGES = 128
+BLOCK_ROWS_AT_EDGES_IF_SHORT = 64
+SHORT = 1024
 # With no more rows than this, a pass over the weights costs less than preparing a copy of the keys.
 # They are computed with all keys at once.
 FEW_ROWS = 32
@@ -79,13 +84,15 @@ class _Blocks:
             self.folds_bias >= has_bias and self.slopes is None and (self.mask is None or self.folds_mask)
         ) and not self.has_edges
 
-        rows = BLOCK_ROWS_AT_EDGES if self.has_edges else BLOCK_ROWS
+        rows = BLOCK_ROWS
+        if self.has_edges:
+            rows = BLOCK_ROWS_AT_EDGES_IF_SHORT if self.kv_len <= SHORT else BLOCK_ROWS_AT_EDGES
         self.block_positions = max(1, min(rows // self.groups, self.q_len))
         self.block_columns = max(1, self.kv_len if few_rows else min(BLOCK_COLUMNS, self.kv_len))
         pairs = self.batch * self.kv_heads
         if query.device.type == "cpu":
             threads = torch.get_num_threads()
-            in_cache = BLOCK_ROWS * BLOCK_COLUMNS // (self.block_positions * self.groups * self.block_columns)
+            in_cache = WEIGHTS_IN_CACHE // (self.block_positions * self.groups * self.block_columns)
             pairs = min(pairs, threads * max(1, in_cache))
         self.num_batches, self.num_heads = (
             (pairs // self.kv_heads, self.kv_heads) if pairs >= self.kv_heads else (1, pairs)
