@@ -288,6 +288,19 @@ _PAPERS = (
         title="Revisiting Vision Transformer from the View of Path Ensemble",
         arxiv="2308.06548",
         becomes="ViT family made from a base model: path pruning, EnsembleScale, self-distillation",
+        available=True,
+        families=(
+            Family(
+                model_type="path_ensemble",
+                config="PathEnsembleConfig",
+                models={
+                    "AutoModel": "PathEnsembleModel",
+                    "AutoModelForImageClassification": "PathEnsembleForImageClassification",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="hat",
