@@ -70,13 +70,15 @@ class PathScores:
         upper, lower = figure.subplots(2, sharex=True)
         upper.bar(positions, [100 * value for value in self.alone.tolist()], color="tab:blue", label="path alone")
         upper.axhline(100 * self.ensemble, color="black", linestyle="--", linewidth=1, label="ensemble")
-        upper.set(ylabel="accuracy in %", ylim=(0, 105), title=f"Paths on {self.num_samples} images")
-        upper.legend(loc="upper left")
+        upper.set(ylabel="accuracy in %", ylim=(0, 100))
+        upper.set_title(f"Paths on {self.num_samples} images", loc="left")
+        upper.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
         gains = [100 * value for value in self.gain.tolist()]
         colors = ["tab:green" if gain >= 0 else "tab:red" for gain in gains]
         lower.bar(positions, gains, color=colors)
         lower.axhline(0, color="black", linewidth=1)
-        lower.set(ylabel="gain in percentage points", title="Accuracy of the ensemble with the path minus without it")
+        lower.set(ylabel="gain in percentage points")
+        lower.set_title("Accuracy of the ensemble with the path minus without it", loc="left")
         lower.set_xticks(positions, self.names, rotation=90)
         figure.savefig(path, dpi=150)
 
