@@ -144,9 +144,7 @@ class ImageFamilyTests:
         model.save_pretrained(tmp_path)
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3)
-        smaller = AutoModelForImageClassification.from_pretrained(
-            tmp_path, num_labels=3, ignore_mismatched_sizes=True
-        )
+        smaller = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
         assert smaller(self.get_pixel_values()).logits.shape == (2, 3)
 
     def test_sdpa_agrees_with_eager(self):
