@@ -123,8 +123,8 @@ def _register_attention(module: ModuleType) -> None:
             AttentionMaskInterface.register(name, mechanism.mask_function)
 
 
-#: tables that name norms, biases or a part of the other targets, not the linear layers to adapt
-_OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET", "IA3_FEEDFORWARD")
+#: tables that name norms or biases, not the linear layers to adapt
+_OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET")
 
 
 def _register_peft_targets(module: ModuleType) -> None:
@@ -135,6 +135,9 @@ def _register_peft_targets(module: ModuleType) -> None:
         for family in families():
             if isinstance(family.peft, str) and family.peft in table:
                 table.setdefault(family.model_type, table[family.peft])
+            elif isinstance(family.peft, tuple) and "IA3_FEEDFORWARD" in name:
+                # Those of the targets whose inputs are scaled instead of their outputs.
+                table.setdefault(family.model_type, [])
             elif isinstance(family.peft, tuple) and not any(other in name for other in _OTHER_PEFT_TABLES):
                 table.setdefault(family.model_type, list(family.peft))
 
