@@ -10,7 +10,7 @@ from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
 from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention, SHViTForImageClassification, SHViTLayer
 from tests.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 
-from .test_upstream_shvit import tiny_config
+from tests.modeling.shvit.test_upstream_shvit import tiny_config
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
