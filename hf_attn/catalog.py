@@ -187,8 +187,22 @@ _PAPERS = (
         slug="tnt",
         title="Transformer in Transformer",
         arxiv="2103.00112",
-        becomes="image family",
+        becomes="image family and single-stride backbone",
         code="huawei-noah/Efficient-AI-Backbones",
+        available=True,
+        families=(
+            Family(
+                model_type="tnt",
+                config="TNTConfig",
+                models={
+                    "AutoModel": "TNTModel",
+                    "AutoModelForImageClassification": "TNTForImageClassification",
+                    "AutoBackbone": "TNTBackbone",
+                },
+                peft=("qk_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="shvit",

@@ -24,9 +24,15 @@ class ImagePreprocessingMixin:
     crop_ratio: float = 0.875
 
     @property
+    def image_height_width(self) -> tuple[int, int]:
+        """`image_size`, which is one number for square images."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def resized_edge(self) -> int:
         """Shortest side that images are resized to before the crop to `image_size`."""
-        return int(self.image_size / self.crop_ratio)
+        return int(max(self.image_height_width) / self.crop_ratio)
 
 
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
@@ -48,9 +54,10 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
             f"{type(config).__name__} does not say how its images are prepared. Use the image processor saved with the "
             "model: `AutoImageProcessor.from_pretrained(...)`."
         )
+    height, width = config.image_height_width
     return BitImageProcessor(
         size={"shortest_edge": config.resized_edge},
-        crop_size={"height": config.image_size, "width": config.image_size},
+        crop_size={"height": height, "width": width},
         resample=3,
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),

@@ -3,9 +3,11 @@
 import re
 
 import torch
+from torch import nn
 
 from hf_attn.conversion import from_official
 from hf_attn.modeling.shvit.convert_shvit import our_name
+from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention
 
 from ..case import Case
 from ..tools import recorded
@@ -18,12 +20,11 @@ def run(case: Case) -> dict[str, torch.Tensor]:
         model.set_attn_implementation(implementation)
         way = f"@{implementation}"
         pixel_values = case.input("pixel_values").clone().requires_grad_()
-        modules = {f"stem{way}": model.shvit.embeddings}
-        path = re.search(r"shsa is (\S+?)\.? ", case.info.get("notes", ""))
-        attention = model.get_submodule(our_name(f"{path[1]}.").rstrip(".")) if path else None
-        with recorded(modules | ({f"shsa_out{way}": attention} if path else {})) as outputs:
-            with recorded({f"shsa_in{way}": attention} if path else {}, inputs=True) as inputs:
-                output = model(pixel_values, output_hidden_states=True)
+        with (
+            recorded({f"stem{way}": model.shvit.embeddings, f"shsa_out{way}": _attention(model, case)}) as outputs,
+            recorded({f"shsa_in{way}": _attention(model, case)}, inputs=True) as inputs,
+        ):
+            output = model(pixel_values, output_hidden_states=True)
         (output.logits * case.input("proj")).sum().backward()
         features = {f"feature_{i}{way}": feature for i, feature in enumerate(output.hidden_states[1:])}
         results |= {f"logits{way}": output.logits, f"grad_pixel_values{way}": pixel_values.grad}
@@ -35,6 +36,14 @@ def run(case: Case) -> dict[str, torch.Tensor]:
             if name.startswith("fused."):
                 results[f"{name}{way}"] = state[_fused_name(name.removeprefix("fused."), state)]
     return results
+
+
+def _attention(model: nn.Module, case: Case) -> nn.Module:
+    """The attention module that a case is about, which its notes name; the first one otherwise."""
+    named = re.search(r"shsa is ([\w.]+\w)", case.info.get("notes", ""))
+    if named:
+        return model.get_submodule(our_name(f"{named[1]}.").removesuffix("."))
+    return next(module for module in model.modules() if isinstance(module, SHViTAttention))
 
 
 def _fused_name(official: str, state: dict[str, torch.Tensor]) -> str:
