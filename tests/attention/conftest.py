@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from hf_attn.attention import MECHANISMS
 from hf_attn.attention.interface import Mechanism
@@ -24,12 +23,3 @@ def sigmoid_name(request) -> str:
         if not ok:
             pytest.skip(f"{name}: {reason}")
     return name
-
-
-class SelfAttention(nn.Module):
-    """The least that an attention function may ask of the module that calls it."""
-
-    def __init__(self, config, is_causal: bool):
-        super().__init__()
-        self.config = config
-        self.is_causal = is_causal
