@@ -242,6 +242,20 @@ _PAPERS = (
         arxiv="2309.11523",
         becomes="image family and backbone, Manhattan self-attention",
         code="qhfan/RMT",
+        available=True,
+        families=(
+            Family(
+                model_type="rmt",
+                config="RMTConfig",
+                models={
+                    "AutoModel": "RMTModel",
+                    "AutoModelForImageClassification": "RMTForImageClassification",
+                    "AutoBackbone": "RMTBackbone",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="ninformer",
