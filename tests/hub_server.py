@@ -160,9 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in sorted(files)]
             self._json({"id": repository, "sha": _revision(files), "siblings": siblings, "tags": [], "private": False})
 
-    def tree(self, repository, body):
+    def tree(self, repository, folder, body):
         files = self._files(repository)
-        if files is not None:
+        if files is None:
+            return
+        if folder:
+            self._answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Error-Message": "No folders here"})
+        else:
             self._json(
                 [
                     {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -203,7 +207,7 @@ _ROUTES = (
     ("POST", "/api/validate-yaml", _Handler.validate_card),
     ("POST", f"/api/models/{_REPOSITORY}/preupload/[^/]+", _Handler.preupload),
     ("POST", f"/api/models/{_REPOSITORY}/commit/[^/]+", _Handler.commit),
-    ("GET", f"/api/models/{_REPOSITORY}/tree/[^/]+", _Handler.tree),
+    ("GET", f"/api/models/{_REPOSITORY}/tree/[^/]+(/.+)?", _Handler.tree),
     ("GET", f"/api/models/{_REPOSITORY}(?:/revision/[^/]+)?", _Handler.information),
     ("POST", rf"/{_REPOSITORY}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/([0-9a-f]{64})", _Handler.lfs_upload),

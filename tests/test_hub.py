@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -12,7 +13,15 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_attn.catalog import PAPERS, families, find_family
 from hf_attn.hub import STUB_NAME, HubConfigMixin, HubTrainerMixin, auto_map, model_card, write_model_card, write_stub
@@ -464,11 +473,10 @@ class TestPushing:
                 (snapshots / model_type).mkdir(parents=True, exist_ok=True)
                 (snapshots / model_type / path).write_bytes(content)
             main = main_auto_class(family)
-            jobs.append((f"tester/{model_type}", main, None))
+            jobs.append((f"tester/{model_type}", main, str(folder / "again" / model_type)))
             # transformers 5.23 cannot load a backbone from a folder by AutoBackbone, whoever wrote it.
             for auto_class in ("AutoConfig", *(name for name in family.models if name != "AutoBackbone")):
-                again = str(folder / "again" / model_type) if auto_class == main else None
-                jobs.append((str(snapshots / model_type), auto_class, again))
+                jobs.append((str(snapshots / model_type), auto_class, None))
             references = {"AutoConfig": family.config_reference}
             references.update({name: family.model_reference(name) for name in family.models})
             expected += [[s, a, references[a]] for s, a, _ in jobs[len(expected) :]]
@@ -484,6 +492,22 @@ class TestPushing:
             assert (after / f"{STUB_NAME}.py").read_text() == (before / f"{STUB_NAME}.py").read_text()
             assert json.loads((after / "config.json").read_text()) == json.loads((before / "config.json").read_text())
             assert_same_tensors(load_file(after / "model.safetensors"), load_file(before / "model.safetensors"))
+
+    def test_the_code_of_the_cards_runs(self, pushed, monkeypatch):
+        hub, folder, environment = pushed
+        words = {word: index for index, word in enumerate(("<unk>", "The", "lambda", "expression"))}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "tokenizer")
+        code = []
+        for model_type in LANGUAGE_MODELS:
+            files = dict(hub.repositories[f"tester/{model_type}"])
+            files.update({path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()})
+            monkeypatch.setitem(hub.repositories, f"tester/{model_type}", files)
+            code += re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
+        assert len(code) >= len(LANGUAGE_MODELS)
+        output = run("\n".join(code), environment=environment).stdout
+        assert output.count("'generated_text': 'The lambda expression") == len(LANGUAGE_MODELS)
 
     def test_without_the_package_the_user_reads_what_to_install(self, pushed):
         _, _, environment = pushed

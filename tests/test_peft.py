@@ -6,39 +6,28 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import set_seed
 
-from hf_attn.catalog import families
+from hf_attn.catalog import Family, families
+
+from .families import tiny_model
 
 
 peft = pytest.importorskip("peft")
 
-CAUSAL = [family.model_type for family in families() if "AutoModelForCausalLM" in family.models]
-VOCAB = 64
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+CAUSAL = [
+    pytest.param(family, id=family.model_type) for family in families() if "AutoModelForCausalLM" in family.models
+]
 
 
-def tiny_model(model_type: str):
-    """A small model of a family, in eval mode; the fields are those that its configuration has."""
+def causal_model(family: Family):
+    """A small model of a family with the same weights every time, in eval mode."""
     set_seed(0)
-    config_class = type(AutoConfig.for_model(model_type))
-    fields = {name: value for name, value in SIZES.items() if name in config_class.__dataclass_fields__}
-    return AutoModelForCausalLM.from_config(config_class(**fields)).eval()
+    return tiny_model(family, "AutoModelForCausalLM")
 
 
 def token_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(2, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+    return torch.randint(2, 60, shape, generator=torch.Generator().manual_seed(1))
 
 
 def perturbed(model):
@@ -56,9 +45,9 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(ids).logits
 
 
-@pytest.mark.parametrize("model_type", CAUSAL)
-def test_lora_without_target_modules_trains(model_type):
-    base = tiny_model(model_type)
+@pytest.mark.parametrize("family", CAUSAL)
+def test_lora_without_target_modules_trains(family):
+    base = causal_model(family)
     before = copy.deepcopy(base.state_dict())
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM")).train()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -78,27 +67,27 @@ def test_lora_without_target_modules_trains(model_type):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("model_type", CAUSAL)
-def test_adapters_save_load_and_merge(model_type, tmp_path):
+@pytest.mark.parametrize("family", CAUSAL)
+def test_adapters_save_load_and_merge(family, tmp_path):
     ids = token_ids(2, 10)
-    base = logits(tiny_model(model_type), ids)
-    model = perturbed(peft.get_peft_model(tiny_model(model_type), peft.LoraConfig(task_type="CAUSAL_LM"))).eval()
+    base = logits(causal_model(family), ids)
+    model = perturbed(peft.get_peft_model(causal_model(family), peft.LoraConfig(task_type="CAUSAL_LM"))).eval()
     adapted = logits(model, ids)
     assert (adapted - base).abs().max() > 1e-3
     model.save_pretrained(tmp_path)
 
-    loaded = peft.PeftModel.from_pretrained(tiny_model(model_type), tmp_path).eval()
+    loaded = peft.PeftModel.from_pretrained(causal_model(family), tmp_path).eval()
     assert torch.equal(logits(loaded, ids), adapted)
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded, ids), base)
     merged = loaded.merge_and_unload()
-    assert type(merged) is type(tiny_model(model_type))
+    assert type(merged) is type(causal_model(family))
     torch.testing.assert_close(logits(merged, ids), adapted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", CAUSAL)
-def test_adapted_model_generates(model_type):
-    model = perturbed(peft.get_peft_model(tiny_model(model_type), peft.LoraConfig(task_type="CAUSAL_LM"))).eval()
+@pytest.mark.parametrize("family", CAUSAL)
+def test_adapted_model_generates(family):
+    model = perturbed(peft.get_peft_model(causal_model(family), peft.LoraConfig(task_type="CAUSAL_LM"))).eval()
     ids = token_ids(1, 4)
     generated = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     expected = ids
@@ -118,9 +107,9 @@ TUNERS = {
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-@pytest.mark.parametrize("model_type", CAUSAL)
-def test_other_tuners_know_the_family_too(model_type, tuner):
-    model = peft.get_peft_model(tiny_model(model_type), TUNERS[tuner]())
+@pytest.mark.parametrize("family", CAUSAL)
+def test_other_tuners_know_the_family_too(family, tuner):
+    model = peft.get_peft_model(causal_model(family), TUNERS[tuner]())
     ids = token_ids(2, 8)
     model(input_ids=ids, labels=ids).loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
@@ -145,9 +134,9 @@ print(sorted(model.peft_config["default"].target_modules))
 
 @pytest.mark.parametrize("imports", ["import hf_attn, peft", "import peft, hf_attn"])
 def test_a_fresh_process_loads_adapters_whatever_is_imported_first(imports, tmp_path):
-    model_type = CAUSAL[0]
+    (family, *_) = CAUSAL[0].values
     base, adapter, expected = (str(tmp_path / name) for name in ("base", "adapter", "expected.pt"))
-    model = tiny_model(model_type)
+    model = causal_model(family)
     model.save_pretrained(base)
     model = perturbed(peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))).eval()
     model.save_pretrained(adapter)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
 
 from hf_attn.catalog import families
+from tests.families import tiny_config
 from tests.hub_server import HubServer
 
 
@@ -44,21 +45,26 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
-def small_arguments(model_type: str, text_file: Path, output_dir: Path) -> list[str]:
-    known = type(AutoConfig.for_model(model_type)).__dataclass_fields__
-    overrides = [f"{name}={value}" for name, value in SIZES.items() if name in known]
+def common_arguments(text_file: Path, output_dir: Path) -> list[str]:
     return [
-        *("--model_type", model_type, "--config_overrides", *overrides),
         *("--train_file", str(text_file), "--output_dir", str(output_dir)),
         *("--block_size", "32", "--vocab_size", "270", "--learning_rate", "1e-2"),
         *("--disable_tqdm", "true", "--use_cpu", "true", "--report_to", "none"),
     ]
 
 
+def small_arguments(model_type: str, text_file: Path, output_dir: Path) -> list[str]:
+    overrides = [f"{name}={value}" for name, value in SIZES.items()]
+    model = ["--model_type", model_type, "--config_overrides", *overrides]
+    return [*model, *common_arguments(text_file, output_dir)]
+
+
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_a_model_from_scratch_learns(run_clm, model_type, text_file, tmp_path):
+    tiny_config(model_type).save_pretrained(tmp_path / "config")
+    arguments = ["--config_name", str(tmp_path / "config"), *common_arguments(text_file, tmp_path / "out")]
     output = tmp_path / "out"
-    metrics = run_clm.main([*small_arguments(model_type, text_file, output), "--max_steps", "40"])
+    metrics = run_clm.main([*arguments, "--max_steps", "60"])
     assert metrics["eval_loss"] < 0.5 * metrics["eval_unigram_entropy"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert json.loads((output / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
@@ -140,6 +146,37 @@ def test_the_attention_function_reaches_the_model(run_clm, text_file, tmp_path):
                 *("--max_steps", "1", "--attn_implementation", "sdpa"),
             ]
         )
+
+
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_clm.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test", *(["validation"] if with_validation else [])):
+        rows = [{"body": f"{split} {index} " * 9, "title": index} for index in range(20)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data_args = run_clm.DataArguments(dataset_name=str(folder), text_column="body", validation_split_percentage=25)
+    documents = run_clm.load_documents(data_args)
+    assert set(documents) == ({"train", "validation"} if with_validation else {"train"})
+    assert documents["train"]["text"][3] == "train 3 " * 9
+
+    tokenizer = run_clm.train_tokenizer(documents["train"], 300)
+    blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
+    held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
+    if with_validation:
+        assert held_back.startswith("validation 0 validation 0")
+    else:
+        assert "train 19 train 19" in held_back
+        total = len(blocks["train"]) + len(blocks["validation"])
+        assert len(blocks["validation"]) == math.ceil(total * 0.25)
+
+    with pytest.raises(SystemExit, match="has no column 'text'; give one of body, title as --text_column"):
+        run_clm.load_documents(run_clm.DataArguments(dataset_name=str(folder)))
+    (folder / "train.jsonl").unlink()
+    (folder / "validation.jsonl").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="has no split 'train', only test"):
+        run_clm.load_documents(data_args)
 
 
 def test_the_tokenizer_encodes_any_text(run_clm):
