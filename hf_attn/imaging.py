@@ -16,12 +16,13 @@ class ImagePreprocessingMixin:
 
     Attributes:
         image_mean, image_std: normalisation of each channel, for pixels in 0..1.
-        crop_ratio: side of the centre crop over the shortest side of the resized image.
+        crop_ratio: side of the centre crop over the shortest side of the resized image; `None` to resize to `image_size`
+            without a crop.
     """
 
     image_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     image_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
-    crop_ratio: float = 0.875
+    crop_ratio: float | None = 0.875
 
     @property
     def image_height_width(self) -> tuple[int, int]:
@@ -38,8 +39,8 @@ class ImagePreprocessingMixin:
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
     """The image processor that the official evaluation of a model corresponds to.
 
-    Bicubic resize of the shortest side, centre crop to `config.image_size`, normalisation. Saved beside a model with
-    `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
+    Bicubic resize of the shortest side and centre crop to `config.image_size`, or resize of both sides; normalisation.
+    Saved beside a model with `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
 
     Args:
         config: configuration of an image family.
@@ -55,9 +56,12 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
             "model: `AutoImageProcessor.from_pretrained(...)`."
         )
     height, width = config.image_height_width
+    image_size = {"height": height, "width": width}
     return BitImageProcessor(
-        size={"shortest_edge": config.resized_edge},
-        crop_size={"height": height, "width": width},
+        size=image_size if config.crop_ratio is None else {"shortest_edge": config.resized_edge},
+        do_center_crop=config.crop_ratio is not None,
+        crop_size=image_size,
+        do_convert_rgb=config.num_channels == 3,
         resample=3,
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),

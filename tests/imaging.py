@@ -15,6 +15,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     pipeline,
@@ -184,6 +186,39 @@ class ImageFamilyTests:
         assert plain.keys() == checkpointed.keys() and plain
         for name, gradient in plain.items():
             torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+    def test_accumulated_gradients_are_those_of_one_batch(self, tmp_path):
+        """Whether Trainer divides the loss of a micro-batch depends on flags of the model class."""
+        data = [
+            {"pixel_values": image, "labels": label}
+            for image, label in zip(self.get_pixel_values(batch_size=4), (0, 1, 1, 0), strict=True)
+        ]
+        steps = []
+        for batch_size, accumulation in ((4, 1), (1, 4)):
+            model = self.get_model()
+            # Dropout and the statistics of a batch would differ between the two.
+            model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                max_steps=1,
+                learning_rate=1e-2,
+                optim="sgd",
+                max_grad_norm=1e9,
+                lr_scheduler_type="constant",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            )
+            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            Trainer(model=model, args=arguments, train_dataset=data).train()
+            steps.append({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+        largest = max(step.abs().max().item() for step in steps[0].values())
+        assert largest > 0
+        for name, step in steps[0].items():
+            torch.testing.assert_close(steps[1][name], step, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
     def test_compile(self):
         if not self.fullgraph:
