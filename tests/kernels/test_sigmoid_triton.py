@@ -55,7 +55,7 @@ def test_compiles_ahead_of_time(target, head_dim, dtype, mask, has_alibi, monkey
 
 
 @pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "bf16"), (256, "fp32"), (16, "fp16")])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "bf16"), (16, "fp16")])
 def test_extreme_head_dims_fit(kernel, head_dim, dtype, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
     import sigmoid_triton_aot as aot
