@@ -172,12 +172,13 @@ def _read_config(path: Path) -> dict:
 
 def _quickstart(options: argparse.Namespace) -> None:
     from .assets import AssetError
+    from .output_folder import OutputFolderError
     from .quickstart import quickstart
 
     arguments = {} if options.steps is None else {"steps": options.steps}
     try:
         quickstart(options.output, **arguments)
-    except (AssetError, ImportError) as error:
+    except (AssetError, ImportError, OutputFolderError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -158,7 +158,7 @@ def test_report_tells_what_ran_and_why_not(tmp_path):
     path = tmp_path / "test_written.py"
     path.write_text(textwrap.dedent(source))
     selection = "test_training or test_model_is_small or test_logits_to_keep"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.conftest", "-n", "2", "-k", selection]
+    options = ["-q", "-p", "no:cacheprovider", "-ra", "-p", "tests.conftest", "-n", "2", "-k", selection]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", str(path), *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -167,4 +167,6 @@ def test_report_tells_what_ran_and_why_not(tmp_path):
     heading = next(i for i, line in enumerate(lines) if "transformers' common model tests" in line)
     assert lines[heading + 1] == "echo_att: 4 ran, 3 passed, 1 failed, 1 skipped", result.stdout
     assert lines[heading + 2] == "      1 skipped: told so"
+    assert "1 failed, " in lines[-1] and "1 skipped" in lines[-1]
+    assert "SKIPPED" not in result.stdout
     assert result.returncode == 1

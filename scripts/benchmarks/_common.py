@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,17 @@ def alternating_medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes by which the resident set of this process rises at most while ``function`` runs (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, such as that of the imports
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def run_fresh(script: str | Path, *arguments: object) -> dict:

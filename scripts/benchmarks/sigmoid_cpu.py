@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, peak_rss, print_table, run_fresh, write_json
+from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
 from torch.nn import functional as F
 
 from hf_attn.attention.sigmoid import sigmoid_attention_eager
@@ -68,9 +68,7 @@ def peak_beyond_inputs(arguments: argparse.Namespace) -> None:
     # Libraries allocate their own memory at the first call.
     run(attention, make_inputs(64, arguments.heads, arguments.head_dim, arguments.dtypes[0]), causal=False)
     inputs = make_inputs(arguments.lengths[0], arguments.heads, arguments.head_dim, arguments.dtypes[0])
-    before = peak_rss()
-    run(attention, inputs, causal=False)
-    print(json.dumps({"bytes": peak_rss() - before}))
+    print(json.dumps({"bytes": peak_memory(lambda: run(attention, inputs, causal=False))}))
 
 
 def measure_peaks(length: int, dtype: str, arguments: argparse.Namespace) -> dict[str, float]:
