@@ -191,8 +191,22 @@ _PAPERS = (
         slug="tnt",
         title="Transformer in Transformer",
         arxiv="2103.00112",
-        becomes="image family",
+        becomes="image family and single-stride backbone",
         code="huawei-noah/Efficient-AI-Backbones",
+        available=True,
+        families=(
+            Family(
+                model_type="tnt",
+                config="TNTConfig",
+                models={
+                    "AutoModel": "TNTModel",
+                    "AutoModelForImageClassification": "TNTForImageClassification",
+                    "AutoBackbone": "TNTBackbone",
+                },
+                peft=("qk_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="shvit",
@@ -242,6 +256,20 @@ _PAPERS = (
         arxiv="2309.11523",
         becomes="image family and backbone, Manhattan self-attention",
         code="qhfan/RMT",
+        available=True,
+        families=(
+            Family(
+                model_type="rmt",
+                config="RMTConfig",
+                models={
+                    "AutoModel": "RMTModel",
+                    "AutoModelForImageClassification": "RMTForImageClassification",
+                    "AutoBackbone": "RMTBackbone",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="ninformer",

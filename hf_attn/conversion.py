@@ -59,13 +59,6 @@ class StateDict(Mapping):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def unwrap(self, *names: str) -> None:
-        """Go down to the weights of a training checkpoint, which it holds under the first of these names it has."""
-        for name in names:
-            if isinstance(self._tensors.get(name), Mapping):
-                self._tensors = dict(self._tensors[name])
-                return
-
     @property
     def left_over(self) -> list[str]:
         return sorted(set(self._tensors) - self.taken)

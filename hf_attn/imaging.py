@@ -16,7 +16,7 @@ class ImagePreprocessingMixin:
 
     Attributes:
         image_mean, image_std: normalisation of each channel, for pixels in 0..1.
-        crop_ratio: side of the centre crop over the shortest side of the resized image; `None` to resize to a square
+        crop_ratio: side of the centre crop over the shortest side of the resized image; `None` to resize to `image_size`
             without a crop.
     """
 
@@ -25,9 +25,15 @@ class ImagePreprocessingMixin:
     crop_ratio: float | None = 0.875
 
     @property
+    def image_height_width(self) -> tuple[int, int]:
+        """`image_size`, which is one number for square images."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
     def resized_edge(self) -> int:
         """Shortest side that images are resized to before the crop to `image_size`."""
-        return int(self.image_size / self.crop_ratio)
+        return int(max(self.image_height_width) / self.crop_ratio)
 
 
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
@@ -49,11 +55,12 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
             f"{type(config).__name__} does not say how its images are prepared. Use the image processor saved with the "
             "model: `AutoImageProcessor.from_pretrained(...)`."
         )
-    square = {"height": config.image_size, "width": config.image_size}
+    height, width = config.image_height_width
+    image_size = {"height": height, "width": width}
     return BitImageProcessor(
-        size=square if config.crop_ratio is None else {"shortest_edge": config.resized_edge},
+        size=image_size if config.crop_ratio is None else {"shortest_edge": config.resized_edge},
         do_center_crop=config.crop_ratio is not None,
-        crop_size=square,
+        crop_size=image_size,
         do_convert_rgb=config.num_channels == 3,
         resample=3,
         image_mean=list(config.image_mean),

@@ -57,11 +57,10 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     """Convert either layout; see :func:`hf_attn.conversion.from_official`.
 
     Args:
-        official: weights, bare or as the released files hold them, under `model` or `state_dict`.
+        official: weights in either layout.
         config: not needed, the weights say it all; if there are official constructor arguments (`embed_dim`, `depth`,
             `partial_dim`, `qk_dim`, `types`, `in_chans`, `num_classes`, `distillation`), they have to agree.
     """
-    official.unwrap("model", "state_dict")
     state = {our_name(name): official[name] for name in official}
     arguments = _read_arguments(state)
     variant = next(

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -30,18 +31,27 @@ def _check_foldable(layer: nn.Module, kind: type[nn.Module]) -> None:
         )
 
 
+def _set_weights(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    dtype = layer.weight.dtype
+    layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+
+
 def _batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """The affine map `(scale, shift)` that a BatchNorm is in evaluation, in double precision."""
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
-class SHViTConvNorm(nn.Module):
-    """Convolution without bias and BatchNorm, or, once fused, the one convolution that both amount to.
+class SHViTBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose weight starts at `initial_weight`; 0 lets a residual branch that ends in it start as nothing."""
 
-    Args:
-        norm_weight: initial weight of the BatchNorm; 0 lets the residual block that ends in it start as identity.
-    """
+    def __init__(self, num_features: int, eps: float, initial_weight: float):
+        super().__init__(num_features, eps=eps)
+        self.initial_weight = initial_weight
+
+
+class SHViTConvNorm(nn.Module):
+    """Convolution without bias and BatchNorm, or, once fused, the one convolution that both amount to."""
 
     def __init__(
         self,
@@ -55,11 +65,12 @@ class SHViTConvNorm(nn.Module):
     ):
         super().__init__()
         self.fused = config.fused
-        self.norm_weight = norm_weight
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=config.fused
         )
-        self.norm = nn.Identity() if config.fused else nn.BatchNorm2d(out_channels, eps=config.batch_norm_eps)
+        self.norm = nn.Identity()
+        if not config.fused:
+            self.norm = SHViTBatchNorm(out_channels, config.batch_norm_eps, initial_weight=norm_weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(hidden_states))
@@ -70,12 +81,9 @@ class SHViTConvNorm(nn.Module):
         scale, shift = _batch_norm_affine(self.norm)
         return self.conv.weight.double() * scale[:, None, None, None], shift
 
-    @torch.no_grad()
-    def fuse(self) -> None:
-        weight, bias = self.fused_weights()
-        dtype = self.conv.weight.dtype
-        self.conv.weight = nn.Parameter(weight.to(dtype))
-        self.conv.bias = nn.Parameter(bias.to(dtype))
+    def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Become the convolution with this weight and bias."""
+        _set_weights(self.conv, weight, bias)
         self.norm = nn.Identity()
         self.fused = True
 
@@ -233,7 +241,7 @@ class SHViTEmbeddings(nn.Module):
         self.layers = nn.ModuleList(
             [
                 SHViTConvNorm(config, in_channels, out_channels, kernel_size=3, stride=2)
-                for in_channels, out_channels in zip(widths, widths[1:], strict=False)
+                for in_channels, out_channels in pairwise(widths)
             ]
         )
 
@@ -257,13 +265,16 @@ class SHViTClassifier(nn.Module):
     def forward(self, pooled_output: torch.Tensor) -> torch.Tensor:
         return self.dense(self.norm(pooled_output))
 
-    @torch.no_grad()
-    def fuse(self) -> None:
+    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the fused linear layer, in double precision."""
         _check_foldable(self.dense, nn.Linear)
         scale, shift = _batch_norm_affine(self.norm)
-        weight, bias, dtype = self.dense.weight.double(), self.dense.bias.double(), self.dense.weight.dtype
-        self.dense.weight = nn.Parameter((weight * scale).to(dtype))
-        self.dense.bias = nn.Parameter((bias + weight @ shift).to(dtype))
+        weight = self.dense.weight.double()
+        return weight * scale, self.dense.bias.double() + weight @ shift
+
+    def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Become the linear layer with this weight and bias."""
+        _set_weights(self.dense, weight, bias)
         self.norm = nn.Identity()
 
 
@@ -301,8 +312,8 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-        if isinstance(module, SHViTConvNorm) and not module.fused:
-            init.constant_(module.norm.weight, module.norm_weight)
+        if isinstance(module, SHViTBatchNorm):
+            init.constant_(module.weight, module.initial_weight)
 
     def train(self, mode: bool = True):
         """Switch between training and evaluation.
@@ -317,6 +328,7 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
             )
         return super().train(mode)
 
+    @torch.no_grad()
     def fuse(self):
         """Fold every BatchNorm into its convolution or linear layer, in place: the same function, faster.
 
@@ -334,8 +346,9 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
         if self.training:
             raise ValueError("Only a model in evaluation mode can be fused. Call `model.eval()` first.")
         parts = [module for module in self.modules() if isinstance(module, SHViTConvNorm | SHViTClassifier)]
-        for part in parts:
-            part.fuse()
+        # All weights first, so that a layer that cannot be fused leaves the model as it is.
+        for part, weights in [(part, part.fused_weights()) for part in parts]:
+            part.fuse(*weights)
         self.config.fused = True
         return self
 
