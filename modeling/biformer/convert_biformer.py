@@ -44,7 +44,6 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         config: constructor arguments of `BiFormer`, `BiFormerSTL` or `nchwBiFormerSTL`; those of the published variant with
             the same layout, depths and widths if there are none.
     """
-    official.unwrap("model", "state_dict")
     family_config = _config(official, config)
     is_backbone = "extra_norms.0.weight" in official
     prefix = "" if is_backbone else "biformer."
@@ -102,7 +101,8 @@ def _config(official: StateDict, config: dict) -> BiFormerConfig:
         if config.get(name, served[0]) not in served:
             raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
 
-    mode = config.get("kv_downsample_mode", "ada_avgpool") if layout != "stl_nchw" else "identity"
+    # Pooling is an option of the first layout, where it is on by default.
+    mode = config.get("kv_downsample_mode", "ada_avgpool" if layout == "biformer" else "identity")
     return BiFormerConfig(
         layout=layout,
         num_channels=config.get("in_chans", 3),
@@ -117,7 +117,7 @@ def _config(official: StateDict, config: dict) -> BiFormerConfig:
         before_attn_dwconv=config.get("before_attn_dwconv", 3) if layout == "biformer" else 0,
         auto_pad=config.get("auto_pad", False),
         kv_pool=None if mode == "identity" else mode,
-        kv_per_wins=config.get("kv_per_wins"),
+        kv_per_wins=config.get("kv_per_wins", [2, 2, -1, -1]),
         kv_downsample_ratios=config.get("kv_downsample_ratios"),
         soft_routing=config.get("soft_routing", False),
         diff_routing=config.get("diff_routing", False),

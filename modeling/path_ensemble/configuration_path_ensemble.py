@@ -21,7 +21,8 @@ class PathEnsembleConfig(HubConfigMixin, ViTConfig):
         pruned_paths (`list[int]`): paths, counted from 0 (the embeddings), that the classifier does not see. Later layers
             see them all the same.
         ensemble_scale (`str`, *optional*): learned weights of the paths (EnsembleScale): `"channel"` for one of each
-            channel, `"scalar"` for one of each path; none if not given.
+            channel, `"scalar"` for one of each path; none if not given. Like other scales they want no weight decay,
+            which Trainer does not know.
         ensemble_scale_init_value (`float`): their initial value; with 1 the model starts as the base.
         distillation_logits_weight (`float`): weight in the loss of the divergence of the shorter paths' own predictions
             from the teacher's.

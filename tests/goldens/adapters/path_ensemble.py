@@ -37,7 +37,8 @@ def run(case: Case) -> dict[str, torch.Tensor]:
         "logits_single_path": each.alone,
         "kl_to_longest": path_divergence(each.alone[:-1], each.alone[-1], temperature),
         "mse_to_longest": path_distance(outputs.paths[:-1], outputs.paths[-1]),
-        **_scaled(case, pixel_values),
+        **(_scaled(case, pixel_values) if "ensemble_scale" in case.arrays else {}),
+        **(_scaled_branches(case, pixel_values) if "ensemble_scale_branch" in case.arrays else {}),
     }
 
 
@@ -48,8 +49,10 @@ def _scaled(case: Case, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     (logits * case.input("projection")).sum().backward()
     results = {"logits_scaled": logits, "grad_ensemble_scale": model.vit.ensemble_scale.grad}
     model.prune([0])
-    results["logits_scaled_drop_first1"] = model(pixel_values).logits
+    return results | {"logits_scaled_drop_first1": model(pixel_values).logits}
 
+
+def _scaled_branches(case: Case, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     model = _model(case, ensemble_scale="channel", granularity="branch")
     model.vit.ensemble_scale.data.copy_(case.input("ensemble_scale_branch"))
-    return results | {"logits_scaled_branch": model(pixel_values).logits}
+    return {"logits_scaled_branch": model(pixel_values).logits}
