@@ -154,6 +154,7 @@ class PathEnsemblePreTrainedModel(HubModelMixin, ViTPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeiTEmbeddings):
+            # transformers starts them at zero, with which nothing tells one patch from another.
             for parameter in (module.cls_token, module.distillation_token, module.position_embeddings):
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, PathEnsembleLayer) and module.attention_scale is not None:
@@ -244,13 +245,14 @@ class PathEnsembleModel(PathEnsemblePreTrainedModel):
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+        # The plain model, without a rounding more, where nothing is changed.
+        is_plain = not self.config.pruned_paths and self.ensemble_scale is None
         paths = [hidden_states]
         for layer in self.layers:
             hidden_states, attention, mlp = layer(hidden_states, attention_mask, **kwargs)
-            paths += [attention, mlp] if self.config.granularity == "branch" else [attention + mlp]
-        # The plain model, without a rounding more, where nothing is changed.
-        changed = self.config.pruned_paths or self.ensemble_scale is not None
-        ensemble = self.combine(paths) if changed else hidden_states
+            if output_paths or not is_plain:
+                paths += [attention, mlp] if self.config.granularity == "branch" else [attention + mlp]
+        ensemble = hidden_states if is_plain else self.combine(paths)
         tokens, pooled = self.read_out(ensemble)
         return PathEnsembleModelOutput(
             last_hidden_state=tokens,

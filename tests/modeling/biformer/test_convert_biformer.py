@@ -74,6 +74,30 @@ def test_dense_backbone():
         torch.testing.assert_close(feature.permute(0, 2, 3, 1), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_channels_last_code_of_the_swin_layout():
+    """The weights of the other code with its names; both agree where regions divide the map, up to full attention."""
+    weights = {}
+    for name, tensor in NCHW.weights.items():
+        if name.startswith("stages.3.blocks.0.attn.lepe"):
+            continue
+        name = name.replace("qkv_linear", "qkv.qkv").replace("output_linear", "wo")
+        is_linear = name.endswith("weight") and any(part in name for part in (".attn.qkv", ".wo", ".proj", ".mlp."))
+        weights[name] = tensor.flatten(1) if is_linear else tensor
+    model = from_official("biformer", weights, config=NCHW.config)
+    assert model.config.layout == "stl" and model.config.kv_pool is None
+    with torch.no_grad():
+        features = model(NCHW.arrays["pixel_values"], output_hidden_states=True).hidden_states[1:]
+    for stage in range(3):
+        torch.testing.assert_close(features[stage], NCHW.arrays[f"feature_{stage}"], rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(features[3], NCHW.arrays["feature_3"], atol=1e-3)
+
+
+def test_missing_argument_is_named():
+    config = {name: value for name, value in LEGACY.config.items() if name != "topks"}
+    with pytest.raises(ConversionError, match="topks"):
+        from_official("biformer", LEGACY.weights, config=config)
+
+
 @pytest.mark.parametrize("case", [LEGACY, NCHW], ids=lambda case: case.name)
 def test_leftovers_and_gaps_are_named(case):
     with pytest.raises(ConversionError, match=r"stages\.0\.surprise"):
