@@ -71,5 +71,5 @@ def test_bad_input(model, dataset):
     base = randomize(
         ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16))
     )
-    with pytest.raises(ValueError, match="has no paths.*from_base"):
+    with pytest.raises(ValueError, match=r"has no paths.*from_base"):
         path_scores(base, dataset, progress=False)
