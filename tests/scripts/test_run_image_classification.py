@@ -109,7 +109,7 @@ def test_mixed_labels_and_smoothing(script, image_folder, tmp_path):
         arguments(
             tmp_path / "out",
             *("--dataset_name", image_folder, "--mixup_alpha", 0.2),
-            *("--label_smoothing_factor", 0.1, "--num_train_epochs", 20, "--per_device_train_batch_size", 8),
+            *("--label_smoothing_factor", 0.1, "--num_train_epochs", 40, "--per_device_train_batch_size", 8),
             *("--augmentation", "none"),
         )
     )
