@@ -178,13 +178,37 @@ class ScriptTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
     dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave the last batch out if it is smaller; BatchNorm fails on one image."}
+        default=True,
+        metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
-    """Writes the model card of the family, and takes labels that mixup and CutMix have mixed."""
+    """Writes the model card of the family, and trains on batches that mixup and CutMix have mixed.
+
+    Args:
+        train_collator: makes the batches of the training; those of the evaluation are made by `data_collator`.
+    """
+
+    def __init__(self, *args, train_collator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator
+
+    def get_train_dataloader(self):
+        data_collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = data_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # `dataloader_drop_last` is meant for the training; here it would leave images out of the metrics.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs["labels"].ndim == 1:
@@ -444,12 +468,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         eval_dataset=with_pixel_values(images["validation"], eval_transform),
         processing_class=processor,
         data_collator=default_data_collator,
+        train_collator=make_collator(data_args, model.config.num_labels),
         compute_metrics=accuracy,
     )
     if training_args.do_train:
-        trainer.data_collator = make_collator(data_args, model.config.num_labels)
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.data_collator = default_data_collator
         trainer.save_model()
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)

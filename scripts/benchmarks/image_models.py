@@ -6,7 +6,8 @@ For each family: parameters, multiply-accumulates of one image, images a second 
 memory of a fresh process beyond the loaded model, and how time grows from 224 to 512 pixels (the pixels grow by 5.2). The
 peer is the ViT of timm (`vit_*`, `deit_*`) with the nearest number of multiply-accumulates at the size of the family;
 `speed` is the family's images a second over the peer's at equal work: a speed of 1 means as many multiply-accumulates a
-second as the peer. Medians of alternating calls, float32, random weights.
+second as the peer. `vs_eager` is the time of the forward pass with the attention written out, as in the papers' own code,
+over that of the default. Medians of alternating calls, float32, random weights.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import timm
 import torch
-from _common import alternating_medians, peak_rss, print_table, run_fresh, write_json
+from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
@@ -72,9 +73,7 @@ def peak_of_forward(model_type: str, batch_size: int) -> None:
     model = AutoModelForImageClassification.from_config(config).eval()
     infer(model, images(config, 1))
     pixel_values = images(config, batch_size)
-    before = peak_rss()
-    infer(model, pixel_values)
-    print(json.dumps({"bytes": peak_rss() - before}))
+    print(json.dumps({"bytes": peak_memory(lambda: infer(model, pixel_values))}))
 
 
 def growth(model_type: str, config, repeats: int) -> float | None:
@@ -102,8 +101,8 @@ def measure(model_type: str, arguments: argparse.Namespace) -> dict[str, object]
     variant, config = smallest_config(model_type)
     model = AutoModelForImageClassification.from_config(config).eval()
     # The counter knows the matrix products of this implementation.
-    counted = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
-    cost = macs(counted, images(config, 1))
+    written_out = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
+    cost = macs(written_out, images(config, 1))
     peers = {name: timm.create_model(name, img_size=config.image_size).eval() for name in PEERS}
     peer_costs = {name: macs(peer, images(config.image_size, 1)) for name, peer in peers.items()}
     peer = min(peers, key=lambda name: abs(peer_costs[name] - cost))
@@ -119,9 +118,13 @@ def measure(model_type: str, arguments: argparse.Namespace) -> dict[str, object]
     }
     for name, run in (("forward", infer), ("train", train_step)):
         calls = {"ours": partial(run, model, batch), "peer": partial(run, peers[peer], peer_batch)}
+        if name == "forward":
+            calls["eager"] = partial(run, written_out, batch)
         seconds = alternating_medians(calls, arguments.repeats)
         row[f"{name}_img_s"] = arguments.batch_size / seconds["ours"]
         row[f"{name}_speed"] = seconds["peer"] / seconds["ours"] * cost / peer_costs[peer]
+        if name == "forward":
+            row["vs_eager"] = seconds["eager"] / seconds["ours"]
     peak = run_fresh(__file__, "--measure-peak", model_type, "--batch-size", arguments.batch_size)
     row["peak_mib"] = peak["bytes"] / 2**20
     row["growth_512"] = None if config.image_size != 224 else growth(model_type, config, arguments.repeats)
