@@ -142,8 +142,15 @@ class TestBadInput:
 
     def test_sequence_length_of_another_image(self):
         config = {
-            **{"image_size": 16, "patch_size": 4, "in_channels": 3, "num_classes": 3, "dropout": 0.0},
-            **{"d_model": 24, "d_ffn": 40, "num_layers": 2, "seq_len": 64},
+            "image_size": 16,
+            "patch_size": 4,
+            "in_channels": 3,
+            "num_classes": 3,
+            "dropout": 0.0,
+            "d_model": 24,
+            "d_ffn": 40,
+            "num_layers": 2,
+            "seq_len": 64,
         }
         with pytest.raises(ConversionError, match=r"seq_len=64.*16 tokens"):
             from_official("ninformer", {"patcher.bias": torch.zeros(24)}, config=config)
