@@ -422,6 +422,12 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
     config_class = type(AutoConfig.for_model(model_args.model_type))
     overrides = parse_overrides(model_args.config_overrides, config_class)
     if model_args.variant is not None:
+        variants = getattr(config_class, "variants", {})
+        if model_args.variant not in variants:
+            raise SystemExit(
+                f"run_image_classification.py: {model_args.model_type} has no variant {model_args.variant!r}; its "
+                f"variants: {', '.join(variants) or 'none'}"
+            )
         config = config_class.from_variant(model_args.variant, **labels, **overrides)
         processor = image_processor_for(config)
     else:
