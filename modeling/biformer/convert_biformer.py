@@ -20,7 +20,7 @@ _BLOCK = {
     "attn.output_linear": "attention.proj",
     "attn.proj": "attention.proj",
     "attn.lepe": "attention.lepe",
-    "attn.router.emb": "attention.router.proj",
+    "attn.router.emb": "attention.router.linear",
     "attn.1": "attention.fc1",
     "attn.2": "attention.depthwise_conv",
     "attn.3": "attention.fc2",

@@ -129,7 +129,7 @@ class BiFormerRouter(nn.Module):
         self.topk = config.topks[stage]
         self.scaling = qk_dim**-0.5
         self.is_differentiable = config.diff_routing
-        self.proj = nn.Linear(qk_dim, qk_dim) if config.param_routing else None
+        self.linear = nn.Linear(qk_dim, qk_dim) if config.param_routing else None
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score mean queries against mean keys, each `(batch, regions, qk_dim)`.
@@ -139,8 +139,8 @@ class BiFormerRouter(nn.Module):
         """
         if not self.is_differentiable:
             query, key = query.detach(), key.detach()
-        if self.proj is not None:
-            weight, bias = self.proj.weight.to(query.dtype), self.proj.bias.to(query.dtype)
+        if self.linear is not None:
+            weight, bias = self.linear.weight.to(query.dtype), self.linear.bias.to(query.dtype)
             query, key = (nn.functional.linear(tensor, weight, bias) for tensor in (query, key))
         scores, index = torch.topk(query * self.scaling @ key.transpose(1, 2), self.topk, dim=-1)
         return scores.softmax(dim=-1), index

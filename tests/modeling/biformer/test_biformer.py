@@ -250,7 +250,7 @@ def test_routing_has_no_gradient_unless_asked_for():
         assert seen[0].requires_grad == has_gradient
         assert attention.qkv.weight.grad[:32].abs().min() > 0
         if has_gradient:
-            assert attention.router.proj.weight.grad.abs().max() > 0
+            assert attention.router.linear.weight.grad.abs().max() > 0
 
 
 def test_soft_routing_weighs_keys_and_values():

@@ -92,6 +92,20 @@ def test_channels_last_code_of_the_swin_layout():
     assert not torch.allclose(features[3], NCHW.arrays["feature_3"], atol=1e-3)
 
 
+def test_routing_with_weights_of_its_own():
+    weights = dict(LEGACY.weights)
+    for stage, width in enumerate(LEGACY.config["embed_dim"][:3]):
+        for layer in range(LEGACY.config["depth"][stage]):
+            router = f"stages.{stage}.{layer}.attn.router.emb."
+            # The identity chooses the regions that there are without it.
+            weights |= {f"{router}weight": torch.eye(width), f"{router}bias": torch.zeros(width)}
+    options = {"soft_routing": True, "diff_routing": True, "param_routing": True}
+    model = from_official("biformer", weights, config={**LEGACY.config, **options})
+    with torch.no_grad():
+        outputs = model(LEGACY.arrays["pixel_values"], output_routing_indices=True)
+    assert len(outputs.routing_indices) == 4 and outputs.logits.isfinite().all()
+
+
 def test_missing_argument_is_named():
     config = {name: value for name, value in LEGACY.config.items() if name != "topks"}
     with pytest.raises(ConversionError, match="topks"):
