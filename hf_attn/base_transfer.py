@@ -11,12 +11,14 @@ class BaseReport:
     """What became of the tensors of a base model.
 
     Attributes:
+        base: Hub id or folder of the base, empty if a model object without one was given.
         kept: names of tensors taken over as they are.
         dropped: names of base tensors that the new model has no place for, by design.
         new: names of tensors that the base did not have.
         kept_parameters, dropped_parameters, new_parameters: the numbers of their elements.
     """
 
+    base: str
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...]
@@ -93,6 +95,7 @@ class FromBaseMixin:
             model.generation_config = base.generation_config
         state = model.state_dict()
         model.base_report = BaseReport(
+            base=base.config.name_or_path or "",
             kept=tuple(kept_state),
             dropped=dropped,
             new=new,

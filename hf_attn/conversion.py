@@ -61,6 +61,16 @@ class ConversionError(ValueError):
     """A checkpoint does not fit: keys are left over, keys are missing, shapes differ, or the file cannot be read."""
 
 
+class OfficialArguments(dict):
+    """Official constructor arguments; one that is needed and not there is a :class:`ConversionError`."""
+
+    def __missing__(self, key: str):
+        raise ConversionError(
+            f"The official configuration has no {key!r}, which the converter needs; it has "
+            f"{', '.join(map(str, self)) or 'nothing'}."
+        )
+
+
 def _names(keys: Iterable[str], limit: int = 12) -> str:
     keys = sorted(keys)
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
@@ -166,7 +176,7 @@ def from_official(
     else:
         source, tensors = "The state dict", state_dict_or_path
     official = StateDict(tensors)
-    converted = import_module(paper.converter_module).convert_official(official, dict(config or {}))
+    converted = import_module(paper.converter_module).convert_official(official, OfficialArguments(config or {}))
     left_over = set(official.left_over) - set(converted.dropped)
     if left_over:
         raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")

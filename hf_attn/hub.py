@@ -3,9 +3,16 @@
 Someone who has the package installed but did not import it loads such a folder with ``trust_remote_code=True``; someone
 who has not installed it is told by transformers which package to install. Both are written by ``save_pretrained``, so
 that whatever saves or pushes a model (``push_to_hub``, ``Trainer``) carries them along.
+
+``save_pretrained`` and ``push_to_hub`` write a card where there is none; one that a folder or a repository has already is
+kept. For that :class:`HubModelMixin` extends ``PushToHubMixin._upload_modified_files``, a private name of transformers:
+the public ways to push put a generic card in the place of ours.
 """
 
 import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -15,10 +22,12 @@ from .catalog import Family, Paper, find_family
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 STUB_NAME = "modeling_hf_attn"
+CARD_NAME = "README.md"
 
 _STUB = Template('''\
 """Loads this model through the hf_attn package (`pip install hf_attn`); it holds no code of its own."""
@@ -30,6 +39,20 @@ from $model_module import $models
 
 __all__ = [$names]
 ''')
+
+#: Auto class -> task of the Hub. A model without a head is a feature extractor, whatever its family is for.
+_PIPELINE_TAGS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageToImage": "image-to-image",
+    "AutoBackbone": "image-feature-extraction",
+}
+_HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}
+
+#: fields of a configuration that say little about the model; the labels of a classifier can be thousands
+_BOOKKEEPING = ("architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
 
 
 def auto_map(family: Family) -> dict[str, str]:
@@ -53,34 +76,154 @@ def write_stub(folder: str | Path, family: Family) -> None:
     (folder / f"{STUB_NAME}.py").write_text(stub, encoding="utf-8")
 
 
-def model_card(model: "PreTrainedModel", repo_id: str | None = None) -> str:
+def model_card(
+    model: "nn.Module",
+    repo_id: str | None = None,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    evaluation: Mapping[str, float] | None = None,
+    training: Mapping[str, object] | None = None,
+) -> str:
     """Text of a model's card: the template of its paper, filled with what the model is.
 
     Args:
-        model: a model of one of the families.
+        model: a model of one of the families; wrappers (``torch.compile``, distributed training, PEFT) are looked through.
         repo_id: name of the repository or folder that users load it from.
+        base_model: Hub id of the model that it was made from; the one that it was loaded from, if that is known.
+        license: licence of the weights, as a key of the Hub. If it is not given and there is a base model, the card
+            refers to the base model's licence; else it is that of the template.
+        language: ISO codes of the languages.
+        datasets: Hub ids of the data sets of training.
+        tags: tags besides those of the template.
+        evaluation: name of a metric -> value, in the words in which a reader should see them.
+        training: name of a hyperparameter -> value.
+
+    Raises:
+        ValueError: if the model belongs to no family of this package.
     """
+    from huggingface_hub import ModelCard
+
+    model = _unwrap(model)
     paper, family = find_family(model.config.model_type)
+    facts = _facts(model, paper, family, repo_id)
     template = resources.files("hf_attn.model_cards").joinpath(f"{paper.slug}.md").read_text(encoding="utf-8")
-    return Template(template).substitute(_facts(model, paper, family, repo_id))
+    card = ModelCard(Template(template).substitute(facts))
+
+    base_model = base_model or _base_model(model)
+    if base_model is not None and base_model != repo_id:
+        card.data.base_model = base_model
+        if license is None:
+            card.data.license = "other"
+            card.data.license_name = "as-the-base-model"
+            card.data.license_link = f"https://huggingface.co/{base_model}"
+    if license is not None:
+        card.data.license = license
+    if language is not None:
+        card.data.language = language
+    if datasets:
+        card.data.datasets = list(datasets)
+    card.data.pipeline_tag = facts["pipeline_tag"] or card.data.pipeline_tag
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+
+    text, citation, rest = str(card).partition("## Citation")
+    if evaluation:
+        text += "## Evaluation\n\n" + _table(("Metric", "Value"), evaluation)
+    if training:
+        text += "## Training\n\n" + _table(("Hyperparameter", "Value"), training)
+    return text + citation + rest
+
+
+def write_model_card(folder: str | Path, model: "nn.Module", repo_id: str | None = None, **facts) -> Path:
+    """Write a model's card into a folder, over one that is there.
+
+    ``save_pretrained`` writes a card by itself; this is for those who know more about the model than the model does.
+
+    Args:
+        folder: where the model has been saved.
+        model: the model.
+        repo_id: name of the repository that users load it from.
+        facts: what else is known, see :func:`model_card`.
+
+    Returns:
+        Path of the card.
+    """
+    card = Path(folder) / CARD_NAME
+    card.write_text(model_card(model, repo_id, **facts), encoding="utf-8")
+    return card
+
+
+def _unwrap(model: "nn.Module") -> "PreTrainedModel":
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _facts(model: "PreTrainedModel", paper: Paper, family: Family, repo_id: str | None) -> dict[str, str]:
-    config = {
-        key: value
-        for key, value in model.config.to_diff_dict().items()
-        if key not in ("auto_map", "transformers_version", "dtype", "architectures")
-    }
+    auto_class, model_class = _classes(model, family)
+    headless = auto_class == "AutoModel" and len(family.models) > 1
+    tag = _HEADLESS_TAGS.get(model.main_input_name, "feature-extraction") if headless else None
     return {
         "repo_id": repo_id or f"your-name/{family.model_type}",
+        "name": (repo_id or model_class).rsplit("/", 1)[-1],
         "title": paper.title,
         "arxiv": paper.arxiv,
-        "model_class": type(model).__name__,
+        "auto_class": auto_class,
+        "model_class": model_class,
         "model_type": family.model_type,
+        "pipeline_tag": tag or _PIPELINE_TAGS.get(auto_class, ""),
         "num_parameters": f"{model.num_parameters():,}",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "config": json.dumps(config, indent=2, sort_keys=True, default=str),
+        "config": json.dumps(_changed_fields(model.config), indent=2, sort_keys=True, default=str),
     }
+
+
+def _changed_fields(config: "PreTrainedConfig") -> dict[str, object]:
+    """Fields of a configuration that differ from the defaults of its class."""
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config)
+    }
+    return {
+        name: value
+        for name, value in config.to_diff_dict().items()
+        if name in defaults and name not in _BOOKKEEPING and value != defaults[name]
+    }
+
+
+def _classes(model: "PreTrainedModel", family: Family) -> tuple[str, str]:
+    """Auto class and class of a model; sharded training and users make subclasses of it."""
+    auto_classes = {model_class: auto_class for auto_class, model_class in family.models.items()}
+    for parent in type(model).__mro__:
+        if parent.__name__ in auto_classes:
+            return auto_classes[parent.__name__], parent.__name__
+    return "AutoModel", type(model).__name__
+
+
+def _base_model(model: "PreTrainedModel") -> str | None:
+    """Hub id that a model was made or loaded from, as far as it is known and not a folder."""
+    source = getattr(getattr(model, "base_report", None), "base", None) or model.config.name_or_path or ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+        return source
+    return None
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    lines += [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in rows.items()]
+    return "\n".join(lines) + "\n\n"
+
+
+def _family_of(config: "PreTrainedConfig") -> Family | None:
+    """Family of a configuration; none for a user's own model type derived from one of ours."""
+    try:
+        return find_family(config.model_type)[1]
+    except ValueError:
+        return None
 
 
 class HubConfigMixin:
@@ -92,22 +235,97 @@ class HubConfigMixin:
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Save the configuration and its stub; see transformers' `PreTrainedConfig.save_pretrained`."""
-        _, family = find_family(self.model_type)
-        write_stub(save_directory, family)
-        self.auto_map = auto_map(family)
+        family = _family_of(self)
+        if family is not None:
+            write_stub(save_directory, family)
+            self.auto_map = auto_map(family)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 class HubModelMixin:
     """Model that writes its model card beside its weights."""
 
+    #: text of the card of the folder that is being saved to
+    _folder_card: str | None = None
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Do nothing: transformers would copy the source file over the stub."""
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Save the model with its stub and, unless the folder has one, its model card."""
-        super().save_pretrained(save_directory, **kwargs)
-        readme = Path(save_directory) / "README.md"
-        if kwargs.get("is_main_process", True) and readme.parent.is_dir() and not readme.exists():
-            readme.write_text(model_card(self), encoding="utf-8")
+        readme = Path(save_directory) / CARD_NAME
+        self._folder_card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self._folder_card = None
+        if self._has_card() and self.should_save_on_this_rank(is_main_process) and not readme.exists():
+            write_model_card(save_directory, self)
+
+    def _has_card(self) -> bool:
+        # Saving a model with adapters saves the adapters only, and their card is PEFT's business.
+        return _family_of(self.config) is not None and not getattr(self, "_hf_peft_config_loaded", False)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # Both ways of transformers to push a model end here, after a generic card has been put in the place of any other
+        # unless the repository has one.
+        from huggingface_hub import ModelCard, file_exists
+
+        if self._has_card() and not file_exists(repo_id, CARD_NAME, token=kwargs.get("token")):
+            readme = Path(working_dir) / CARD_NAME
+            tags = ModelCard.load(readme).data.tags or ()
+            if self._folder_card is not None:
+                readme.write_text(self._folder_card, encoding="utf-8")
+            else:
+                write_model_card(working_dir, self, repo_id, tags=tags)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
+
+class HubTrainerMixin:
+    """Gives a Trainer the model card of the family, with what Trainer knows about the training.
+
+        class Trainer(HubTrainerMixin, transformers.Trainer): ...
+
+    A plain Trainer works as well; it pushes its generic card, and during training (``hub_strategy="every_save"``) it
+    pushes no stub.
+    """
+
+    def init_hf_repo(self, *args, **kwargs):
+        """Create the repository, and lay the stub beside the weights that are pushed during training."""
+        super().init_hf_repo(*args, **kwargs)
+        family = self._family()
+        if family is not None and self.is_world_process_zero():
+            write_stub(self.args.output_dir, family)
+
+    def create_model_card(self, **kwargs):
+        """Write the model card into `output_dir`; see transformers' `Trainer.create_model_card`."""
+        if self._family() is None:
+            super().create_model_card(**kwargs)
+            return
+        if not self.is_world_process_zero():
+            return
+        from transformers.modelcard import TrainingSummary
+
+        summary = TrainingSummary.from_trainer(self, **kwargs)
+        write_model_card(
+            self.args.output_dir,
+            self.model,
+            self.hub_model_id,
+            base_model=kwargs.get("finetuned_from"),
+            license=summary.license,
+            language=summary.language,
+            datasets=_as_list(summary.dataset_tags),
+            tags=_as_list(summary.tags),
+            evaluation=summary.eval_results,
+            training=summary.hyperparameters,
+        )
+
+    def _family(self) -> Family | None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_adapted = hasattr(model, "peft_config")
+        return None if is_adapted or not hasattr(model, "config") else _family_of(model.config)
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

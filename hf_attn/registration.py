@@ -5,7 +5,7 @@ Every registration waits until the module that it fills has been imported (or is
 
 transformers' own ``register`` methods take classes, and so would import every model file. They fill the dictionary
 ``_extra_content`` of a mapping; a :class:`LazyContent` is put in its place, which imports a class when it is looked
-up. ``_extra_content`` is the one private name of transformers that this package leans on.
+up. ``_extra_content`` is the one private name of transformers that registration leans on.
 """
 
 from collections.abc import Hashable
@@ -111,20 +111,16 @@ def _register_models(module: ModuleType) -> None:
         _fill(getattr(module, auto_class)._model_mapping, references, keys_are_classes=True)
 
 
-def _register_attention_functions(module: ModuleType) -> None:
+def _register_attention(module: ModuleType) -> None:
+    # A mechanism without its mask function would drop padding silently, so both are registered at one time.
+    from transformers.masking_utils import AttentionMaskInterface
+
     from .attention import MECHANISMS
 
     for mechanism in MECHANISMS:
         for name in mechanism.names:
             module.AttentionInterface.register(name, mechanism.attention_function(name))
-
-
-def _register_mask_functions(module: ModuleType) -> None:
-    from .attention import MECHANISMS
-
-    for mechanism in MECHANISMS:
-        for name in mechanism.names:
-            module.AttentionMaskInterface.register(name, mechanism.mask_function)
+            AttentionMaskInterface.register(name, mechanism.mask_function)
 
 
 #: tables that name norms, biases or a part of the other targets, not the linear layers to adapt
@@ -144,9 +140,9 @@ def _register_peft_targets(module: ModuleType) -> None:
 
 
 def _register_sigma_reparam_loading(module: ModuleType) -> None:
-    from .patching.sigma_reparam_loading import METHOD, SigmaReparamConfig, SigmaReparamLoader
+    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoading, SigmaReparamLoader
 
-    module.register_quantization_config(METHOD)(SigmaReparamConfig)
+    module.register_quantization_config(METHOD)(SigmaReparamLoading)
     module.register_quantizer(METHOD)(SigmaReparamLoader)
 
 
@@ -154,7 +150,6 @@ def register() -> None:
     """Register everything in the catalogue; called once, by ``import hf_attn``."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
-    when_imported("transformers.modeling_utils", _register_attention_functions)
-    when_imported("transformers.masking_utils", _register_mask_functions)
+    when_imported("transformers.modeling_utils", _register_attention)
     when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
     when_imported("peft.utils.constants", _register_peft_targets)

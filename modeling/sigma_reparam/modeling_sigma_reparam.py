@@ -1,0 +1,132 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Vision transformers whose linear maps are all sigma-reparametrised (arXiv 2303.06296), without LayerNorm."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.beit.modeling_beit import BeitDropPath
+from transformers.models.vit.modeling_vit import (
+    ViTAttention,
+    ViTEmbeddings,
+    ViTForImageClassification,
+    ViTLayer,
+    ViTModel,
+    ViTPreTrainedModel,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from hf_attn.hub import HubModelMixin
+from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLayer, SigmaReparamLinear
+
+from .configuration_sigma_reparam import SigmaReparamViTConfig
+
+
+class SigmaReparamViTEmbeddings(ViTEmbeddings):
+    def __init__(self, config: SigmaReparamViTConfig):
+        super().__init__(config)
+        plain = self.patch_embeddings.projection
+        self.patch_embeddings.projection = SigmaReparamConv2d(
+            plain.in_channels, plain.out_channels, kernel_size=plain.kernel_size, stride=plain.stride
+        )
+        self.patch_embeddings.projection.init_multiplier = config.patch_embedding_init_multiplier
+
+
+class SigmaReparamViTAttention(ViTAttention):
+    """ViT's attention with queries, keys and values as one matrix, which has one gamma."""
+
+    def __init__(self, config: SigmaReparamViTConfig):
+        super().__init__(config)
+        del self.q_proj, self.k_proj, self.v_proj
+        inner_size = self.num_attention_heads * self.head_dim
+        self.qkv = SigmaReparamLinear(config.hidden_size, 3 * inner_size, bias=config.qkv_bias)
+        self.o_proj = SigmaReparamLinear(inner_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_attention_heads, self.head_dim))
+        query_states, key_states, value_states = qkv.permute(2, 0, 3, 1, 4)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.flatten(-2)), attn_weights
+
+
+class SigmaReparamViTLayer(ViTLayer):
+    def __init__(self, config: SigmaReparamViTConfig, drop_path_rate: float):
+        super().__init__(config)
+        self.attention = SigmaReparamViTAttention(config)
+        self.mlp.fc1 = SigmaReparamLinear(config.hidden_size, config.intermediate_size)
+        self.mlp.fc2 = SigmaReparamLinear(config.intermediate_size, config.hidden_size)
+        if not config.use_layer_norm:
+            self.layernorm_before = nn.Identity()
+            self.layernorm_after = nn.Identity()
+        self.dropout = nn.Sequential(nn.Dropout(config.hidden_dropout_prob), BeitDropPath(drop_path_rate))
+
+
+class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
+    config: SigmaReparamViTConfig
+    _no_split_modules = ["SigmaReparamViTEmbeddings", "SigmaReparamViTLayer"]
+    _can_record_outputs = {"hidden_states": SigmaReparamViTLayer, "attentions": SigmaReparamViTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if not isinstance(module, SigmaReparamLayer):
+            super()._init_weights(module)
+            return
+        multiplier = getattr(module, "init_multiplier", 1.0)
+        init.trunc_normal_(module.weight, std=self.config.initializer_range * multiplier)
+        if module.bias is not None:
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.bias, -bound, bound)
+        module.reset_spectrum(self.config.spectral_init)
+
+
+class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
+    """The encoder without a head."""
+
+    def __init__(self, config: SigmaReparamViTConfig):
+        # Not ViTModel's, which would build its own layers first.
+        ViTPreTrainedModel.__init__(self, config)
+        self.embeddings = SigmaReparamViTEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList([SigmaReparamViTLayer(config, rate) for rate in rates])
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_layer_norm else nn.Identity()
+        )
+        self.pooler = None
+        self.post_init()
+
+
+class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTForImageClassification):
+    """The encoder with a classifier on its first token."""
+
+    def __init__(self, config: SigmaReparamViTConfig):
+        ViTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.vit = SigmaReparamViTModel(config)
+        self.classifier = (
+            SigmaReparamLinear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+
+__all__ = ["SigmaReparamViTForImageClassification", "SigmaReparamViTModel", "SigmaReparamViTPreTrainedModel"]

@@ -1,0 +1,185 @@
+"""Official checkpoints of sigmoid attention: layouts, the pairing of the rotary embedding, the way back."""
+
+import math
+
+import pytest
+import torch
+
+from hf_attn.conversion import ConversionError, from_official
+from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
+from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import (
+    half_split,
+    interleaved,
+    to_official,
+)
+from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidAttentionForCausalLM
+
+
+GALA = {
+    "num_layers": 2,
+    "hidden_dim": 24,
+    "num_heads": 4,
+    "vocab_size": 41,
+    "ffn_dim": 32,
+    "norm_structure": "hybridnorm",
+    "position_encoding": "alibi",
+    "seq_len": 16,
+    "subtract_seq_len_bias": True,
+}
+SIMULATOR = {
+    "vocab_size": 37,
+    "dim": 32,
+    "num_heads": 4,
+    "num_blocks": 2,
+    "mlp_hidden": 48,
+    "bias": False,
+    "qk_norm": True,
+    "position": "rope",
+    "attn_bias": -2.5,
+    "attn_temp": 0.25,
+    "layerscale": True,
+}
+
+
+def model_for(arguments: dict) -> SigmoidAttentionForCausalLM:
+    """A model of our own with the architecture that official arguments describe, and random weights."""
+    if "num_layers" in arguments:
+        config = SigmoidAttentionConfig(
+            vocab_size=arguments["vocab_size"],
+            hidden_size=arguments["hidden_dim"],
+            intermediate_size=arguments["ffn_dim"],
+            num_hidden_layers=arguments["num_layers"],
+            num_attention_heads=arguments["num_heads"],
+            max_position_embeddings=arguments["seq_len"],
+            sigmoid_bias=None if arguments["subtract_seq_len_bias"] else 0.0,
+            position_embedding_type=arguments["position_encoding"],
+            norm_structure=arguments["norm_structure"],
+            qk_norm_after_rope=True,
+        )
+    else:
+        config = SigmoidAttentionConfig(
+            vocab_size=arguments["vocab_size"],
+            hidden_size=arguments["dim"],
+            intermediate_size=arguments["mlp_hidden"],
+            num_hidden_layers=arguments["num_blocks"],
+            num_attention_heads=arguments["num_heads"],
+            sigmoid_bias=arguments["attn_bias"] or 0.0,
+            attention_log_temperature=arguments["attn_temp"] or 0.0,
+            position_embedding_type=arguments["position"] or "none",
+            norm_structure="prenorm",
+            norm_type="layer_norm",
+            final_norm_eps=1e-6,
+            qk_norm=arguments["qk_norm"],
+            layer_scale_init_value=0.1 if arguments["layerscale"] else None,
+            hidden_act="gelu",
+            gated_mlp=False,
+            attention_bias=arguments["bias"],
+            tie_word_embeddings=False,
+        )
+    torch.manual_seed(0)
+    model = SigmoidAttentionForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        GALA,
+        {**GALA, "position_encoding": "rope", "norm_structure": "prenorm", "subtract_seq_len_bias": False},
+        {**GALA, "position_encoding": "rope", "num_layers": 1, "num_heads": 3},
+        SIMULATOR,
+        {**SIMULATOR, "position": "alibi", "attn_bias": None, "attn_temp": None, "layerscale": False, "bias": True},
+        {**SIMULATOR, "position": "sincos", "qk_norm": False},
+        {**SIMULATOR, "position": None, "num_blocks": 1},
+    ],
+    ids=lambda arguments: "-".join(str(value) for value in arguments.values()),
+)
+def test_there_and_back(arguments):
+    model = model_for(arguments)
+    official = to_official(model.state_dict(), model.config)
+    converted = from_official("sigmoid_attention", official, config=arguments)
+    state = converted.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    ids = torch.randint(1, 37, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(converted(ids).logits, model(ids).logits)
+
+
+def test_half_split_pairs_what_the_official_rotation_pairs():
+    """Scores of interleaved rotation with official rows are those of half-split rotation with our rows."""
+    torch.manual_seed(0)
+    head_dim, width = 8, 16
+    projections = torch.randn(2, 3 * head_dim, width, dtype=torch.float64)
+    states = torch.randn(5, width, dtype=torch.float64)
+    angles = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+    def official(projection):
+        pairs = torch.view_as_complex((states @ projection.T).unflatten(-1, (3, head_dim // 2, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+
+    def ours(projection):
+        first, second = (states @ half_split(projection, head_dim).T).unflatten(-1, (3, head_dim)).chunk(2, dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    expected, scores = (
+        torch.einsum("ihd,jhd->hij", *(rotate(projection) for projection in projections))
+        for rotate in (official, ours)
+    )
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(interleaved(half_split(projections[0], head_dim), head_dim), projections[0])
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"),
+    [
+        ("gala_85m", {"num_layers": 12, "hidden_dim": 768, "num_heads": 12, "ffn_dim": 2048}),
+        ("gala_1b", {"num_layers": 24, "hidden_dim": 2048, "num_heads": 32, "ffn_dim": 5632}),
+        ("gala_7b", {"num_layers": 32, "hidden_dim": 4096, "num_heads": 32, "ffn_dim": 11008}),
+    ],
+)
+def test_published_variants_are_what_the_converter_makes(variant, sizes):
+    from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import _gala_config
+
+    config = _gala_config({**GALA, **sizes, "vocab_size": 32768, "seq_len": 4096})
+    assert config.to_dict() == SigmoidAttentionConfig.from_variant(variant).to_dict()
+
+
+def test_the_bias_is_read_from_the_checkpoint():
+    model = model_for(SIMULATOR)
+    official = to_official(model.state_dict(), model.config)
+    for index in range(2):
+        official[f"blocks.{index}.attn.attn_bias"] = torch.tensor([-7.5])
+        official[f"blocks.{index}.attn.attn_temp"] = torch.tensor([0.5])
+    converted = from_official("sigmoid_attention", official, config=SIMULATOR)
+    assert converted.config.sigmoid_bias == -7.5
+    assert converted.model.layers[0].self_attn.scaling == pytest.approx(8**-0.5 * math.exp(0.5))
+    official["blocks.1.attn.attn_bias"] = torch.tensor([-7.0])
+    with pytest.raises(ConversionError, match=r"different values for attn_bias: \[-7.5, -7.0\]"):
+        from_official("sigmoid_attention", official, config=SIMULATOR)
+
+
+def test_incomplete_and_foreign_checkpoints_are_refused():
+    model = model_for(GALA)
+    official = to_official(model.state_dict(), model.config)
+    with pytest.raises(ConversionError, match="decoder/extra"):
+        from_official("sigmoid_attention", {**official, "decoder/extra": torch.ones(1)}, config=GALA)
+    missing = {name: tensor for name, tensor in official.items() if "scale_query" not in name}
+    with pytest.raises(ConversionError, match="scale_query/norm/scale"):
+        from_official("sigmoid_attention", missing, config=GALA)
+    with pytest.raises(ConversionError, match="no official layout of sigmoid attention"):
+        from_official("sigmoid_attention", {"weight": torch.ones(1)}, config=GALA)
+    with pytest.raises(ConversionError, match="position_encoding must be one of alibi, rope, got 'learned'"):
+        from_official("sigmoid_attention", official, config={**GALA, "position_encoding": "learned"})
+    with pytest.raises(ConversionError, match="ffn_dim"):
+        from_official(
+            "sigmoid_attention", official, config={name: value for name, value in GALA.items() if name != "ffn_dim"}
+        )
+    with pytest.raises(ConversionError, match=r"num_layers is 3, but the checkpoint holds 2 layers"):
+        from_official("sigmoid_attention", official, config={**GALA, "num_layers": 3})
+    with pytest.raises(ConversionError, match=r"num_layers is 1, but the checkpoint holds 2 layers"):
+        from_official("sigmoid_attention", official, config={**GALA, "num_layers": 1})
