@@ -140,7 +140,7 @@ def _register_peft_targets(module: ModuleType) -> None:
 
 
 def _register_sigma_reparam_loading(module: ModuleType) -> None:
-    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoading, SigmaReparamLoader
+    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
 
     module.register_quantization_config(METHOD)(SigmaReparamLoading)
     module.register_quantizer(METHOD)(SigmaReparamLoader)
