@@ -4,12 +4,14 @@
 name `hf_attn`, so that nothing generic lands in site-packages.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "hf_attn" / "__init__.py").read_text("utf-8"), re.M).group(1)
 MAPPED = ("modeling", "pipelines", "model_cards")
 
 EXTRAS = {
@@ -26,7 +28,7 @@ EXTRAS["test"] = EXTRAS["all"] + [
     "parameterized",
     "pytest",
     "pytest-xdist",
-    "ruff",
+    "ruff>=0.17,<0.18",
     "scikit-image",
     "setuptools>=77",
     "spandrel",
@@ -45,11 +47,12 @@ def packages() -> list[str]:
 
 setup(
     name="hf_attn",
-    version="0.1.0",
+    version=VERSION,
     description="Attention research as Hugging Face components: 29 papers behind AutoModel, pipelines, Trainer and PEFT",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The hf_attn authors",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=packages(),

@@ -12,19 +12,25 @@ _WAITING: dict[str, list[Callable[[ModuleType], None]]] = {}
 class _PostImportFinder:
     """Meta-path finder that finds nothing itself: it lets the others find a module and hooks into its loader."""
 
+    def __init__(self):
+        self._finding: set[str] = set()
+
     def find_spec(self, fullname, path=None, target=None):
-        callbacks = _WAITING.pop(fullname, None)
-        if callbacks is None:
+        if fullname not in _WAITING or fullname in self._finding:
             return None
-        spec = importlib.util.find_spec(fullname)
+        self._finding.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._finding.discard(fullname)
         if spec is None or spec.loader is None:
-            _WAITING[fullname] = callbacks
             return None
         exec_module = spec.loader.exec_module
 
         def exec_and_call(module):
             exec_module(module)
-            for callback in callbacks:
+            # Only once the import has succeeded: one that failed may be tried again.
+            for callback in _WAITING.pop(module.__name__, ()):
                 callback(module)
 
         spec.loader.exec_module = exec_and_call

@@ -64,6 +64,10 @@ class Paper:
     converter: bool = False
 
     @property
+    def status(self) -> str:
+        return "available" if self.available else "planned"
+
+    @property
     def converter_module(self) -> str:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 
@@ -319,6 +323,15 @@ def get_paper(slug: str) -> Paper:
 def families() -> tuple[Family, ...]:
     """All registered families, in catalogue order."""
     return tuple(family for paper in _PAPERS for family in paper.families)
+
+
+def class_references() -> dict[str, str]:
+    """Name of a configuration or model class -> ``package.module.Class``."""
+    references = {}
+    for family in families():
+        references[family.config] = family.config_reference
+        references.update({name: family.model_reference(auto_class) for auto_class, name in family.models.items()})
+    return references
 
 
 def find_family(model_type: str) -> tuple[Paper, Family]:

@@ -1,16 +1,23 @@
 """Official checkpoints -> families of this package, strictly: nothing is left over and nothing stays unfilled."""
 
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .catalog import PAPERS, get_paper
+
+
+#: names under which training code keeps the weights in its files; the first that is there is taken, averages before the rest
+STATE_DICT_ENTRIES = ("params_ema", "params", "state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,16 @@ class OfficialArguments(dict):
 
 
 def _names(keys: Iterable[str], limit: int = 12) -> str:
-    keys = sorted(keys)
+    keys = sorted(map(str, keys))
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more
 
 
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a ``.safetensors`` or a PyTorch file (``.pth``, ``.pt``, ``.bin``) without running any code from it.
+
+    Returns:
+        What the file holds: a state dict, or what training code has put around it (see :func:`select_state_dict`).
 
     Raises:
         ConversionError: if the file is corrupt, truncated or of another kind, or if its pickle needs more than tensors
@@ -93,18 +103,83 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path.name} is refused: it is corrupt, or its pickle holds objects besides tensors, which could run code "
-            f"when they are loaded. Save its state dict with `torch.save(model.state_dict(), ...)`. Reason: {error}"
-        ) from error
+    except PermissionError:
+        raise
     except Exception as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise ConversionError(
+                f"{path.name} is refused: besides tensors it holds a reference to {refused[1]}, and following it could run "
+                "code. If you trust its source, load it yourself with `torch.load(..., weights_only=False)` and pass the "
+                "state dict that is in it, or save that to a file."
+            ) from error
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
         raise ConversionError(
-            f"{path.name} cannot be read; it is corrupt, truncated or no checkpoint: {error}"
+            f"{path.name} cannot be read: it is corrupt, truncated or no checkpoint{reason and f' ({reason})'}."
         ) from error
     if not isinstance(checkpoint, dict):
         raise ConversionError(f"{path.name} holds a {type(checkpoint).__name__}, not a dictionary of tensors.")
     return checkpoint
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values())
+
+
+def select_state_dict(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> dict[str, torch.Tensor]:
+    """Find the state dict in what training code saves: the weights, or a dictionary around them.
+
+    Of a dictionary the entry named ``params_ema``, ``params``, ``state_dict`` or ``model`` is taken, in this order, or the
+    only one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state
+    dict itself plain values such as an epoch counter are no weights and are ignored.
+
+    Args:
+        checkpoint: what :func:`read_checkpoint` or ``torch.load`` returned.
+        source: what it is, for error messages.
+
+    Raises:
+        ConversionError: if there are no tensors, or several dictionaries of tensors of which none has such a name.
+    """
+    nested = [name for name, value in checkpoint.items() if _holds_tensors(value)]
+    chosen = [name for name in STATE_DICT_ENTRIES if name in nested]
+    if not chosen and len(nested) == 1 and not _holds_tensors(checkpoint):
+        chosen = nested
+    if chosen:
+        checkpoint = checkpoint[chosen[0]]
+    elif nested:
+        raise ConversionError(
+            f"{source} holds several dictionaries of tensors, and it is unclear which are the weights: {_names(nested)}"
+            f"{' and its own entries' if _holds_tensors(checkpoint) else ''}. Pass the right one as a state dict."
+        )
+    plain = (bool, int, float, str, bytes, type(None))
+    tensors = {name: value for name, value in checkpoint.items() if not isinstance(value, plain)}
+    others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if not tensors or others:
+        problem = f"{_names(others)}, which are no tensors" if others else "no tensors"
+        raise ConversionError(f"{source} is no state dict: it holds {problem}.")
+    return tensors
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what it was cut from: a view of a fused weight would keep all of it in memory."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar and report on keys; our own error says what does not fit."""
+    from transformers.utils import logging
+
+    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_progress_bar:
+            logging.enable_progress_bar()
 
 
 def load_strict(
@@ -124,24 +199,33 @@ def load_strict(
     Raises:
         ConversionError: naming the keys that are missing, left over or of another shape.
     """
+    state_dict = {name: _own(tensor) for name, tensor in state_dict.items()}
     if isinstance(config, dict):
         model = model_class(**config)
-        problems = model.load_state_dict(state_dict, strict=False)
-        missing, unexpected = problems.missing_keys, problems.unexpected_keys
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        missing, unexpected = shapes.keys() - state_dict.keys(), state_dict.keys() - shapes.keys()
+        mismatched = [
+            (name, tensor.shape, shapes[name])
+            for name, tensor in state_dict.items()
+            if name in shapes and tensor.shape != shapes[name]
+        ]
+        if not (missing or unexpected or mismatched):
+            model.load_state_dict(state_dict)
     else:
-        try:
+        with _quietly():
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=state_dict, output_loading_info=True
+                None, config=config, state_dict=state_dict, ignore_mismatched_sizes=True, output_loading_info=True
             )
-        except RuntimeError as error:
-            raise ConversionError(f"{source} does not fit {model_class.__name__}: {error}") from error
-        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
-    if missing or unexpected:
-        problems = []
-        if missing:
-            problems.append(f"no weights for {_names(missing)}")
-        if unexpected:
-            problems.append(f"no place for {_names(unexpected)}")
+        missing, unexpected, mismatched = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    problems = []
+    if missing:
+        problems.append(f"no weights for {_names(missing)}")
+    if unexpected:
+        problems.append(f"no place for {_names(unexpected)}")
+    if mismatched:
+        shapes = [f"{name} ({list(found)} instead of {list(wanted)})" for name, found, wanted in mismatched]
+        problems.append(f"other shapes: {_names(shapes)}")
+    if problems:
         raise ConversionError(f"{source} does not fit {model_class.__name__}: {'; '.join(problems)}.")
     return model.eval()
 
@@ -155,7 +239,8 @@ def from_official(
 
     Args:
         slug: the paper, as in the catalogue.
-        state_dict_or_path: official state dict, or a ``.safetensors`` or PyTorch file.
+        state_dict_or_path: official state dict, or a ``.safetensors`` or PyTorch file. A dictionary that holds the state
+            dict among other things will do, see :func:`select_state_dict`.
         config: official constructor arguments, or the official configuration file's; families that can read them off
             the shapes of the weights need none.
 
@@ -172,11 +257,18 @@ def from_official(
         known = ", ".join(paper.slug for paper in PAPERS.values() if paper.converter)
         raise ValueError(f"{slug} has no converter for official checkpoints. Papers that have one: {known}.")
     if isinstance(state_dict_or_path, str | Path):
-        source, tensors = Path(state_dict_or_path).name, read_checkpoint(state_dict_or_path)
+        source = Path(state_dict_or_path).name
+        tensors = select_state_dict(read_checkpoint(state_dict_or_path), source)
     else:
-        source, tensors = "The state dict", state_dict_or_path
+        source = "The state dict"
+        # The parameters of the model are the tensors themselves, and those of the caller are the caller's.
+        tensors = {name: tensor.clone() for name, tensor in select_state_dict(state_dict_or_path, source).items()}
     official = StateDict(tensors)
-    converted = import_module(paper.converter_module).convert_official(official, OfficialArguments(config or {}))
+    converter = import_module(paper.converter_module)
+    try:
+        converted = converter.convert_official(official, OfficialArguments(config or {}))
+    except StrictDataclassError as error:
+        raise ConversionError(f"The official configuration does not make a {slug} model: {error}") from error
     left_over = set(official.left_over) - set(converted.dropped)
     if left_over:
         raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")

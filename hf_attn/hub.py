@@ -245,8 +245,8 @@ class HubConfigMixin:
 class HubModelMixin:
     """Model that writes its model card beside its weights."""
 
-    #: text of the card of the folder that is being saved to
-    _folder_card: str | None = None
+    #: card of the folder that is being saved to
+    _folder_card: bytes | None = None
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -255,7 +255,7 @@ class HubModelMixin:
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Save the model with its stub and, unless the folder has one, its model card."""
         readme = Path(save_directory) / CARD_NAME
-        self._folder_card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        self._folder_card = readme.read_bytes() if readme.is_file() else None
         try:
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
@@ -276,7 +276,7 @@ class HubModelMixin:
             readme = Path(working_dir) / CARD_NAME
             tags = ModelCard.load(readme).data.tags or ()
             if self._folder_card is not None:
-                readme.write_text(self._folder_card, encoding="utf-8")
+                readme.write_bytes(self._folder_card)
             else:
                 write_model_card(working_dir, self, repo_id, tags=tags)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)

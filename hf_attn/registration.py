@@ -9,6 +9,7 @@ up. ``_extra_content`` is the one private name of transformers that registration
 """
 
 from collections.abc import Hashable
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -41,10 +42,12 @@ class LazyContent(dict):
         self._keys_are_classes = keys_are_classes
 
     def _resolve(self, name: str) -> None:
-        value = load(self._references[name])
+        reference = self._references.get(name)
+        if reference is None:  # another thread was faster
+            return
         key = load(name) if self._keys_are_classes else name
+        super().setdefault(key, load(reference))
         self._references.pop(name, None)
-        super().setdefault(key, value)
 
     def _resolve_all(self) -> None:
         for name in list(self._references):
@@ -54,9 +57,14 @@ class LazyContent(dict):
         return super().__contains__(key) or _name(key) in self._references
 
     def __getitem__(self, key):
-        if not super().__contains__(key) and _name(key) in self._references:
+        if not super().__contains__(key):
             self._resolve(_name(key))
         return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        # Somebody registers a class of theirs in the place of one of ours.
+        self._references.pop(_name(key), None)
+        super().__setitem__(key, value)
 
     def get(self, key, default=None):
         try:
@@ -68,12 +76,12 @@ class LazyContent(dict):
         return super().__len__() + len(self._references)
 
     def __iter__(self):
-        self._resolve_all()
-        return super().__iter__()
+        return iter(self.keys())
 
     def keys(self):
-        self._resolve_all()
-        return super().keys()
+        if self._keys_are_classes:
+            self._resolve_all()
+        return {**dict.fromkeys(super().keys()), **self._references}.keys()
 
     def values(self):
         self._resolve_all()
@@ -123,8 +131,8 @@ def _register_attention(module: ModuleType) -> None:
             AttentionMaskInterface.register(name, mechanism.mask_function)
 
 
-#: tables that name norms, biases or a part of the other targets, not the linear layers to adapt
-_OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET", "IA3_FEEDFORWARD")
+#: tables that name norms or biases, not the linear layers to adapt
+_OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET")
 
 
 def _register_peft_targets(module: ModuleType) -> None:
@@ -135,6 +143,9 @@ def _register_peft_targets(module: ModuleType) -> None:
         for family in families():
             if isinstance(family.peft, str) and family.peft in table:
                 table.setdefault(family.model_type, table[family.peft])
+            elif isinstance(family.peft, tuple) and "IA3_FEEDFORWARD" in name:
+                # Those of the targets whose inputs are scaled instead of their outputs.
+                table.setdefault(family.model_type, [])
             elif isinstance(family.peft, tuple) and not any(other in name for other in _OTHER_PEFT_TABLES):
                 table.setdefault(family.model_type, list(family.peft))
 
@@ -146,8 +157,9 @@ def _register_sigma_reparam_loading(module: ModuleType) -> None:
     module.register_quantizer(METHOD)(SigmaReparamLoader)
 
 
+@cache
 def register() -> None:
-    """Register everything in the catalogue; called once, by ``import hf_attn``."""
+    """Register everything in the catalogue, by ``import hf_attn``; a reload does not do it again."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
     when_imported("transformers.modeling_utils", _register_attention)

@@ -195,7 +195,8 @@ def _arguments(module: nn.Module, kwargs: dict) -> dict:
     }
 
 
-@torch.compiler.disable
+# torch.compile calls it while it traces, instead of breaking the graph
+@torch.compiler.assume_constant_result
 def _warn_that_the_choice_is_not_saved(config_name: str) -> None:
     logger.warning_once(
         f"{config_name} has no field for sigmoid attention: transformers never saves `attn_implementation`, so a model "

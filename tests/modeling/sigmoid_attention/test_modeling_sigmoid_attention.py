@@ -366,12 +366,32 @@ def test_training_in_bfloat16_has_finite_gradients():
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_compiles_into_one_graph(position):
-    model = tiny_model(position_embedding_type=position)
-    ids = random_ids(2, 8)
+@pytest.mark.parametrize("position", ["alibi", "rope"])
+def test_training_compiles_into_one_graph(position):
+    ids = random_ids(2, 9)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        model = tiny_model(position_embedding_type=position).train()
+        function = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss = function(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("position", ["alibi", "rope"])
+def test_decoding_with_a_static_cache_compiles_into_one_graph(position):
+    model = tiny_model(position_embedding_type=position, sigmoid_bias=0.0)
+    ids = random_ids(2, 10)
+    cache = StaticCache(config=model.config, max_cache_len=13)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        steps = [model(ids[:, :7], past_key_values=cache).logits]
+        steps += [compiled(ids[:, [index]], past_key_values=cache).logits for index in (7, 8, 9)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_trailing_padding_compiles_into_one_graph():

@@ -1,0 +1,238 @@
+"""How much the attention maps of a model's layers resemble each other, and which layers could share one.
+
+The measure and the choice of layers are those of EchoAtt (arXiv 2409.14595, section 3): the similarity of two layers is
+the mean over samples of the cosine between their maps, flattened over heads and both token axes; the score of a layer is
+its mean similarity with all others.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class AttentionSimilarity:
+    """Similarity of the attention maps of a model's layers.
+
+    Attributes:
+        similarity: `(layers, layers)`, float32, symmetric with ones on the diagonal.
+        num_samples: number of sequences that were averaged over.
+    """
+
+    similarity: torch.Tensor
+    num_samples: int
+
+    @classmethod
+    def from_maps(cls, samples: Iterable[Sequence[torch.Tensor]]) -> "AttentionSimilarity":
+        """Measure recorded maps.
+
+        Args:
+            samples: for each forward pass the maps of all layers, each `(batch, heads, q_len, kv_len)`, or without the
+                batch dimension.
+
+        Raises:
+            ValueError: if there is no sample, or if the maps of the layers have different shapes.
+        """
+        total, count = 0.0, 0
+        for maps in samples:
+            shapes = sorted({tuple(layer.shape) for layer in maps})
+            if len(shapes) != 1:
+                raise ValueError(
+                    f"The attention maps of the layers cannot be compared, their shapes differ: {shapes}."
+                )
+            if len(shapes[0]) == 3:
+                maps = [layer[None] for layer in maps]
+            for sequence in range(maps[0].shape[0]):
+                flat = torch.stack([layer[sequence].flatten().float() for layer in maps])
+                flat = torch.nn.functional.normalize(flat, dim=-1)
+                total = total + flat @ flat.T
+                count += 1
+        if count == 0:
+            raise ValueError("The dataset is empty: there is nothing to measure the similarity on.")
+        similarity = (total / count).cpu()
+        return cls(((similarity + similarity.T) / 2).fill_diagonal_(1.0), count)
+
+    @property
+    def num_layers(self) -> int:
+        return self.similarity.shape[0]
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """Mean similarity of each layer with all other layers, `(layers,)`."""
+        return (self.similarity.sum(dim=-1) - self.similarity.diagonal()) / (self.num_layers - 1)
+
+    @property
+    def untouched_ends(self) -> tuple[int, int]:
+        """Numbers of first and of last layers that should keep their own attention.
+
+        The sorted scores are cut at their largest gap; the layers below it stay untouched as far as they form a run at
+        the start or at the end of the model.
+        """
+        ordered = self.scores.sort().values
+        gaps = ordered.diff()
+        if not gaps.any():
+            return 0, 0
+        low = (self.scores <= ordered[gaps.argmax()]).tolist()
+        return low.index(False), low[::-1].index(False)
+
+    @property
+    def ranking(self) -> list[int]:
+        """Layers in the order in which they should give up their own attention: by score, the highest first.
+
+        Layer 0 is left out; it has no earlier layer to share with.
+        """
+        order = self.scores.sort(descending=True, stable=True).indices.tolist()
+        return [layer for layer in order if layer != 0]
+
+    def shared_layers(self, *, block_size: int | None = None, num_shared: int | None = None) -> list[int]:
+        """Propose layers that use the attention map of an earlier layer; exactly one argument is needed.
+
+        Args:
+            block_size: cut the layers between the untouched ends into blocks of this many, the last of which may be
+                shorter; all but the first layer of a block share.
+            num_shared: the first layers of the :attr:`ranking`, this many.
+
+        Returns:
+            Layers counted from 0, in ascending order.
+
+        Raises:
+            ValueError: if not exactly one argument is given, or if it is out of range.
+        """
+        if (block_size is None) == (num_shared is None):
+            raise ValueError("Give exactly one of block_size and num_shared.")
+        if num_shared is not None:
+            if not 0 <= num_shared < self.num_layers:
+                raise ValueError(f"num_shared must be between 0 and {self.num_layers - 1}, got {num_shared}.")
+            return sorted(self.ranking[:num_shared])
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}.")
+        prefix, suffix = self.untouched_ends
+        inner = range(prefix, self.num_layers - suffix)
+        return [layer for layer in inner if (layer - prefix) % block_size != 0]
+
+    def __str__(self) -> str:
+        """A table with a line for each layer."""
+        prefix, suffix = self.untouched_ends
+        lines = [
+            f"Attention similarity of {self.num_layers} layers, mean over {self.num_samples} sequences",
+            "layer  score  with the layer before  proposal",
+        ]
+        for layer, score in enumerate(self.scores.tolist()):
+            before = f"{self.similarity[layer, layer - 1]:.3f}" if layer else "-"
+            inner = prefix <= layer < self.num_layers - suffix
+            lines.append(f"{layer:5d}  {score:.3f}  {before:>21}  {'can share' if inner else 'keep its own'}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path, shared_layers: Sequence[int] = ()) -> None:
+        """Draw the similarity as a heat map.
+
+        Args:
+            path: file to write; its suffix sets the format.
+            shared_layers: layers to mark on both axes.
+
+        Raises:
+            ImportError: if matplotlib (the extra `plot`) is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
+
+        figure = Figure(figsize=(7, 6), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(self.similarity.numpy(), cmap="viridis", vmin=0, vmax=1, origin="lower")
+        figure.colorbar(image, ax=axes, label="cosine similarity of attention maps")
+        ticks = range(0, self.num_layers, max(1, self.num_layers // 15))
+        axes.set(xlabel="layer", ylabel="layer", xticks=ticks, yticks=ticks, title="Attention similarity of layers")
+        if shared_layers:
+            marks = list(shared_layers)
+            axes.plot(marks, marks, "rx", markersize=5, label="shares an earlier layer's map")
+            axes.legend(loc="lower right")
+        figure.savefig(path, dpi=150)
+
+
+def attention_similarity(
+    model: PreTrainedModel,
+    dataset: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 512,
+    progress: bool = True,
+) -> AttentionSimilarity:
+    """Measure how similar the attention maps of a model's layers are.
+
+    Runs one forward pass for each sample and keeps only the running mean. The model computes with
+    `attn_implementation="eager"`, the one that returns maps, and in eval mode; both are restored afterwards. The paper
+    uses samples of exactly 512 tokens.
+
+    Args:
+        model: a decoder or an encoder of transformers.
+        dataset: samples without padding. A sample is a tensor or a list of token ids `(sequence,)` or
+            `(batch, sequence)`, a dictionary of the model's inputs (such as a row of a `datasets.Dataset`; labels are
+            ignored), or a text.
+        tokenizer: needed for texts.
+        max_length: texts are cut to this many tokens.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if the model returns no attention maps, a sample is padded, or the dataset is empty or holds something
+            else.
+    """
+
+    def maps() -> Iterator[tuple[torch.Tensor, ...]]:
+        for sample in tqdm(dataset, desc="Attention similarity", unit="sample", disable=not progress):
+            inputs = _model_inputs(sample, tokenizer, max_length)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
+            if not attentions or any(layer is None for layer in attentions):
+                raise ValueError(
+                    f"{type(model).__name__} returns no attention maps, so their similarity cannot be measured. It needs "
+                    "a model whose `output_attentions=True` fills `attentions` with one softmax map a layer."
+                )
+            yield attentions
+
+    with torch.no_grad(), _eager_attention(model):
+        return AttentionSimilarity.from_maps(maps())
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    implementations = [(config, config._attn_implementation) for config in configs.values()]
+    model.eval()
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for config, implementation in implementations:
+            config._attn_implementation = implementation
+        model.train(training)
+
+
+def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, torch.Tensor]:
+    if isinstance(sample, str):
+        if tokenizer is None:
+            raise ValueError("The dataset holds texts; pass the model's tokenizer as well.")
+        sample = tokenizer(sample, truncation=True, max_length=max_length)
+    elif isinstance(sample, torch.Tensor | list | tuple):
+        sample = {"input_ids": sample}
+    try:
+        inputs = {name: torch.as_tensor(value) for name, value in sample.items() if not name.startswith("label")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "A sample must be token ids, a dictionary of model inputs, or a text with a tokenizer; got "
+            f"{type(sample).__name__}: {error}"
+        ) from error
+    # Tokens have two dimensions with their batch, images four.
+    inputs = {name: value if value.dim() % 2 == 0 else value[None] for name, value in inputs.items()}
+    if "attention_mask" in inputs and not inputs["attention_mask"].all():
+        raise ValueError(
+            "A sample is padded; maps of padding would be compared. Pass sequences one at a time, unpadded."
+        )
+    return inputs

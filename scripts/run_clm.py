@@ -1,0 +1,459 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train a causal language model of the catalogue, from scratch or from a checkpoint.
+
+From scratch, on English prose that every Python carries, small enough for a CPU:
+
+    python scripts/run_clm.py --model_type sigmoid_attention --output_dir out --max_steps 200
+
+A published size on a dataset of the Hub, on several GPUs, with the model pushed at the end:
+
+    torchrun --nproc_per_node 8 scripts/run_clm.py --model_type sigmoid_attention --variant gala_85m \\
+        --tokenizer_name HuggingFaceTB/SmolLM2-135M --block_size 4096 --dataset_name HuggingFaceFW/fineweb \\
+        --dataset_config_name sample-10BT --bf16 --output_dir out --push_to_hub
+
+The evaluation prints the unigram entropy of the held-back text beside the loss: no model that ignores the context can
+have a lower loss. See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
+"""
+
+import difflib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+import hf_attn
+from hf_attn.assets import load_texts
+from hf_attn.catalog import families
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.variants import VariantsMixin
+
+
+try:
+    import datasets
+except ImportError as error:
+    raise SystemExit("This script needs the extra `train`: pip install 'hf_attn[train]'") from error
+
+logger = logging.get_logger("run_clm")
+
+MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForCausalLM" in family.models)
+
+#: what a model from scratch is made of unless it is said otherwise, as far as its configuration has these fields
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+SMALL_BLOCK_SIZE = 256
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any causal model."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration to train from scratch: a JSON file, a folder or a Hub id."}
+    )
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Fields of the configuration, as in `hidden_size=512 shared_layers=[2,3]`."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id. Default: the checkpoint's; from scratch, one trained on the training text."
+        },
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Number of tokens of a tokenizer that is trained here."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on; without a dataset and a file, on the topics of Python's own documentation."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "Text file to evaluate on."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training text to hold back if there is no validation text."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a sequence. Default: the longest that the model takes, at most 1024."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Number of training sequences to use."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation sequences to use."})
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: 1e-3 from scratch, 5e-5 from a checkpoint."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that is not empty, without resuming."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
+
+
+class Trainer(HubTrainerMixin, transformers.Trainer):
+    """Writes the model card of the family."""
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
+    """Parse command line arguments, or the JSON file that is the only one of them.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        model_args, data_args, training_args = parser.parse_json_file(arguments[0])
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+
+    problem = _problem(model_args, data_args)
+    if problem is not None:
+        raise SystemExit(f"run_clm.py: {problem}")
+    if training_args.learning_rate is None:
+        training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 1e-3
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    _check_output_dir(training_args)
+    return model_args, data_args, training_args
+
+
+def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None:
+    """What is wrong with the arguments, if something is."""
+    sources = ("model_name_or_path", "model_type", "config_name")
+    if sum(getattr(model_args, name) is not None for name in sources) != 1:
+        return f"give exactly one of {', '.join(f'--{name}' for name in sources)}"
+    if model_args.model_type not in (None, *MODEL_TYPES):
+        return f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}"
+    if model_args.variant is not None and model_args.model_type is None:
+        return "--variant names a variant of a --model_type"
+    if model_args.config_overrides and model_args.model_name_or_path is not None:
+        return "--config_overrides would not fit the weights of --model_name_or_path"
+    if data_args.dataset_name is not None and (data_args.train_file or data_args.validation_file):
+        return "give either --dataset_name or files"
+    if data_args.validation_file is not None and data_args.train_file is None:
+        return "--validation_file needs a --train_file"
+    for name in ("train_file", "validation_file"):
+        path = getattr(data_args, name)
+        if path is not None and not Path(path).is_file():
+            return f"--{name} {path} does not exist"
+    if not 0 < data_args.validation_split_percentage < 100:
+        return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
+    return None
+
+
+def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
+    """Resolve `--resume_from_checkpoint last`, and refuse a folder whose contents would be overwritten."""
+    output_dir = Path(training_args.output_dir)
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if training_args.resume_from_checkpoint == "last":
+        if last is None:
+            raise SystemExit(f"run_clm.py: there is no checkpoint in {output_dir} to resume from")
+        training_args.resume_from_checkpoint = last
+    resume = training_args.resume_from_checkpoint
+    if resume is not None and not Path(resume).is_dir():
+        raise SystemExit(f"run_clm.py: --resume_from_checkpoint {resume} is not a folder")
+    # The other processes may come here when the first one has begun to write.
+    if resume is not None or training_args.overwrite_output_dir or training_args.process_index != 0:
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        advice = "`--resume_from_checkpoint last` continues, " if last is not None else ""
+        raise SystemExit(
+            f"run_clm.py: --output_dir {output_dir} is not empty; {advice}`--overwrite_output_dir` starts anew"
+        )
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
+    """Documents in the column `text` of the splits `train` and `validation`."""
+    if data_args.dataset_name is not None:
+        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
+        columns = raw["train"].column_names
+        if data_args.text_column not in columns:
+            raise SystemExit(
+                f"run_clm.py: {data_args.dataset_name} has no column {data_args.text_column!r}; give one of {', '.join(columns)} as "
+                "--text_column."
+            )
+        if data_args.text_column != "text":
+            raw = raw.map(lambda row: {"text": row[data_args.text_column]}, remove_columns=columns)
+    elif data_args.train_file is not None:
+        paths = {"train": data_args.train_file, "validation": data_args.validation_file}
+        raw = datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_dict({"text": [Path(path).read_text(encoding="utf-8")]})
+                for split, path in paths.items()
+                if path is not None
+            }
+        )
+    else:
+        raw = datasets.DatasetDict(
+            {
+                "train": datasets.Dataset.from_dict({"text": load_texts("train")}),
+                "validation": datasets.Dataset.from_dict({"text": load_texts("test")}),
+            }
+        )
+    return raw
+
+
+def train_tokenizer(documents: datasets.Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on documents; it encodes any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|padding|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        (batch["text"] for batch in documents.iter(batch_size=1000)), trainer, length=len(documents)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|padding|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+
+
+def load_tokenizer(
+    model_args: ModelArguments, training_args: TrainingArguments, documents: datasets.Dataset
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, the checkpoint's, or one that the first process trains."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    folder = training_args.resume_from_checkpoint or training_args.output_dir
+    if training_args.resume_from_checkpoint is None and training_args.local_process_index == 0:
+        train_tokenizer(documents, model_args.vocab_size).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_blocks(
+    documents: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, block_size: int
+) -> datasets.DatasetDict:
+    """Tokenise, join all documents and cut them into sequences of `block_size`.
+
+    What is left of every thousand documents is left out.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(batch: dict) -> dict:
+        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [ids + end for ids in encoded["input_ids"]]}
+
+    def cut(batch: dict) -> dict:
+        ids = list(chain.from_iterable(batch["input_ids"]))
+        blocks = [ids[start : start + block_size] for start in range(0, len(ids) - block_size + 1, block_size)]
+        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+
+    blocks = datasets.DatasetDict(
+        {
+            split: rows.map(
+                tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenising ({split})"
+            ).map(cut, batched=True, desc=f"Cutting ({split})")
+            for split, rows in documents.items()
+        }
+    )
+    if "validation" not in blocks:
+        _check_enough(blocks["train"], "train", block_size, at_least=2)
+        parts = blocks["train"].train_test_split(data_args.validation_split_percentage / 100, shuffle=False)
+        blocks = datasets.DatasetDict({"train": parts["train"], "validation": parts["test"]})
+    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        _check_enough(blocks[split], split, block_size)
+        if limit is not None:
+            blocks[split] = blocks[split].select(range(min(limit, len(blocks[split]))))
+    return blocks
+
+
+def _check_enough(blocks: datasets.Dataset, split: str, block_size: int, at_least: int = 1) -> None:
+    if len(blocks) < at_least:
+        raise SystemExit(
+            f"run_clm.py: the {split} text has {len(blocks)} sequences of {block_size} tokens and needs {at_least}; give "
+            "more text or a smaller --block_size"
+        )
+
+
+def unigram_entropy(blocks: datasets.Dataset) -> float:
+    """Entropy in nats of the token frequencies: the lowest loss of any model that ignores the context."""
+    counts = Counter(chain.from_iterable(blocks["input_ids"]))
+    frequencies = torch.tensor(list(counts.values()), dtype=torch.float64) / counts.total()
+    return -(frequencies * frequencies.log()).sum().item()
+
+
+# --- model ---------------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(overrides: list[str], config_class: type[PreTrainedConfig]) -> dict[str, object]:
+    """`["hidden_size=512", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
+
+    Raises:
+        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
+    """
+    known = [config_field.name for config_field in fields(config_class)]
+    parsed = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise SystemExit(f"run_clm.py: --config_overrides takes name=value, got {override!r}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f". It has {', '.join(known)}."
+            raise SystemExit(f"run_clm.py: {config_class.__name__} has no field {name!r}{hint}")
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+def make_config(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """Configuration of a model that is trained from scratch."""
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if model_args.config_name is not None:
+        config = AutoConfig.from_pretrained(model_args.config_name)
+        overrides = parse_overrides(model_args.config_overrides, type(config))
+        return type(config).from_dict({**config.to_dict(), **ids, **overrides})
+
+    config_class = type(AutoConfig.for_model(model_args.model_type))
+    overrides = {**ids, **parse_overrides(model_args.config_overrides, config_class)}
+    if model_args.variant is not None:
+        if not issubclass(config_class, VariantsMixin):
+            raise SystemExit(f"run_clm.py: {model_args.model_type} has no published variants; leave --variant out.")
+        return config_class.from_variant(model_args.variant, **overrides)
+    # How far a model can see is also what some mechanisms derive constants from.
+    small = {**SMALL, "max_position_embeddings": data_args.block_size or SMALL_BLOCK_SIZE}
+    known = {config_field.name for config_field in fields(config_class)}
+    return config_class(**{**{name: value for name, value in small.items() if name in known}, **overrides})
+
+
+def make_model(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model to train, with the attention function that was asked for."""
+    attention = {"attn_implementation": model_args.attn_implementation}
+    if model_args.model_name_or_path is not None:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32, **attention)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise SystemExit(
+                f"run_clm.py: the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}; "
+                "give the tokenizer of the model."
+            )
+    else:
+        model = AutoModelForCausalLM.from_config(make_config(model_args, data_args, tokenizer), **attention)
+    if model_args.attn_implementation is not None:
+        hf_attn.uses_attention(model, model_args.attn_implementation)
+    return model
+
+
+def choose_block_size(data_args: DataArguments, config: PreTrainedConfig) -> int:
+    """The length of a sequence, which must not exceed what the model takes."""
+    longest = getattr(config, "max_position_embeddings", None) or 1024
+    block_size = data_args.block_size or min(longest, 1024)
+    if block_size > longest:
+        raise SystemExit(
+            f"run_clm.py: --block_size {block_size} is more than the {longest} positions of the model (max_position_embeddings)."
+        )
+    return block_size
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the metrics of the evaluation."""
+    model_args, data_args, training_args = parse_arguments(arguments)
+    os.makedirs(training_args.output_dir, exist_ok=True)
+    logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="data"):
+        documents = load_documents(data_args)
+        tokenizer = load_tokenizer(model_args, training_args, documents["train"])
+    model = make_model(model_args, data_args, tokenizer)
+    with training_args.main_process_first(desc="sequences"):
+        blocks = make_blocks(documents, tokenizer, data_args, choose_block_size(data_args, model.config))
+
+    if training_args.should_log:
+        print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
+        print(", ".join(f"{split}: {len(rows):,} sequences" for split, rows in blocks.items()))
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=blocks["train"] if training_args.do_train else None,
+        eval_dataset=blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+
+    metrics = {}
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+        metrics["eval_unigram_entropy"] = unigram_entropy(blocks["validation"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.model_name_or_path}
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

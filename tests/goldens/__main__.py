@@ -1,0 +1,36 @@
+"""Run golden cases: `python -m tests.goldens [FOLDER ...]`.
+
+A folder is a case, or holds cases at any depth; without one, the cases of the repository are run. Prints a line a case
+and exits non-zero if one fails, cannot be run or compares nothing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .case import find_cases
+from .runner import run_case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.goldens", description=__doc__.split("\n\n")[1])
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path(__file__).parent], metavar="FOLDER")
+    try:
+        cases = find_cases(*parser.parse_args(arguments).folders)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    logging.disable_progress_bar()
+    failed = 0
+    for case in cases:
+        result = run_case(case)
+        failed += not result.passed
+        print(result, flush=True)
+    print(f"{len(cases) - failed} of {len(cases)} cases passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Sigmoid attention: attention functions, the simulator's models and AXLearn's."""
+
+import re
+
+import torch
+
+from hf_attn.attention.sigmoid import SIGMOID, sigmoid_weights
+from hf_attn.conversion import from_official
+from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
+
+from ..case import Case
+from ..tools import find_key, parameter_gradients, recorded
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    entries = {
+        "layers/activations.py": _activations,
+        "attention_ref": _attention,
+        "CrossAttention": _cross_attention,
+        "CausalBlockContainer": _language_model,
+        "causal_lm.Model(extract_logits)": _language_model,
+    }
+    return entries[case.entry](case)
+
+
+def _activations(case: Case) -> dict[str, torch.Tensor]:
+    logits = case.input("logits")
+    return {
+        "sigmoid": sigmoid_weights(logits),
+        "seq_len_normalized_sigmoid": sigmoid_weights(logits, normalization="row"),
+        "sqrt_seq_len_normalized_sigmoid": sigmoid_weights(logits, normalization="sqrt_row"),
+    }
+
+
+# --- the function, in every implementation ---------------------------------------------------------------------------
+
+
+def _attention(case: Case) -> dict[str, torch.Tensor]:
+    """Tensors of the case are (batch, length, heads, dim); a window (left, right) has -1 for no limit."""
+    config = case.config
+    unknown = set(config) - {"B", "Tq", "Tk", "H", "Hkv", "D", "causal", "window", "alibi", "sigmoid_bias"}
+    if unknown:
+        raise ValueError(f"Options of the case that the adapter does not know: {sorted(unknown)}.")
+    query, key, value = (case.input(name).transpose(1, 2) for name in "qkv")
+    upstream = case.input("dout")
+    mask, window = _mask(config, query.shape[2], key.shape[2], case.optional_input("key_mask"))
+    slopes = case.optional_input("alibi_slopes")
+    arguments = {
+        "scaling": query.shape[-1] ** -0.5,
+        "bias": config["sigmoid_bias"],
+        "attention_mask": mask,
+        "is_causal": config["causal"],
+        "sliding_window": window,
+        "alibi_slopes": slopes if config["alibi"] else None,
+        "query_offset": key.shape[2] - query.shape[2],
+    }
+    results = {}
+    for implementation in SIGMOID.implementations:
+        weights_asked = {"dropout": 0.0, "output_weights": implementation.backend == "eager"}
+        if not implementation.supports(query, key, value, **arguments, **weights_asked)[0]:
+            continue
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        output, weights = implementation.function(*leaves, **arguments, **weights_asked)
+        output = output.transpose(1, 2)
+        gradients = torch.autograd.grad(output, leaves, upstream)
+        way = f"@{implementation.backend}"
+        results[f"out{way}"] = output
+        results |= {f"d{name}{way}": gradient.transpose(1, 2) for name, gradient in zip("qkv", gradients, strict=True)}
+        if weights is not None:
+            results[f"attn{way}"] = weights
+    return results
+
+
+def _mask(
+    config: dict, q_len: int, kv_len: int, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int | None]:
+    """Mask and symmetric window for a window in the form of FlashAttention's."""
+    left, right = config["window"]
+    right = 0 if config["causal"] else right
+    mask = None if key_mask is None else key_mask[:, None, None, :].bool()
+    if left < 0 and (right < 0 or config["causal"]):
+        return mask, None
+    if left >= 0 and (left == right or config["causal"]):
+        return mask, left + 1
+    ahead = torch.arange(kv_len) - torch.arange(q_len)[:, None] - (kv_len - q_len)
+    allowed = torch.ones(q_len, kv_len, dtype=torch.bool)
+    if left >= 0:
+        allowed &= ahead >= -left
+    if right >= 0:
+        allowed &= ahead <= right
+    return (allowed if mask is None else mask & allowed), None
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def _cross_attention(case: Case) -> dict[str, torch.Tensor]:
+    model = from_official("sigmoid_attention", case.weights, config=case.config)
+    query, key_value = (case.input(name).requires_grad_() for name in ("q", "kv"))
+    output, weights = model(query, key_value, key_mask=case.optional_input("key_mask"))
+    (output * case.input("proj")).sum().backward()
+    official = parameter_gradients(model) | {"q": query.grad, "kv": key_value.grad}
+    for kind in ("weight", "bias"):
+        if f"o_proj.{kind}" in official:
+            official[f"proj.{kind}"] = official.pop(f"o_proj.{kind}")
+            official[f"kv_proj.{kind}"] = torch.cat([official.pop(f"{part}_proj.{kind}") for part in "kv"])
+    return {"y": output, "attn_matrix": weights, **_gradients(case, official)}
+
+
+def _language_model(case: Case) -> dict[str, torch.Tensor]:
+    """A model of either code base: once with everything recorded, once through the fastest implementation."""
+    model = from_official("sigmoid_attention", case.weights, config=case.config)
+    input_ids, attention_mask = case.input("input_ids").long(), case.optional_input("attention_mask")
+    layers = model.model.layers
+    results = {}
+    for implementation, way in (("eager", ""), ("sigmoid", "@sigmoid")):
+        model.zero_grad()
+        model.set_attn_implementation(implementation)
+        blocks = {f"block{i}_output{way}": layer for i, layer in enumerate(layers)}
+        merged = {f"block{i}_attn_times_v{way}": layer.self_attn.o_proj for i, layer in enumerate(layers)}
+        norm = {f"hidden_states{way}": model.model.norm}
+        with recorded(blocks | norm) as outputs, recorded(merged, inputs=True) as inputs:
+            output = model(
+                input_ids,
+                attention_mask=attention_mask,
+                # Positions count from the first place of a row, padding or not.
+                position_ids=torch.arange(input_ids.shape[1])[None],
+                output_attentions=implementation == "eager",
+            )
+        (output.logits * case.input("proj")).sum().backward()
+        results |= {f"logits{way}": output.logits, **outputs, **inputs}
+        if implementation == "eager":
+            results |= {f"block{i}_attn_matrix": weights for i, weights in enumerate(output.attentions)}
+        gradients = to_official(parameter_gradients(model), model.config)
+        results |= {f"{name}{way}": gradient for name, gradient in _gradients(case, gradients).items()}
+    return results
+
+
+def _gradients(case: Case, official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients that a case expects of weights, under its names: `grad.<key>`, or a key cut short behind `grad_`."""
+    gradients = {}
+    for name in case.expected:
+        if name.startswith("grad."):
+            gradients[name] = official[name.removeprefix("grad.")]
+        elif name.startswith("grad_"):
+            words = re.sub(r"^block(\d+)", r"blocks_\1", name.removeprefix("grad_")).split("_")
+            if words[0] == "blocks":
+                block = {key: tensor for key, tensor in official.items() if key.startswith(f"blocks.{words[1]}.")}
+                gradients[name] = block[find_key(words[2:], block)]
+            else:
+                gradients[name] = official[find_key(words, official)]
+    return gradients

@@ -1,0 +1,285 @@
+"""The `hf-attn` command: what it prints, what it writes, and one line for each mistake."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import hf_attn
+from hf_attn.assets import AssetError
+from hf_attn.catalog import PAPERS
+from hf_attn.cli import main
+from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
+from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidCrossAttention
+
+
+ARGUMENTS = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "shared_layers": [1],
+}
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A folder with an official checkpoint of EchoAtt and its arguments."""
+    config = EchoAttConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        shared_layers=[1],
+    )
+    folder = tmp_path / "official"
+    folder.mkdir()
+    save_file(EchoAttForCausalLM(config).state_dict(), folder / "echo.safetensors")
+    (folder / "echo.json").write_text(json.dumps(ARGUMENTS))
+    (folder / "echo.yaml").write_text(yaml.safe_dump(ARGUMENTS))
+    return folder
+
+
+def convert(official: Path, output: Path, *more: str, config: str | None = "echo.json", checkpoint="echo.safetensors"):
+    arguments = ["convert", "echo_att", str(official / checkpoint), "--output", str(output), *more]
+    return main([*arguments, "--config", str(official / config)] if config else arguments)
+
+
+def assert_one_line_of_error(capsys, *parts: str):
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("hf-attn: error: ") and output.err.count("\n") == 1
+    for part in parts:
+        assert part in output.err
+
+
+# --- papers --------------------------------------------------------------------------------------------------------
+
+
+def test_papers_is_a_table_of_all_papers_with_their_status(capsys):
+    assert main(["papers"]) == 0
+    header, *rows, _, count = capsys.readouterr().out.splitlines()
+    columns = [header.index(name) for name in ("ARXIV", "STATUS", "BECOMES")]
+    assert [row.split()[0] for row in rows] == list(PAPERS)
+    for row, paper in zip(rows, PAPERS.values(), strict=True):
+        cells = [row[start:].split("  ")[0].strip() for start in columns]
+        assert cells == [paper.arxiv, "available" if paper.available else "planned", paper.becomes]
+    assert count == f"{sum(paper.available for paper in PAPERS.values())} of {len(PAPERS)} papers are available."
+
+
+def test_papers_as_json_names_classes_that_exist(capsys):
+    assert main(["papers", "--json"]) == 0
+    papers = json.loads(capsys.readouterr().out)
+    assert [paper["slug"] for paper in papers] == list(PAPERS)
+    references = [
+        reference for paper in papers for models in paper["model_types"].values() for reference in models.values()
+    ]
+    assert references
+    from hf_attn.registration import load
+
+    assert all(isinstance(load(reference), type) for reference in references)
+    assert {paper["status"] for paper in papers if paper["model_types"] or paper["attention"]} == {"available"}
+
+
+def test_listing_papers_does_not_import_torch():
+    code = "import sys; from hf_attn.cli import main; main(['papers']); print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "False\n"
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["papers"], ["convert"], ["quickstart"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: {' '.join(['hf-attn', *command])}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"hf-attn {hf_attn.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["paper"], ["convert", "echo_att"], ["quickstart", "--steps", "0"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+# --- convert -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["echo.json", "echo.yaml"])
+def test_convert_writes_a_folder_for_the_hub(official, tmp_path, capsys, config):
+    output = tmp_path / "made" / "here"
+    assert convert(official, output, config=config) == 0
+    assert {path.name for path in output.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_hf_attn.py",
+    }
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model) is EchoAttForCausalLM and model.config.shared_layers == [1]
+    out = capsys.readouterr().out
+    assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters is in {output}." in out
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(official, tmp_path, capsys):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mine.txt").write_text("mine")
+    assert convert(official, tmp_path / "output") == 2
+    assert_one_line_of_error(capsys, "is not empty", "--overwrite")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_will_do(official, tmp_path):
+    (tmp_path / "output").mkdir()
+    assert convert(official, tmp_path / "output") == 0
+
+
+def test_overwrite_leaves_nothing_of_an_earlier_model(official, tmp_path):
+    output = tmp_path / "output"
+    other = EchoAttConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    EchoAttForCausalLM(other).save_pretrained(output, max_shard_size="1KB")
+    (output / "mine.txt").write_text("mine")
+    assert convert(official, output, "--overwrite") == 0
+    assert [path.name for path in output.glob("*.safetensors*")] == ["model.safetensors"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.vocab_size == 31
+    assert f"{model.num_parameters():,} parameters" in (output / "README.md").read_text()
+    assert (output / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_is_written_if_the_conversion_fails(official, tmp_path, capsys):
+    state = {"model.norm.weight": torch.ones(16)}
+    save_file(state, official / "part.safetensors")
+    assert convert(official, tmp_path / "output", checkpoint="part.safetensors") == 2
+    assert_one_line_of_error(capsys, "part.safetensors does not fit EchoAttForCausalLM", "no weights for")
+    assert not (tmp_path / "output").exists()
+
+
+def test_the_output_must_not_be_a_file(official, capsys):
+    assert convert(official, official / "echo.json") == 2
+    assert_one_line_of_error(capsys, "is a file")
+
+
+def test_a_paper_that_is_not_there(official, tmp_path, capsys):
+    arguments = ["convert", "nothing", str(official / "echo.safetensors"), "--output", str(tmp_path / "output")]
+    assert main(arguments) == 2
+    assert_one_line_of_error(capsys, "No paper 'nothing' in the catalogue", "echo_att")
+
+
+def test_a_checkpoint_that_is_not_there(official, tmp_path, capsys):
+    assert convert(official, tmp_path / "output", checkpoint="nothing.pth") == 2
+    assert_one_line_of_error(capsys, "There is no checkpoint file at", "nothing.pth")
+
+
+def test_a_checkpoint_that_is_no_checkpoint(official, tmp_path, capsys):
+    (official / "page.pth").write_text("<html>")
+    assert convert(official, tmp_path / "output", checkpoint="page.pth") == 2
+    assert_one_line_of_error(capsys, "page.pth cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.json", None, "missing.json"),
+        ("broken.json", "{", "broken.json cannot be read"),
+        ("broken.yaml", "a: [", "broken.yaml cannot be read"),
+        ("list.json", "[1, 2]", "must hold a mapping"),
+        ("part.json", '{"vocab_size": 31}', "has no 'hidden_size'"),
+        ("type.json", json.dumps({**ARGUMENTS, "hidden_size": "16"}), "does not make a echo_att model"),
+        (
+            "value.json",
+            json.dumps({**ARGUMENTS, "shared_layers": [7]}),
+            "shared_layers must be layers between 1 and 2",
+        ),
+    ],
+)
+def test_a_config_that_is_wrong(official, tmp_path, capsys, name, content, message):
+    if content is not None:
+        (official / name).write_text(content)
+    assert convert(official, tmp_path / "output", config=name) == 2
+    assert_one_line_of_error(capsys, message)
+
+
+def test_a_config_that_is_needed_and_not_given(official, tmp_path, capsys):
+    assert convert(official, tmp_path / "output", config=None) == 2
+    assert_one_line_of_error(capsys, "The official configuration has no 'vocab_size'")
+
+
+def test_a_part_of_a_model_has_no_folder(official, tmp_path, capsys):
+    part = SigmoidCrossAttention(8, 8, num_heads=2, sigmoid_bias=-1.0)
+    state = {
+        "q_proj.weight": part.q_proj.weight.detach(),
+        "kv_proj.weight": torch.cat([part.k_proj.weight, part.v_proj.weight]).detach(),
+        "v_norm.weight": part.v_norm.weight.detach(),
+        "v_norm.bias": part.v_norm.bias.detach(),
+        "proj.weight": part.o_proj.weight.detach(),
+    }
+    save_file(state, official / "cross.safetensors")
+    arguments = {"q_dim": 8, "kv_dim": 8, "num_heads": 2, "bias": False, "qk_norm": False, "attn_bias": -1.0}
+    (official / "cross.json").write_text(json.dumps(arguments))
+    command = ["convert", "sigmoid_attention", str(official / "cross.safetensors")]
+    assert main([*command, "--config", str(official / "cross.json"), "--output", str(tmp_path / "output")]) == 2
+    assert_one_line_of_error(capsys, "SigmoidCrossAttention", "hf_attn.from_official")
+    assert not (tmp_path / "output").exists()
+
+
+# --- quickstart ----------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_passes_its_options_on(monkeypatch, tmp_path):
+    calls = []
+    fake = SimpleNamespace(quickstart=lambda *arguments, **options: calls.append((arguments, options)))
+    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", fake)
+    assert main(["quickstart", "--steps", "3", "--output", str(tmp_path)]) == 0
+    assert main(["quickstart"]) == 0
+    assert calls == [((tmp_path,), {"steps": 3}), ((Path("outputs/quickstart"),), {})]
+
+
+def test_quickstart_takes_these_options():
+    from hf_attn.quickstart import quickstart
+
+    inspect.signature(quickstart).bind(Path("output"), steps=3)
+
+
+def test_material_that_cannot_be_fetched_is_one_line(monkeypatch, capsys):
+    def fail(output):
+        raise AssetError("No network.\nConnect, or set HF_ATTN_CACHE.")
+
+    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", SimpleNamespace(quickstart=fail))
+    assert main(["quickstart"]) == 2
+    assert_one_line_of_error(capsys, "No network. Connect, or set HF_ATTN_CACHE.")
+
+
+def test_an_interrupted_quickstart_has_its_own_exit_code(monkeypatch):
+    def interrupt(output):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", SimpleNamespace(quickstart=interrupt))
+    assert main(["quickstart"]) == 130

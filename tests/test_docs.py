@@ -1,0 +1,128 @@
+"""The documentation is true: its code runs as it is printed, its table is the catalogue's, its commands exist."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_attn import hub
+from hf_attn.catalog import PAPERS, find_family
+
+from .families import tiny_model
+from .hub_server import HubServer
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
+
+
+@pytest.fixture
+def docs_script():
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_papers_is_that_of_the_catalogue(docs_script):
+    assert docs_script.with_papers_table(README) == README, "README.md is out of date: run `make docs`"
+
+
+def test_the_table_has_a_row_for_each_paper_with_its_status(docs_script):
+    rows = docs_script.papers_table().splitlines()[2:]
+    assert len(rows) == len(PAPERS) == 29
+    for paper in PAPERS.values():
+        (row,) = (row for row in rows if f"`{paper.slug}`" in row)
+        assert row.endswith("| available |" if paper.available else "| planned |")
+
+
+def test_a_readme_without_markers_is_refused(docs_script):
+    with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
+        docs_script.with_papers_table("# hf_attn\n")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_files_exist(name):
+    text = DOCUMENTS[name]
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    files = set(re.findall(r"(?:scripts|tests|model_cards|hf_attn)/[\w/]+\.(?:py|md|json|yaml)", text))
+    assert not [path for path in links | files if "<" not in path and not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_exist(name):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z]+)", DOCUMENTS[name]))
+    assert named and named <= targets
+
+
+def test_the_facts_that_a_card_may_use_are_documented():
+    paper, family = find_family("echo_att")
+    documented = set(re.findall(r"`\$(\w+)`", DOCUMENTS["CONTRIBUTING.md"]))
+    assert documented == set(hub._facts(tiny_model(family), paper, family, None))
+
+
+def small_llama(folder: Path) -> None:
+    """Save what stands for SmolLM2-135M: as many layers, and little else."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([README], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    wrapped.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=30,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path):
+    small_llama(tmp_path / "base")
+    work = tmp_path / "work"
+    work.mkdir()
+    golden = ROOT / "tests" / "goldens" / "sigmoid_attention" / "gala_tiny"
+    shutil.copy(golden / "weights.safetensors", work / "gala.safetensors")
+    case = json.loads((golden / "case.json").read_text())
+    (work / "gala.json").write_text(json.dumps(case["config"]))
+
+    blocks = code_blocks(README, "python")
+    assert len(blocks) >= 5
+    with HubServer() as server:
+        files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+        server.repositories["HuggingFaceTB/SmolLM2-135M"] = files
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(blocks)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "home")},
+            cwd=work,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        assert server.unknown == []
+        pushed = server.repositories["your-name/student"]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
+    assert b"base_model: HuggingFaceTB/SmolLM2-135M" in pushed["README.md"]
+    assert b"## The mechanism" in pushed["README.md"]
+    assert (work / "student" / "README.md").is_file()
