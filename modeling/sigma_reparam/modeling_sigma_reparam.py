@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.beit.modeling_beit import BeitDropPath
 from transformers.models.vit.modeling_vit import (
@@ -19,6 +21,8 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.hub import HubModelMixin
 from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLayer, SigmaReparamLinear
@@ -114,6 +118,30 @@ class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
         )
         self.pooler = None
         self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            interpolate_pos_encoding: resize the position embeddings for images of another size than `image_size`.
+            attention_mask: `(batch, tokens)`, 0 for tokens that no other may see.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=self.layernorm(hidden_states))
 
 
 class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTForImageClassification):
