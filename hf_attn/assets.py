@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from huggingface_hub import constants
 
@@ -160,3 +161,25 @@ def _paragraphs(text: str) -> list[str]:
 
 def _normalized(paragraph: str) -> str:
     return " ".join(paragraph.split())
+
+
+def token_blocks(texts: list[str], tokenizer, length: int) -> torch.Tensor:
+    """Texts as sequences of equal length without padding; texts are joined, and what is left at the end is dropped.
+
+    Args:
+        texts: documents.
+        tokenizer: a tokenizer of transformers; its end-of-sequence token, if it has one, stands between documents.
+        length: tokens in a sequence.
+
+    Returns:
+        int64 tensor `(sequences, length)`.
+
+    Raises:
+        ValueError: if the texts have fewer tokens than one sequence.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor([token for document in documents for token in (*document, *end)])
+    if len(tokens) < length:
+        raise ValueError(f"The texts have {len(tokens)} tokens, fewer than one sequence of {length}.")
+    return tokens[: len(tokens) // length * length].view(-1, length)

@@ -1,5 +1,6 @@
 """From a pretrained transformers checkpoint to a family that changes its attention."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ class BaseReport:
         base: Hub id or folder of the base, empty if a model object without one was given.
         kept: names of tensors taken over as they are.
         dropped: names of base tensors that the new model has no place for, by design.
-        new: names of tensors that the base did not have.
-        kept_parameters, dropped_parameters, new_parameters: the numbers of their elements.
+        new: names of tensors that the base did not have, freshly initialised.
+        kept_parameters, dropped_parameters, new_parameters: the numbers of their elements. Tied tensors, such as the
+            embeddings and the head, are one tensor.
     """
 
     base: str
@@ -42,7 +44,8 @@ class FromBaseMixin:
     """Gives a causal LM family ``from_base``: the weights of a pretrained model, another attention.
 
     A family says which bases it understands (:meth:`config_from_base`) and which base tensors it drops
-    (:meth:`dropped_from_base`); every other tensor has to be taken over, and every tensor of the new model filled.
+    (:meth:`dropped_from_base`) or adds (:meth:`new_to_base`); every other tensor has to be taken over, and every other
+    tensor of the new model filled.
     """
 
     base_report: BaseReport | None = None
@@ -55,6 +58,11 @@ class FromBaseMixin:
     @classmethod
     def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
         """Whether the base tensor ``name`` has no place in a model of this configuration, by design."""
+        return False
+
+    @classmethod
+    def new_to_base(cls, name: str, config: PreTrainedConfig) -> bool:
+        """Whether the family's tensor ``name`` is its own addition, which no base has."""
         return False
 
     @classmethod
@@ -79,20 +87,23 @@ class FromBaseMixin:
         config = cls.config_from_base(base.config, **overrides)
         config._attn_implementation = base.config._attn_implementation
 
-        base_state = base.state_dict()
+        tied = base.all_tied_weights_keys
+        base_state = {name: tensor for name, tensor in base.state_dict().items() if name not in tied}
         dropped = tuple(name for name in base_state if cls.dropped_from_base(name, config))
         kept_state = {name: tensor.clone() for name, tensor in base_state.items() if name not in dropped}
         model, info = cls.from_pretrained(
             None, config=config, state_dict=kept_state, output_loading_info=True, dtype=base.dtype
         )
         new = tuple(sorted(info["missing_keys"]))
-        if info["unexpected_keys"]:
+        unfilled = [name for name in new if not cls.new_to_base(name, config)]
+        if info["unexpected_keys"] or unfilled:
             raise ValueError(
-                f"{cls.__name__} has no place for {', '.join(sorted(info['unexpected_keys']))} of {type(base).__name__}. "
-                "This base has parts that the family does not model."
+                f"{type(base).__name__} is no base for this {cls.__name__}. Tensors of the base that have no place: "
+                f"{', '.join(sorted(info['unexpected_keys'])) or 'none'}; tensors that the base lacks: "
+                f"{', '.join(unfilled) or 'none'}."
             )
         if base.can_generate():
-            model.generation_config = base.generation_config
+            model.generation_config = copy.deepcopy(base.generation_config)
         state = model.state_dict()
         model.base_report = BaseReport(
             base=base.config.name_or_path or "",
@@ -103,4 +114,4 @@ class FromBaseMixin:
             dropped_parameters=sum(base_state[name].numel() for name in dropped),
             new_parameters=sum(state[name].numel() for name in new),
         )
-        return model.eval()
+        return model.to(base.device).eval()

@@ -83,10 +83,7 @@ class AttentionSimilarity:
 
     @property
     def ranking(self) -> list[int]:
-        """Layers in the order in which they should give up their own attention: by score, the highest first.
-
-        Layer 0 is left out; it has no earlier layer to share with.
-        """
+        """Layers by descending score, without layer 0, which has no earlier layer to share with."""
         order = self.scores.sort(descending=True, stable=True).indices.tolist()
         return [layer for layer in order if layer != 0]
 
@@ -96,7 +93,10 @@ class AttentionSimilarity:
         Args:
             block_size: cut the layers between the untouched ends into blocks of this many, the last of which may be
                 shorter; all but the first layer of a block share.
-            num_shared: the first layers of the :attr:`ranking`, this many.
+            num_shared: choose this many, one after the other: always the layer after which all shared layers together
+                resemble the layers whose maps they use the most. The score, which the paper ranks by, is about all other
+                layers, of which only one gives its map; on SmolLM2-135M with 12 of 30 layers shared the perplexity
+                before distillation is 66 by this choice and 142 by the highest scores (18.7 for the base).
 
         Returns:
             Layers counted from 0, in ascending order.
@@ -109,12 +109,28 @@ class AttentionSimilarity:
         if num_shared is not None:
             if not 0 <= num_shared < self.num_layers:
                 raise ValueError(f"num_shared must be between 0 and {self.num_layers - 1}, got {num_shared}.")
-            return sorted(self.ranking[:num_shared])
+            return self._most_replaceable(num_shared)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
         prefix, suffix = self.untouched_ends
         inner = range(prefix, self.num_layers - suffix)
         return [layer for layer in inner if (layer - prefix) % block_size != 0]
+
+    def _most_replaceable(self, num_shared: int) -> list[int]:
+        shared: set[int] = set()
+        while len(shared) < num_shared:
+            others = [layer for layer in range(1, self.num_layers) if layer not in shared]
+            shared.add(max(others, key=lambda layer: self._similarity_to_sources(shared | {layer})))
+        return sorted(shared)
+
+    def _similarity_to_sources(self, shared: set[int]) -> float:
+        total, source = 0.0, 0
+        for layer in range(1, self.num_layers):
+            if layer in shared:
+                total += self.similarity[layer, source].item()
+            else:
+                source = layer
+        return total
 
     def __str__(self) -> str:
         """A table with a line for each layer."""

@@ -8,8 +8,9 @@ FlashSigmoid):
 
     dV = P^T dO;  dP = dO V^T;  dS = P (1 - P) dP;  dQ = scaling * dS K;  dK = scaling * dS^T Q
 
-Logits and sigmoid are float32 for bfloat16 and float16 input. So are the products, which on CPUs without matrix
-units for these dtypes is also the fastest way.
+Logits and sigmoid are float32 for bfloat16 and float16 input. So are the products: on CPUs without matrix units for
+these dtypes that is also the fastest way, except for the few rows of a decoding step, where converting the keys would
+take longer than the product. There the products of bfloat16 input are bfloat16, as those of the specification are.
 """
 
 from collections.abc import Iterator
@@ -19,12 +20,18 @@ import torch
 from .sigmoid_arguments import reason_not_fused
 
 
-# A block of weights stays in the L2 cache of one core together with the keys and values it is computed from.
+# Found by measurement. A block of weights stays in the L2 cache of one core (1 MiB in float32) together with the keys and
+# values it is computed from; where blocks are smaller, several heads share it.
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 512
-# Causal and windowed attention computes whole blocks along the edges of what is allowed: lower blocks waste less.
+WEIGHTS_IN_CACHE = 2**18
+# Causal and windowed attention computes whole blocks along the edges of what is allowed. Lower blocks waste less there, which
+# counts in short sequences, where edges are most of the work.
 BLOCK_ROWS_AT_EDGES = 128
-# With fewer rows than this, a pass over the weights costs less than preparing a copy of the keys.
+BLOCK_ROWS_AT_EDGES_IF_SHORT = 64
+SHORT = 1024
+# With no more rows than this, a pass over the weights costs less than preparing a copy of the keys.
+# They are computed with all keys at once.
 FEW_ROWS = 32
 
 
@@ -64,20 +71,28 @@ class _Blocks:
         self.mask_blocks = {}
         self.position_masks = {}
 
-        few_rows = self.q_len * self.groups <= FEW_ROWS
+        self.has_edges = is_causal or sliding_window is not None
+        self.few_rows = few_rows = self.q_len * self.groups <= FEW_ROWS
         # Bias and key mask become further columns of query and key, so that the product already holds them.
-        self.folds_bias = not few_rows and (head_bias is not None or bias != 0)
+        self.multiplies_in_bfloat16 = False
+        has_bias = head_bias is not None or bias != 0
+        self.folds_bias = not few_rows and has_bias
         self.folds_mask = not few_rows and self.mask is not None and self.mask.shape[1:4] == (1, 1, 1)
         self.copies_keys = not few_rows and (self.folds_bias or self.folds_mask or self.dtype != query.dtype)
 
-        has_edges = is_causal or sliding_window is not None
-        rows = BLOCK_ROWS_AT_EDGES if has_edges else BLOCK_ROWS
+        self.is_plain = (
+            self.folds_bias >= has_bias and self.slopes is None and (self.mask is None or self.folds_mask)
+        ) and not self.has_edges
+
+        rows = BLOCK_ROWS
+        if self.has_edges:
+            rows = BLOCK_ROWS_AT_EDGES_IF_SHORT if self.kv_len <= SHORT else BLOCK_ROWS_AT_EDGES
         self.block_positions = max(1, min(rows // self.groups, self.q_len))
-        self.block_columns = max(1, min(BLOCK_COLUMNS, self.kv_len))
+        self.block_columns = max(1, self.kv_len if few_rows else min(BLOCK_COLUMNS, self.kv_len))
         pairs = self.batch * self.kv_heads
         if query.device.type == "cpu":
             threads = torch.get_num_threads()
-            in_cache = BLOCK_ROWS * BLOCK_COLUMNS // (self.block_positions * self.groups * self.block_columns)
+            in_cache = WEIGHTS_IN_CACHE // (self.block_positions * self.groups * self.block_columns)
             pairs = min(pairs, threads * max(1, in_cache))
         self.num_batches, self.num_heads = (
             (pairs // self.kv_heads, self.kv_heads) if pairs >= self.kv_heads else (1, pairs)
@@ -120,7 +135,7 @@ class _Blocks:
         rows = self.rows_of(self.query)
         width = self.head_dim + self.folds_bias + self.folds_mask
         scaled = rows.new_empty(*rows.shape[:-1], width, dtype=self.dtype)
-        scaled[..., : self.head_dim].copy_(rows).mul_(self.scaling)
+        torch.mul(rows.to(self.dtype), self.scaling, out=scaled[..., : self.head_dim])
         keys = self.columns_of(self.key)
         if self.copies_keys:
             source, keys = keys, keys.new_empty(*keys.shape[:-1], width, dtype=self.dtype)
@@ -135,9 +150,12 @@ class _Blocks:
             by_pair = keys.view(*rows.shape[:2], *keys.shape[1:])
             by_pair[..., -1] = mask.clamp_min_(torch.finfo(self.dtype).min)[:, :, 0, 0]
         self.scaled_query = scaled.view(keys.shape[0], -1, width)
-        self.keys = keys
-        values = self.columns_of(self.value)
-        self.values = values if self.scaled_query.shape[1] <= FEW_ROWS else values.to(self.dtype)
+        if self.multiplies_in_bfloat16:  # scaled afterwards, which saves a rounding
+            self.scaled_query = rows.reshape(self.scaled_query.shape)
+        self.keys, self.values = keys, self.columns_of(self.value)
+        if not self.few_rows:
+            self.values = self.values.to(self.dtype)
+        self.operands = {}
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask as a new tensor that is added to logits, ``-inf`` where masked."""
@@ -219,29 +237,34 @@ class _Blocks:
         """The scaled queries of a block, ``(pairs, rows, head_dim)``, further columns behind if anything is folded in."""
         return self.scaled_query[:, positions.start * self.groups : positions.stop * self.groups]
 
-    def keys_of(self, columns: slice) -> torch.Tensor:
-        """The keys of a block, ``(pairs, columns, head_dim)``, further columns behind if anything is folded in."""
-        return self.keys[:, columns].to(self.dtype)
+    def operands_of(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys of a block, ``(pairs, columns, head_dim)`` like the queries, and its values."""
+        where = (columns.start, columns.stop)
+        if where not in self.operands:
+            dtype = self.keys.dtype if self.multiplies_in_bfloat16 else self.dtype
+            self.operands[where] = self.keys[:, columns].to(dtype), self.values[:, columns].to(dtype)
+        return self.operands[where]
 
-    def values_of(self, columns: slice) -> torch.Tensor:
-        return self.values[:, columns].to(self.dtype)
-
-    def weights(self, positions: slice, columns: slice, buffer: torch.Tensor) -> torch.Tensor | None:
+    def weights(
+        self, queries: torch.Tensor, keys: torch.Tensor, positions: slice, columns: slice, buffer: torch.Tensor
+    ) -> torch.Tensor | None:
         """The weights of a block, ``(pairs, rows, columns)`` in ``buffer``; ``None`` if the mask leaves none."""
         any_allowed, mask = self._needed_mask(positions, columns)
         if not any_allowed:
             return None
-        queries, keys = self.queries_of(positions), self.keys_of(columns)
-        weights = buffer[: queries.shape[0] * queries.shape[1] * keys.shape[1]].view(*queries.shape[:2], keys.shape[1])
-        torch.bmm(queries, keys.transpose(1, 2), out=weights)
+        pairs, rows, kv_len = queries.shape[0], queries.shape[1], keys.shape[1]
+        weights = buffer[: pairs * rows * kv_len].view(pairs, rows, kv_len)
+        if keys.dtype == self.dtype:
+            torch.bmm(queries, keys.transpose(1, 2), out=weights)
+        else:
+            weights.copy_(torch.bmm(queries, keys.transpose(1, 2))).mul_(self.scaling)
+        if self.is_plain:
+            return weights.sigmoid_()
         by_group = weights.view(
-            self.batches.stop - self.batches.start, -1, positions.stop - positions.start, self.groups, keys.shape[1]
+            self.batches.stop - self.batches.start, -1, positions.stop - positions.start, self.groups, kv_len
         )
         if not self.folds_bias:
-            if isinstance(self.bias, torch.Tensor):
-                by_group.add_(self.bias[:, self.heads])
-            elif self.bias:
-                weights.add_(self.bias)
+            by_group.add_(self.bias[:, self.heads] if isinstance(self.bias, torch.Tensor) else self.bias)
         if self.slopes is not None:
             slopes = self.slopes[self.batches if self.slopes.shape[0] > 1 else slice(None), self.heads]
             distances = self._distances(positions, columns).abs().to(self.dtype)
@@ -251,7 +274,7 @@ class _Blocks:
         weights.sigmoid_()
         if mask is not None and mask.dtype == torch.bool:
             by_group.masked_fill_(~mask, 0)
-        if self.is_causal or self.sliding_window is not None:
+        if self.has_edges:
             self._forbid_by_position(by_group, positions, columns)
         return weights
 
@@ -286,6 +309,7 @@ def _blockwise(
         sliding_window,
         query_offset,
     )
+    blocks.multiplies_in_bfloat16 = blocks.few_rows and query.dtype == torch.bfloat16
     output = _new_output(query, value)
     buffer = blocks.new_buffer()
     rows = blocks.block_positions * blocks.groups
@@ -297,9 +321,14 @@ def _blockwise(
             block_output = output_buffer[: queries.shape[0] * queries.shape[1] * value.shape[-1]]
             block_output = block_output.view(*queries.shape[:2], value.shape[-1]).zero_()
             for columns in blocks.column_blocks(positions):
-                weights = blocks.weights(positions, columns, buffer)
-                if weights is not None:
-                    block_output.baddbmm_(weights, blocks.values_of(columns))
+                keys, values = blocks.operands_of(columns)
+                weights = blocks.weights(queries, keys, positions, columns, buffer)
+                if weights is None:
+                    continue
+                if values.dtype == weights.dtype:
+                    block_output.baddbmm_(weights, values)
+                else:
+                    block_output.add_(torch.bmm(weights.to(values.dtype), values))
             target = output_rows[:, :, positions]
             target.copy_(block_output.view(target.shape))
     return output
@@ -353,21 +382,22 @@ def _blockwise_backward(
         grad_keys = torch.zeros_like(blocks.columns_of(key), dtype=blocks.dtype)
         grad_values = torch.zeros_like(blocks.columns_of(value), dtype=blocks.dtype)
         for positions in blocks.position_blocks():
-            queries = blocks.queries_of(positions)[..., :head_dim]
+            queries = blocks.queries_of(positions)
             grad_block = grad_rows[:, positions.start * blocks.groups : positions.stop * blocks.groups]
-            grad_queries = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+            grad_queries = queries.new_zeros(*queries.shape[:2], head_dim)
             for columns in blocks.column_blocks(positions):
-                weights = blocks.weights(positions, columns, buffer)
+                keys, values = blocks.operands_of(columns)
+                weights = blocks.weights(queries, keys, positions, columns, buffer)
                 if weights is None:
                     continue
                 grad_values[:, columns].add_(torch.bmm(weights.transpose(1, 2), grad_block))
                 grad_weights = grad_buffer[: weights.numel()].view(weights.shape)
-                torch.bmm(grad_block, blocks.values_of(columns).transpose(1, 2), out=grad_weights)
+                torch.bmm(grad_block, values.transpose(1, 2), out=grad_weights)
                 grad_logits = torch.ops.aten.sigmoid_backward.grad_input(
                     grad_weights, weights, grad_input=grad_weights
                 )
-                grad_queries.baddbmm_(grad_logits, blocks.keys_of(columns)[..., :head_dim])
-                grad_keys[:, columns].add_(torch.bmm(grad_logits.transpose(1, 2), queries))
+                grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
+                grad_keys[:, columns].add_(torch.bmm(grad_logits.transpose(1, 2), queries[..., :head_dim]))
             target = grad_query_rows[:, :, positions]
             target.copy_(grad_queries.mul_(scaling).view(target.shape))
         for gradient, accumulated in ((grad_key, grad_keys), (grad_value, grad_values)):

@@ -6,16 +6,18 @@ A shared layer has no query and key projections and caches values only:
     layer that owns its map:  A = softmax(Q K^T / sqrt(d) + mask),  output A V
     layer that shares it:     output A V_j, with its own values, output projection, norms and MLP
 
-The map A itself is needed only where it is small, in a step of decoding. Elsewhere a shared layer attends with the queries
-and keys of its source and its own values, which is the same function and needs no map in memory.
+Handing over A saves the most work where A is small: in a step of decoding and for short sequences. Elsewhere a shared
+layer attends with the queries and keys of its source and its own values, which is the same function and needs no map in
+memory.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -41,22 +43,24 @@ from hf_attn.hub import HubModelMixin
 from .configuration_echo_att import EchoAttConfig
 
 
-class AttentionMap(NamedTuple):
-    """What a layer hands to the layers that share its map; either form determines the other.
+if TYPE_CHECKING:
+    from hf_attn.analysis import AttentionSimilarity
 
-    Attributes:
-        query: `(batch, heads, q_len, head_dim)`.
-        key: `(batch, kv_heads, kv_len, head_dim)`.
-        weights: `(batch, heads, q_len, kv_len)`, if they were computed.
-    """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    weights: torch.Tensor | None
+#: Largest map (queries times keys) of several queries that the `sdpa` implementation hands over. Above it attending again
+#: with the source's queries and keys is faster than what the map costs in memory traffic (measured on a CPU, training).
+MAX_SHARED_MAP = 512 * 512
 
 
 class ValueCacheLayer(DynamicLayer):
-    """Cache of a layer without keys: they are kept with no width, so that lengths and reordering work as usual."""
+    """Cache of a layer without keys: `keys` has no width, so that lengths and reordering work as usual."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        self.keys = self.values[..., :0]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.values.shape[-2] if self.is_initialized and self.values.numel() > 0 else 0
@@ -74,14 +78,18 @@ def cache_values(past_key_values: Cache, value_states: torch.Tensor, layer_idx: 
 
 
 def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`A V` with grouped values: weights `(batch, heads, q_len, kv_len)`, value `(batch, kv_heads, kv_len, head_dim)`.
+    """`A V` without repeating the values of a group.
+
+    Args:
+        weights: `(batch, heads, q_len, kv_len)`.
+        value: `(batch, kv_heads, kv_len or more, head_dim)`; what is beyond `kv_len` are unused slots of a static cache.
 
     Returns:
         `(batch, q_len, heads, head_dim)`.
     """
     batch, heads, q_len, kv_len = weights.shape
-    kv_heads = value.shape[1]
-    output = weights.reshape(batch, kv_heads, -1, kv_len) @ value
+    value = value[:, :, :kv_len]
+    output = weights.reshape(batch, value.shape[1], -1, kv_len) @ value
     return output.view(batch, heads, q_len, -1).transpose(1, 2).contiguous()
 
 
@@ -95,8 +103,14 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention that returns the map before dropout, which is what the other layers share."""
+    """Softmax attention that returns the map before dropout, which is what the other layers share.
+
+    Takes the masks of both `eager` (additive) and `sdpa` (boolean, or none for plain causality).
+    """
     batch, heads, q_len, head_dim = query.shape
+    if attention_mask is None and q_len > 1:
+        key = key[:, :, :q_len]
+        attention_mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query.device).tril()
     scores = query.reshape(batch, key.shape[1], -1, head_dim) @ key.transpose(-1, -2) * scaling
     scores = scores.view(batch, heads, q_len, -1)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -104,7 +118,7 @@ def eager_attention_forward(
     elif attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = nn.functional.dropout(weights, p=dropout, training=module.training)
+    dropped = nn.functional.dropout(weights, p=dropout)
     return apply_attention_weights(dropped, value), weights
 
 
@@ -120,14 +134,14 @@ class EchoAttAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.is_shared = layer_idx in config.shared_layers
+        self.source_idx = config.attention_source.get(layer_idx)
         self.is_source = layer_idx in config.attention_source.values()
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
         query_size, key_value_size = (
             heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        if not self.is_shared:
+        if self.source_idx is None:
             self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
             self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
             if config.qk_norm:
@@ -140,27 +154,32 @@ class EchoAttAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        shared_map: AttentionMap | None = None,
+        shared_query: torch.Tensor | None = None,
+        shared_key: torch.Tensor | None = None,
+        shared_weights: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, AttentionMap]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Attend.
 
         Args:
             hidden_states: `(batch, sequence, hidden_size)`, normalised.
             position_embeddings: cosines and sines of the rotary embedding.
-            shared_map: map of the layer that this one shares with; none for a layer with its own.
+            shared_query, shared_key, shared_weights: queries `(batch, heads, q_len, head_dim)`, keys
+                `(batch, kv_heads, kv_len, head_dim)` and, if they were computed, weights `(batch, heads, q_len, kv_len)`
+                of the layer that this one shares with; none for a layer with a map of its own.
 
         Returns:
-            Output, attention weights if they were computed, and the map for the layers that share it.
+            Output `(batch, sequence, hidden_size)`, and weights (if they were computed), queries and keys for the layers
+            that share them.
         """
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
-        if self.is_shared:
-            query_states, key_states, attn_weights = shared_map
+        if self.source_idx is not None:
+            query_states, key_states, attn_weights = shared_query, shared_key, shared_weights
             if past_key_values is not None:
                 value_states = cache_values(past_key_values, value_states, self.layer_idx)
         else:
@@ -174,7 +193,7 @@ class EchoAttAttention(nn.Module):
             dropped = nn.functional.dropout(attn_weights, p=dropout)
             attn_output = apply_attention_weights(dropped, value_states)
         else:
-            attn_output, attn_weights = self._attention_interface(query_states)(
+            attn_output, attn_weights = self._attention_interface(query_states, key_states)(
                 self,
                 query_states,
                 key_states,
@@ -186,7 +205,7 @@ class EchoAttAttention(nn.Module):
                 **kwargs,
             )
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
-        return attn_output, attn_weights, AttentionMap(query_states, key_states, attn_weights)
+        return attn_output, attn_weights, query_states, key_states
 
     def _queries_and_keys(self, hidden_states, hidden_shape, position_embeddings):
         query_states = self.q_proj(hidden_states).view(hidden_shape)
@@ -195,16 +214,16 @@ class EchoAttAttention(nn.Module):
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         return apply_rotary_pos_emb(query_states.transpose(1, 2), key_states.transpose(1, 2), *position_embeddings)
 
-    def _attention_interface(self, query_states: torch.Tensor) -> Callable:
+    def _attention_interface(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
         implementation = self.config._attn_implementation
-        # One row of the map costs less to hand over than to recompute.
-        if implementation == "sdpa" and self.is_source and query_states.shape[2] == 1:
+        map_size = query_states.shape[2] * key_states.shape[2]
+        if implementation == "sdpa" and self.is_source and (query_states.shape[2] == 1 or map_size <= MAX_SHARED_MAP):
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
 class EchoAttDecoderLayer(GradientCheckpointingLayer):
-    """A Llama layer that takes and returns the attention map; the map is an argument so that checkpointing sees it."""
+    """A Llama layer that takes and returns an attention map, as plain tensors so that every checkpointing sees them."""
 
     def __init__(self, config: EchoAttConfig, layer_idx: int):
         super().__init__()
@@ -216,16 +235,25 @@ class EchoAttDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        shared_map: AttentionMap | None = None,
+        shared_query: torch.Tensor | None = None,
+        shared_key: torch.Tensor | None = None,
+        shared_weights: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, AttentionMap]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Returns the hidden states and, if other layers share them, queries, keys and weights."""
         residual = hidden_states
-        hidden_states, _, attention_map = self.self_attn(
-            self.input_layernorm(hidden_states), shared_map=shared_map, **kwargs
+        hidden_states, weights, query, key = self.self_attn(
+            self.input_layernorm(hidden_states),
+            shared_query=shared_query,
+            shared_key=shared_key,
+            shared_weights=shared_weights,
+            **kwargs,
         )
         hidden_states = residual + hidden_states
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, attention_map
+        if self.self_attn.is_source:
+            return hidden_states, query, key, weights
+        return hidden_states, None, None, None
 
 
 class EchoAttPreTrainedModel(HubModelMixin, LlamaPreTrainedModel):
@@ -289,19 +317,17 @@ class EchoAttModel(EchoAttPreTrainedModel, LlamaModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        source = self.config.attention_source
         maps = {}
         for layer_idx, decoder_layer in enumerate(self.layers):
-            shared_map = maps.get(source.get(layer_idx))
-            hidden_states, attention_map = decoder_layer(
+            hidden_states, *attention_map = decoder_layer(
                 hidden_states,
-                shared_map,
+                *maps.get(decoder_layer.self_attn.source_idx, (None, None, None)),
                 position_embeddings=position_embeddings,
                 attention_mask=masks[self.config.layer_types[layer_idx]],
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            if layer_idx in source.values():
+            if decoder_layer.self_attn.is_source:
                 maps[layer_idx] = attention_map
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -319,6 +345,48 @@ class EchoAttForCausalLM(FromBaseMixin, EchoAttPreTrainedModel, LlamaForCausalLM
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedModel | str | Path,
+        shared_layers: Sequence[int] | None = None,
+        num_shared: int | None = None,
+        similarity: "AttentionSimilarity | None" = None,
+        **kwargs,
+    ) -> "EchoAttForCausalLM":
+        """Make a student from a Llama, Mistral, Qwen2 or Qwen3 model: every weight is copied except the query and key
+        projections of the shared layers.
+
+        Args:
+            base: a model, a Hub id or a folder.
+            shared_layers: layers that use the attention map of an earlier layer, counted from 0. Pass `shared_source=` as
+                well to say which; it is the nearest earlier layer with a map of its own otherwise.
+            num_shared: instead of `shared_layers`, how many layers shall share; `similarity` chooses them, or, without
+                it, [`evenly_shared_layers`].
+            similarity: what [`~hf_attn.analysis.attention_similarity`] measured on the base.
+            kwargs: `dtype`, and fields of [`EchoAttConfig`] to set differently.
+
+        Raises:
+            ValueError: if the base is of another architecture, if not exactly one of `shared_layers` and `num_shared` is
+                given, or if the layers cannot be shared.
+        """
+        if (shared_layers is None) == (num_shared is None):
+            raise ValueError("Give exactly one of shared_layers and num_shared.")
+        if similarity is not None and num_shared is None:
+            raise ValueError("similarity chooses num_shared layers; it has no use with explicit shared_layers.")
+        if num_shared is not None:
+            config = base.config if isinstance(base, PreTrainedModel) else AutoConfig.from_pretrained(base)
+            if similarity is None:
+                shared_layers = evenly_shared_layers(config.num_hidden_layers, num_shared)
+            elif similarity.num_layers != config.num_hidden_layers:
+                raise ValueError(
+                    f"The similarity was measured on a model with {similarity.num_layers} layers; this base has "
+                    f"{config.num_hidden_layers}."
+                )
+            else:
+                shared_layers = similarity.shared_layers(num_shared=num_shared)
+        return super().from_base(base, shared_layers=shared_layers, **kwargs)
 
     @classmethod
     def dropped_from_base(cls, name: str, config: EchoAttConfig) -> bool:
@@ -351,6 +419,23 @@ class EchoAttForCausalLM(FromBaseMixin, EchoAttPreTrainedModel, LlamaForCausalLM
         return EchoAttConfig(**{**values, **adapt(base_config), **overrides})
 
 
+def evenly_shared_layers(num_layers: int, num_shared: int) -> list[int]:
+    """Shared layers without any measurement: in blocks of about equal length.
+
+    The first and the last layer, which resemble the others least in most models, keep their own map as long as
+    `num_shared` leaves room for that.
+
+    Raises:
+        ValueError: if `num_shared` is not between 0 and `num_layers - 1`.
+    """
+    if not 0 <= num_shared < num_layers:
+        raise ValueError(f"num_shared must be between 0 and {num_layers - 1}, got {num_shared}.")
+    inner = range(1, num_layers - 1) if num_shared < num_layers - 2 else range(num_layers)
+    num_blocks = len(inner) - num_shared
+    starts = {inner[len(inner) * block // num_blocks] for block in range(num_blocks)}
+    return [layer for layer in inner if layer not in starts]
+
+
 def _plain(base_config) -> dict:
     return {}
 
@@ -371,4 +456,4 @@ def _qwen3(base_config) -> dict:
 BASES = {"llama": _plain, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "echo_att": _plain}
 
 
-__all__ = ["EchoAttForCausalLM", "EchoAttModel", "EchoAttPreTrainedModel"]
+__all__ = ["EchoAttForCausalLM", "EchoAttModel", "EchoAttPreTrainedModel", "evenly_shared_layers"]

@@ -189,7 +189,7 @@ def _convert_simulator(official: StateDict, arguments: dict) -> Converted:
         hidden_act="gelu",
         gated_mlp=False,
         attention_bias=arguments.get("bias", False),
-        mlp_bias="blocks.0.mlp.fc1.bias" in official,
+        mlp_bias="blocks.0.mlp.fc2.bias" in official,
         initializer_range=0.02,
         tie_word_embeddings=False,
     )
@@ -199,6 +199,9 @@ def _convert_simulator(official: StateDict, arguments: dict) -> Converted:
         "model.norm.bias": official["output_embedding.norm.bias"],
         "lm_head.weight": official["output_embedding.linear.weight"],
     }
+    if config.mlp_bias:
+        # The simulator's first layer never has one.
+        state.update({f"model.layers.{i}.mlp.up_proj.bias": torch.zeros(config.intermediate_size) for i in blocks})
     rotary = config.position_embedding_type == "rope"
     for name in official:
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias|gamma)", name)

@@ -27,21 +27,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block may use
-KERNELS = {
-    "forward": sigmoid._forward_kernel,
-    "grad_query": sigmoid._grad_query_kernel,
-    "grad_key_value": sigmoid._grad_key_value_kernel,
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPERANDS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 
 
 def compile_kernel(kernel: str, target: str, head_dim: int, dtype: str, mask: str = "none", has_alibi: bool = False):
     """Compile one kernel as its launch would; the result's ``metadata.shared`` is in bytes."""
-    function = KERNELS[kernel]
-    options = sigmoid.launch_options(
-        head_dim, DTYPES[dtype], backward=kernel != "forward", is_hip=TARGETS[target].backend == "hip"
-    )
+    function = sigmoid.KERNELS[kernel]
+    options = sigmoid.launch_options(kernel, head_dim, DTYPES[dtype], is_hip=TARGETS[target].backend == "hip")
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     constants = {
         "HEAD_DIM": head_dim,
@@ -86,7 +79,7 @@ def registers_and_spills(compiled) -> tuple[int, int] | None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", choices=sigmoid.KERNELS, default=list(sigmoid.KERNELS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16"])

@@ -144,10 +144,16 @@ def test_without_a_gap_all_layers_can_share():
 
 
 def test_ranking_and_number_of_shared_layers():
-    result = scored(0.99, 0.9, 0.95, 0.2, 0.97)
-    assert result.ranking == [4, 2, 1, 3]
-    assert result.shared_layers(num_shared=2) == [2, 4]
+    assert scored(0.99, 0.9, 0.95, 0.2, 0.97).ranking == [4, 2, 1, 3]
+    similarity = torch.eye(5)
+    for (one, other), value in {(1, 2): 0.9, (2, 3): 0.5, (1, 3): 0.8, (3, 4): 0.7, (0, 1): 0.1}.items():
+        similarity[one, other] = similarity[other, one] = value
+    result = AttentionSimilarity(similarity, 1)
     assert result.shared_layers(num_shared=0) == []
+    assert result.shared_layers(num_shared=1) == [2]
+    # Layer 3 then uses the map of layer 1, which it resembles more than layer 2.
+    assert result.shared_layers(num_shared=2) == [2, 3]
+    assert result.shared_layers(num_shared=4) == [1, 2, 3, 4]
     for arguments in ({}, {"block_size": 2, "num_shared": 1}):
         with pytest.raises(ValueError, match="exactly one"):
             result.shared_layers(**arguments)

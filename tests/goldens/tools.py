@@ -1,10 +1,13 @@
 """What several adapters need."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from .case import Case
 
 
 @contextmanager
@@ -57,3 +60,25 @@ def find_key(abbreviation: Iterable[str], keys: Iterable[str]) -> str:
     if len(found) != 1:
         raise LookupError(f"{'_'.join(wanted)!r} means {found or 'no key'} of the checkpoint.")
     return found[0]
+
+
+def expected_gradients(case: Case, official: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradients that a case expects, under its names.
+
+    Args:
+        case: where they are called `grad.<key>`, or `grad_` and a key cut short (`grad_block0_qkv` means
+            `blocks.0.attn.qkv.weight`).
+        official: gradients by official key.
+    """
+    gradients = {}
+    for name in case.expected:
+        if name.startswith("grad."):
+            gradients[name] = official[name.removeprefix("grad.")]
+        elif name.startswith("grad_"):
+            words = re.sub(r"^block(\d+)", r"blocks_\1", name.removeprefix("grad_")).split("_")
+            candidates = official
+            if words[0] == "blocks":
+                candidates = {key for key in official if key.startswith(f"blocks.{words[1]}.")}
+                words = words[2:]
+            gradients[name] = official[find_key(words, candidates)]
+    return gradients

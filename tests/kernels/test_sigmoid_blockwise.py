@@ -10,17 +10,27 @@ from hf_attn.kernels.sigmoid_blockwise import sigmoid_attention_blockwise, suppo
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 
 
-@pytest.fixture(params=["small_blocks", "small_blocks_uncopied_keys", "shipped_blocks"])
+@pytest.fixture(params=["small_blocks", "uncopied_keys", "shipped_blocks"])
 def blocks(request, monkeypatch):
     if request.param != "shipped_blocks":
         monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS", 16)
-        monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS_AT_EDGES", 8)
+        monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS_AT_EDGES_IF_SHORT", 8)
         monkeypatch.setattr(sigmoid_blockwise, "BLOCK_COLUMNS", 24)
         monkeypatch.setattr(sigmoid_blockwise, "FEW_ROWS", 0 if request.param == "small_blocks" else 10**6)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_eager(name, blocks):
+    assert_equals_eager(sigmoid_attention_blockwise, CASES[name])
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "cache"])
+def test_blocks_of_long_sequences(name, monkeypatch):
+    monkeypatch.setattr(sigmoid_blockwise, "SHORT", 8)
+    monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS_AT_EDGES", 16)
+    monkeypatch.setattr(sigmoid_blockwise, "BLOCK_COLUMNS", 24)
+    monkeypatch.setattr(sigmoid_blockwise, "FEW_ROWS", 0)
+    monkeypatch.setattr(sigmoid_blockwise, "WEIGHTS_IN_CACHE", 1)
     assert_equals_eager(sigmoid_attention_blockwise, CASES[name])
 
 

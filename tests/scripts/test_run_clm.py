@@ -148,6 +148,37 @@ def test_the_attention_function_reaches_the_model(run_clm, text_file, tmp_path):
         )
 
 
+@pytest.mark.parametrize("with_validation", [False, True])
+def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_clm.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test", *(["validation"] if with_validation else [])):
+        rows = [{"body": f"{split} {index} " * 9, "title": index} for index in range(20)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data_args = run_clm.DataArguments(dataset_name=str(folder), text_column="body", validation_split_percentage=25)
+    documents = run_clm.load_documents(data_args)
+    assert set(documents) == ({"train", "validation"} if with_validation else {"train"})
+    assert documents["train"]["text"][3] == "train 3 " * 9
+
+    tokenizer = run_clm.train_tokenizer(documents["train"], 300)
+    blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
+    held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
+    if with_validation:
+        assert held_back.startswith("validation 0 validation 0")
+    else:
+        assert "train 19 train 19" in held_back
+        total = len(blocks["train"]) + len(blocks["validation"])
+        assert len(blocks["validation"]) == math.ceil(total * 0.25)
+
+    with pytest.raises(SystemExit, match="has no column 'text'; give one of body, title as --text_column"):
+        run_clm.load_documents(run_clm.DataArguments(dataset_name=str(folder)))
+    (folder / "train.jsonl").unlink()
+    (folder / "validation.jsonl").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="has no split 'train', only test"):
+        run_clm.load_documents(data_args)
+
+
 def test_the_tokenizer_encodes_any_text(run_clm):
     documents = run_clm.datasets.Dataset.from_dict({"text": ["plain English words"]})
     tokenizer = run_clm.train_tokenizer(documents, 260)

@@ -46,6 +46,8 @@ def supports_sigmoid_triton(
         reason = "triton is not installed (`pip install hf_attn[kernels]`)"
     elif query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f"it runs on a GPU, and the tensors are on {query.device.type!r}"
+    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        reason = "triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers"
     elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reason = f"it computes in float16, bfloat16 or float32, got {query.dtype}"
     elif head_dim > MAX_HEAD_DIM:

@@ -339,24 +339,28 @@ def _grad_key_value_kernel(
     )
 
 
-def launch_options(head_dim: int, dtype: torch.dtype, *, backward: bool, is_hip: bool) -> dict[str, int]:
-    """Tile sizes and launch parameters that fit the shared memory of sm_80, sm_86, sm_90 and gfx942.
+KERNELS = {"forward": _forward_kernel, "grad_query": _grad_query_kernel, "grad_key_value": _grad_key_value_kernel}
+
+# (rows, columns, warps) of the tiles by the bytes of a row of query, key or value: without spilled registers on sm_80 and
+# sm_90 for 16-bit types up to head dimension 128, and within the shared memory of sm_80, sm_86, sm_90 and gfx942 for all.
+TILES = {
+    "forward": {128: (128, 64, 8), 256: (128, 64, 8), 512: (64, 32, 4), 1024: (32, 16, 4)},
+    "grad_query": {128: (64, 64, 4), 256: (64, 64, 8), 512: (32, 32, 4), 1024: (16, 16, 4)},
+    "grad_key_value": {128: (32, 64, 4), 256: (32, 64, 8), 512: (32, 32, 4), 1024: (16, 16, 4)},
+}
+
+
+def launch_options(kernel: str, head_dim: int, dtype: torch.dtype, *, is_hip: bool) -> dict[str, int]:
+    """Tiles and launch parameters of a kernel.
 
     Args:
+        kernel: ``"forward"``, ``"grad_query"`` or ``"grad_key_value"``.
         head_dim: the larger one of head and value dimension.
         dtype: of query, key and value.
-        backward: for the two backward kernels, which hold two more operands, instead of the forward kernel.
-        is_hip: for AMD GPUs, with 64 KiB of shared memory.
+        is_hip: for AMD GPUs, whose shared memory has no room for a second stage.
     """
-    width = max(16, triton.next_power_of_2(head_dim)) * dtype.itemsize  # bytes of a row
-    if width <= 128:
-        rows, columns, warps = (64, 64, 4) if backward else (128, 64, 4)
-    elif width <= 256:
-        rows, columns, warps = (64, 64, 4) if backward else (128, 64, 8)
-    elif width <= 512:
-        rows, columns, warps = (32, 32, 4) if backward else (64, 32, 4)
-    else:
-        rows, columns, warps = (16, 16, 4) if backward else (32, 16, 4)
+    width = triton.next_power_of_2(head_dim) * dtype.itemsize
+    rows, columns, warps = TILES[kernel][max(128, width)]
     return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps, "num_stages": 1 if is_hip else 2}
 
 
@@ -422,9 +426,9 @@ class _Call:
         self.q_len, self.kv_len = q_len, kv_len
         self.widest, self.dtype, self.device = max(head_dim, value_dim), query.dtype, query.device
 
-    def launch(self, kernel, tensors, strides, *, by_columns: bool = False, backward: bool = False) -> None:
-        options = launch_options(self.widest, self.dtype, backward=backward, is_hip=torch.version.hip is not None)
-        if by_columns:
+    def launch(self, name: str, tensors, strides) -> None:
+        options = launch_options(name, self.widest, self.dtype, is_hip=torch.version.hip is not None)
+        if name == "grad_key_value":
             grid = (triton.cdiv(self.kv_len, options["BLOCK_COLUMNS"]), self.kv_heads)
         else:
             grid = (triton.cdiv(self.q_len, options["BLOCK_ROWS"]), self.query_heads)
@@ -432,7 +436,7 @@ class _Call:
             return
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with on_device:
-            kernel[grid](*tensors, *self.tensors, *strides, *self.arguments, **self.constants, **options)
+            KERNELS[name][grid](*tensors, *self.tensors, *strides, *self.arguments, **self.constants, **options)
 
 
 def _with_contiguous_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -469,7 +473,7 @@ def _forward(
     )
     output = _new_output(query, value)
     tensors = (query, key, value, output)
-    call.launch(_forward_kernel, tensors, [stride for tensor in tensors for stride in _strides(tensor)])
+    call.launch("forward", tensors, [stride for tensor in tensors for stride in _strides(tensor)])
     return output
 
 
@@ -518,13 +522,11 @@ def _backward_op(
     ]
     operands = (query, key, value, grad_output)
     strides = [stride for tensor in operands for stride in _strides(tensor)]
-    call.launch(_grad_query_kernel, (*operands, grad_query), [*strides, *_strides(grad_query)], backward=True)
+    call.launch("grad_query", (*operands, grad_query), [*strides, *_strides(grad_query)])
     call.launch(
-        _grad_key_value_kernel,
+        "grad_key_value",
         (*operands, grad_key, grad_value),
         [*strides, *_strides(grad_key), *_strides(grad_value)],
-        by_columns=True,
-        backward=True,
     )
     return tuple(gradients)
 

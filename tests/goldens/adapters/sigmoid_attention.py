@@ -1,7 +1,5 @@
 """Sigmoid attention: attention functions, the simulator's models and AXLearn's."""
 
-import re
-
 import torch
 
 from hf_attn.attention.sigmoid import SIGMOID, sigmoid_weights
@@ -9,7 +7,7 @@ from hf_attn.conversion import from_official
 from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
 
 from ..case import Case
-from ..tools import find_key, parameter_gradients, recorded
+from ..tools import expected_gradients, parameter_gradients, recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
@@ -104,7 +102,7 @@ def _cross_attention(case: Case) -> dict[str, torch.Tensor]:
         if f"o_proj.{kind}" in official:
             official[f"proj.{kind}"] = official.pop(f"o_proj.{kind}")
             official[f"kv_proj.{kind}"] = torch.cat([official.pop(f"{part}_proj.{kind}") for part in "kv"])
-    return {"y": output, "attn_matrix": weights, **_gradients(case, official)}
+    return {"y": output, "attn_matrix": weights, **expected_gradients(case, official)}
 
 
 def _language_model(case: Case) -> dict[str, torch.Tensor]:
@@ -132,21 +130,5 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
         if implementation == "eager":
             results |= {f"block{i}_attn_matrix": weights for i, weights in enumerate(output.attentions)}
         gradients = to_official(parameter_gradients(model), model.config)
-        results |= {f"{name}{way}": gradient for name, gradient in _gradients(case, gradients).items()}
+        results |= {f"{name}{way}": gradient for name, gradient in expected_gradients(case, gradients).items()}
     return results
-
-
-def _gradients(case: Case, official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gradients that a case expects of weights, under its names: `grad.<key>`, or a key cut short behind `grad_`."""
-    gradients = {}
-    for name in case.expected:
-        if name.startswith("grad."):
-            gradients[name] = official[name.removeprefix("grad.")]
-        elif name.startswith("grad_"):
-            words = re.sub(r"^block(\d+)", r"blocks_\1", name.removeprefix("grad_")).split("_")
-            if words[0] == "blocks":
-                block = {key: tensor for key, tensor in official.items() if key.startswith(f"blocks.{words[1]}.")}
-                gradients[name] = block[find_key(words[2:], block)]
-            else:
-                gradients[name] = official[find_key(words, official)]
-    return gradients

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from hf_attn.conversion import ConversionError, from_official
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
@@ -107,6 +108,67 @@ def test_there_and_back(arguments):
     ids = torch.randint(1, 37, (2, 7))
     with torch.no_grad():
         assert torch.equal(converted(ids).logits, model(ids).logits)
+
+
+def simulator_logits(weights: dict, arguments: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The simulator's language model from its equations, under its own names."""
+    heads, length = arguments["num_heads"], ids.shape[1]
+    head_dim = arguments["dim"] // heads
+    position = torch.arange(length)
+    angles = position[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    allowed = (position[:, None] >= position) & mask[:, None, None, :].bool()
+
+    def linear(states, name):
+        return nn.functional.linear(states, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(states, name, eps=1e-5):
+        weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+        return states if weight is None else nn.functional.layer_norm(states, weight.shape, weight, bias, eps)
+
+    def rotate(states):
+        pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    states = weights["input_embedding.weight"][ids]
+    if arguments["position"] == "sincos":
+        width = arguments["dim"]
+        for feature in range(width):
+            angle = position * 10000.0 ** (-(feature - feature % 2) / width)
+            states[..., feature] += angle.cos() if feature % 2 else angle.sin()
+    for index in range(arguments["num_blocks"]):
+        block = f"blocks.{index}."
+        qkv = linear(norm(states, f"{block}norm1"), f"{block}attn.qkv").unflatten(-1, (3, heads, head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key = norm(query, f"{block}attn.q_norm"), norm(key, f"{block}attn.k_norm")
+        if arguments["position"] == "rope":
+            query, key = rotate(query), rotate(key)
+        logits = query @ key.transpose(-1, -2) * head_dim**-0.5
+        if arguments["position"] == "alibi":
+            slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+            logits = logits + slopes[:, None, None] * (position - position[:, None])
+        logits = logits * math.exp(arguments["attn_temp"] or 0.0) + (arguments["attn_bias"] or 0.0)
+        attended = (logits.sigmoid() * allowed) @ value
+        attended = linear(attended.transpose(1, 2).flatten(-2), f"{block}attn.proj")
+        states = states + attended * weights.get(f"{block}ls1.gamma", 1.0)
+        hidden = nn.functional.gelu(linear(norm(states, f"{block}norm2"), f"{block}mlp.fc1"))
+        states = states + linear(hidden, f"{block}mlp.fc2") * weights.get(f"{block}ls2.gamma", 1.0)
+    return linear(norm(states, "output_embedding.norm", eps=1e-6), "output_embedding.linear")
+
+
+@pytest.mark.parametrize("fc2_bias", [False, True])
+@pytest.mark.parametrize("temperature", [None, 0.25])
+@pytest.mark.parametrize("position", ["rope", "alibi", "sincos", None])
+def test_converted_simulator_computes_the_same(position, temperature, fc2_bias):
+    arguments = {**SIMULATOR, "position": position, "attn_temp": temperature, "bias": fc2_bias}
+    model = model_for(arguments)
+    official = to_official(model.state_dict(), model.config)
+    if fc2_bias:
+        official |= {f"blocks.{index}.mlp.fc2.bias": torch.randn(32) for index in range(2)}
+    ids = torch.randint(1, 37, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        logits = from_official("sigmoid_attention", official, config=arguments)(ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, simulator_logits(official, arguments, ids, mask), atol=2e-5, rtol=2e-5)
 
 
 def test_half_split_pairs_what_the_official_rotation_pairs():

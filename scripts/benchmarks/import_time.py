@@ -1,0 +1,102 @@
+"""What importing hf_attn costs beside importing transformers' Auto classes, each in a fresh process.
+
+    python scripts/benchmarks/import_time.py --json import_time.json
+
+Times are medians of processes started in turns, without the start of the interpreter. The mark is 1.15 times the import
+of `AutoConfig` and `AutoModelForCausalLM`, today and with a family for each of the catalogue's papers.
+"""
+
+import argparse
+import statistics
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from _common import print_table, run_fresh, write_json
+
+
+MARK = 1.15
+AUTO_CLASSES = "from transformers import AutoConfig, AutoModelForCausalLM"
+
+# Gives every paper of the catalogue that has no family yet one with the models that image and text families have.
+FULL_CATALOGUE = f"""
+import dataclasses, importlib.util, sys
+spec = importlib.util.spec_from_file_location("hf_attn.catalog", {str(Path(find_spec("hf_attn").origin).parent / "catalog.py")!r})
+catalog = importlib.util.module_from_spec(spec)
+sys.modules["hf_attn.catalog"] = catalog
+spec.loader.exec_module(catalog)
+autos = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageClassification", "AutoBackbone")
+catalog._PAPERS = tuple(
+    paper if paper.families else dataclasses.replace(paper, available=True, families=(catalog.Family(
+        model_type=paper.slug + "_simulated", config="XConfig", models={{auto: "X" + auto for auto in autos}}, peft="llama"),))
+    for paper in catalog._PAPERS)
+catalog.PAPERS = {{paper.slug: paper for paper in catalog._PAPERS}}
+assert len(catalog.families()) >= 29
+"""
+
+#: name -> (what prepares the process, what is timed)
+STATEMENTS = {
+    "Auto classes": ("", AUTO_CLASSES),
+    "hf_attn": ("", "import hf_attn"),
+    "both": ("", f"import hf_attn; {AUTO_CLASSES}"),
+    "both, 29 families": (FULL_CATALOGUE, f"import hf_attn; {AUTO_CLASSES}"),
+}
+
+
+def measure(name: str) -> dict[str, float]:
+    """Run in the fresh process: seconds of a statement, on the clock and of the processor."""
+    import time
+
+    preparation, statement = STATEMENTS[name]
+    namespace = {}
+    exec(preparation, namespace)
+    code = compile(statement, "<statement>", "exec")
+    clock, processor = time.perf_counter(), time.process_time()
+    exec(code, namespace)
+    return {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=9, help="processes for each statement (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--measure", choices=STATEMENTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        import json
+
+        print(json.dumps(measure(arguments.measure)))
+        return
+
+    runs = {name: [] for name in STATEMENTS}
+    for repeat in range(arguments.repeats + 1):
+        for name, results in runs.items():
+            result = run_fresh(__file__, "--measure", name)
+            if repeat > 0:  # the first fills the file cache
+                results.append(result)
+        print(f"\rround {repeat} of {arguments.repeats}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    medians = {
+        name: {key: statistics.median(result[key] for result in results) for key in results[0]}
+        for name, results in runs.items()
+    }
+    base = medians["Auto classes"]
+    rows = [
+        {
+            "import": name,
+            "seconds": median["seconds"],
+            "ratio": median["seconds"] / base["seconds"],
+            "processor seconds": median["processor_seconds"],
+            "processor ratio": median["processor_seconds"] / base["processor_seconds"],
+        }
+        for name, median in medians.items()
+    ]
+    print_table(rows)
+    worst = max(row["ratio"] for row in rows)
+    print(f"largest ratio {worst:.3f}, mark {MARK}: {'reached' if worst <= MARK else 'missed'}")
+    write_json(arguments.json, {"benchmark": "import_time", "mark": MARK, "ratio": worst, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Make an EchoAtt student of a Llama-like model and distil it in the two stages of the paper (arXiv 2409.14595).
+
+    python scripts/distill_echo_att.py --output_dir outputs/student --num_shared 7 --max_steps 100 --block_size 128
+
+takes SmolLM2-135M and the topics of Python's documentation; `--teacher` and `--dataset_name` take anything else. The
+layers that share an attention map are the ones whose maps resemble the others' most, or those of `--shared_layers`.
+Started again with the same arguments it continues where it was, and ends with the same weights.
+
+Several processes on one machine without GPUs:
+
+    torchrun --nproc_per_node 2 scripts/distill_echo_att.py --use_cpu true --ddp_backend gloo --output_dir ...
+
+Several GPUs, the student sharded by FSDP, with a whole frozen teacher in each process:
+
+    accelerate launch --config_file scripts/configs/echo_att_fsdp.yaml scripts/distill_echo_att.py --bf16 true \
+        --teacher TinyLlama/TinyLlama_v1.1 --dataset_name cerebras/SlimPajama-627B --output_dir ...
+"""
+
+import copy
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_attn.analysis import attention_similarity
+from hf_attn.assets import load_texts, smollm2_folder, token_blocks
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer, check_teacher, train_stage
+from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from hf_attn.output_folder import OutputFolderError, claim_output_folder
+
+
+@dataclass
+class ModelArguments:
+    """The teacher, and which of its layers share."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: SmolLM2-135M."},
+    )
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an EchoAtt model to distil further, instead of a new one."},
+    )
+    shared_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers, counted from 0, that use the attention map of an earlier layer."}
+    )
+    num_shared: int | None = field(
+        default=None, metadata={"help": "Instead of --shared_layers: how many, chosen by measured similarity."}
+    )
+    similarity_samples: int = field(
+        default=16, metadata={"help": "Training sequences to measure the similarity of attention maps on."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on; without a dataset and a file, on the topics of Python's own documentation."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
+    block_size: int = field(default=512, metadata={"help": "Tokens in a sequence (paper: 2048)."})
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """transformers' arguments for stage 1 with the paper's defaults, and what the paper adds."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage 1."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of both stages."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of both stages."})
+    warmup_steps: float = field(default=0.005, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    save_steps: float = field(default=50, metadata={"help": "Steps between two checkpoints to continue from."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    refinement_ratio: float = field(
+        default=0.25, metadata={"help": "Length of stage 2, next-token training, as a share of stage 1. 0: none."}
+    )
+    loss_weights: list[float] = field(
+        default_factory=lambda: [0.25, 0.25, 0.5],
+        metadata={"help": "Weights of the hidden-state, soft-label and hard-label losses."},
+    )
+    kl_direction: str = field(
+        default="student_teacher", metadata={"help": "student_teacher (as printed) or teacher_student."}
+    )
+    intermediate_reduction: str = field(default="mean", metadata={"help": "mean or sum of squared differences."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+
+
+class RefinementTrainer(HubTrainerMixin, transformers.Trainer):
+    """Stage 2; writes the model card of the family."""
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, DistillationArguments]:
+    """Parse command line arguments, or the JSON file that is the only one of them."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser((ModelArguments, DataArguments, DistillationArguments))
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        parsed = parser.parse_json_file(arguments[0])
+    else:
+        parsed = parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, training_args = parsed
+    choices = (model_args.student, model_args.shared_layers, model_args.num_shared)
+    if sum(choice is not None for choice in choices) != 1:
+        parser.error("give exactly one of --num_shared, --shared_layers and --student")
+    if data_args.dataset_name is not None and data_args.train_file is not None:
+        parser.error("give either --dataset_name or --train_file")
+    if len(training_args.loss_weights) != 3:
+        parser.error(f"--loss_weights takes three numbers, got {training_args.loss_weights}")
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    return model_args, data_args, training_args
+
+
+def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: DistillationArguments) -> dict:
+    """What the resulting weights depend on."""
+    names = [
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "optim",
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "bf16",
+        "fp16",
+        "refinement_ratio",
+        "loss_weights",
+        "kl_direction",
+        "intermediate_reduction",
+    ]
+    training = {name: getattr(training_args, name) for name in names}
+    settings = {**asdict(model_args), **asdict(data_args), **training}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def load_documents(data_args: DataArguments) -> list[str]:
+    """Texts to train on."""
+    if data_args.train_file is not None:
+        return [Path(data_args.train_file).read_text(encoding="utf-8")]
+    if data_args.dataset_name is None:
+        return load_texts("train")
+    import datasets
+
+    dataset = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, split="train")
+    return list(dataset[data_args.text_column])
+
+
+def make_student(model_args: ModelArguments, teacher: PreTrainedModel, blocks: torch.Tensor) -> EchoAttForCausalLM:
+    """The student before its distillation."""
+    if model_args.student is not None:
+        student = EchoAttForCausalLM.from_pretrained(
+            model_args.student, attn_implementation=model_args.attn_implementation
+        )
+        check_teacher(student.config, teacher.config)
+        return student
+    if model_args.shared_layers is not None:
+        return EchoAttForCausalLM.from_base(teacher, shared_layers=model_args.shared_layers)
+    similarity = attention_similarity(teacher, blocks[: model_args.similarity_samples])
+    print(similarity)
+    return EchoAttForCausalLM.from_base(teacher, num_shared=model_args.num_shared, similarity=similarity)
+
+
+def stage_arguments(training_args: DistillationArguments, folder: Path, ratio: float) -> DistillationArguments:
+    """Arguments of a stage that is `ratio` times as long as stage 1."""
+    arguments = copy.copy(training_args)
+    arguments.output_dir = str(folder)
+    arguments.num_train_epochs = training_args.num_train_epochs * ratio
+    if training_args.max_steps > 0:
+        arguments.max_steps = math.ceil(training_args.max_steps * ratio)
+    arguments.push_to_hub = False
+    return arguments
+
+
+def main(arguments: list[str] | None = None) -> None:
+    model_args, data_args, training_args = parse_arguments(arguments)
+    output = Path(training_args.output_dir)
+    try:
+        with training_args.main_process_first(desc="output folder", local=False):
+            if training_args.process_index == 0:
+                settings = settings_of(model_args, data_args, training_args)
+                if claim_output_folder(output, settings, training_args.overwrite_output_dir):
+                    print(f"Continuing the run in {output}.")
+    except OutputFolderError as error:
+        raise SystemExit(f"distill_echo_att.py: {error} (--overwrite_output_dir)") from error
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="fetching the teacher"):
+        teacher_name = model_args.teacher or smollm2_folder()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(teacher_name)
+    # The student is made of these weights and trained in full precision.
+    teacher = AutoModelForCausalLM.from_pretrained(
+        teacher_name, dtype=torch.float32, attn_implementation=model_args.attn_implementation
+    )
+    blocks = token_blocks(load_documents(data_args), tokenizer, data_args.block_size)
+    dataset = [{"input_ids": block, "labels": block} for block in blocks]
+
+    model_folder = output / "distilled"
+    if not model_folder.is_dir():
+        student = make_student(model_args, teacher, blocks)
+        print(f"Shared layers: {student.config.shared_layers}\n{student.base_report or ''}")
+        if training_args.bf16:
+            teacher.to(torch.bfloat16)
+        trainer = EchoAttDistillationTrainer(
+            model=student,
+            args=stage_arguments(training_args, output / "stage1", 1.0),
+            train_dataset=dataset,
+            teacher=teacher,
+            loss_weights=tuple(training_args.loss_weights),
+            kl_direction=training_args.kl_direction,
+            intermediate_reduction=training_args.intermediate_reduction,
+            processing_class=tokenizer,
+        )
+        train_stage(trainer, model_folder)
+        del student, trainer
+    del teacher
+
+    if training_args.refinement_ratio > 0:
+        student = EchoAttForCausalLM.from_pretrained(model_folder, attn_implementation=model_args.attn_implementation)
+        stage2 = stage_arguments(training_args, output / "stage2", training_args.refinement_ratio)
+        trainer = RefinementTrainer(model=student, args=stage2, train_dataset=dataset, processing_class=tokenizer)
+        model_folder = train_stage(trainer, output / "refined")
+    if training_args.process_index == 0:
+        print(f"The student is in {model_folder}.")
+        if training_args.push_to_hub:
+            name = training_args.hub_model_id or output.name
+            student = EchoAttForCausalLM.from_pretrained(model_folder)
+            student.push_to_hub(name, token=training_args.hub_token, private=training_args.hub_private_repo)
+            tokenizer.push_to_hub(name, token=training_args.hub_token)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The Triton kernels of sigmoid attention without a GPU: numerically under the interpreter, and compiled for real targets.
+
+They have not been run on a GPU by these tests.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_attn.kernels.triton import supports_sigmoid_triton
+
+
+pytest.importorskip("triton", reason="needs triton (`pip install hf_attn[kernels]`)")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_under_the_interpreter():
+    """triton reads TRITON_INTERPRET when a kernel is defined, hence the process of its own."""
+    result = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=",
+        "tests/kernels/interpreted_sigmoid_triton.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout and "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "mask", "has_alibi"), [(64, "bf16", "none", False), (128, "fp16", "boolean", True)]
+)
+def test_compiles_ahead_of_time(target, head_dim, dtype, mask, has_alibi, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+    import sigmoid_triton_aot as aot
+
+    for kernel in ("forward", "grad_query", "grad_key_value"):
+        compiled = aot.compile_kernel(kernel, target, head_dim, dtype, mask, has_alibi)
+        assert 0 < compiled.metadata.shared <= aot.SHARED_MEMORY[target]
+        assert ("cubin" if target.startswith("sm") else "hsaco") in compiled.asm
+
+
+@pytest.mark.parametrize("kernel", ["forward", "grad_query", "grad_key_value"])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(256, "bf16"), (16, "fp16")])
+def test_extreme_head_dims_fit(kernel, head_dim, dtype, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+    import sigmoid_triton_aot as aot
+
+    # 99 KiB is what a block may use on sm_86 and sm_89.
+    assert aot.compile_kernel(kernel, "sm_80", head_dim, dtype).metadata.shared <= 99 * 1024
+
+
+def test_reasons():
+    query = torch.zeros(1, 1, 2, 16)
+    ok, reason = supports_sigmoid_triton(query, query, query, scaling=1.0)
+    assert not ok and "GPU" in reason and "'cpu'" in reason
+    ok, reason = supports_sigmoid_triton(query, query, query, scaling=1.0, dropout=0.5)
+    assert not ok and "dropout" in reason
+
+
+def test_checking_needs_no_triton():
+    code = "import sys; import hf_attn.kernels.triton; assert 'triton.language' not in sys.modules"
+    assert run("-c", code).returncode == 0
