@@ -1,6 +1,7 @@
 """Watches the entropy of attention during training (arXiv 2303.06296): its collapse comes before that of the training."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class AttentionEntropyCallback(TrainerCallback):
 
     Attributes:
         history: one dictionary a measurement: `step`, `entropy` (layers x heads nested lists, in nats), `bound` (one
-            number or None a layer), `uniform` (entropy of uniform attention).
+            number a layer; None where it is not known), `uniform` (entropy of uniform attention).
     """
 
     def __init__(self, batch: Mapping[str, torch.Tensor], every_steps: int = 50, collapse_below: float = 0.05):
@@ -107,6 +108,8 @@ class AttentionEntropyCallback(TrainerCallback):
         if len(layers) == len(attentions):
             entry["bound"] = [
                 entropy_lower_bound(_logit_norm(layer, norms[layer]), keys).mean().item()
+                if math.isfinite(norms[layer])
+                else None
                 for layer, keys in zip(layers, visible, strict=True)
             ]
         self.history.append(entry)
@@ -116,7 +119,11 @@ class AttentionEntropyCallback(TrainerCallback):
     def _warn(self, entry: dict) -> None:
         for layer, heads in enumerate(entry["entropy"]):
             mean = sum(heads) / len(heads)
-            if mean < self.collapse_below * entry["uniform"]:
+            if not math.isfinite(mean):
+                logger.warning(
+                    f"Step {entry['step']}: the attention of layer {layer} is not finite: training has diverged."
+                )
+            elif mean < self.collapse_below * entry["uniform"]:
                 logger.warning(
                     f"Step {entry['step']}: the attention of layer {layer} has collapsed: mean entropy {mean:.3f} nats, "
                     f"uniform attention has {entry['uniform']:.3f}. Lower the learning rate, or train with "
@@ -185,7 +192,7 @@ def _input_norm(norms: dict[nn.Module, float]):
         # A bias is one more column of the weight, which meets a constant 1 in the input.
         ones = torch.ones_like(hidden_states[..., :1])
         rows = torch.cat((hidden_states, ones), dim=-1).float()
-        norms[module] = torch.linalg.matrix_norm(rows, ord=2).max().item()
+        norms[module] = torch.linalg.matrix_norm(rows, ord=2).max().item() if rows.isfinite().all() else math.inf
 
     return hook
 
