@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         "there from an earlier run is used again.",
         formatter_class=_formatter,
     )
-    quickstart.add_argument("--steps", metavar="N", type=_positive, help="steps of the distillation")
+    quickstart.add_argument(
+        "--steps", metavar="N", type=_positive, help="steps of the first stage of the distillation"
+    )
     quickstart.add_argument(
         "--output", metavar="DIR", type=Path, default=Path("outputs/quickstart"), help="folder to write (%(default)s)"
     )
@@ -170,12 +172,13 @@ def _read_config(path: Path) -> dict:
 
 def _quickstart(options: argparse.Namespace) -> None:
     from .assets import AssetError
+    from .output_folder import OutputFolderError
     from .quickstart import quickstart
 
     arguments = {} if options.steps is None else {"steps": options.steps}
     try:
         quickstart(options.output, **arguments)
-    except AssetError as error:
+    except (AssetError, ImportError, OutputFolderError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -130,11 +130,12 @@ def model_card(
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
 
     text, citation, rest = str(card).partition("## Citation")
+    sections = [text.rstrip()]
     if evaluation:
-        text += "## Evaluation\n\n" + _table(("Metric", "Value"), evaluation)
+        sections.append("## Evaluation\n\n" + _table(("Metric", "Value"), evaluation))
     if training:
-        text += "## Training\n\n" + _table(("Hyperparameter", "Value"), training)
-    return text + citation + rest
+        sections.append("## Training\n\n" + _table(("Hyperparameter", "Value"), training))
+    return "\n\n".join([*sections, citation + rest]).rstrip() + "\n"
 
 
 def write_model_card(folder: str | Path, model: "nn.Module", repo_id: str | None = None, **facts) -> Path:
@@ -215,7 +216,7 @@ def _base_model(model: "PreTrainedModel") -> str | None:
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
     lines += [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in rows.items()]
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines)
 
 
 def _family_of(config: "PreTrainedConfig") -> Family | None:

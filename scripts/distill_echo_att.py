@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -226,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
             model=student,
             args=stage_arguments(training_args, output / "stage1", 1.0),
             train_dataset=dataset,
+            data_collator=default_data_collator,
             teacher=teacher,
             loss_weights=tuple(training_args.loss_weights),
             kl_direction=training_args.kl_direction,
@@ -239,7 +241,13 @@ def main(arguments: list[str] | None = None) -> None:
     if training_args.refinement_ratio > 0:
         student = EchoAttForCausalLM.from_pretrained(model_folder, attn_implementation=model_args.attn_implementation)
         stage2 = stage_arguments(training_args, output / "stage2", training_args.refinement_ratio)
-        trainer = RefinementTrainer(model=student, args=stage2, train_dataset=dataset, processing_class=tokenizer)
+        trainer = RefinementTrainer(
+            model=student,
+            args=stage2,
+            train_dataset=dataset,
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+        )
         model_folder = train_stage(trainer, output / "refined")
     if training_args.process_index == 0:
         print(f"The student is in {model_folder}.")

@@ -48,7 +48,6 @@ import hf_attn
 from hf_attn.assets import load_texts
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.variants import VariantsMixin
 
 
 try:
@@ -376,8 +375,12 @@ def make_config(
     config_class = type(AutoConfig.for_model(model_args.model_type))
     overrides = {**ids, **parse_overrides(model_args.config_overrides, config_class)}
     if model_args.variant is not None:
-        if not issubclass(config_class, VariantsMixin):
-            raise SystemExit(f"run_clm.py: {model_args.model_type} has no published variants; leave --variant out.")
+        variants = getattr(config_class, "variants", {})
+        if model_args.variant not in variants:
+            raise SystemExit(
+                f"run_clm.py: {model_args.model_type} has no variant {model_args.variant!r}; its variants: "
+                f"{', '.join(variants) or 'none'}"
+            )
         return config_class.from_variant(model_args.variant, **overrides)
     # How far a model can see is also what some mechanisms derive constants from.
     small = {**SMALL, "max_position_embeddings": data_args.block_size or SMALL_BLOCK_SIZE}

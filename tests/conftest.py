@@ -3,6 +3,8 @@
 import os
 from collections import Counter, defaultdict
 
+import pytest
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores.
@@ -35,13 +37,32 @@ def pytest_collection_modifyitems(items):
             item.user_properties.append((FAMILY, item.cls.model_type))
 
 
+def _family(report) -> str | None:
+    return dict(getattr(report, "user_properties", ())).get(FAMILY)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
-    """Say for each family how many of the upstream tests ran, and why the others did not."""
+    """Say for each family how many of the upstream tests ran, and why the others did not.
+
+    pytest's own list of skipped tests is left to those that are not upstream's, which would bury them.
+    """
+    stats = terminalreporter.stats
+    skipped = stats.get("skipped", [])
+    stats["skipped"] = [report for report in skipped if _family(report) is None]
+    try:
+        return (yield)
+    finally:
+        stats["skipped"] = skipped
+        _report_families(terminalreporter)
+
+
+def _report_families(terminalreporter) -> None:
     outcomes = defaultdict(Counter)
     reasons = defaultdict(Counter)
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, ()):
-            family = dict(getattr(report, "user_properties", ())).get(FAMILY)
+            family = _family(report)
             if family is None:
                 continue
             outcomes[family][outcome] += 1

@@ -5,7 +5,7 @@ causal model: decoding with a cache, in chunks, with padding or from embeddings 
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -103,6 +103,24 @@ class GenerationTests:
             dynamic = self._generate(model, input_ids, attention_mask=mask)
             static = self._generate(model, input_ids, attention_mask=mask, cache_implementation="static")
             torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), **TOLERANCE)
+
+    def test_decoding_step_compiles_without_graph_breaks(self):
+        """What `_can_compile_fullgraph` claims: a step with a static cache is one graph."""
+        for model, input_ids, _ in self._generative_models():
+            if not model._can_compile_fullgraph:
+                self.skipTest(f"{type(model).__name__} does not claim to compile as one graph")
+            torch.compiler.reset()
+            cache = StaticCache(config=model.config, max_cache_len=input_ids.shape[1] + 2)
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            with torch.no_grad():
+                full = model(input_ids).logits[:, -2:]
+                model(input_ids[:, :-2], past_key_values=cache)
+                steps = []
+                for position in (-2, -1):
+                    token = input_ids[:, position, None]
+                    place = torch.tensor([[input_ids.shape[1] + position]])
+                    steps.append(compiled(token, position_ids=place, past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(steps, 1), full, **TOLERANCE)
 
     def test_beam_search_with_and_without_cache(self):
         for model, input_ids, mask in self._generative_models():

@@ -20,6 +20,7 @@ from hf_attn.cli import main
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidCrossAttention
+from hf_attn.output_folder import OutputFolderError
 
 
 ARGUMENTS = {
@@ -268,13 +269,14 @@ def test_quickstart_takes_these_options():
     inspect.signature(quickstart).bind(Path("output"), steps=3)
 
 
-def test_material_that_cannot_be_fetched_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [AssetError, OutputFolderError, ImportError])
+def test_what_stops_the_quickstart_is_one_line(monkeypatch, capsys, error):
     def fail(output):
-        raise AssetError("No network.\nConnect, or set HF_ATTN_CACHE.")
+        raise error("It is not there.\nDo this.")
 
     monkeypatch.setitem(sys.modules, "hf_attn.quickstart", SimpleNamespace(quickstart=fail))
     assert main(["quickstart"]) == 2
-    assert_one_line_of_error(capsys, "No network. Connect, or set HF_ATTN_CACHE.")
+    assert_one_line_of_error(capsys, "It is not there. Do this.")
 
 
 def test_an_interrupted_quickstart_has_its_own_exit_code(monkeypatch):

@@ -1,5 +1,6 @@
 """The wheel: everything that is needed is in it, nothing else, and it works where the checkout is not."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -107,6 +108,22 @@ print(type(AutoModelForCausalLM.from_pretrained("saved")).__module__)
 """
         output = run(installed / "bin" / "python", "-c", script, installed, cwd=tmp_path)
         assert output.split() == ["hf_attn.modeling.echo_att.modeling_echo_att"]
+
+
+def test_make_installs_once_and_again_when_the_requirements_change(tmp_path):
+    for name in ("Makefile", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    dry_run = ("make", "--dry-run", "install")
+    first = [line for line in run(*dry_run, cwd=tmp_path).splitlines() if "pip install" in line]
+    # torch by itself and first: a resolver that is free to choose may move it.
+    assert [line.split("pip install ")[1].split()[0] for line in first] == ["torch==2.14.1", "-e"]
+
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    assert "pip" not in run(*dry_run, cwd=tmp_path)
+    later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10
+    os.utime(tmp_path / "setup.py", (later, later))
+    assert "pip install -e" in run(*dry_run, cwd=tmp_path)
 
 
 def test_the_version_is_the_same_everywhere():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +76,16 @@ def _unpack(archive: Path, package: Path) -> None:
         (directory / "__init__.py").touch()
 
 
+@cache
+def try_to_fetch(folder: Path) -> str:
+    """Why the package cannot be had, if it cannot; tried once in a process, whichever test files ask."""
+    try:
+        fetch(folder)
+    except CannotFetch as error:
+        return str(error)
+    return ""
+
+
 def load(module: str) -> ModuleType:
     """Import a module of transformers' tests, fetched first if need be.
 
@@ -82,7 +93,9 @@ def load(module: str) -> ModuleType:
         CannotFetch: if they are not in the cache and cannot be downloaded.
     """
     folder = cache_folder()
-    fetch(folder)
+    problem = try_to_fetch(folder)
+    if problem:
+        raise CannotFetch(problem)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     return import_module(f"{PACKAGE}.{module}")

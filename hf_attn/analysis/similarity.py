@@ -142,7 +142,7 @@ class AttentionSimilarity:
         ]
         for layer, score in enumerate(self.scores.tolist()):
             before = f"{self.similarity[layer, layer - 1]:.3f}" if layer else "-"
-            inner = prefix <= layer < self.num_layers - suffix
+            inner = max(prefix, 1) <= layer < self.num_layers - suffix
             lines.append(f"{layer:5d}  {score:.3f}  {before:>21}  {'can share' if inner else 'keep its own'}")
         return "\n".join(lines)
 

@@ -7,10 +7,23 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from hf_attn.hub import HubConfigMixin
+from hf_attn.variants import VariantsMixin
+
+
+_TINYLLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
 
 
 @strict
-class EchoAttConfig(HubConfigMixin, LlamaConfig):
+class EchoAttConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
     r"""Configuration of an [`EchoAttForCausalLM`]: a Llama-like model in which some layers reuse another layer's attention
     map.
 
@@ -29,6 +42,13 @@ class EchoAttConfig(HubConfigMixin, LlamaConfig):
     """
 
     model_type = "echo_att"
+    # The paper prints eight of the nine layers of the 41% model; the ninth, 8, follows from its list for 77% and from the
+    # number of parameters.
+    variants = {
+        "tinyllama_23": {**_TINYLLAMA, "shared_layers": [2, 3, 4, 5, 7]},
+        "tinyllama_41": {**_TINYLLAMA, "shared_layers": [2, 3, 4, 5, 6, 7, 8, 9, 18]},
+        "tinyllama_77": {**_TINYLLAMA, "shared_layers": [*range(1, 15), 16, 17, 18]},
+    }
 
     shared_layers: list[int] | tuple[int, ...] = field(default_factory=list)
     shared_source: list[int] | tuple[int, ...] | None = None
