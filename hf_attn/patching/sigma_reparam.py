@@ -246,6 +246,8 @@ def _note_in_config(model: nn.Module, layers: list[str] | None) -> None:
         return
     if layers is None:
         model.config.__dict__.pop("quantization_config", None)
+        if hasattr(model.config, "reparametrised"):  # a family that builds its layers itself
+            model.config.reparametrised = False
         return
     from .sigma_reparam_loading import SigmaReparamLoading
 

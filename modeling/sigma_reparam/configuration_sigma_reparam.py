@@ -16,6 +16,7 @@ class SigmaReparamViTConfig(HubConfigMixin, VariantsMixin, ViTConfig):
 
     Args:
         use_layer_norm (`bool`): keep the LayerNorms of ViT; the paper's ViT has none, the last included.
+        reparametrised (`bool`): whether the maps are reparametrised; not after `fold_sigma_reparam`.
         spectral_init (`str`): `"preserve"` starts every map as the plain one, gamma = sigma(W); `"unit"` at gamma = 1.
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L
             and larger.
@@ -40,6 +41,7 @@ class SigmaReparamViTConfig(HubConfigMixin, VariantsMixin, ViTConfig):
 
     layer_norm_eps: float = 1e-6
     use_layer_norm: bool = False
+    reparametrised: bool = True
     spectral_init: Literal["preserve", "unit"] = "preserve"
     patch_embedding_init_multiplier: float | int = 1.0
     drop_path_rate: float | int = 0.0

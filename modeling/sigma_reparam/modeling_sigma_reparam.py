@@ -30,11 +30,16 @@ from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLayer
 from .configuration_sigma_reparam import SigmaReparamViTConfig
 
 
+def _linear_class(config: SigmaReparamViTConfig) -> type[nn.Linear]:
+    return SigmaReparamLinear if config.reparametrised else nn.Linear
+
+
 class SigmaReparamViTEmbeddings(ViTEmbeddings):
     def __init__(self, config: SigmaReparamViTConfig):
         super().__init__(config)
         plain = self.patch_embeddings.projection
-        self.patch_embeddings.projection = SigmaReparamConv2d(
+        convolution = SigmaReparamConv2d if config.reparametrised else nn.Conv2d
+        self.patch_embeddings.projection = convolution(
             plain.in_channels, plain.out_channels, kernel_size=plain.kernel_size, stride=plain.stride
         )
         self.patch_embeddings.projection.init_multiplier = config.patch_embedding_init_multiplier
@@ -47,8 +52,9 @@ class SigmaReparamViTAttention(ViTAttention):
         super().__init__(config)
         del self.q_proj, self.k_proj, self.v_proj
         inner_size = self.num_attention_heads * self.head_dim
-        self.qkv = SigmaReparamLinear(config.hidden_size, 3 * inner_size, bias=config.qkv_bias)
-        self.o_proj = SigmaReparamLinear(inner_size, config.hidden_size)
+        linear = _linear_class(config)
+        self.qkv = linear(config.hidden_size, 3 * inner_size, bias=config.qkv_bias)
+        self.o_proj = linear(inner_size, config.hidden_size)
 
     def forward(
         self,
@@ -78,8 +84,9 @@ class SigmaReparamViTLayer(ViTLayer):
     def __init__(self, config: SigmaReparamViTConfig, drop_path_rate: float):
         super().__init__(config)
         self.attention = SigmaReparamViTAttention(config)
-        self.mlp.fc1 = SigmaReparamLinear(config.hidden_size, config.intermediate_size)
-        self.mlp.fc2 = SigmaReparamLinear(config.intermediate_size, config.hidden_size)
+        linear = _linear_class(config)
+        self.mlp.fc1 = linear(config.hidden_size, config.intermediate_size)
+        self.mlp.fc2 = linear(config.intermediate_size, config.hidden_size)
         if not config.use_layer_norm:
             self.layernorm_before = nn.Identity()
             self.layernorm_after = nn.Identity()
@@ -93,7 +100,7 @@ class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if not isinstance(module, SigmaReparamLayer):
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
             super()._init_weights(module)
             return
         multiplier = getattr(module, "init_multiplier", 1.0)
@@ -101,7 +108,8 @@ class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
         if module.bias is not None:
             bound = module.weight[0].numel() ** -0.5
             init.uniform_(module.bias, -bound, bound)
-        module.reset_spectrum(self.config.spectral_init)
+        if isinstance(module, SigmaReparamLayer):
+            module.reset_spectrum(self.config.spectral_init)
 
 
 class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
@@ -152,7 +160,7 @@ class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTF
         self.num_labels = config.num_labels
         self.vit = SigmaReparamViTModel(config)
         self.classifier = (
-            SigmaReparamLinear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+            _linear_class(config)(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         )
         self.post_init()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import AutoModelForImageClassification
 
 from hf_attn.modeling.sigma_reparam.configuration_sigma_reparam import SigmaReparamViTConfig
 from hf_attn.modeling.sigma_reparam.modeling_sigma_reparam import (
@@ -68,13 +69,24 @@ def test_classifier_of_another_size_is_drawn_anew(tmp_path):
     assert logits.shape == (2, 5) and logits.isfinite().all()
 
 
-def test_folded_model_is_equal_and_plain():
+@pytest.mark.parametrize("spectral_init", ["preserve", "unit"])
+def test_folded_model_is_equal_and_plain_also_after_loading(spectral_init, tmp_path):
     torch.manual_seed(0)
-    model = SigmaReparamViTForImageClassification(SigmaReparamViTConfig(**TINY)).eval()
+    model = SigmaReparamViTForImageClassification(SigmaReparamViTConfig(**TINY, spectral_init=spectral_init)).eval()
+    with torch.no_grad():  # as after training, where gamma is what neither initialisation gives
+        for module in model.modules():
+            if isinstance(module, SigmaReparamLayer):
+                module.gamma.uniform_(0.5, 2)
     pixel_values = torch.randn(2, 3, 16, 16)
     before = model(pixel_values).logits
     fold_sigma_reparam(model)
     torch.testing.assert_close(model(pixel_values).logits, before, atol=1e-6, rtol=1e-5)
+
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert not any(isinstance(module, SigmaReparamLayer) for module in loaded.modules())
+    assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
 
 
 @pytest.mark.parametrize("projection_groups", [0, 1, 2])
