@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization
 
@@ -27,18 +28,47 @@ from .._import_hooks import when_imported
 EPS = 1e-12
 
 
-def power_iteration(weight: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def power_iteration(matrix: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of power iteration.
 
     Args:
-        weight: matrix `(out, in)`.
+        matrix: `(out, in)`.
         u: estimate of its leading right singular vector, `(in,)`.
 
     Returns:
-        The estimates of the leading left singular vector `(out,)` and of the right one `(in,)`.
+        The estimate of the largest singular value, a scalar, and those of the leading left singular vector `(out,)` and
+        of the right one `(in,)`.
     """
-    v = F.normalize(weight @ u, dim=0, eps=EPS)
-    return v, F.normalize(weight.T @ v, dim=0, eps=EPS)
+    left = F.normalize(matrix @ u, dim=0, eps=EPS)
+    right = matrix.T @ left
+    # left^T matrix right, since right is still to be divided by this
+    sigma = torch.linalg.vector_norm(right)
+    return sigma, left, right / sigma.clamp(min=EPS)
+
+
+class _Reparametrise(torch.autograd.Function):
+    """`gamma * W / sigma`; the gradient of sigma with respect to W is `left right^T`, the singular vectors held constant.
+
+    Written out because autograd would make three more passes over matrices of the size of W.
+    """
+
+    @staticmethod
+    def forward(weight, gamma, sigma, left, right):
+        return weight * (gamma.float() / sigma).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        weight, gamma, sigma, left, right = ctx.saved_tensors
+        along = torch.dot(gradient.flatten().float(), weight.flatten().float()) / sigma
+        scale = gamma.float() / sigma
+        matrix = torch.addr(gradient.flatten(1).float(), left, right * -along).mul_(scale)
+        return matrix.view_as(weight).to(weight.dtype), along.to(gamma.dtype).expand(1), None, None, None
 
 
 def _in_backward() -> bool:
@@ -74,6 +104,7 @@ class SigmaReparamLayer:
         size = weight.shape[0] if track_left else weight[0].numel()
         self.register_buffer("u", torch.zeros(size, dtype=torch.float32, device=weight.device))
 
+    @torch.no_grad()
     def matrix(self) -> torch.Tensor:
         """The weight as the float32 matrix of the iteration; a convolution's is `(out, in * height * width)`."""
         matrix = self.weight.flatten(1).float()
@@ -93,34 +124,28 @@ class SigmaReparamLayer:
                 self.gamma, singular_values[:1] if init == "preserve" else torch.ones_like(singular_values[:1])
             )
 
-    def spectral_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimate sigma(W) by one power iteration from u.
-
-        Returns:
-            The estimate, a float32 scalar whose gradient flows through W with the singular vectors held constant, and
-            the next u.
-        """
-        matrix = self.matrix()
+    def spectral_norm(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Estimate sigma(W) by one power iteration from u, which stays; see :func:`power_iteration`."""
         u = self.u
         if self.training and _in_backward():
             # Gradient checkpointing runs the forward again: it has to start from where the first one did.
             u = getattr(self, "_u_before", u)
-        with torch.no_grad():
-            v, next_u = power_iteration(matrix, u)
-        return torch.dot(v, matrix @ next_u), next_u
+        return power_iteration(self.matrix(), u)
 
     def effective_weight(self) -> torch.Tensor:
         """`gamma * W / sigma(W)` in the shape and dtype of the weight; W itself with ``stats_only``.
 
         In training mode u moves by the power iteration that this call makes; in eval mode it stays.
         """
-        sigma, next_u = self.spectral_norm()
+        sigma, left, right = self.spectral_norm()
         if self.training and not _in_backward():
             self._u_before = self.u.clone()
-            self.u.copy_(next_u)
+            self.u.copy_(right)
         if self.stats_only:
             return self.weight
-        return self.weight * (self.gamma.float() / sigma).to(self.weight.dtype)
+        if self.track_left:
+            left, right = right, left
+        return _Reparametrise.apply(self.weight, self.gamma, sigma, left, right)
 
     @contextmanager
     def plain_weight(self):
