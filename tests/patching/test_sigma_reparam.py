@@ -262,3 +262,45 @@ class TestBadInput:
     def test_unknown_initialisation(self):
         with pytest.raises(ValueError, match="init must be 'preserve' or 'unit', got 'svd'"):
             apply_sigma_reparam(tiny_bert(), init="svd")
+
+
+class TestOtherLibraries:
+    """Models of timm and diffusers, whose layers and forward passes are their own."""
+
+    @staticmethod
+    def check(model: nn.Module, run) -> None:
+        with torch.no_grad():
+            before = run(model.eval())
+            report = apply_sigma_reparam(model)
+            torch.testing.assert_close(run(model), before, atol=1e-5, rtol=1e-5)
+            for name in report.converted:
+                model.get_submodule(name).gamma.mul_(1.1)
+            changed = run(model)
+            assert (changed - before).abs().max() > 1e-3
+            assert fold_sigma_reparam(model) == report.converted
+            torch.testing.assert_close(run(model), changed, atol=1e-5, rtol=1e-5)
+        assert not any(isinstance(module, SigmaReparamLayer) for module in model.modules())
+
+    def test_timm(self):
+        timm = pytest.importorskip("timm", reason="the models of timm need timm")
+        torch.manual_seed(0)
+        sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+        model = timm.models.vision_transformer.VisionTransformer(**sizes)
+        pixels = torch.randn(2, 3, 16, 16)
+        self.check(model, lambda model: model(pixels))
+
+    def test_diffusers(self):
+        diffusers = pytest.importorskip("diffusers", reason="the models of diffusers need diffusers")
+        torch.manual_seed(0)
+        model = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 12)
+        self.check(model, lambda model: model(sample, timestep=3, encoder_hidden_states=text).sample)
