@@ -207,6 +207,9 @@ def apply_sigma_reparam(
 ) -> SigmaReparamReport:
     """Reparametrise every linear layer and 2-D convolution of a model, in place.
 
+    `save_pretrained` and `from_pretrained` of transformers keep the result. Libraries that rebuild a model without
+    transformers (timm, diffusers) need this call before the weights are loaded, or a folded model.
+
     Args:
         model: any model of transformers, timm, diffusers or plain torch.
         init: `"preserve"` keeps the function (gamma = sigma(W)); `"unit"` starts every map at spectral norm 1, for
