@@ -55,7 +55,7 @@ class _Reparametrise(torch.autograd.Function):
 
     @staticmethod
     def forward(weight, gamma, sigma, left, right):
-        return weight * (gamma.float() / sigma).to(weight.dtype)
+        return weight * (gamma.to(sigma.dtype) / sigma).to(weight.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -65,9 +65,10 @@ class _Reparametrise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         weight, gamma, sigma, left, right = ctx.saved_tensors
-        along = torch.dot(gradient.flatten().float(), weight.flatten().float()) / sigma
-        scale = gamma.float() / sigma
-        matrix = torch.addr(gradient.flatten(1).float(), left, right * -along).mul_(scale)
+        wide = sigma.dtype
+        along = torch.dot(gradient.flatten().to(wide), weight.flatten().to(wide)) / sigma
+        scale = gamma.to(wide) / sigma
+        matrix = torch.addr(gradient.flatten(1).to(wide), left, right * -along).mul_(scale)
         return matrix.view_as(weight).to(weight.dtype), along.to(gamma.dtype).expand(1), None, None, None
 
 
@@ -80,7 +81,8 @@ class SigmaReparamLayer:
 
     Attributes:
         gamma: learned scale `(1,)`; none with ``stats_only``.
-        u: estimate of the leading right singular vector, float32 `(in,)`; of the left one, `(out,)`, with ``track_left``.
+        u: estimate of the leading right singular vector, `(in,)`; of the left one, `(out,)`, with ``track_left``. It is
+            float32 unless the model is cast.
         stats_only: compute with the plain weight and only track its spectral norm.
         track_left: iterate on the transposed matrix, as the JAX code does; the same once u has converged.
     """
@@ -106,8 +108,8 @@ class SigmaReparamLayer:
 
     @torch.no_grad()
     def matrix(self) -> torch.Tensor:
-        """The weight as the float32 matrix of the iteration; a convolution's is `(out, in * height * width)`."""
-        matrix = self.weight.flatten(1).float()
+        """The weight as the matrix of the iteration, in float32 at least; a convolution's is `(out, in * height * width)`."""
+        matrix = self.weight.flatten(1).to(torch.promote_types(self.weight.dtype, torch.float32))
         return matrix.T if self.track_left else matrix
 
     @torch.no_grad()
@@ -130,7 +132,9 @@ class SigmaReparamLayer:
         if self.training and _in_backward():
             # Gradient checkpointing runs the forward again: it has to start from where the first one did.
             u = getattr(self, "_u_before", u)
-        return power_iteration(self.matrix(), u)
+        matrix = self.matrix()
+        with torch.autocast(matrix.device.type, enabled=False):
+            return power_iteration(matrix, u.to(matrix.dtype))
 
     def effective_weight(self) -> torch.Tensor:
         """`gamma * W / sigma(W)` in the shape and dtype of the weight; W itself with ``stats_only``.

@@ -16,6 +16,9 @@ class SigmaReparamViTConfig(HubConfigMixin, VariantsMixin, ViTConfig):
 
     Args:
         use_layer_norm (`bool`): keep the LayerNorms of ViT; the paper's ViT has none, the last included.
+        initializer_range (`float`): standard deviation of the initial weights. 0.02 is meant for the published widths; a
+            narrow model without LayerNorm needs more, about `hidden_size ** -0.5`, or its signal dies out and it does
+            not learn.
         reparametrised (`bool`): whether the maps are reparametrised; not after `fold_sigma_reparam`.
         spectral_init (`str`): `"preserve"` starts every map as the plain one, gamma = sigma(W); `"unit"` at gamma = 1.
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L

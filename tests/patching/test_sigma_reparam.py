@@ -110,6 +110,48 @@ def test_weight_has_no_gradient_along_itself_and_no_scale():
     torch.testing.assert_close(layer(inputs), output)
 
 
+@pytest.mark.parametrize("track_left", [False, True])
+@pytest.mark.parametrize("converged", [False, True])
+def test_gradients_are_those_of_the_formula(converged, track_left):
+    torch.manual_seed(0)
+    layer = SigmaReparamLinear(7, 5, track_left=track_left).double().eval()
+    if not converged:
+        nn.init.normal_(layer.u)
+    cotangent = torch.randn(5, 7, dtype=torch.float64)
+    (layer.effective_weight() * cotangent).sum().backward()
+
+    weight, gamma = layer.weight.detach().requires_grad_(), layer.gamma.detach().requires_grad_()
+    matrix = weight.T if track_left else weight
+    with torch.no_grad():
+        left = nn.functional.normalize(matrix @ layer.u, dim=0)
+        right = nn.functional.normalize(matrix.T @ left, dim=0)
+    expected = gamma * weight / (left @ matrix @ right)
+    (expected * cotangent).sum().backward()
+    torch.testing.assert_close(layer.effective_weight(), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(layer.weight.grad, weight.grad, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(layer.gamma.grad, gamma.grad, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_cast_layer_trains_and_keeps_its_spectral_norm(dtype):
+    torch.manual_seed(0)
+    layer = SigmaReparamLinear(13, 9).to(dtype).train()
+    layer(torch.randn(2, 13, dtype=dtype)).sum().backward()
+    assert layer.weight.grad.dtype == layer.gamma.grad.dtype == dtype
+    norm = torch.linalg.matrix_norm(layer.effective_weight().double(), ord=2).item()
+    assert norm == pytest.approx(layer.gamma.item(), rel=2 * torch.finfo(dtype).eps)
+
+
+def test_autocast_does_not_reach_the_power_iteration():
+    torch.manual_seed(0)
+    layer = SigmaReparamLinear(13, 9).eval()
+    inputs = torch.randn(2, 13)
+    expected = layer.effective_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(inputs).dtype == torch.bfloat16
+        assert torch.equal(layer.effective_weight(), expected)
+
+
 def test_eval_changes_no_buffer_and_training_moves_u():
     torch.manual_seed(0)
     layer = SigmaReparamLinear(13, 9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_attn.modeling.sigma_reparam.configuration_sigma_reparam import SigmaReparamViTConfig
 from hf_attn.modeling.sigma_reparam.modeling_sigma_reparam import (
@@ -87,6 +87,50 @@ def test_folded_model_is_equal_and_plain_also_after_loading(spectral_init, tmp_p
     assert not any(info.values())
     assert not any(isinstance(module, SigmaReparamLayer) for module in loaded.modules())
     assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+@pytest.mark.slow
+def test_digits_are_learned_without_norms_warm_up_and_weight_decay(tmp_path):
+    digits = pytest.importorskip("sklearn.datasets", reason="the digits are in scikit-learn").load_digits()
+    pixels = 2 * (torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16 - 0.3)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"pixel_values": pixels[index], "labels": int(digits.target[index])} for index in order]
+    torch.manual_seed(0)
+    config = SigmaReparamViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_labels=10,
+        initializer_range=0.1,
+        patch_embedding_init_multiplier=5.0,
+    )
+    trainer = Trainer(
+        SigmaReparamViTForImageClassification(config),
+        TrainingArguments(
+            tmp_path,
+            num_train_epochs=15,
+            per_device_train_batch_size=64,
+            learning_rate=5e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=0,
+            weight_decay=0.0,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows[360:],
+        eval_dataset=rows[:360],
+        compute_metrics=lambda outputs: {
+            "accuracy": (outputs.predictions.argmax(-1) == outputs.label_ids).mean().item()
+        },
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] > 0.85
 
 
 @pytest.mark.parametrize("projection_groups", [0, 1, 2])
