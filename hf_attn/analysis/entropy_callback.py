@@ -88,8 +88,14 @@ class AttentionEntropyCallback(TrainerCallback):
         norms: dict[nn.Module, float] = {}
         handles = [layer.register_forward_pre_hook(_input_norm(norms), with_kwargs=True) for layer in layers]
         try:
+            # In eval mode throughout: reparametrised projections must not move their singular vectors.
             with eager_attention(model):
                 attentions = model(**inputs, output_attentions=True).attentions
+                logit_norms = [
+                    _logit_norm(layer, norms[layer]) if math.isfinite(norms[layer]) else None
+                    for layer in layers
+                    if layer in norms
+                ]
         finally:
             for handle in handles:
                 handle.remove()
@@ -105,12 +111,10 @@ class AttentionEntropyCallback(TrainerCallback):
             "bound": [None] * len(attentions),
             "uniform": sum(count.float().log().mean().item() for count in visible) / len(visible),
         }
-        if len(layers) == len(attentions):
+        if len(logit_norms) == len(attentions):
             entry["bound"] = [
-                entropy_lower_bound(_logit_norm(layer, norms[layer]), keys).mean().item()
-                if math.isfinite(norms[layer])
-                else None
-                for layer, keys in zip(layers, visible, strict=True)
+                None if norm is None else entropy_lower_bound(norm, keys).mean().item()
+                for norm, keys in zip(logit_norms, visible, strict=True)
             ]
         self.history.append(entry)
         self._warn(entry)

@@ -46,7 +46,10 @@ def inference(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], None
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shapes", type=lambda text: tuple(map(int, text.split("x"))), nargs="*", default=[(2, 128), (4, 128)]
+        "--shapes",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        nargs="*",
+        default=[(2, 128), (4, 128), (8, 128)],
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,5 +1,6 @@
 """The callback that watches the entropy of attention."""
 
+import copy
 import json
 import logging
 
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from hf_attn.analysis.entropy_callback import AttentionEntropyCallback
-from hf_attn.patching.sigma_reparam import apply_sigma_reparam
+from hf_attn.patching.sigma_reparam import SigmaReparamLayer, apply_sigma_reparam
 
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -53,6 +54,19 @@ def test_entropy_lies_between_its_bound_and_uniform_attention(kind, reparametris
     for heads, bound in zip(entry["entropy"], entry["bound"], strict=True):
         assert 0 <= bound <= min(heads) + 1e-5
         assert max(heads) <= entry["uniform"] + 1e-5
+
+
+def test_watching_does_not_change_a_reparametrised_model(input_ids):
+    model = llama()
+    apply_sigma_reparam(model)
+    for module in model.modules():
+        if isinstance(module, SigmaReparamLayer):  # far from converged, where an iteration shows
+            torch.nn.init.normal_(module.u)
+    before = copy.deepcopy(model.state_dict())
+    entry = AttentionEntropyCallback({"input_ids": input_ids}).measure(model.train(), step=0)
+    assert None not in entry["bound"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_trainer_logs_it_and_the_curves_can_be_kept(input_ids, tmp_path):
