@@ -95,8 +95,22 @@ _PAPERS = (
         slug="sigma_reparam",
         title="Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
         arxiv="2303.06296",
-        becomes="reparametrised linear layers on any model, ViT and LM families, entropy monitor",
+        becomes="reparametrised linear layers on any model, ViT family, entropy monitor",
         code="apple/ml-sigma-reparam",
+        available=True,
+        families=(
+            Family(
+                model_type="sigma_reparam_vit",
+                config="SigmaReparamViTConfig",
+                models={
+                    "AutoModel": "SigmaReparamViTModel",
+                    "AutoModelForImageClassification": "SigmaReparamViTForImageClassification",
+                },
+                folder="sigma_reparam",
+                peft=("qkv", "o_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="landmark",
