@@ -157,13 +157,12 @@ class WindowAttentionBase(nn.Module):
             `(windows, query_len, num_heads * head_dim)`, and the attention weights if the implementation has them.
         """
         if self.config._attn_implementation == "flex_attention":
+            if query.device.type == "cpu":
+                # Measured with PyTorch 2.14: the compiled kernel writes out of bounds and aborts the process.
+                raise ValueError("flex_attention cannot attend in windows on a CPU; use attn_implementation='sdpa'.")
             # Only flex_attention looks the bias and the mask up by window; the others broadcast them.
             position_bias = position_bias.expand(len(query), -1, -1, -1)
             attention_mask = None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)
-            if query.device.type == "cpu":
-                # Its kernel for the CPU (PyTorch 2.14) writes out of bounds if a tensor has strides of zero.
-                position_bias = position_bias.contiguous()
-                attention_mask = None if attention_mask is None else attention_mask.contiguous()
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

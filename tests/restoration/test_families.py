@@ -111,11 +111,19 @@ def test_implementations_agree_in_outputs_and_gradients(family):
         torch.testing.assert_close(results["sdpa"][name], expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flex_attention(family):
-    pixel_values = torch.rand(2, 3, 10, 13)
+def test_flex_attention_is_refused_on_a_cpu_instead_of_aborting_the_process(family):
     model = make_model(family)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="use attn_implementation='sdpa'"):
+        model(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention cannot attend in windows on a CPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_attention_agrees_on_a_gpu(family):
+    pixel_values = torch.rand(2, 3, 10, 13, device="cuda")
+    model = make_model(family).to("cuda")
     with torch.no_grad():
         expected = model(pixel_values).reconstruction
         model.set_attn_implementation("flex_attention")
