@@ -235,6 +235,20 @@ _PAPERS = (
         arxiv="2303.08810",
         becomes="image family and backbone, bi-level routing attention",
         code="rayleizhu/BiFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="biformer",
+                config="BiFormerConfig",
+                models={
+                    "AutoModel": "BiFormerModel",
+                    "AutoModelForImageClassification": "BiFormerForImageClassification",
+                    "AutoBackbone": "BiFormerBackbone",
+                },
+                peft=("qkv", "proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="rmt",
@@ -263,6 +277,19 @@ _PAPERS = (
         arxiv="2403.02411",
         becomes="image family",
         code="Abdullah-88/NiNformer",
+        available=True,
+        families=(
+            Family(
+                model_type="ninformer",
+                config="NiNformerConfig",
+                models={
+                    "AutoModel": "NiNformerModel",
+                    "AutoModelForImageClassification": "NiNformerForImageClassification",
+                },
+                peft=("proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="activator",
@@ -270,12 +297,38 @@ _PAPERS = (
         arxiv="2405.15953",
         becomes="image family",
         code="Abdullah-88/Activator",
+        available=True,
+        families=(
+            Family(
+                model_type="activator",
+                config="ActivatorConfig",
+                models={
+                    "AutoModel": "ActivatorModel",
+                    "AutoModelForImageClassification": "ActivatorForImageClassification",
+                },
+                peft=("proj_1", "proj_2", "proj_3", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="path_ensemble",
         title="Revisiting Vision Transformer from the View of Path Ensemble",
         arxiv="2308.06548",
         becomes="ViT family made from a base model: path pruning, EnsembleScale, self-distillation",
+        available=True,
+        families=(
+            Family(
+                model_type="path_ensemble",
+                config="PathEnsembleConfig",
+                models={
+                    "AutoModel": "PathEnsembleModel",
+                    "AutoModelForImageClassification": "PathEnsembleForImageClassification",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="hat",

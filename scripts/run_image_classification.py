@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
+    ViTImageProcessor,
     default_data_collator,
     set_seed,
 )
@@ -81,6 +82,39 @@ SMALL = {
         "depths": [1, 1, 2, 1],
         "num_attention_heads": [2, 2, 4, 4],
         "projection_dim": 128,
+    },
+    "biformer": {
+        "image_size": 32,
+        "hidden_sizes": [32, 64],
+        "depths": [1, 1],
+        "mlp_ratios": [2, 2],
+        "n_win": 2,
+        "topks": [2, -2],
+        "head_dim": 16,
+    },
+    "ninformer": {
+        "image_size": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "hidden_dropout_prob": 0.1,
+    },
+    "activator": {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "hidden_dropout_prob": 0.1,
+    },
+    "path_ensemble": {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "ensemble_scale": "channel",
     },
 }
 
@@ -389,13 +423,21 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
     config_class = type(AutoConfig.for_model(model_args.model_type))
     overrides = parse_overrides(model_args.config_overrides, config_class)
     if model_args.variant is not None:
+        variants = getattr(config_class, "variants", {})
+        if model_args.variant not in variants:
+            raise SystemExit(
+                f"run_image_classification.py: {model_args.model_type} has no variant {model_args.variant!r}; its "
+                f"variants: {', '.join(variants) or 'none'}"
+            )
         config = config_class.from_variant(model_args.variant, **labels, **overrides)
         processor = image_processor_for(config)
     else:
         config = config_class(**{**SMALL.get(model_args.model_type, {}), **labels, **overrides})
-        official = image_processor_for(config)
+        # A family that is made from other models has no image processor of its own.
+        official = image_processor_for(config) if hasattr(config, "crop_ratio") else ViTImageProcessor()
         # What a small model is tried on is rarely photos with a margin to crop.
-        height, width = config.image_height_width
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
         processor = BitImageProcessor(
             size={"height": height, "width": width},
             do_center_crop=False,

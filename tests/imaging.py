@@ -151,11 +151,13 @@ class ImageFamilyTests:
 
     def test_sdpa_agrees_with_eager(self):
         model, pixel_values = self.get_model(), self.get_pixel_values().requires_grad_()
+        # A bias of all keys shifts the scores of a query by a constant: its gradient is nothing but rounding.
+        parameters = [x for name, x in model.named_parameters() if not name.endswith("k_proj.bias")]
         results = []
         for implementation in ("eager", "sdpa"):
             model.set_attn_implementation(implementation)
             logits = model(pixel_values).logits
-            gradient = torch.autograd.grad(logits.pow(2).sum(), [pixel_values, *model.parameters()])
+            gradient = torch.autograd.grad(logits.pow(2).sum(), [pixel_values, *parameters])
             results.append((logits, *gradient))
         for eager, sdpa in zip(*results, strict=True):
             torch.testing.assert_close(sdpa, eager, rtol=1e-4, atol=2e-5 * eager.abs().max().item())

@@ -33,7 +33,10 @@ GROWN_SIZE = 512
 def smallest_config(model_type: str):
     """The published variant with the fewest parameters, and its name."""
     config_class = load(FAMILIES[model_type].config_reference)
-    variants = {name: config_class.from_variant(name) for name in config_class.variants} or {"default": config_class()}
+    # BiFormer takes 512 pixels with padding only; at the published size there is none.
+    options = {"auto_pad": True} if "auto_pad" in config_class.__dataclass_fields__ else {}
+    names = getattr(config_class, "variants", {})
+    variants = {name: config_class.from_variant(name, **options) for name in names} or {"default": config_class()}
     sizes = {}
     for name, config in variants.items():
         with torch.device("meta"):

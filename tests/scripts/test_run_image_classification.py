@@ -177,6 +177,8 @@ def test_under_accelerate_launch(image_folder, tmp_path):
         (["--model_type", "tnt", "--model_name_or_path", "x"], "give either"),
         (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha -1.0 is negative"),
         (["--model_type", "tnt", "--config_overrides", "hiden_size=3"], "did you mean hidden_size"),
+        (["--model_type", "biformer", "--variant", "huge"], "has no variant 'huge'; its variants: biformer_tiny"),
+        (["--model_type", "path_ensemble", "--variant", "huge"], "its variants: none"),
     ],
 )
 def test_contradictions(script, options, message, tmp_path):
