@@ -74,6 +74,7 @@ SMALL = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "inner_num_attention_heads": 2,
+        "initializer_range": 0.1,
     },
     "rmt": {
         "image_size": 32,

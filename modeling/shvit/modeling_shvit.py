@@ -73,7 +73,8 @@ class SHViTConvNorm(nn.Module):
             self.norm = SHViTBatchNorm(out_channels, config.batch_norm_eps, initial_weight=norm_weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(hidden_states))
+        hidden_states = self.conv(hidden_states)
+        return hidden_states if self.fused else self.norm(hidden_states)
 
     def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the fused convolution, in double precision."""
@@ -137,8 +138,10 @@ class SHViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, hidden_size, height, width)` -> the same, and weights `(batch, 1, positions, positions)`."""
         attended, untouched = hidden_states.split(self.partial_sizes, dim=1)
-        qkv = self.qkv(self.norm(attended)).flatten(2).transpose(1, 2).unsqueeze(1)
-        query, key, value = qkv.split(self.qkv_sizes, dim=-1)
+        # Split before the transposition: torch's BatchNorm computes wrong gradients in evaluation, for a batch of one, from
+        # a gradient whose channels are last in memory.
+        qkv = self.qkv(self.norm(attended)).flatten(2).split(self.qkv_sizes, dim=1)
+        query, key, value = (states.transpose(1, 2).unsqueeze(1) for states in qkv)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -236,7 +239,7 @@ class SHViTEmbeddings(nn.Module):
 
     def __init__(self, config: SHViTConfig):
         super().__init__()
-        self.num_channels = config.num_channels
+        self.config = config
         widths = [config.num_channels, *(config.hidden_sizes[0] // divisor for divisor in (8, 4, 2, 1))]
         self.layers = nn.ModuleList(
             [
@@ -246,7 +249,10 @@ class SHViTEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        check_pixel_values(pixel_values, self.num_channels)
+        check_pixel_values(pixel_values, self.config.num_channels)
+        if self.config.fused:
+            # All layers keep this memory layout, in which CPUs convolve faster.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = self.layers[0](pixel_values)
         for layer in self.layers[1:]:
             hidden_states = layer(hidden_states.relu())
@@ -299,6 +305,13 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.fused:
             self.eval()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Resolve `attn_implementation`, by default `"eager"`.
+
+        On CPUs torch has no fused kernel for queries narrower than values, and what `"sdpa"` falls back to is slower.
+        """
+        return super().get_correct_attn_implementation(requested_attention or "eager", is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -484,7 +497,7 @@ class SHViTBackbone(BackboneMixin, SHViTPreTrainedModel):
         outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
         features = zip(self.stage_names, outputs.hidden_states, strict=True)
         return BackboneOutput(
-            feature_maps=tuple(feature for stage, feature in features if stage in self.out_features),
+            feature_maps=tuple(feature.contiguous() for stage, feature in features if stage in self.out_features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
