@@ -51,6 +51,9 @@ class DigitsEncoder(BertPreTrainedModel):
         self.bert = BertModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+        # BERT's standard deviation of 0.02 is not meant for 4 pixels: without LayerNorm the signal would die out.
+        self.patches.reset_parameters()
+        self.classifier.reset_parameters()
 
     def forward(self, patches: torch.Tensor, output_attentions: bool = False) -> SequenceClassifierOutput:
         """Classify images given as patches `(batch, tokens, pixels)`."""

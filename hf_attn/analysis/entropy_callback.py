@@ -91,11 +91,7 @@ class AttentionEntropyCallback(TrainerCallback):
             # In eval mode throughout: reparametrised projections must not move their singular vectors.
             with eager_attention(model):
                 attentions = model(**inputs, output_attentions=True).attentions
-                logit_norms = [
-                    _logit_norm(layer, norms[layer]) if math.isfinite(norms[layer]) else None
-                    for layer in layers
-                    if layer in norms
-                ]
+                logit_norms = [_logit_norm(layer, norms[layer]) for layer in layers if layer in norms]
         finally:
             for handle in handles:
                 handle.remove()
@@ -201,8 +197,11 @@ def _input_norm(norms: dict[nn.Module, float]):
     return hook
 
 
-def _logit_norm(layer: nn.Module, input_norm: float) -> float:
-    """Bound on the norm of a row of logits: scale * ||W_Q|| ||W_K|| ||X||^2 (rotary embeddings change no norm)."""
+def _logit_norm(layer: nn.Module, input_norm: float) -> float | None:
+    """Bound on the norm of a row of logits: scale * ||W_Q|| ||W_K|| ||X||^2 (rotary embeddings change no norm).
+
+    None if a weight or the input is not finite.
+    """
     norm = 1.0
     for name, names in (("query", QUERY_NAMES), ("key", KEY_NAMES)):
         projection = _child(layer, names)
@@ -211,9 +210,12 @@ def _logit_norm(layer: nn.Module, input_norm: float) -> float:
         matrix = torch.cat((weight, bias[:, None]), dim=1).float()
         if weight.shape[0] == 3 * weight.shape[1]:
             matrix = matrix.chunk(3)[0 if name == "query" else 1]
+        if not matrix.isfinite().all():
+            return None
         norm *= torch.linalg.matrix_norm(matrix, ord=2).item()
     scaling = getattr(layer, "scaling", None) or getattr(layer, "scale", None)
     if scaling is None:
         head_dim = getattr(layer, "attention_head_size", None) or getattr(layer, "head_dim", 1)
         scaling = head_dim**-0.5
-    return scaling * norm * input_norm**2
+    norm *= scaling * input_norm**2
+    return norm if math.isfinite(norm) else None

@@ -69,6 +69,14 @@ def test_watching_does_not_change_a_reparametrised_model(input_ids):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_diverged_weights_have_no_bound(input_ids):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    bounds = AttentionEntropyCallback({"input_ids": input_ids}).measure(model, step=0)["bound"]
+    assert bounds[0] is not None and bounds[1:] == [None, None]
+
+
 def test_trainer_logs_it_and_the_curves_can_be_kept(input_ids, tmp_path):
     callback = AttentionEntropyCallback({"input_ids": input_ids, "labels": input_ids}, every_steps=2)
     arguments = TrainingArguments(tmp_path, max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True)
