@@ -426,7 +426,7 @@ def test_settings_that_make_no_sense():
         apply_clear(tiny_flux(), radius=2, down_factor=0)
     with pytest.raises(ValueError, match="no backend 'cuda'"):
         apply_clear(tiny_flux(), radius=2, backend="cuda")
-    with pytest.raises(ValueError, match="No attention layer is chosen .* called transformer_blocks.0.attn"):
+    with pytest.raises(ValueError, match=r"No attention layer is chosen .* called transformer_blocks.0.attn"):
         apply_clear(tiny_flux(), radius=2, include=["blocks.0"])
 
 
@@ -436,7 +436,7 @@ def test_grids_that_the_cells_do_not_divide(kind):
     model = make()
     apply_clear(model, radius=2, down_factor=4)
     run(model, make_inputs(height=8, width=4))
-    with pytest.raises(ValueError, match="down_factor = 4 divides, and this one is 8 x 6. .* multiples of 64 pixels"):
+    with pytest.raises(ValueError, match=r"down_factor = 4 divides, and this one is 8 x 6. .* multiples of 64 pixels"):
         run(model, make_inputs(height=8, width=6))
 
 
@@ -444,11 +444,11 @@ def test_other_models_are_refused():
     class Pipeline:
         transformer = tiny_flux()
 
-    with pytest.raises(TypeError, match="this is a Pipeline. Pass its `transformer`"):
+    with pytest.raises(TypeError, match=r"this is a Pipeline. Pass its `transformer`"):
         apply_clear(Pipeline(), radius=2)
-    with pytest.raises(TypeError, match="FluxTransformer2DModel and SD3Transformer2DModel .* this is a Linear.$"):
+    with pytest.raises(TypeError, match=r"FluxTransformer2DModel and SD3Transformer2DModel .* this is a Linear.$"):
         apply_clear(nn.Linear(2, 2), radius=2)
-    with pytest.raises(TypeError, match="this is a OptimizedModule. Pass its `_orig_mod`"):
+    with pytest.raises(TypeError, match=r"this is a OptimizedModule. Pass its `_orig_mod`"):
         apply_clear(torch.compile(tiny_flux()), radius=2)
 
 
@@ -459,7 +459,7 @@ def test_foreign_processors_are_not_overwritten():
     model = tiny_sd3()
     foreign = Foreign()
     model.transformer_blocks[1].attn.set_processor(foreign)
-    with pytest.raises(ValueError, match="transformer_blocks.1.attn has a Foreign, which is not a stock"):
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.attn has a Foreign, which is not a stock"):
         apply_clear(model, radius=2)
     assert not clear_processors(model) and not model._forward_pre_hooks
     assert "transformer_blocks.1.attn" in apply_clear(model, radius=2, exclude=["transformer_blocks.1.attn"]).skipped
