@@ -95,8 +95,22 @@ _PAPERS = (
         slug="sigma_reparam",
         title="Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
         arxiv="2303.06296",
-        becomes="reparametrised linear layers on any model, ViT and LM families, entropy monitor",
+        becomes="reparametrised linear layers on any model, ViT family, entropy monitor",
         code="apple/ml-sigma-reparam",
+        available=True,
+        families=(
+            Family(
+                model_type="sigma_reparam_vit",
+                config="SigmaReparamViTConfig",
+                models={
+                    "AutoModel": "SigmaReparamViTModel",
+                    "AutoModelForImageClassification": "SigmaReparamViTForImageClassification",
+                },
+                folder="sigma_reparam",
+                peft=("qkv", "o_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="landmark",
@@ -191,8 +205,22 @@ _PAPERS = (
         slug="tnt",
         title="Transformer in Transformer",
         arxiv="2103.00112",
-        becomes="image family",
+        becomes="image family and single-stride backbone",
         code="huawei-noah/Efficient-AI-Backbones",
+        available=True,
+        families=(
+            Family(
+                model_type="tnt",
+                config="TNTConfig",
+                models={
+                    "AutoModel": "TNTModel",
+                    "AutoModelForImageClassification": "TNTForImageClassification",
+                    "AutoBackbone": "TNTBackbone",
+                },
+                peft=("qk_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="shvit",
@@ -200,6 +228,20 @@ _PAPERS = (
         arxiv="2401.16456",
         becomes="image family and backbone, fused inference form",
         code="ysj9909/SHViT",
+        available=True,
+        families=(
+            Family(
+                model_type="shvit",
+                config="SHViTConfig",
+                models={
+                    "AutoModel": "SHViTModel",
+                    "AutoModelForImageClassification": "SHViTForImageClassification",
+                    "AutoBackbone": "SHViTBackbone",
+                },
+                peft=("qkv.conv", "proj.conv", "fc1.conv", "fc2.conv"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="biformer",
@@ -207,6 +249,20 @@ _PAPERS = (
         arxiv="2303.08810",
         becomes="image family and backbone, bi-level routing attention",
         code="rayleizhu/BiFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="biformer",
+                config="BiFormerConfig",
+                models={
+                    "AutoModel": "BiFormerModel",
+                    "AutoModelForImageClassification": "BiFormerForImageClassification",
+                    "AutoBackbone": "BiFormerBackbone",
+                },
+                peft=("qkv", "proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="rmt",
@@ -214,6 +270,20 @@ _PAPERS = (
         arxiv="2309.11523",
         becomes="image family and backbone, Manhattan self-attention",
         code="qhfan/RMT",
+        available=True,
+        families=(
+            Family(
+                model_type="rmt",
+                config="RMTConfig",
+                models={
+                    "AutoModel": "RMTModel",
+                    "AutoModelForImageClassification": "RMTForImageClassification",
+                    "AutoBackbone": "RMTBackbone",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="ninformer",
@@ -221,6 +291,19 @@ _PAPERS = (
         arxiv="2403.02411",
         becomes="image family",
         code="Abdullah-88/NiNformer",
+        available=True,
+        families=(
+            Family(
+                model_type="ninformer",
+                config="NiNformerConfig",
+                models={
+                    "AutoModel": "NiNformerModel",
+                    "AutoModelForImageClassification": "NiNformerForImageClassification",
+                },
+                peft=("proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="activator",
@@ -228,12 +311,38 @@ _PAPERS = (
         arxiv="2405.15953",
         becomes="image family",
         code="Abdullah-88/Activator",
+        available=True,
+        families=(
+            Family(
+                model_type="activator",
+                config="ActivatorConfig",
+                models={
+                    "AutoModel": "ActivatorModel",
+                    "AutoModelForImageClassification": "ActivatorForImageClassification",
+                },
+                peft=("proj_1", "proj_2", "proj_3", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="path_ensemble",
         title="Revisiting Vision Transformer from the View of Path Ensemble",
         arxiv="2308.06548",
         becomes="ViT family made from a base model: path pruning, EnsembleScale, self-distillation",
+        available=True,
+        families=(
+            Family(
+                model_type="path_ensemble",
+                config="PathEnsembleConfig",
+                models={
+                    "AutoModel": "PathEnsembleModel",
+                    "AutoModelForImageClassification": "PathEnsembleForImageClassification",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="hat",

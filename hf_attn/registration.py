@@ -150,10 +150,18 @@ def _register_peft_targets(module: ModuleType) -> None:
                 table.setdefault(family.model_type, list(family.peft))
 
 
+def _register_sigma_reparam_loading(module: ModuleType) -> None:
+    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
+
+    module.register_quantization_config(METHOD)(SigmaReparamLoading)
+    module.register_quantizer(METHOD)(SigmaReparamLoader)
+
+
 @cache
 def register() -> None:
     """Register everything in the catalogue, by ``import hf_attn``; a reload does not do it again."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
     when_imported("transformers.modeling_utils", _register_attention)
+    when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
     when_imported("peft.utils.constants", _register_peft_targets)

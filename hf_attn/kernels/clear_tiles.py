@@ -174,7 +174,7 @@ def _tiled(
             query, shared_key, shared_value, attn_mask=shared_bias, scale=scaling
         )
         share = torch.sigmoid(shared_logsumexp - logsumexp)
-        output = torch.lerp(output.to(wide), shared_output.to(wide), share[..., None]).to(query.dtype)
+        output = output.to(wide).lerp_(shared_output.to(wide), share[..., None]).to(query.dtype)
         logsumexp = torch.logaddexp(logsumexp, shared_logsumexp)
     return output, logsumexp
 
