@@ -350,6 +350,16 @@ _PAPERS = (
         arxiv="2309.05239",
         becomes="image restoration family and pipeline",
         code="XPixelGroup/HAT",
+        available=True,
+        families=(
+            Family(
+                model_type="hat",
+                config="HATConfig",
+                models={"AutoModel": "HATModel", "AutoModelForImageToImage": "HATForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="drct",
@@ -357,6 +367,16 @@ _PAPERS = (
         arxiv="2404.00722",
         becomes="image restoration family and pipeline",
         code="ming053l/DRCT",
+        available=True,
+        families=(
+            Family(
+                model_type="drct",
+                config="DRCTConfig",
+                models={"AutoModel": "DRCTModel", "AutoModelForImageToImage": "DRCTForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="clear",
@@ -398,6 +418,40 @@ _PAPERS = (
         title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
         arxiv="2303.13731",
         becomes="analysis functions, autoencoder family, plots",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of `transformers.pipeline` that this package adds.
+
+    Attributes:
+        name: first argument of `pipeline`.
+        pipeline: name of the pipeline class, in the module of `pipelines/` that has the task's name.
+        auto_class: the Auto class that loads its models.
+        type: kind of the input, as transformers has it: "text", "image", "audio", "video" or "multimodal".
+        default_model: Hub id and revision of the model that is used if none is given.
+    """
+
+    name: str
+    pipeline: str
+    auto_class: str
+    type: str
+    default_model: tuple[str, str] | None = None
+
+    @property
+    def pipeline_reference(self) -> str:
+        return f"hf_attn.pipelines.{self.name.replace('-', '_')}.{self.pipeline}"
+
+
+TASKS = (
+    Task(
+        name="image-restoration",
+        pipeline="ImageRestorationPipeline",
+        auto_class="AutoModelForImageToImage",
+        type="image",
+        default_model=("caidas/swin2SR-classical-sr-x2-64", "main"),
     ),
 )
 
