@@ -382,8 +382,9 @@ _PAPERS = (
         slug="clear",
         title="CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
         arxiv="2412.16112",
-        becomes="diffusers attention processors for FLUX and SD3, distillation script",
+        becomes="diffusers attention processors for FLUX and SD3, official weights, distillation losses",
         code="Huage001/CLEAR",
+        available=True,
     ),
     Paper(
         slug="sd_rpn",
