@@ -30,6 +30,7 @@ class RetrievalStep:
         counts: `(batch,)`, number of complete blocks of each row.
         newest: `(batch,)`, first of the blocks that are at their true places.
         numbers: `(batch, used slots of blocks)`, number of the block in each slot; -1 for none.
+        rows_by_slots: rows with the same number of filled slots, and that number.
         landmark_embeddings: cosines and sines `(batch, used slots of blocks, head_dim)` of the landmarks for the choice.
         place_embeddings: cosines and sines `(batch, top_k + 1, block_size, head_dim)` of the places.
         recent_slots: `(batch, recent)`, slots of the tokens of the block that is being filled.
@@ -41,6 +42,7 @@ class RetrievalStep:
     counts: torch.Tensor
     newest: torch.Tensor
     numbers: torch.Tensor
+    rows_by_slots: tuple[tuple[torch.Tensor, int], ...]
     landmark_embeddings: tuple[torch.Tensor, torch.Tensor]
     place_embeddings: tuple[torch.Tensor, torch.Tensor]
     recent_slots: torch.Tensor
@@ -165,8 +167,6 @@ def _begin_retrieval(cache: LandmarkCache, rotary_emb: Callable, states: torch.T
     lengths = cache.lengths
     counts = lengths // block
     slots = cache.layers[0].landmark_keys.shape[2]
-    # Slots that were never filled take no part: not even in how `topk` decides between equal scores, as those of the first
-    # layer are for all old blocks.
     slot = torch.arange(min(slots, int(counts.max())), device=lengths.device)
     # The newest block in a slot; before the cache is full that is the block of the slot's number.
     numbers = counts[:, None] - 1 - (counts[:, None] - 1 - slot) % slots
@@ -185,6 +185,12 @@ def _begin_retrieval(cache: LandmarkCache, rotary_emb: Callable, states: torch.T
 
     place = (numbers - newest[:, None] + 1).clamp(min=0)
     offsets = torch.arange((top_k + 1) * block, device=lengths.device).view(top_k + 1, block)
+    # Each row chooses from the slots that it has filled. The others would take part in how `topk` decides between equal
+    # scores, as those of the first layer are for all old blocks, and rows would depend on each other.
+    filled = counts.clamp(max=slots)
+    rows_by_slots = tuple(
+        ((filled == number).nonzero()[:, 0], number) for number in filled.unique().tolist() if number > 0
+    )
     recent = int((lengths % block).max())
     recent_positions = (counts * block)[:, None] + torch.arange(recent, device=lengths.device)
     return RetrievalStep(
@@ -192,6 +198,7 @@ def _begin_retrieval(cache: LandmarkCache, rotary_emb: Callable, states: torch.T
         counts=counts,
         newest=newest,
         numbers=numbers,
+        rows_by_slots=rows_by_slots,
         landmark_embeddings=embeddings(first_place[:, None] + place * block + block - 1),
         place_embeddings=embeddings(first_place[:, None, None] + offsets),
         recent_slots=recent_positions % (slots * block),
@@ -288,12 +295,17 @@ def _choose(step: MemoryStep, layer, query: torch.Tensor, scaling: float) -> Cho
     if step.cache.retrieval != "per_token_and_head":
         scores = scores.softmax(-1)
         # Padding chooses nothing. A row without blocks has no numbers here.
-        scores = scores.masked_fill(~step.valid[:, None, :, None], 0.0).nan_to_num()
+        scores = scores.nan_to_num().masked_fill(~step.valid[:, None, :, None], 0.0)
         scores = scores.amax(2 if step.cache.retrieval == "max_over_tokens" else 1, keepdim=True)
         scores = scores.masked_fill((plan.numbers < 0)[:, None, None, :], -1.0)
 
-    slots = scores.topk(plan.top_k, dim=-1).indices
-    numbers = plan.numbers[:, None, None].expand(*slots.shape[:3], -1).gather(-1, slots)
+    slots = torch.full((*scores.shape[:3], plan.top_k), -1, device=scores.device)
+    for rows, filled in plan.rows_by_slots:
+        found = scores[rows, ..., :filled].topk(min(plan.top_k, filled), dim=-1).indices
+        slots[rows, ..., : found.shape[-1]] = found
+    numbers = plan.numbers[:, None, None].expand(*slots.shape[:3], -1).gather(-1, slots.clamp(min=0))
+    numbers = numbers.masked_fill(slots < 0, -1)
+    slots = slots.clamp(min=0)
     numbers, order = numbers.sort(dim=-1)
     slots = slots.gather(-1, order)
     missing = (numbers < 0).sum(-1, keepdim=True)

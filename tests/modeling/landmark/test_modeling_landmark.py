@@ -112,8 +112,8 @@ def test_without_landmarks_it_is_the_base(name, implementation):
     expected = logits_of(base, ids)
     torch.testing.assert_close(logits_of(model, ids)[..., :VOCAB], expected, **CLOSE)
     with pytest.raises(AssertionError):
-        logits = logits_of(model, torch.where(torch.arange(9) == 3, VOCAB, ids))[..., :VOCAB]
-        torch.testing.assert_close(logits[:, 4:], expected[:, 4:], **CLOSE)
+        logits = logits_of(model, torch.where(torch.arange(9) == 4, VOCAB, ids))[..., :VOCAB]
+        torch.testing.assert_close(logits[:, 5:], expected[:, 5:], **CLOSE)
 
 
 def test_weights_sum_to_one_and_landmarks_have_none():
