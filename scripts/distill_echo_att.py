@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -178,9 +180,12 @@ def make_student(model_args: ModelArguments, teacher: PreTrainedModel, blocks: t
         return student
     if model_args.shared_layers is not None:
         return EchoAttForCausalLM.from_base(teacher, shared_layers=model_args.shared_layers)
-    similarity = attention_similarity(teacher, blocks[: model_args.similarity_samples])
-    print(similarity)
-    return EchoAttForCausalLM.from_base(teacher, num_shared=model_args.num_shared, similarity=similarity)
+    is_main = PartialState().is_main_process
+    similarity = attention_similarity(teacher, blocks[: model_args.similarity_samples], progress=is_main)
+    PartialState().print(similarity)
+    # All processes have to build the same model, whatever rounding does to a tie.
+    (shared_layers,) = broadcast_object_list([similarity.shared_layers(num_shared=model_args.num_shared)])
+    return EchoAttForCausalLM.from_base(teacher, shared_layers=shared_layers)
 
 
 def stage_arguments(training_args: DistillationArguments, folder: Path, ratio: float) -> DistillationArguments:
@@ -220,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     model_folder = output / "distilled"
     if not model_folder.is_dir():
         student = make_student(model_args, teacher, blocks)
-        print(f"Shared layers: {student.config.shared_layers}\n{student.base_report or ''}")
+        PartialState().print(f"Shared layers: {student.config.shared_layers}\n{student.base_report or ''}")
         if training_args.bf16:
             teacher.to(torch.bfloat16)
         trainer = EchoAttDistillationTrainer(

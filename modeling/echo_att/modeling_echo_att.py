@@ -6,8 +6,8 @@ A shared layer has no query and key projections and caches values only:
     layer that owns its map:  A = softmax(Q K^T / sqrt(d) + mask),  output A V
     layer that shares it:     output A V_j, with its own values, output projection, norms and MLP
 
-Handing over A saves the most work where A is small: in a step of decoding and for short sequences. Elsewhere a shared
-layer attends with the queries and keys of its source and its own values, which is the same function and needs no map in
+Handing over A saves the most work where A is small: in a step of decoding and in training on short sequences. Elsewhere a
+shared layer attends with the queries and keys of its source and its own values, which is the same function and needs no map in
 memory.
 """
 
@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from hf_attn.analysis import AttentionSimilarity
 
 
-#: Largest map (queries times keys) of several queries that the `sdpa` implementation hands over. Above it attending again
-#: with the source's queries and keys is faster than what the map costs in memory traffic (measured on a CPU, training).
-MAX_SHARED_MAP = 512 * 512
+#: Largest map (queries times keys) that the `sdpa` implementation hands over in training. The layer that computes it pays
+#: for not being fused, in memory traffic that grows with the map; each layer that reuses it saves about half of its
+#: attention. In a forward pass without a backward only a single row, in decoding, is worth it (measured on a CPU).
+MAX_SHARED_MAP = 256 * 256
 
 
 class ValueCacheLayer(DynamicLayer):
@@ -216,9 +217,10 @@ class EchoAttAttention(nn.Module):
 
     def _attention_interface(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
         implementation = self.config._attn_implementation
-        map_size = query_states.shape[2] * key_states.shape[2]
-        if implementation == "sdpa" and self.is_source and (query_states.shape[2] == 1 or map_size <= MAX_SHARED_MAP):
-            return eager_attention_forward
+        if implementation == "sdpa" and self.is_source:
+            queries, keys = query_states.shape[2], key_states.shape[2]
+            if queries == 1 or (self.training and queries * keys <= MAX_SHARED_MAP):
+                return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 

@@ -216,7 +216,7 @@ def test_shared_layers_have_no_queries_and_keys(name):
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_eager_and_sdpa_agree(name, padding):
     shared = (1, 2, 5) if name == "qwen2_mixed" else (2, 3, 5)
-    student, ids = make_student(name, shared), random_ids(3, 9)
+    student, ids = make_student(name, shared).train(), random_ids(3, 9)
     mask = torch.ones_like(ids)
     if padding is not None:
         mask[0, slice(0, 4) if padding == "left" else slice(5, None)] = 0
@@ -234,12 +234,14 @@ def test_eager_and_sdpa_agree(name, padding):
 
 @pytest.mark.parametrize("limit", [0, 10**9], ids=["attends_again", "hands_over_the_map"])
 def test_both_ways_to_share_agree(limit, monkeypatch):
-    student, ids = make_student(), random_ids(2, 12)
+    student, ids = make_student().train(), random_ids(2, 12)
     student.set_attn_implementation("eager")
     expected = student(ids).logits
     monkeypatch.setattr("hf_attn.modeling.echo_att.modeling_echo_att.MAX_SHARED_MAP", limit)
     student.set_attn_implementation("sdpa")
-    torch.testing.assert_close(student(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    outputs = student(ids, output_attentions=True)
+    assert len([weights for weights in outputs.attentions if weights is not None]) == (0 if limit == 0 else 5)
+    torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
