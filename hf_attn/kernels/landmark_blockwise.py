@@ -140,9 +140,7 @@ def supports_landmark_blockwise(
     if output_weights:
         return False, "it never holds the attention weights, which are asked for"
     if not query.dtype == key.dtype == value.dtype:
-        return False, (
-            f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
+        return False, (f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
     if torch.compiler.is_compiling():
         return False, "it looks at the positions of the landmarks, which a compiled graph does not know"
     if q_len > kv_len:

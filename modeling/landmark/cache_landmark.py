@@ -138,7 +138,9 @@ class LandmarkCache(Cache):
         record_retrieved: bool = False,
     ):
         if not isinstance(config, LandmarkConfig):
-            raise ValueError(f"A LandmarkCache needs the configuration of a landmark model, got {type(config).__name__}.")
+            raise ValueError(
+                f"A LandmarkCache needs the configuration of a landmark model, got {type(config).__name__}."
+            )
         for name, number in (("top_k", top_k), ("max_chunk_length", max_chunk_length), ("max_blocks", max_blocks)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {number}.")

@@ -18,7 +18,9 @@ def add_landmark_token(tokenizer: PreTrainedTokenizerBase) -> int:
         Its id.
     """
     if LANDMARK_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [LANDMARK_TOKEN]}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [LANDMARK_TOKEN]}, replace_extra_special_tokens=False
+        )
     return tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
 
 

@@ -315,7 +315,9 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
         valid = attention_mask[:, attention_mask.shape[1] - length :].bool()
         changes = (valid[:, 1:] != valid[:, :-1]).sum(-1)
         if (changes > 2).any() or ((changes == 2) & valid[:, 0]).any():
-            raise ValueError("attention_mask has padding inside a row; padding may be at its beginning and at its end.")
+            raise ValueError(
+                "attention_mask has padding inside a row; padding may be at its beginning and at its end."
+            )
         return valid
 
     @capture_outputs

@@ -160,9 +160,7 @@ def test_the_landmark_gets_the_mean_rows(name):
 def test_with_all_blocks_retrieved_it_is_one_full_forward(retrieval, chunk, offload):
     """Also for chunks that are no multiples of a block."""
     model, ids = make_model(), with_landmarks(random_ids(2, 27))
-    cache = LandmarkCache(
-        model.config, top_k=6, retrieval=retrieval, max_chunk_length=chunk, offload_to_cpu=offload
-    )
+    cache = LandmarkCache(model.config, top_k=6, retrieval=retrieval, max_chunk_length=chunk, offload_to_cpu=offload)
     expected = logits_of(model, ids, use_cache=False)
     torch.testing.assert_close(logits_of(model, ids, past_key_values=cache), expected, **CLOSE)
 
@@ -186,9 +184,7 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
     model = make_model(num_key_value_heads=2)
     attention, norm = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm
     ids, top_k, past = with_landmarks(random_ids(1, 26)), 2, 23
-    cache = LandmarkCache(
-        model.config, top_k=top_k, retrieval=retrieval, max_chunk_length=past, record_retrieved=True
-    )
+    cache = LandmarkCache(model.config, top_k=top_k, retrieval=retrieval, max_chunk_length=past, record_retrieved=True)
     outputs = []
     attention.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     logits_of(model, ids, past_key_values=cache)
@@ -205,9 +201,7 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
         def rotated(vector: torch.Tensor, position: int) -> torch.Tensor:
             angle = position / 10000 ** (torch.arange(0, width, 2) / width)
             first, second = vector[: width // 2], vector[width // 2 :]
-            return torch.cat(
-                [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
-            )
+            return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()])
 
         def score(i: int, head: int, j: int, position: int) -> torch.Tensor:
             return rotated(query[i, head], i) @ rotated(key[j, head], position) / width**0.5
