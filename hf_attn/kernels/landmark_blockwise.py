@@ -27,7 +27,7 @@ def landmark_attention_blockwise(
     Returns:
         ``(batch, heads, q_len, value_dim)``.
     """
-    batch, heads, q_len, _ = query.shape
+    heads, q_len = query.shape[1:3]
     kv_heads, kv_len = key.shape[1:3]
     block_size = landmark_block_size(is_landmark, kv_len)
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))

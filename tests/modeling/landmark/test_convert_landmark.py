@@ -73,7 +73,7 @@ def test_a_wrong_raw_model_is_found(difference):
     with pytest.raises(ConversionError, match=r"sum to .* instead of .*: the raw model is another one"):
         from_official("landmark", changes, arguments)
     del arguments["checksum"], changes["model.norm.weight"]
-    with pytest.raises(ConversionError, match="lacks nothing and has model.norm.weight beside it"):
+    with pytest.raises(ConversionError, match=r"lacks nothing and has model\.norm\.weight beside it"):
         from_official("landmark", changes, arguments)
 
 
