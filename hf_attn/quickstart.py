@@ -192,13 +192,13 @@ class _Quickstart:
         print(f"\n{'':24}{'teacher':>14}{'untrained':>14}{'student':>14}{'change':>10}")
         values = [perplexity[name] for name in ("teacher", "untrained student", "distilled student")]
         print(f"{'perplexity':24}{values[0]:14.1f}{values[1]:14.1f}{values[2]:14.1f}")
-        for name, label in (
-            ("parameters", "parameters"),
-            ("cache_bytes", "KV-cache bytes a token"),
-            ("tokens_per_second", "tokens a second"),
+        for name, label, digits in (
+            ("parameters", "parameters", 0),
+            ("cache_bytes", "KV-cache bytes a token", 0),
+            ("tokens_per_second", "tokens a second", 1),
         ):
             change = student[name] / teacher[name] - 1
-            print(f"{label:24}{teacher[name]:14,.0f}{'':14}{student[name]:14,.0f}{change:+10.1%}")
+            print(f"{label:24}{teacher[name]:14,.{digits}f}{'':14}{student[name]:14,.{digits}f}{change:+10.1%}")
         print(
             f"\nPush it with `AutoModelForCausalLM.from_pretrained({str(folder)!r}).push_to_hub('your-name/model')`."
         )
