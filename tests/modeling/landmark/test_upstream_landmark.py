@@ -21,9 +21,7 @@ TINY = {
 }
 
 
-class LandmarkTests(UpstreamCausalLMTests):
-    model_type = "landmark"
-
+class PlainPrompts:
     def get_inputs(self, config):
         inputs = super().get_inputs(config)
         # Prompts are plain text: `generate` inserts the landmarks, and refuses those of others.
@@ -31,15 +29,19 @@ class LandmarkTests(UpstreamCausalLMTests):
         return inputs
 
 
-class LandmarkUpstreamTest(LandmarkTests, unittest.TestCase):
+class LandmarkUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCase):
     """Rows shorter than a block: nothing is inserted."""
+
+    model_type = "landmark"
 
     def get_config(self):
         return LandmarkConfig(**TINY)
 
 
-class LandmarkGPTUpstreamTest(LandmarkTests, unittest.TestCase):
+class LandmarkGPTUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCase):
     """The layers of the paper's GPT."""
+
+    model_type = "landmark"
 
     def get_config(self):
         return LandmarkConfig(
