@@ -18,7 +18,7 @@ EXTRAS = {
     "vision": ["torchvision>=0.28", "pillow"],
     "diffusers": ["diffusers>=0.42,<0.43"],
     "peft": ["peft>=0.21"],
-    "train": ["datasets>=4", "evaluate>=0.4", "scikit-learn"],
+    "train": ["datasets>=4", "evaluate>=0.4", "scikit-image", "scikit-learn"],
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],

@@ -95,8 +95,22 @@ _PAPERS = (
         slug="sigma_reparam",
         title="Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
         arxiv="2303.06296",
-        becomes="reparametrised linear layers on any model, ViT and LM families, entropy monitor",
+        becomes="reparametrised linear layers on any model, ViT family, entropy monitor",
         code="apple/ml-sigma-reparam",
+        available=True,
+        families=(
+            Family(
+                model_type="sigma_reparam_vit",
+                config="SigmaReparamViTConfig",
+                models={
+                    "AutoModel": "SigmaReparamViTModel",
+                    "AutoModelForImageClassification": "SigmaReparamViTForImageClassification",
+                },
+                folder="sigma_reparam",
+                peft=("qkv", "o_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="landmark",
@@ -202,8 +216,22 @@ _PAPERS = (
         slug="tnt",
         title="Transformer in Transformer",
         arxiv="2103.00112",
-        becomes="image family",
+        becomes="image family and single-stride backbone",
         code="huawei-noah/Efficient-AI-Backbones",
+        available=True,
+        families=(
+            Family(
+                model_type="tnt",
+                config="TNTConfig",
+                models={
+                    "AutoModel": "TNTModel",
+                    "AutoModelForImageClassification": "TNTForImageClassification",
+                    "AutoBackbone": "TNTBackbone",
+                },
+                peft=("qk_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="shvit",
@@ -211,6 +239,20 @@ _PAPERS = (
         arxiv="2401.16456",
         becomes="image family and backbone, fused inference form",
         code="ysj9909/SHViT",
+        available=True,
+        families=(
+            Family(
+                model_type="shvit",
+                config="SHViTConfig",
+                models={
+                    "AutoModel": "SHViTModel",
+                    "AutoModelForImageClassification": "SHViTForImageClassification",
+                    "AutoBackbone": "SHViTBackbone",
+                },
+                peft=("qkv.conv", "proj.conv", "fc1.conv", "fc2.conv"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="biformer",
@@ -218,6 +260,20 @@ _PAPERS = (
         arxiv="2303.08810",
         becomes="image family and backbone, bi-level routing attention",
         code="rayleizhu/BiFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="biformer",
+                config="BiFormerConfig",
+                models={
+                    "AutoModel": "BiFormerModel",
+                    "AutoModelForImageClassification": "BiFormerForImageClassification",
+                    "AutoBackbone": "BiFormerBackbone",
+                },
+                peft=("qkv", "proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="rmt",
@@ -225,6 +281,20 @@ _PAPERS = (
         arxiv="2309.11523",
         becomes="image family and backbone, Manhattan self-attention",
         code="qhfan/RMT",
+        available=True,
+        families=(
+            Family(
+                model_type="rmt",
+                config="RMTConfig",
+                models={
+                    "AutoModel": "RMTModel",
+                    "AutoModelForImageClassification": "RMTForImageClassification",
+                    "AutoBackbone": "RMTBackbone",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="ninformer",
@@ -232,6 +302,19 @@ _PAPERS = (
         arxiv="2403.02411",
         becomes="image family",
         code="Abdullah-88/NiNformer",
+        available=True,
+        families=(
+            Family(
+                model_type="ninformer",
+                config="NiNformerConfig",
+                models={
+                    "AutoModel": "NiNformerModel",
+                    "AutoModelForImageClassification": "NiNformerForImageClassification",
+                },
+                peft=("proj", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="activator",
@@ -239,12 +322,38 @@ _PAPERS = (
         arxiv="2405.15953",
         becomes="image family",
         code="Abdullah-88/Activator",
+        available=True,
+        families=(
+            Family(
+                model_type="activator",
+                config="ActivatorConfig",
+                models={
+                    "AutoModel": "ActivatorModel",
+                    "AutoModelForImageClassification": "ActivatorForImageClassification",
+                },
+                peft=("proj_1", "proj_2", "proj_3", "fc1", "fc2"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="path_ensemble",
         title="Revisiting Vision Transformer from the View of Path Ensemble",
         arxiv="2308.06548",
         becomes="ViT family made from a base model: path pruning, EnsembleScale, self-distillation",
+        available=True,
+        families=(
+            Family(
+                model_type="path_ensemble",
+                config="PathEnsembleConfig",
+                models={
+                    "AutoModel": "PathEnsembleModel",
+                    "AutoModelForImageClassification": "PathEnsembleForImageClassification",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="hat",
@@ -252,6 +361,16 @@ _PAPERS = (
         arxiv="2309.05239",
         becomes="image restoration family and pipeline",
         code="XPixelGroup/HAT",
+        available=True,
+        families=(
+            Family(
+                model_type="hat",
+                config="HATConfig",
+                models={"AutoModel": "HATModel", "AutoModelForImageToImage": "HATForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="drct",
@@ -259,6 +378,16 @@ _PAPERS = (
         arxiv="2404.00722",
         becomes="image restoration family and pipeline",
         code="ming053l/DRCT",
+        available=True,
+        families=(
+            Family(
+                model_type="drct",
+                config="DRCTConfig",
+                models={"AutoModel": "DRCTModel", "AutoModelForImageToImage": "DRCTForImageSuperResolution"},
+                peft=("qkv", "proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="clear",
@@ -299,6 +428,40 @@ _PAPERS = (
         title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
         arxiv="2303.13731",
         becomes="analysis functions, autoencoder family, plots",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of `transformers.pipeline` that this package adds.
+
+    Attributes:
+        name: first argument of `pipeline`.
+        pipeline: name of the pipeline class, in the module of `pipelines/` that has the task's name.
+        auto_class: the Auto class that loads its models.
+        type: kind of the input, as transformers has it: "text", "image", "audio", "video" or "multimodal".
+        default_model: Hub id and revision of the model that is used if none is given.
+    """
+
+    name: str
+    pipeline: str
+    auto_class: str
+    type: str
+    default_model: tuple[str, str] | None = None
+
+    @property
+    def pipeline_reference(self) -> str:
+        return f"hf_attn.pipelines.{self.name.replace('-', '_')}.{self.pipeline}"
+
+
+TASKS = (
+    Task(
+        name="image-restoration",
+        pipeline="ImageRestorationPipeline",
+        auto_class="AutoModelForImageToImage",
+        type="image",
+        default_model=("caidas/swin2SR-classical-sr-x2-64", "main"),
     ),
 )
 

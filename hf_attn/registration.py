@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ._import_hooks import when_imported
-from .catalog import families
+from .catalog import TASKS, families
 
 
 def load(reference: str) -> type:
@@ -131,6 +131,15 @@ def _register_attention(module: ModuleType) -> None:
             AttentionMaskInterface.register(name, mechanism.mask_function)
 
 
+def _register_pipelines(module: ModuleType) -> None:
+    # `register_pipeline` takes a class, and marks it as code that has to travel with every saved pipeline.
+    for task in TASKS:
+        entry = {"impl": task.pipeline_reference, "pt": (load(f"transformers.{task.auto_class}"),), "type": task.type}
+        if task.default_model is not None:
+            entry["default"] = {"model": task.default_model}
+        module.PIPELINE_REGISTRY.supported_tasks[task.name] = entry
+
+
 #: tables that name norms or biases, not the linear layers to adapt
 _OTHER_PEFT_TABLES = ("LNTUNING_TARGET", "BEFT_TARGET")
 
@@ -150,10 +159,19 @@ def _register_peft_targets(module: ModuleType) -> None:
                 table.setdefault(family.model_type, list(family.peft))
 
 
+def _register_sigma_reparam_loading(module: ModuleType) -> None:
+    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
+
+    module.register_quantization_config(METHOD)(SigmaReparamLoading)
+    module.register_quantizer(METHOD)(SigmaReparamLoader)
+
+
 @cache
 def register() -> None:
     """Register everything in the catalogue, by ``import hf_attn``; a reload does not do it again."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
     when_imported("transformers.modeling_utils", _register_attention)
+    when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
+    when_imported("transformers.pipelines", _register_pipelines)
     when_imported("peft.utils.constants", _register_peft_targets)

@@ -22,4 +22,8 @@ class VariantsMixin:
         """
         if name not in cls.variants:
             raise ValueError(f"{cls.__name__} has no variant {name!r}. Variants: {', '.join(cls.variants)}.")
-        return cls(**{**cls.variants[name], **overrides})
+        fields = {**cls.variants[name], **overrides}
+        if "id2label" in overrides:
+            # Labels given by name are counted by transformers.
+            fields.pop("num_labels", None)
+        return cls(**fields)

@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -48,6 +49,7 @@ import hf_attn
 from hf_attn.assets import load_texts
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.patching.sigma_reparam import apply_sigma_reparam
 
 
 try:
@@ -90,6 +92,13 @@ class ModelArguments:
     )
     vocab_size: int = field(default=1024, metadata={"help": "Number of tokens of a tokenizer that is trained here."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+    sigma_reparam: Literal["preserve", "unit"] | None = field(
+        default=None,
+        metadata={
+            "help": "Reparametrise the linear layers, starting with the function of the model (`preserve`) or with spectral "
+            "norms of 1 (`unit`); see `apply_sigma_reparam`."
+        },
+    )
 
 
 @dataclass
@@ -404,6 +413,11 @@ def make_model(
         model = AutoModelForCausalLM.from_config(make_config(model_args, data_args, tokenizer), **attention)
     if model_args.attn_implementation is not None:
         hf_attn.uses_attention(model, model_args.attn_implementation)
+    if model_args.sigma_reparam is not None:
+        try:
+            apply_sigma_reparam(model, init=model_args.sigma_reparam)
+        except ValueError as error:
+            raise SystemExit(f"run_clm.py: --sigma_reparam: {error}") from error
     return model
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_attn import hub
 from hf_attn.catalog import PAPERS, find_family
@@ -96,9 +102,15 @@ def small_llama(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def small_vit(folder: Path) -> None:
+    """Save what stands for a ViT of 224 pixels."""
+    config = ViTConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(tmp_path):
-    small_llama(tmp_path / "base")
+    stand_ins = {"HuggingFaceTB/SmolLM2-135M": small_llama, "google/vit-base-patch16-224": small_vit}
     work = tmp_path / "work"
     work.mkdir()
     golden = ROOT / "tests" / "goldens" / "sigmoid_attention" / "gala_tiny"
@@ -109,8 +121,10 @@ def test_the_python_of_the_readme_runs(tmp_path):
     blocks = code_blocks(README, "python")
     assert len(blocks) >= 5
     with HubServer() as server:
-        files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-        server.repositories["HuggingFaceTB/SmolLM2-135M"] = files
+        for name, save in stand_ins.items():
+            save(tmp_path / name)
+            files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+            server.repositories[name] = files
         done = subprocess.run(
             [sys.executable, "-c", "\n".join(blocks)],
             env={**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "home")},

@@ -6,7 +6,6 @@ its mean similarity with all others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .recording import eager_attention
 
 
 @dataclass(frozen=True)
@@ -212,23 +213,8 @@ def attention_similarity(
                 )
             yield attentions
 
-    with torch.no_grad(), _eager_attention(model):
+    with torch.no_grad(), eager_attention(model):
         return AttentionSimilarity.from_maps(maps())
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    implementations = [(config, config._attn_implementation) for config in configs.values()]
-    model.eval()
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        for config, implementation in implementations:
-            config._attn_implementation = implementation
-        model.train(training)
 
 
 def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, torch.Tensor]:

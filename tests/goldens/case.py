@@ -60,7 +60,7 @@ class Case:
         Raises:
             ValueError: for an array that is documented as an output and therefore has to be compared.
         """
-        if name in self.info["outputs"] and not name.startswith("proj"):
+        if name in self.info["outputs"] and not name.removeprefix("grad_").startswith("proj"):
             raise ValueError(
                 f"The adapter of {self.paper} takes {name!r} as an input, but it is an output of {self.name}."
             )

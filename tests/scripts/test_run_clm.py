@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipeline
 
 from hf_attn.catalog import families
+from hf_attn.patching.sigma_reparam import SigmaReparamLinear
 from tests.families import tiny_config
 from tests.hub_server import HubServer
 
@@ -146,6 +147,37 @@ def test_the_attention_function_reaches_the_model(run_clm, text_file, tmp_path):
                 *("--max_steps", "1", "--attn_implementation", "sdpa"),
             ]
         )
+
+
+@pytest.mark.parametrize("init", ["preserve", "unit"])
+def test_a_reparametrised_model_learns_and_is_trained_further(run_clm, init, text_file, tmp_path):
+    arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path / "out"), "--sigma_reparam", init]
+    metrics = run_clm.main([*arguments, "--max_steps", "80"])
+    assert metrics["eval_loss"] < 0.5 * metrics["eval_unigram_entropy"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = [module for module in model.modules() if isinstance(module, SigmaReparamLinear)]
+    assert len(layers) == 2 * 7 + (not model.config.tie_word_embeddings)
+
+    further = ["--model_name_or_path", str(tmp_path / "out"), *common_arguments(text_file, tmp_path / "further")]
+    further.append("--overwrite_output_dir")
+    assert run_clm.main([*further, "--do_eval"])["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    run_clm.main([*further, "--max_steps", "1", "--learning_rate", "1e-3"])
+    with pytest.raises(SystemExit, match="is reparametrised already"):
+        run_clm.main([*further, "--sigma_reparam", init])
+
+
+def test_a_checkpoint_is_reparametrised_without_a_change_of_its_loss(run_clm, text_file, tmp_path):
+    run_clm.main([*small_arguments("sigmoid_attention", text_file, tmp_path / "out"), "--max_steps", "5"])
+    plain, reparametrised = (
+        run_clm.main(
+            [
+                *("--model_name_or_path", str(tmp_path / "out"), *common_arguments(text_file, tmp_path / name)),
+                *("--do_eval", *further),
+            ]
+        )
+        for name, further in (("plain", []), ("reparametrised", ["--sigma_reparam", "preserve"]))
+    )
+    assert reparametrised["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("with_validation", [False, True])

@@ -1,0 +1,1 @@
+"""Changes made in place to models of other libraries."""

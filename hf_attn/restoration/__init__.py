@@ -1,0 +1,1 @@
+"""What image-restoration families share: configuration, shell, window attention, tiling, image quality."""

@@ -1,0 +1,196 @@
+"""Image files, Pillow images and arrays -> tensors and back, without losing depth, alpha, greyness or orientation."""
+
+import io
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+#: what an image may be given as
+ImageLike = Image.Image | np.ndarray | str | os.PathLike
+
+_ORIENTATION = 0x0112
+#: EXIF orientation -> whether rows and columns change places, then along which of them to flip
+_TURNS = {2: (False, (-1,)), 3: (False, (-2, -1)), 4: (False, (-2,)), 5: (True, ()), 6: (True, (-1,))}
+_TURNS |= {7: (True, (-2, -1)), 8: (True, (-2,))}
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as numbers.
+
+    Attributes:
+        colour: `(channels, height, width)` with one channel (grey) or three (RGB), from 0 to `peak`.
+        alpha: `(1, height, width)` like `colour`, or None.
+        peak: 255 for 8 bits (uint8), 65535 for 16 bits (int32), 1 for floating images (float32).
+    """
+
+    colour: torch.Tensor
+    alpha: torch.Tensor | None
+    peak: int
+
+    def quantise(self, values: torch.Tensor) -> torch.Tensor:
+        """Values in [0, 1] at the depth of this image: clamped and, for whole numbers, rounded."""
+        values = values.clamp(0, 1)
+        return values if self.peak == 1 else (values * self.peak).round().to(self.colour.dtype)
+
+
+def decode_image(image: ImageLike, timeout: float | None = None) -> DecodedImage:
+    """Read an image.
+
+    Args:
+        image: a Pillow image; a path or a URL; or an array `(height, width)` or `(height, width, channels)` with 1 (grey),
+            2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha) channels, of 8 bits, 16 bits, or floating in [0, 1].
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        ValueError: if the image is corrupt, empty or not understood.
+        TypeError: if it is none of the above.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _from_pillow(image, "The image")
+    if isinstance(image, str | os.PathLike):
+        return _from_source(os.fspath(image), timeout)
+    raise TypeError(f"An image must be a Pillow image, a path, a URL or an array, got {type(image).__name__}.")
+
+
+def encode_image(colour: torch.Tensor, alpha: torch.Tensor | None, peak: int) -> Image.Image | np.ndarray:
+    """The way back: a Pillow image, or an array `(height, width[, channels])` where Pillow has no mode of that depth.
+
+    Args:
+        colour: `(height, width, 1 or 3)`.
+        alpha: `(height, width, 1)` or None.
+        peak: as in :class:`DecodedImage`.
+    """
+    array = (colour if alpha is None else torch.cat((colour, alpha), dim=-1)).numpy()
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    if peak == 65535:
+        array = array.astype(np.uint16)
+    return Image.fromarray(array) if peak == 255 or array.ndim == 2 else array
+
+
+def resize_alpha(alpha: torch.Tensor, scale: int, peak: int) -> torch.Tensor:
+    """Enlarge an alpha channel `(1, height, width)`: bicubic, within its range. Returns `(height, width, 1)`."""
+    if scale != 1:
+        size = (scale * alpha.shape[2], scale * alpha.shape[1])
+        mode = "L" if peak == 255 else "F"
+        array = alpha[0].numpy() if mode == "L" else alpha[0].numpy().astype(np.float32)
+        resized = np.array(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)).clip(0, peak)
+        alpha = torch.from_numpy(resized if peak != 65535 else resized.round()).to(alpha.dtype)[None]
+    return alpha.permute(1, 2, 0)
+
+
+def _from_source(source: str, timeout: float | None) -> DecodedImage:
+    if source.startswith(("http://", "https://")):
+        content = _download(source, timeout)
+    elif os.path.isfile(source):
+        with open(source, "rb") as file:
+            content = file.read()
+    else:
+        raise ValueError(f"There is no image file at {source}.")
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{source} cannot be read: it is corrupt or no image.") from error
+    if not _has_16_bit_colour(image):
+        return _from_pillow(image, source)
+    if image.format != "PNG":
+        raise ValueError(
+            f"{source} has 16 bits a channel, which Pillow would reduce to 8. Read it with another library and pass the "
+            "array."
+        )
+    try:
+        from torchvision.io import ImageReadMode, decode_png
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is a PNG of 16 bits a channel, which torchvision reads: pip install 'hf_attn[vision]'."
+        ) from error
+    try:
+        content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        pixels = decode_png(content, ImageReadMode.UNCHANGED).to(torch.int32)
+    except RuntimeError as error:
+        raise ValueError(f"{source} cannot be read: it is corrupt or cut off ({error}).") from error
+    swap, flips = _TURNS.get(image.getexif().get(_ORIENTATION), (False, ()))
+    pixels = pixels.transpose(-2, -1) if swap else pixels
+    return _split_alpha(pixels.flip(flips) if flips else pixels, 65535)
+
+
+def _download(url: str, timeout: float | None) -> bytes:
+    from huggingface_hub import get_session
+
+    response = get_session().get(url, timeout=timeout)
+    response.raise_for_status()
+    return response.content
+
+
+def _has_16_bit_colour(image: Image.Image) -> bool:
+    """Whether Pillow will keep only 8 of 16 bits; known only as long as it has not loaded the pixels."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    for *_, arguments in getattr(image, "tile", ()):
+        mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+        if isinstance(mode, str) and ";16" in mode:
+            return True
+    return False
+
+
+def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
+    if 0 in image.size:
+        raise ValueError(f"{name} is empty: {image.size[0]}x{image.size[1]}.")
+    if _has_16_bit_colour(image):
+        raise ValueError(f"{name} has 16 bits a channel, which Pillow would reduce to 8. Pass its path, or an array.")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read: it is corrupt or cut off ({error}).") from error
+    if image.mode.startswith("I"):
+        array = np.array(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(f"{name} has values from {array.min()} to {array.max()}, which is more than 16 bits.")
+        return _from_array(array.astype(np.uint16))
+    if image.mode == "F":
+        return _from_array(np.array(image))
+    transparent = image.has_transparency_data
+    if image.mode in ("1", "L", "LA", "La"):
+        image = image.convert("LA" if transparent else "L")
+    else:
+        image = image.convert("RGBA" if transparent else "RGB")
+    return _from_array(np.array(image))
+
+
+def _from_array(array: np.ndarray) -> DecodedImage:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4):
+        raise ValueError(
+            f"An array must be (height, width) or (height, width, 1 to 4 channels), got the shape {array.shape}."
+        )
+    if array.size == 0:
+        raise ValueError(f"The image is empty: its shape is {array.shape}.")
+    if array.dtype == np.uint8:
+        values, peak = array, 255
+    elif array.dtype == np.uint16:
+        values, peak = array.astype(np.int32), 65535
+    elif np.issubdtype(array.dtype, np.floating):
+        values, peak = array.astype(np.float32), 1
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(
+                f"A floating image must be in [0, 1], got values from {array.min()} to {array.max()} (or NaN)."
+            )
+    else:
+        raise ValueError(f"An array must be uint8, uint16 or floating, got {array.dtype}.")
+    # PyTorch shares the memory, and has no read-only tensors.
+    values = np.require(values, requirements=("C", "W"))
+    return _split_alpha(torch.from_numpy(values).permute(2, 0, 1), peak)
+
+
+def _split_alpha(pixels: torch.Tensor, peak: int) -> DecodedImage:
+    if len(pixels) in (2, 4):
+        return DecodedImage(pixels[:-1].contiguous(), pixels[-1:].contiguous(), peak)
+    return DecodedImage(pixels.contiguous(), None, peak)

@@ -1,0 +1,150 @@
+"""Checkpoints of the official code: classifiers (`models/biformer*.py`) and backbones for dense prediction."""
+
+import re
+
+from hf_attn.conversion import ConversionError, Converted, StateDict
+
+from .configuration_biformer import BiFormerConfig
+from .modeling_biformer import BiFormerBackbone, BiFormerForImageClassification
+
+
+#: official name inside a block -> ours
+_BLOCK = {
+    "pos_embed": "position_conv",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv.qkv": "attention.qkv",
+    "attn.qkv_linear": "attention.qkv",
+    "attn.qkv": "attention.qkv",
+    "attn.wo": "attention.proj",
+    "attn.output_linear": "attention.proj",
+    "attn.proj": "attention.proj",
+    "attn.lepe": "attention.lepe",
+    "attn.router.emb": "attention.router.linear",
+    "attn.1": "attention.fc1",
+    "attn.2": "attention.depthwise_conv",
+    "attn.3": "attention.fc2",
+    "mlp.0": "mlp.fc1",
+    "mlp.1.dwconv": "mlp.depthwise_conv",
+    "mlp.2": "mlp.fc2",
+    "mlp.3": "mlp.fc2",
+}
+#: linear layers, which are 1x1 convolutions in some of the official code
+_LINEAR = ("qkv", "proj", "fc1", "fc2")
+#: constructor arguments that would change the function -> the value that is served
+_REFUSED = {"qk_scale": (None,), "pe": (None,), "param_attention": ("qkvo",), "drop_rate": (0, 0.0)}
+
+
+def convert_official(official: StateDict, config: dict) -> Converted:
+    """Convert; see :func:`hf_attn.conversion.from_official`.
+
+    Args:
+        official: official state dict, or a training checkpoint that holds it under `model`. With `extra_norms` it is that
+            of a backbone for dense prediction.
+        config: constructor arguments of `BiFormer`, `BiFormerSTL` or `nchwBiFormerSTL`; those of the published variant with
+            the same layout, depths and widths if there are none.
+    """
+    family_config = _config(official, config)
+    is_backbone = "extra_norms.0.weight" in official
+    prefix = "" if is_backbone else "biformer."
+    if is_backbone:
+        family_config.out_features = family_config.stage_names[1:]
+    state = {}
+    for name in official:
+        ours = _our_name(name, prefix)
+        if ours is None:
+            continue
+        tensor = official[name]
+        if ours.split(".")[-2] in _LINEAR and tensor.ndim == 4:
+            tensor = tensor.flatten(1)
+        state[ours] = tensor
+    return Converted(BiFormerBackbone if is_backbone else BiFormerForImageClassification, family_config, state)
+
+
+def _our_name(name: str, prefix: str) -> str | None:
+    """Our name of an official tensor, `None` if there is no such one."""
+    module, _, kind = name.rpartition(".")
+    if module == "norm":
+        return f"{prefix}norm.{kind}"
+    if module == "head":
+        return f"classifier.{kind}"
+    if match := re.fullmatch(r"extra_norms\.(\d+)", module):
+        return f"hidden_states_norms.stage{int(match[1]) + 1}.{kind}"
+    if match := re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module):
+        stage, layer = match.groups()
+        where = "embeddings" if stage == "0" else f"encoder.stages.{stage}.downsampling"
+        return f"{prefix}{where}.{layer}.{kind}"
+    if match := re.fullmatch(r"stages\.(\d+)\.(?:blocks\.)?(\d+)(?:\.(.+))?", module):
+        stage, layer, part = match.groups()
+        block = f"{prefix}encoder.stages.{stage}.layers.{layer}."
+        if part is None and kind in ("gamma1", "gamma2"):
+            return block + ("attention_scale" if kind == "gamma1" else "mlp_scale")
+        if part in _BLOCK:
+            return f"{block}{_BLOCK[part]}.{kind}"
+    return None
+
+
+def _layout(official: StateDict) -> str:
+    if "downsample_layers.0.3.weight" in official:
+        return "biformer"
+    return "stl_nchw" if official["stages.0.blocks.0.mlp.0.weight"].ndim == 4 else "stl"
+
+
+def _config(official: StateDict, config: dict) -> BiFormerConfig:
+    if "downsample_layers.0.0.weight" not in official:
+        raise ConversionError("This is no checkpoint of BiFormer: it has no downsample_layers.0.0.weight.")
+    layout = _layout(official)
+    labels = {"num_labels": official["head.weight"].shape[0]} if "head.weight" in official else {}
+    if not config:
+        return BiFormerConfig.from_variant(_variant(official, layout), **labels)
+    for name, served in _REFUSED.items():
+        if config.get(name, served[0]) not in served:
+            raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
+
+    # Pooling is an option of the first layout, where it is on by default.
+    mode = config.get("kv_downsample_mode", "ada_avgpool" if layout == "biformer" else "identity")
+    return BiFormerConfig(
+        layout=layout,
+        num_channels=config.get("in_chans", 3),
+        hidden_sizes=config["embed_dim"],
+        depths=config["depth"],
+        mlp_ratios=config.get("mlp_ratios", [4, 4, 4, 4]),
+        n_win=config["n_wins"] if "n_wins" in config else config.get("n_win", 7),
+        topks=config["topks"],
+        head_dim=config["head_dim"],
+        qk_dims=config.get("qk_dims"),
+        side_dwconv=config.get("side_dwconv", 5),
+        before_attn_dwconv=config.get("before_attn_dwconv", 3) if layout == "biformer" else 0,
+        auto_pad=config.get("auto_pad", False),
+        kv_pool=None if mode == "identity" else mode,
+        kv_per_wins=config.get("kv_per_wins", [2, 2, -1, -1]),
+        kv_downsample_ratios=config.get("kv_downsample_ratios"),
+        soft_routing=config.get("soft_routing", False),
+        diff_routing=config.get("diff_routing", False),
+        param_routing=config.get("param_routing", False),
+        pre_norm=config.get("pre_norm", True),
+        mlp_dwconv=config.get("mlp_dwconv", False),
+        layer_scale_init_value=config.get("layer_scale_init_value", -1),
+        drop_path_rate=config.get("drop_path_rate", 0.0),
+        **labels,
+    )
+
+
+def _variant(official: StateDict, layout: str) -> str:
+    """The published variant that the weights have the layout, depths and widths of."""
+    depths: dict[int, int] = {}
+    for name in official:
+        if match := re.match(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.", name):
+            stage, layer = int(match[1]), int(match[2])
+            depths[stage] = max(depths.get(stage, 0), layer + 1)
+    prefix = "blocks." if layout != "biformer" else ""
+    widths = [official[f"stages.{stage}.{prefix}0.norm1.weight"].shape[0] for stage in sorted(depths)]
+    for name in BiFormerConfig.variants:
+        config = BiFormerConfig.from_variant(name)
+        same_sizes = list(config.depths) == [depths[stage] for stage in sorted(depths)]
+        if config.layout == layout and same_sizes and list(config.hidden_sizes) == widths:
+            return name
+    raise ConversionError(
+        f"No published variant has the layout {layout!r} with depths {list(depths.values())} and widths {widths}. Pass the "
+        "official constructor arguments as `config`."
+    )

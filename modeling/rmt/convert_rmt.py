@@ -1,0 +1,190 @@
+"""Checkpoints of the official RMT code: classifiers, dense backbones, and its attention module by itself."""
+
+import re
+
+import torch
+
+from hf_attn.conversion import ConversionError, Converted, StateDict
+
+from .configuration_rmt import RMTConfig
+from .modeling_rmt import RMTAttention, RMTBackbone, RMTForImageClassification, RMTRelativePositions
+
+
+#: official name -> ours, within the attention module
+_ATTENTION = (
+    (r"(^|\.)lepe\.conv\.", r"\1local_enhancement.conv."),
+    (r"(^|\.)out_proj\.", r"\1o_proj."),
+)
+#: official name -> ours, in a model
+_MODEL = (
+    (r"^patch_embed\.proj\.(\d+)\.", lambda match: f"embeddings.layers.{_STEM[int(match[1])]}."),
+    # A stage ends with the downsampling in the official code, and begins with it in ours.
+    (r"^layers\.(\d+)\.downsample\.reduction\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.downsampling.conv."),
+    (r"^layers\.(\d+)\.downsample\.norm\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.downsampling.norm."),
+    (r"^layers\.(\d+)\.blocks\.", r"encoder.stages.\1.layers."),
+    (r"\.retention_layer_norm\.", ".norm1."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.retention\.", ".attention."),
+    (r"\.ffn\.dwconv\.", ".mlp.depthwise_conv."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.pos\.", ".position_conv."),
+    (r"\.gamma_([12])$", r".layer_scale\1"),
+    (r"^extra_norms\.(\d+)\.", lambda match: f"feature_norms.stage{int(match[1]) + 1}."),
+    (r"^proj\.", "head.projection."),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"classifier.\1"),
+    (r"^aux_head\.", "token_classifier."),
+    *_ATTENTION,
+)
+#: place in the official stem -> ours; GELUs are in between
+_STEM = {0: "0.conv", 1: "0.norm", 3: "1.conv", 4: "1.norm", 6: "2.conv", 7: "2.norm", 9: "3.conv", 10: "3.norm"}
+_BUFFERS = re.compile(r"(^|\.)Relpos\.(angle|decay)$")
+
+
+def our_name(name: str) -> str:
+    """Name of an official tensor in [`RMTForImageClassification`], or [`RMTBackbone`] for a dense model."""
+    for pattern, replacement in _MODEL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def convert_official(official: StateDict, config: dict) -> Converted:
+    """Convert any of the layouts; see :func:`hf_attn.conversion.from_official`.
+
+    The released files hold two sets of weights, `model` and `model_ema`. The numbers that the authors report for S, B and L
+    are those of `model_ema`, for T those of `model`: pass `torch.load(file)["model_ema"]`.
+
+    Args:
+        official: weights of a classifier, with or without `aux_head`, of a dense model (`extra_norms`), or of an attention
+            module (`q_proj`...). The tables in `Relpos` have to be those of the configuration; they are computed.
+        config: official constructor arguments: `embed_dims`, `depths`, `num_heads`, `init_values`, `heads_ranges`,
+            `mlp_ratios`, `chunkwise_recurrents`, `layerscales`, `layer_init_values`, `projection`, `drop_path_rate`,
+            `out_indices`; published models need none. Of an attention module: `embed_dim`, `num_heads`, `initial_value`,
+            `heads_range`.
+    """
+    if "q_proj.weight" in official:
+        return _convert_attention(official, config)
+    if "patch_embed.proj.0.weight" not in official:
+        raise ConversionError(
+            "This is no official layout of RMT: neither a model (patch_embed.proj.0.weight) nor an attention module "
+            "(q_proj.weight)."
+        )
+    ours = _config(official, config)
+    _check_tables(official, ours)
+    dropped = {name for name in official if _BUFFERS.search(name)}
+    if "extra_norms.0.weight" in official:
+        stages = config.get("out_indices", range(len(ours.depths)))
+        ours.out_features = [f"stage{stage + 1}" for stage in stages]
+        model_class, prefix = RMTBackbone, ""
+        dropped |= {
+            name
+            for name in official
+            if name.startswith("extra_norms.") and our_name(name).split(".")[1] not in ours.out_features
+        }
+    else:
+        model_class, prefix = RMTForImageClassification, "rmt."
+    state = {}
+    for name in official:
+        if name not in dropped:
+            ours_name = our_name(name)
+            inner = ours_name.startswith(("embeddings.", "encoder."))
+            tensor = official[name]
+            # (1, 1, 1, channels) in the official code
+            state[prefix * inner + ours_name] = tensor.flatten() if "layer_scale" in ours_name else tensor
+    return Converted(model_class, ours, state, tuple(dropped))
+
+
+def _config(official: StateDict, config: dict) -> RMTConfig:
+    """Configuration from the shapes of the weights, from arguments, and from the published variant of these shapes."""
+
+    def count(pattern: str) -> int:
+        return 1 + max((int(match[1]) for name in official if (match := re.match(pattern, name))), default=-1)
+
+    stages = range(count(r"layers\.(\d+)\."))
+    first = [f"layers.{stage}.blocks.0." for stage in stages]
+    hidden_sizes = [official[name + "final_layer_norm.weight"].shape[0] for name in first]
+    depths = [count(rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in stages]
+    variant = next(
+        (
+            fields
+            for fields in RMTConfig.variants.values()
+            if fields["hidden_sizes"] == hidden_sizes and fields["depths"] == depths
+        ),
+        {},
+    )
+
+    def argument(name: str, field: str):
+        # An argument that is neither given nor published is an error that names it.
+        return list(variant[field]) if field in variant and name not in config else list(config[name])
+
+    is_classifier = "head.weight" in official
+    token_labeling = "aux_head.weight" in official
+    if token_labeling and official["aux_head.weight"].shape[1] != hidden_sizes[-1]:
+        raise ConversionError(
+            f"aux_head takes {official['aux_head.weight'].shape[1]} features, and the last stage has {hidden_sizes[-1]}. The "
+            "official code has no such model, so it is not known what the head was applied to; remove the keys aux_head.* "
+            "to convert the classifier alone."
+        )
+    return RMTConfig(
+        num_channels=official["patch_embed.proj.0.weight"].shape[1],
+        hidden_sizes=hidden_sizes,
+        depths=depths,
+        num_attention_heads=argument("num_heads", "num_attention_heads"),
+        decay_initial_values=list(config.get("init_values", [2] * len(stages))),
+        decay_ranges=argument("heads_ranges", "decay_ranges"),
+        mlp_ratios=[
+            official[name + "ffn.fc1.weight"].shape[0] / width for name, width in zip(first, hidden_sizes, strict=True)
+        ],
+        axis_decomposed=argument("chunkwise_recurrents", "axis_decomposed"),
+        layerscales=[name + "gamma_1" in official for name in first],
+        layer_scale_init_value=config.get("layer_init_values", 1e-6),
+        projection_dim=official["proj.weight"].shape[0] if is_classifier else 1024,
+        token_labeling=token_labeling,
+        drop_path_rate=config.get("drop_path_rate", variant.get("drop_path_rate", 0.0)),
+        num_labels=official["head.weight"].shape[0] if is_classifier else 2,
+    )
+
+
+def _check_tables(official: StateDict, config: RMTConfig) -> None:
+    for stage, (hidden_size, num_heads) in enumerate(
+        zip(config.hidden_sizes, config.num_attention_heads, strict=True)
+    ):
+        positions = RMTRelativePositions(
+            hidden_size // num_heads,
+            num_heads,
+            config.decay_initial_values[stage],
+            config.decay_ranges[stage],
+            axis_decomposed=config.axis_decomposed[stage],
+        )
+        _check_table(official, f"layers.{stage}.Relpos.", positions)
+
+
+def _check_table(official: StateDict, prefix: str, positions: RMTRelativePositions) -> None:
+    for name, table in (("decay", positions.log_decay()), ("angle", positions.angles())):
+        if prefix + name not in official:
+            continue
+        # Half-precision files round the tables.
+        found = official[prefix + name].float()
+        if found.shape != table.shape or not torch.allclose(found, table, rtol=1e-2, atol=1e-5):
+            raise ConversionError(
+                f"{prefix}{name} holds other values than the configuration (number of heads, init_values, heads_ranges) "
+                f"gives: {found.tolist()} instead of {table.tolist()}."
+            )
+
+
+def _convert_attention(official: StateDict, config: dict) -> Converted:
+    num_heads, hidden_size = config["num_heads"], official["q_proj.weight"].shape[0]
+    positions = RMTRelativePositions(
+        hidden_size // num_heads, num_heads, config["initial_value"], config["heads_range"], axis_decomposed=False
+    )
+    _check_table(official, "Relpos.", positions)
+    dropped = tuple(name for name in official if _BUFFERS.search(name))
+    state = {}
+    for name in official:
+        if name not in dropped:
+            ours_name = name
+            for pattern, replacement in _ATTENTION:
+                ours_name = re.sub(pattern, replacement, ours_name)
+            state[ours_name] = official[name]
+    arguments = {"config": RMTConfig(), "hidden_size": hidden_size, "num_heads": num_heads}
+    return Converted(RMTAttention, arguments, state, dropped)

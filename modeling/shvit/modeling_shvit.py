@@ -1,0 +1,499 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""SHViT: convolutions everywhere, and one attention head on a part of the channels (arXiv 2401.16456)."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hf_attn.hub import HubModelMixin
+from hf_attn.layers import check_pixel_values, eager_attention_forward
+
+from .configuration_shvit import SHViTConfig
+
+
+def _check_foldable(layer: nn.Module, kind: type[nn.Module]) -> None:
+    if not isinstance(layer, kind):
+        raise ValueError(
+            f"Cannot fold a BatchNorm into {type(layer).__name__}. Merge or unload adapters before `fuse()`."
+        )
+
+
+def _set_weights(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    dtype = layer.weight.dtype
+    layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+
+
+def _batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """The affine map `(scale, shift)` that a BatchNorm is in evaluation, in double precision."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+class SHViTBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose weight starts at `initial_weight`; 0 lets a residual branch that ends in it start as nothing."""
+
+    def __init__(self, num_features: int, eps: float, initial_weight: float):
+        super().__init__(num_features, eps=eps)
+        self.initial_weight = initial_weight
+
+
+class SHViTConvNorm(nn.Module):
+    """Convolution without bias and BatchNorm, or, once fused, the one convolution that both amount to."""
+
+    def __init__(
+        self,
+        config: SHViTConfig,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.fused = config.fused
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=config.fused
+        )
+        self.norm = nn.Identity()
+        if not config.fused:
+            self.norm = SHViTBatchNorm(out_channels, config.batch_norm_eps, initial_weight=norm_weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(hidden_states))
+
+    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the fused convolution, in double precision."""
+        _check_foldable(self.conv, nn.Conv2d)
+        scale, shift = _batch_norm_affine(self.norm)
+        return self.conv.weight.double() * scale[:, None, None, None], shift
+
+    def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Become the convolution with this weight and bias."""
+        _set_weights(self.conv, weight, bias)
+        self.norm = nn.Identity()
+        self.fused = True
+
+
+class SHViTLocalMixing(SHViTConvNorm):
+    """Depthwise 3x3 convolution with a residual connection, which fusing absorbs into the kernel."""
+
+    def __init__(self, config: SHViTConfig, hidden_size: int, norm_weight: float):
+        super().__init__(config, hidden_size, hidden_size, kernel_size=3, groups=hidden_size, norm_weight=norm_weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        mixed = super().forward(hidden_states)
+        return mixed if self.fused else hidden_states + mixed
+
+    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = super().fused_weights()
+        weight[:, :, 1, 1] += 1
+        return weight, bias
+
+
+class SHViTMLP(nn.Module):
+    def __init__(self, config: SHViTConfig, hidden_size: int):
+        super().__init__()
+        self.fc1 = SHViTConvNorm(config, hidden_size, 2 * hidden_size)
+        self.fc2 = SHViTConvNorm(config, 2 * hidden_size, hidden_size, norm_weight=0.0)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1(hidden_states).relu())
+
+
+class SHViTAttention(nn.Module):
+    """Single-head self-attention on the first `partial_dim` channels (section 3.2); the others pass by unchanged.
+
+    The projection mixes both parts, after a ReLU over their concatenation.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: SHViTConfig, hidden_size: int, partial_dim: int, qk_dim: int):
+        super().__init__()
+        self.config = config
+        self.scaling = qk_dim**-0.5
+        self.partial_sizes = [partial_dim, hidden_size - partial_dim]
+        self.qkv_sizes = [qk_dim, qk_dim, partial_dim]
+        self.norm = nn.GroupNorm(1, partial_dim, eps=config.group_norm_eps)
+        self.qkv = SHViTConvNorm(config, partial_dim, sum(self.qkv_sizes))
+        self.proj = SHViTConvNorm(config, hidden_size, hidden_size, norm_weight=0.0)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(batch, hidden_size, height, width)` -> the same, and weights `(batch, 1, positions, positions)`."""
+        attended, untouched = hidden_states.split(self.partial_sizes, dim=1)
+        qkv = self.qkv(self.norm(attended)).flatten(2).transpose(1, 2).unsqueeze(1)
+        query, key, value = qkv.split(self.qkv_sizes, dim=-1)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(self, query, key, value, None, scaling=self.scaling, **kwargs)
+        output = output.squeeze(2).transpose(1, 2).reshape(attended.shape)
+        return self.proj(torch.cat([output, untouched], dim=1).relu()), weights
+
+
+class SHViTLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SHViTConfig, stage: int):
+        super().__init__()
+        hidden_size = config.hidden_sizes[stage]
+        self.local_mixing = SHViTLocalMixing(config, hidden_size, norm_weight=0.0)
+        self.attention = None
+        if config.block_types[stage] == "s":
+            self.attention = SHViTAttention(config, hidden_size, config.partial_dims[stage], config.qk_dims[stage])
+        self.mlp = SHViTMLP(config, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = self.local_mixing(hidden_states)
+        if self.attention is not None:
+            attention_output, _ = self.attention(hidden_states, **kwargs)
+            hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(hidden_states)
+
+
+class SHViTSqueezeExcitation(nn.Module):
+    """Scales each channel by a gate computed from the spatial means of all."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        # a quarter of the channels, rounded to a multiple of 8
+        squeezed_size = max(8, (hidden_size // 4 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(hidden_size, squeezed_size, kernel_size=1)
+        self.fc2 = nn.Conv2d(squeezed_size, hidden_size, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate = self.fc2(self.fc1(hidden_states.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return hidden_states * gate
+
+
+class SHViTPatchMerging(nn.Module):
+    """Halves height and width, rounding up."""
+
+    def __init__(self, config: SHViTConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        hidden_size = 4 * in_channels
+        self.conv1 = SHViTConvNorm(config, in_channels, hidden_size)
+        self.conv2 = SHViTConvNorm(config, hidden_size, hidden_size, kernel_size=3, stride=2, groups=hidden_size)
+        self.squeeze_excitation = SHViTSqueezeExcitation(hidden_size)
+        self.conv3 = SHViTConvNorm(config, hidden_size, out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv2(self.conv1(hidden_states).relu()).relu()
+        return self.conv3(self.squeeze_excitation(hidden_states))
+
+
+class SHViTDownsampling(nn.Module):
+    """From one stage to the next: patch merging between two blocks without attention."""
+
+    def __init__(self, config: SHViTConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.local_mixing_before = SHViTLocalMixing(config, in_channels, norm_weight=1.0)
+        self.mlp_before = SHViTMLP(config, in_channels)
+        self.patch_merging = SHViTPatchMerging(config, in_channels, out_channels)
+        self.local_mixing_after = SHViTLocalMixing(config, out_channels, norm_weight=1.0)
+        self.mlp_after = SHViTMLP(config, out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.local_mixing_before(hidden_states)
+        hidden_states = hidden_states + self.mlp_before(hidden_states)
+        hidden_states = self.patch_merging(hidden_states)
+        hidden_states = self.local_mixing_after(hidden_states)
+        return hidden_states + self.mlp_after(hidden_states)
+
+
+class SHViTStage(nn.Module):
+    def __init__(self, config: SHViTConfig, stage: int):
+        super().__init__()
+        self.downsampling = None
+        if stage > 0:
+            self.downsampling = SHViTDownsampling(config, *config.hidden_sizes[stage - 1 : stage + 1])
+        self.layers = nn.ModuleList([SHViTLayer(config, stage) for _ in range(config.depths[stage])])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        if self.downsampling is not None:
+            hidden_states = self.downsampling(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class SHViTEmbeddings(nn.Module):
+    """Patch embedding by four convolutions of stride 2 (section 3.1): `(B, 3, H, W)` -> `(B, C, H / 16, W / 16)`."""
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        widths = [config.num_channels, *(config.hidden_sizes[0] // divisor for divisor in (8, 4, 2, 1))]
+        self.layers = nn.ModuleList(
+            [
+                SHViTConvNorm(config, in_channels, out_channels, kernel_size=3, stride=2)
+                for in_channels, out_channels in pairwise(widths)
+            ]
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        check_pixel_values(pixel_values, self.num_channels)
+        hidden_states = self.layers[0](pixel_values)
+        for layer in self.layers[1:]:
+            hidden_states = layer(hidden_states.relu())
+        return hidden_states
+
+
+class SHViTClassifier(nn.Module):
+    """BatchNorm and linear layer, or, once fused, the one linear layer that both amount to."""
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__()
+        hidden_size = config.hidden_sizes[-1]
+        self.norm = nn.Identity() if config.fused else nn.BatchNorm1d(hidden_size, eps=config.batch_norm_eps)
+        self.dense = nn.Linear(hidden_size, config.num_labels)
+
+    def forward(self, pooled_output: torch.Tensor) -> torch.Tensor:
+        return self.dense(self.norm(pooled_output))
+
+    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the fused linear layer, in double precision."""
+        _check_foldable(self.dense, nn.Linear)
+        scale, shift = _batch_norm_affine(self.norm)
+        weight = self.dense.weight.double()
+        return weight * scale, self.dense.bias.double() + weight @ shift
+
+    def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Become the linear layer with this weight and bias."""
+        _set_weights(self.dense, weight, bias)
+        self.norm = nn.Identity()
+
+
+class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
+    """What all SHViT models share."""
+
+    config: SHViTConfig
+    base_model_prefix = "shvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SHViTLayer", "SHViTDownsampling"]
+    _supports_sdpa = True
+    # queries and keys are narrower than values
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": SHViTStage, "attentions": SHViTAttention}
+
+    def __init__(self, config: SHViTConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.fused:
+            self.eval()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, SHViTBatchNorm):
+            init.constant_(module.weight, module.initial_weight)
+
+    def train(self, mode: bool = True):
+        """Switch between training and evaluation.
+
+        Raises:
+            ValueError: if a fused model is to be trained: it has lost its BatchNorms.
+        """
+        if mode and self.config.fused:
+            raise ValueError(
+                "A fused SHViT is for inference only: its BatchNorms are folded into the convolutions. Train the model "
+                "that it was made from and call `fuse()` afterwards."
+            )
+        return super().train(mode)
+
+    @torch.no_grad()
+    def fuse(self):
+        """Fold every BatchNorm into its convolution or linear layer, in place: the same function, faster.
+
+        The result saves and loads like any other model (`config.fused`), but cannot be trained. Fusing a fused model
+        changes nothing.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: in training mode, where BatchNorm is another function; or if adapters wrap the layers.
+        """
+        if self.config.fused:
+            return self
+        if self.training:
+            raise ValueError("Only a model in evaluation mode can be fused. Call `model.eval()` first.")
+        parts = [module for module in self.modules() if isinstance(module, SHViTConvNorm | SHViTClassifier)]
+        # All weights first, so that a layer that cannot be fused leaves the model as it is.
+        for part, weights in [(part, part.fused_weights()) for part in parts]:
+            part.fuse(*weights)
+        self.config.fused = True
+        return self
+
+
+class SHViTEncoder(SHViTPreTrainedModel):
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__(config)
+        self.stages = nn.ModuleList([SHViTStage(config, stage) for stage in range(len(config.depths))])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        for stage in self.stages:
+            hidden_states = stage(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class SHViTModel(SHViTPreTrainedModel):
+    """SHViT without a classifier."""
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__(config)
+        self.embeddings = SHViTEmbeddings(config)
+        self.encoder = SHViTEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
+
+        Returns:
+            `last_hidden_state` `(batch, hidden_sizes[-1], height / 64, width / 64)`, rounded up; `pooler_output`
+            `(batch, hidden_sizes[-1])`, its mean over all positions; `hidden_states`, if asked for, the outputs of the
+            stem and of each stage; `attentions` `(batch, 1, positions, positions)` of each block that has attention.
+        """
+        outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.last_hidden_state.mean((2, 3)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@dataclass
+class SHViTImageClassifierOutput(ModelOutput):
+    """Output of [`SHViTForImageClassification`].
+
+    Args:
+        loss: `()`, given `labels`.
+        logits: `(batch, num_labels)`; of a model with `distillation` in evaluation the mean of both classifiers.
+        distillation_logits: `(batch, num_labels)`, of the second classifier, while training with `distillation`.
+        hidden_states, attentions: see [`SHViTModel.forward`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class SHViTForImageClassification(SHViTPreTrainedModel):
+    """SHViT with a classifier, or two with `config.distillation`."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.shvit = SHViTModel(config)
+        self.classifier = SHViTClassifier(config)
+        self.distillation_classifier = SHViTClassifier(config) if config.distillation else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SHViTImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
+            labels: `(batch,)`, class indices. With `distillation`, the loss in training is the mean of the losses of
+                both classifiers; for a loss against a teacher use `distillation_logits`.
+        """
+        outputs: BaseModelOutputWithPooling = self.shvit(pixel_values, **kwargs)
+        logits, distillation_logits = self.classifier(outputs.pooler_output), None
+        if self.distillation_classifier is not None:
+            distillation_logits = self.distillation_classifier(outputs.pooler_output)
+            if not self.training:
+                logits, distillation_logits = (logits + distillation_logits) / 2, None
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config)
+            if distillation_logits is not None:
+                loss = (loss + self.loss_function(labels, distillation_logits, self.config)) / 2
+        return SHViTImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SHViTBackbone(BackboneMixin, SHViTPreTrainedModel):
+    """SHViT as a backbone: feature maps with strides 16 (`"stem"`), 16, 32 and 64 (`"stage1"`...)."""
+
+    def __init__(self, config: SHViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.embeddings = SHViTEmbeddings(config)
+        self.encoder = SHViTEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Feature maps `(batch, channels, height, width)` of `config.out_features`, not normalised."""
+        outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
+        features = zip(self.stage_names, outputs.hidden_states, strict=True)
+        return BackboneOutput(
+            feature_maps=tuple(feature for stage, feature in features if stage in self.out_features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "SHViTBackbone",
+    "SHViTForImageClassification",
+    "SHViTImageClassifierOutput",
+    "SHViTModel",
+    "SHViTPreTrainedModel",
+]

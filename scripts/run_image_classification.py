@@ -1,0 +1,502 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train an image classifier of the catalogue, from scratch or from a checkpoint.
+
+From scratch, on the 1,797 handwritten digits of scikit-learn; a small model, a few minutes on two cores:
+
+    python scripts/run_image_classification.py --model_type shvit --output_dir out
+
+A published size on a folder of images (`folder/train/<class>/*.jpg`, `folder/validation/...`) or a dataset of the Hub, on
+several GPUs, with mixup and label smoothing, and the model pushed at the end:
+
+    accelerate launch scripts/run_image_classification.py --model_type shvit --variant shvit_s1 --dataset_name folder \\
+        --mixup_alpha 0.8 --cutmix_alpha 1.0 --label_smoothing_factor 0.1 --bf16 --output_dir out --push_to_hub
+
+See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
+"""
+
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    BitImageProcessor,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    ViTImageProcessor,
+    default_data_collator,
+    set_seed,
+)
+from transformers.utils import logging
+
+import hf_attn
+from hf_attn.catalog import families
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.imaging import image_processor_for
+
+
+try:
+    import datasets
+    from torchvision.transforms import InterpolationMode, v2
+except ImportError as error:
+    raise SystemExit(
+        "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
+    ) from error
+
+MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageClassification" in family.models)
+
+#: sizes with which a model from scratch learns the digits in a few minutes on two cores; for other families and for
+#: anything serious, say --variant or --config_overrides
+SMALL = {
+    "shvit": {
+        "image_size": 64,
+        "hidden_sizes": [32, 64, 96],
+        "depths": [1, 2, 2],
+        "partial_dims": [8, 16, 24],
+    },
+    "tnt": {
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 96,
+        "inner_hidden_size": 12,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "inner_num_attention_heads": 2,
+    },
+    "rmt": {
+        "image_size": 32,
+        "hidden_sizes": [32, 48, 64, 96],
+        "depths": [1, 1, 2, 1],
+        "num_attention_heads": [2, 2, 4, 4],
+        "projection_dim": 128,
+    },
+    "biformer": {
+        "image_size": 32,
+        "hidden_sizes": [32, 64],
+        "depths": [1, 1],
+        "mlp_ratios": [2, 2],
+        "n_win": 2,
+        "topks": [2, -2],
+        "head_dim": 16,
+    },
+    "ninformer": {
+        "image_size": 16,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "hidden_dropout_prob": 0.1,
+    },
+    "activator": {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "hidden_dropout_prob": 0.1,
+    },
+    "path_ensemble": {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "ensemble_scale": "channel",
+    },
+}
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any image classifier."}
+    )
+    model_type: str | None = field(
+        default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Fields of the configuration, as in `image_size=96 depths=[1,1,2]`."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on; without a dataset, on the digits of scikit-learn."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Folder with a folder of images for each class, or Hub id of a dataset."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: the column that holds classes."})
+    validation_split_percentage: int = field(
+        default=20, metadata={"help": "Share of the images to hold back if there is no validation or test split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Number of training images to use."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation images to use."})
+    augmentation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of training images: `none`; `shift`, by up to an eighth of their size; `photo`, a random part of them, "
+            "mirrored or not, and RandAugment. Default: `shift` for the digits, `photo` for other data.",
+            "choices": ["none", "shift", "photo"],
+        },
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mix pairs of images (mixup) if positive."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "Paste parts of images (CutMix) if positive."})
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Default: 2e-3 from scratch, which suits small models, 5e-5 from a checkpoint."},
+    )
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Number of passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a batch on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same in evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
+    )
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
+
+
+class Trainer(HubTrainerMixin, transformers.Trainer):
+    """Writes the model card of the family, and trains on batches that mixup and CutMix have mixed.
+
+    Args:
+        train_collator: makes the batches of the training; those of the evaluation are made by `data_collator`.
+    """
+
+    def __init__(self, *args, train_collator, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train_collator = train_collator
+
+    def get_train_dataloader(self):
+        data_collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = data_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # `dataloader_drop_last` is meant for the training; here it would leave images out of the metrics.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs["labels"].ndim == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(
+            outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
+        )
+        return (loss, outputs) if return_outputs else loss
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
+    """Parse command line arguments.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    problem = _problem(model_args, data_args, training_args)
+    if problem is not None:
+        raise SystemExit(f"run_image_classification.py: {problem}")
+    if training_args.learning_rate is None:
+        training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 2e-3
+    if data_args.augmentation is None:
+        data_args.augmentation = "shift" if data_args.dataset_name is None else "photo"
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    training_args.remove_unused_columns = False  # images become pixel values when they are looked at
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    return model_args, data_args, training_args
+
+
+def _problem(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> str | None:
+    """What is wrong with the arguments, if something is."""
+    if (model_args.model_name_or_path is None) == (model_args.model_type is None):
+        return "give either --model_name_or_path or --model_type"
+    if model_args.model_type not in (None, *MODEL_TYPES):
+        return f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}"
+    if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
+        return "--variant and --config_overrides would not fit the weights of --model_name_or_path"
+    if not 0 < data_args.validation_split_percentage < 100:
+        return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if getattr(data_args, name) < 0:
+            return f"--{name} {getattr(data_args, name)} is negative"
+    output_dir = Path(training_args.output_dir)
+    # The other processes may come here when the first one has begun to write.
+    starts_anew = training_args.process_index == 0 and training_args.resume_from_checkpoint is None
+    if starts_anew and output_dir.is_dir() and any(output_dir.iterdir()):
+        return f"--output_dir {output_dir} is not empty; give another, or --resume_from_checkpoint"
+    return None
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def load_digits() -> datasets.Dataset:
+    """The 8 x 8 images of scikit-learn."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Image.fromarray((pixels * 255 / 16).astype(np.uint8)) for pixels in digits.images]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target}, features=features)
+
+
+def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
+    """Images and classes in the columns `image` and `label` of the splits `train` and `validation`."""
+    name = data_args.dataset_name
+    if name is None:
+        splits = datasets.DatasetDict({"train": load_digits()})
+    elif Path(name).is_dir():
+        splits = datasets.load_dataset("imagefolder", data_dir=name)
+    else:
+        splits = datasets.load_dataset(name, data_args.dataset_config_name)
+    if "train" not in splits:
+        raise SystemExit(f"run_image_classification.py: {name} has no split 'train', only {', '.join(splits)}")
+    columns = {
+        "image": _column(splits["train"], data_args.image_column, datasets.Image, "image_column"),
+        "label": _column(splits["train"], data_args.label_column, datasets.ClassLabel, "label_column"),
+    }
+    held_back = next((split for split in ("validation", "test") if split in splits), None)
+    if held_back is None:
+        share = data_args.validation_split_percentage / 100
+        parts = splits["train"].train_test_split(share, seed=seed, stratify_by_column=columns["label"])
+        splits, held_back = parts, "test"
+    splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_back]})
+    splits = splits.select_columns(list(columns.values()))
+    splits = splits.rename_columns({column: new for new, column in columns.items() if column != new})
+    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        if limit is not None:
+            splits[split] = splits[split].shuffle(seed=seed).select(range(min(limit, len(splits[split]))))
+    return splits
+
+
+def _column(images: datasets.Dataset, name: str | None, kind: type, argument: str) -> str:
+    candidates = [column for column, feature in images.features.items() if isinstance(feature, kind)]
+    if name is None and len(candidates) == 1:
+        return candidates[0]
+    if name in candidates:
+        return name
+    found = (
+        f"there are {', '.join(candidates)}" if candidates else f"there is none in {', '.join(images.column_names)}"
+    )
+    raise SystemExit(f"run_image_classification.py: --{argument} must name a {kind.__name__} column; {found}")
+
+
+def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: str):
+    """What becomes of a training image."""
+    if augmentation == "none":
+        return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    bicubic = {"interpolation": InterpolationMode.BICUBIC}
+    if augmentation == "shift":
+        steps = [v2.Resize((height, width), **bicubic), v2.RandomCrop((height, width), (width // 8, height // 8))]
+    else:
+        steps = [v2.RandomResizedCrop((height, width), **bicubic), v2.RandomHorizontalFlip(), v2.RandAugment()]
+    return v2.Compose(
+        [
+            *steps,
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(processor.image_mean, processor.image_std),
+        ]
+    )
+
+
+def with_pixel_values(images: datasets.Dataset, transform) -> datasets.Dataset:
+    """The dataset with each image transformed when it is looked at."""
+
+    def apply(batch: dict) -> dict:
+        pixel_values = [transform(image.convert("RGB")) for image in batch["image"]]
+        return {"pixel_values": pixel_values, "labels": batch["label"]}
+
+    return images.with_transform(apply)
+
+
+def make_collator(data_args: DataArguments, num_labels: int):
+    """Stacks images, and mixes those of a training batch if that is asked for; one of both at random if both are."""
+    mixers = [
+        mixer(alpha=alpha, num_classes=num_labels)
+        for mixer, alpha in ((v2.MixUp, data_args.mixup_alpha), (v2.CutMix, data_args.cutmix_alpha))
+        if alpha > 0
+    ]
+    if not mixers:
+        return default_data_collator
+    mix = v2.RandomChoice(mixers)
+
+    def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = default_data_collator(examples)
+        pixel_values, labels = mix(batch["pixel_values"], batch["labels"])
+        return {"pixel_values": pixel_values, "labels": labels}
+
+    return collate
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of images whose class is the first, or among the first five."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    ranked = np.argsort(-logits, axis=-1)[:, :5]
+    hits = ranked == prediction.label_ids[:, None]
+    return {"accuracy": hits[:, 0].mean().item(), "accuracy_top5": hits.any(axis=1).mean().item()}
+
+
+# --- model ---------------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(overrides: list[str], config_class: type[PreTrainedConfig]) -> dict[str, object]:
+    """`["image_size=96", "depths=[1,1,2]"]` as a dictionary; values are JSON, or else strings.
+
+    Raises:
+        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
+    """
+    known = [config_field.name for config_field in fields(config_class)]
+    parsed = {}
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name not in known or not value:
+            close = difflib.get_close_matches(name, known, n=1) or known
+            raise SystemExit(
+                f"run_image_classification.py: --config_overrides takes field=value of {config_class.__name__}, got "
+                f"{override!r}; did you mean {', '.join(close)}?"
+            )
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model to train and how its images are prepared; `names` are those of the classes."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    attention = {"attn_implementation": model_args.attn_implementation}
+    if model_args.model_name_or_path is not None:
+        checkpoint = model_args.model_name_or_path
+        model = AutoModelForImageClassification.from_pretrained(
+            checkpoint, dtype=torch.float32, ignore_mismatched_sizes=True, **labels, **attention
+        )
+        return model, AutoImageProcessor.from_pretrained(checkpoint)
+
+    config_class = type(AutoConfig.for_model(model_args.model_type))
+    overrides = parse_overrides(model_args.config_overrides, config_class)
+    if model_args.variant is not None:
+        variants = getattr(config_class, "variants", {})
+        if model_args.variant not in variants:
+            raise SystemExit(
+                f"run_image_classification.py: {model_args.model_type} has no variant {model_args.variant!r}; its "
+                f"variants: {', '.join(variants) or 'none'}"
+            )
+        config = config_class.from_variant(model_args.variant, **labels, **overrides)
+        processor = image_processor_for(config)
+    else:
+        config = config_class(**{**SMALL.get(model_args.model_type, {}), **labels, **overrides})
+        # A family that is made from other models has no image processor of its own.
+        official = image_processor_for(config) if hasattr(config, "crop_ratio") else ViTImageProcessor()
+        # What a small model is tried on is rarely photos with a margin to crop.
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        processor = BitImageProcessor(
+            size={"height": height, "width": width},
+            do_center_crop=False,
+            resample=official.resample,
+            image_mean=official.image_mean,
+            image_std=official.image_std,
+        )
+    model = AutoModelForImageClassification.from_config(config, **attention)
+    if model_args.attn_implementation is not None:
+        hf_attn.uses_attention(model, model_args.attn_implementation)
+    return model, processor
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the metrics of the evaluation."""
+    model_args, data_args, training_args = parse_arguments(arguments)
+    logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="data"):
+        images = load_images(data_args, training_args.seed)
+    model, processor = make_model(model_args, images["train"].features["label"].names)
+    train_transform = training_transform(processor, model.config, data_args.augmentation)
+    eval_transform = training_transform(processor, model.config, "none")
+    if training_args.should_log:
+        print(
+            f"{type(model).__name__}: {model.num_parameters():,} parameters, images of {model.config.image_size} pixels"
+        )
+        print(", ".join(f"{split}: {len(rows):,} images" for split, rows in images.items()))
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=with_pixel_values(images["train"], train_transform),
+        eval_dataset=with_pixel_values(images["validation"], eval_transform),
+        processing_class=processor,
+        data_collator=default_data_collator,
+        train_collator=make_collator(data_args, model.config.num_labels),
+        compute_metrics=accuracy,
+    )
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+
+    metrics = {}
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.model_name_or_path}
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,545 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train, fine-tune or evaluate a model for image super-resolution: HAT, DRCT, or any of `AutoModelForImageToImage` with a loss.
+
+A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; five minutes on two cores:
+
+    python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 4000
+
+A published size by a published recipe, on a folder of images, and then scale 4 from scale 2:
+
+    torchrun --nproc_per_node 8 scripts/run_super_resolution.py --model_type hat --variant hat_x2 --recipe scratch \\
+        --train_dir DF2K/HR --validation_dir Set5 --per_device_train_batch_size 4 --output_dir hat_x2
+    torchrun --nproc_per_node 8 scripts/run_super_resolution.py --model_name_or_path hat_x2 --scale 4 --recipe x4_from_x2 \\
+        --train_dir DF2K/HR --validation_dir Set5 --per_device_train_batch_size 4 --output_dir hat_x4
+
+Low-resolution images are made as in the papers: MATLAB's bicubic down-scaling, rounded to 8 bits. The evaluation prints
+PSNR and SSIM (Y channel, without a border as wide as the scale) of the averaged weights, and of bicubic enlargement.
+
+Left out: the second, adversarial stage of the real-world recipe (second-order degradations, perceptual and GAN loss).
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageToImage,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+import hf_attn  # noqa: F401
+from hf_attn.catalog import families
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.restoration.images import decode_image
+from hf_attn.restoration.metrics import RestorationMetrics, to_uint8
+from hf_attn.restoration.resize import bicubic_downscale, bicubic_resize, crop_to_multiple
+from hf_attn.variants import VariantsMixin
+
+
+logger = logging.get_logger("run_super_resolution")
+
+MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageToImage" in family.models)
+
+#: what a model from scratch is made of unless it is said otherwise, as far as its configuration has these fields
+SMALL = {
+    "embed_dim": 24,
+    "depths": [2],
+    "num_heads": [2],
+    "window_size": 8,
+    "compress_ratio": 4,
+    "squeeze_factor": 8,
+    "growth_channels": 8,
+}
+
+#: name -> (steps, learning rate, steps after which it is halved) of the published trainings, at a total batch of 32
+RECIPES = {
+    "scratch": (500_000, 2e-4, (250_000, 400_000, 450_000, 475_000)),
+    "x4_from_x2": (250_000, 1e-4, (125_000, 200_000, 225_000, 240_000)),
+    "imagenet": (800_000, 2e-4, (300_000, 500_000, 650_000, 700_000, 750_000)),
+    "finetune": (250_000, 1e-5, (125_000, 200_000, 225_000, 240_000)),
+}
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+#: low-resolution pixels around a patch that its down-scaling sees: the widened kernel reaches two of them
+CONTEXT = 3
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
+    model_type: str | None = field(
+        default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    config_overrides: list[str] = field(
+        default_factory=list, metadata={"help": "Fields of the configuration, as in `embed_dim=48 depths=[2,2]`."}
+    )
+    scale: int | None = field(
+        default=None,
+        metadata={
+            "help": "Scale. Default: that of the checkpoint or variant, else 2. A checkpoint of another scale gives its "
+            "weights as far as they fit."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on; without a folder and a dataset, on photographs of scikit-learn and scikit-image.
+
+    Without validation images the right quarter of each training image is held back.
+    """
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of images, searched recursively."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images to evaluate on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset of images."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column of the dataset that holds the images."})
+    patch_size: int = field(
+        default=0, metadata={"help": "Side of low-resolution patches; default 64; 16 without a published size."}
+    )
+    max_eval_side: int | None = field(
+        default=256,
+        metadata={"help": "Evaluate on the central crop of this side of larger images; 0 for all of them."},
+    )
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with the papers' optimizer; trains and evaluates unless one of both is asked for."""
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 2e-3."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule without a recipe."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Second beta of Adam."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a device and step."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Only 1 works if images differ in size."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the average of the weights; default 0.999, without a recipe 0.99."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that is not empty, without resuming."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
+
+
+def stop(message: str) -> SystemExit:
+    return SystemExit(f"run_super_resolution.py: {message}")
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
+    """Parse command line arguments, or the JSON file that is the only one of them.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        model_args, data_args, training_args = parser.parse_json_file(arguments[0])
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+
+    if (model_args.model_name_or_path is None) == (model_args.model_type is None):
+        raise stop("give exactly one of --model_name_or_path, --model_type")
+    if model_args.model_type not in (None, *MODEL_TYPES):
+        raise stop(f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}")
+    if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
+        raise stop("--variant and --config_overrides are for models from scratch (--model_type)")
+    if data_args.dataset_name is not None and data_args.train_dir is not None:
+        raise stop("give either --dataset_name or --train_dir")
+    if training_args.recipe not in (None, *RECIPES):
+        raise stop(f"--recipe {training_args.recipe} is not one of {', '.join(RECIPES)}")
+    small = model_args.model_type is not None and model_args.variant is None
+    data_args.patch_size = data_args.patch_size or (16 if small else 64)
+    if training_args.recipe is not None:
+        steps, learning_rate, _ = RECIPES[training_args.recipe]
+        training_args.max_steps = training_args.max_steps if training_args.max_steps > 0 else steps
+        training_args.learning_rate = training_args.learning_rate or learning_rate
+    elif training_args.learning_rate is None:
+        training_args.learning_rate = 2e-3
+    if training_args.ema_decay is None:
+        training_args.ema_decay = 0.99 if training_args.recipe is None else 0.999
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    training_args.batch_eval_metrics = True
+    training_args.remove_unused_columns = False
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    _check_output_dir(training_args)
+    return model_args, data_args, training_args
+
+
+def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
+    """Resolve `--resume_from_checkpoint last`, and refuse a folder whose contents would be overwritten."""
+    output_dir = Path(training_args.output_dir)
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if training_args.resume_from_checkpoint == "last":
+        if last is None:
+            raise stop(f"there is no checkpoint in {output_dir} to resume from")
+        training_args.resume_from_checkpoint = last
+    if training_args.resume_from_checkpoint is not None and not Path(training_args.resume_from_checkpoint).is_dir():
+        raise stop(f"--resume_from_checkpoint {training_args.resume_from_checkpoint} is not a folder")
+    if training_args.resume_from_checkpoint or training_args.overwrite_output_dir or training_args.process_index != 0:
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        advice = "`--resume_from_checkpoint last` continues, " if last is not None else ""
+        raise stop(f"--output_dir {output_dir} is not empty; {advice}`--overwrite_output_dir` starts anew")
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+class Images(Sequence):
+    """RGB images `(3, height, width)` of 8 bits, read when they are asked for.
+
+    Args:
+        sources: what `decode_image` takes.
+        part: which columns to use: "left" three quarters, "right" quarter, or "all".
+    """
+
+    def __init__(self, sources: Sequence, part: str = "all"):
+        self.sources = sources
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        decoded = decode_image(self.sources[index])
+        colour = decoded.colour if decoded.peak == 255 else to_uint8(decoded.colour / decoded.peak)
+        cut = colour.shape[-1] * 3 // 4
+        columns = {"all": slice(None), "left": slice(cut), "right": slice(cut, None)}[self.part]
+        return colour.expand(3, -1, -1)[..., columns]
+
+
+class DatasetColumn(Sequence):
+    """The images of a Hub dataset."""
+
+    def __init__(self, rows, column: str):
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.rows[index][self.column]
+
+
+def default_photographs() -> list[np.ndarray]:
+    """The photographs that scikit-learn and scikit-image carry."""
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise stop(
+            "without --train_dir and --dataset_name the extra `train` is needed: pip install 'hf_attn[train]'"
+        ) from error
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
+
+
+def image_files(folder: str) -> list[Path]:
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise stop(f"there are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+    return files
+
+
+def load_images(data_args: DataArguments) -> tuple[Images, Images]:
+    """Images to train and to evaluate on."""
+    validation = None
+    if data_args.dataset_name is not None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise stop("--dataset_name needs the extra `train`: pip install 'hf_attn[train]'") from error
+        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
+        if "train" not in raw or data_args.image_column not in raw["train"].column_names:
+            raise stop(f"{data_args.dataset_name} has no column {data_args.image_column!r} in a split 'train'")
+        train = DatasetColumn(raw["train"], data_args.image_column)
+        if "validation" in raw:
+            validation = DatasetColumn(raw["validation"], data_args.image_column)
+    elif data_args.train_dir is not None:
+        train = image_files(data_args.train_dir)
+    else:
+        train = default_photographs()
+    if data_args.validation_dir is not None:
+        validation = image_files(data_args.validation_dir)
+    if validation is None:
+        return Images(train, "left"), Images(train, "right")
+    return Images(train), Images(validation)
+
+
+class Patches(torch.utils.data.Dataset):
+    """Random patches with flips and quarter turns, in pairs of a low resolution and a high one.
+
+    Args:
+        images: images to cut from.
+        scale: factor between the two.
+        patch_size: side of the low-resolution patch.
+    """
+
+    def __init__(self, images: Images, scale: int, patch_size: int):
+        self.images, self.scale, self.patch_size = images, scale, patch_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        scale, side = self.scale, self.patch_size
+        image = crop_to_multiple(self.images[index], scale)
+        if min(image.shape[-2:]) < scale * side:
+            raise ValueError(
+                f"Training image {index} is {image.shape[-2]}x{image.shape[-1]}, smaller than patches of {scale * side}. "
+                "Leave it out, or reduce --patch_size."
+            )
+        start = [int(torch.randint(length // scale - side + 1, ())) for length in image.shape[-2:]]
+        before = [min(position, CONTEXT) for position in start]
+        around = [
+            slice(scale * (position - margin), scale * (position + side + CONTEXT))
+            for position, margin in zip(start, before, strict=True)
+        ]
+        high = image[:, around[0], around[1]].float() / 255
+        low = round_to_8_bits(bicubic_downscale(high, scale))
+        low = low[:, before[0] : before[0] + side, before[1] : before[1] + side]
+        corner = [scale * margin for margin in before]
+        high = high[:, corner[0] : corner[0] + scale * side, corner[1] : corner[1] + scale * side]
+        turns, flip = int(torch.randint(4, ())), bool(torch.randint(2, ()))
+        pair = [patch.rot90(turns, (-2, -1)) for patch in (low, high)]
+        low, high = (patch.flip(-1) if flip else patch for patch in pair)
+        return {"pixel_values": low.contiguous(), "labels": high.contiguous()}
+
+
+class WholeImages(torch.utils.data.Dataset):
+    """Images, or their central crops, in pairs of a low resolution and a high one."""
+
+    def __init__(self, images: Images, scale: int, max_side: int | None):
+        self.images, self.scale, self.max_side = images, scale, max_side
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = self.images[index]
+        if self.max_side:
+            height, width = image.shape[-2:]
+            top, left = max(height - self.max_side, 0) // 2, max(width - self.max_side, 0) // 2
+            image = image[:, top : top + self.max_side, left : left + self.max_side]
+        high = crop_to_multiple(image, self.scale).float() / 255
+        return {"pixel_values": round_to_8_bits(bicubic_downscale(high, self.scale)), "labels": high}
+
+
+def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
+    return to_uint8(images).float() / 255
+
+
+def bicubic_baseline(images: WholeImages, metrics: RestorationMetrics) -> dict[str, float]:
+    """The metrics of bicubic enlargement."""
+    for pair in images:
+        metrics.add(bicubic_resize(pair["pixel_values"], images.scale), pair["labels"])
+    return metrics.compute()
+
+
+# --- model and training --------------------------------------------------------------------------------------------
+
+
+def make_model(model_args: ModelArguments) -> PreTrainedModel:
+    """The model to train."""
+    scale = {} if model_args.scale is None else {"upscale": model_args.scale}
+    attention = {"attn_implementation": model_args.attn_implementation}
+    if model_args.model_name_or_path is not None:
+        return AutoModelForImageToImage.from_pretrained(
+            model_args.model_name_or_path, dtype=torch.float32, **attention, **scale
+        )
+    config_class = type(AutoConfig.for_model(model_args.model_type))
+    overrides = {**scale, **parse_overrides(model_args.config_overrides, config_class)}
+    if model_args.variant is not None:
+        if not issubclass(config_class, VariantsMixin):
+            raise stop(f"{model_args.model_type} has no published variants; leave --variant out")
+        config = config_class.from_variant(model_args.variant, **overrides)
+    else:
+        known = {config_field.name for config_field in fields(config_class)}
+        small = {name: value for name, value in {**SMALL, "upscale": 2}.items() if name in known}
+        config = config_class(**{**small, **overrides})
+    return AutoModelForImageToImage.from_config(config, **attention)
+
+
+def parse_overrides(overrides: list[str], config_class: type) -> dict[str, object]:
+    """`["embed_dim=48", "loss_type=l2"]` as a dictionary; values are JSON, or else strings."""
+    known = [config_field.name for config_field in fields(config_class)]
+    parsed = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise stop(
+                f"--config_overrides takes fields of {config_class.__name__} as name=value, got {override!r}{hint}"
+            )
+        try:
+            parsed[name] = json.loads(value)
+        except json.JSONDecodeError:
+            parsed[name] = value
+    return parsed
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of the weights, which is what the papers evaluate; saved beside each checkpoint."""
+
+    file_name = "weight_average.safetensors"
+
+    def __init__(self, model: PreTrainedModel, decay: float):
+        self.model, self.decay = model, decay
+        self.average = None
+
+    def _start(self) -> None:
+        self.average = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start()
+        if args.resume_from_checkpoint:
+            saved = load_file(Path(args.resume_from_checkpoint) / self.file_name)
+            for name, weight in self.average.items():
+                weight.copy_(saved[name])
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, weight in self.model.named_parameters():
+            self.average[name].lerp_(weight, 1 - self.decay)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(self.average, folder / self.file_name)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights and the average."""
+        for name, weight in self.model.named_parameters():
+            kept = weight.clone()
+            weight.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    @contextmanager
+    def in_place(self):
+        """The model has the averaged weights inside this context."""
+        if self.average is None:
+            yield
+            return
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+class Trainer(HubTrainerMixin, transformers.Trainer):
+    """Evaluates averaged weights, halves the learning rate by a recipe, and writes the model card of the family."""
+
+    def __init__(self, *args, weight_average: WeightAverage, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight_average = weight_average
+        self.add_callback(weight_average)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The recipe's schedule, with its milestones moved if the training is of another length."""
+        if self.args.recipe is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps, _, milestones = RECIPES[self.args.recipe]
+        milestones = [round(milestone * num_training_steps / steps) for milestone in milestones]
+        self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer or self.optimizer, milestones=milestones, gamma=0.5
+        )
+        return self.lr_scheduler
+
+    def evaluate(self, *args, **kwargs):
+        with self.weight_average.in_place():
+            return super().evaluate(*args, **kwargs)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the metrics of the evaluation."""
+    model_args, data_args, training_args = parse_arguments(arguments)
+    os.makedirs(training_args.output_dir, exist_ok=True)
+    logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    model = make_model(model_args)
+    scale = model.config.upscale
+    train_images, eval_images = load_images(data_args)
+    eval_pairs = WholeImages(eval_images, scale, data_args.max_eval_side)
+    # An epoch has many patches of each image.
+    patches = torch.utils.data.ConcatDataset([Patches(train_images, scale, data_args.patch_size)] * 100)
+    if training_args.should_log:
+        print(f"{type(model).__name__}: {model.num_parameters():,} parameters, scale {scale}")
+        print(f"{len(train_images)} images to train on, {len(eval_images)} to evaluate on")
+
+    metrics = RestorationMetrics(crop_border=scale)
+    weight_average = WeightAverage(model, training_args.ema_decay)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=patches if training_args.do_train else None,
+        eval_dataset=eval_pairs,
+        data_collator=default_data_collator,
+        compute_metrics=metrics,
+        weight_average=weight_average,
+    )
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        with weight_average.in_place():
+            trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+
+    evaluation = {}
+    if training_args.do_eval:
+        evaluation = trainer.evaluate()
+        baseline = bicubic_baseline(eval_pairs, metrics)
+        evaluation |= {f"eval_bicubic_{name}": value for name, value in baseline.items()}
+        trainer.log_metrics("eval", evaluation)
+        trainer.save_metrics("eval", evaluation)
+
+    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.model_name_or_path}
+    if training_args.push_to_hub:
+        with weight_average.in_place():
+            trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return evaluation
+
+
+if __name__ == "__main__":
+    main()

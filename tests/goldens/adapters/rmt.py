@@ -1,0 +1,85 @@
+"""RMT: whole models, dense or with a classifier, and the attention module in both forms."""
+
+import re
+
+import torch
+
+from hf_attn.conversion import from_official
+from hf_attn.modeling.rmt.modeling_rmt import RMTBackbone, RMTRelativePositions
+
+from ..case import Case
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    return _model(case) if "pixel_values" in case.arrays else _attention(case)
+
+
+def _attention(case: Case) -> dict[str, torch.Tensor]:
+    config = case.config
+    attention = from_official("rmt", case.weights, config=config)
+    results = {}
+    for implementation in ("eager", "sdpa"):
+        attention.config._attn_implementation = implementation
+        for form in ("full", "axis"):
+            positions = RMTRelativePositions(
+                attention.head_dim,
+                config["num_heads"],
+                config["initial_value"],
+                config["heads_range"],
+                axis_decomposed=form == "axis",
+            )
+            hidden_states = case.input("hidden_states").clone().requires_grad_()
+            tables = positions(hidden_states)
+            output, _ = attention(hidden_states, tables)
+            (output * case.input("proj")).sum().backward()
+            results[f"output_{form}@{implementation}"] = output
+            results[f"grad_{form}@{implementation}"] = hidden_states.grad
+            results |= {"sin": tables.sin, "cos": tables.cos}
+            if form == "full":
+                results["mask_2d"] = tables.masks[0]
+            else:
+                results["mask_w"], results["mask_h"] = tables.masks
+    return results
+
+
+def _model(case: Case) -> dict[str, torch.Tensor]:
+    model = from_official("rmt", case.weights, config=case.config)
+    stages = getattr(model, "rmt", model).encoder.stages
+    results = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        way = f"@{implementation}"
+        pixel_values = case.input("pixel_values").clone().requires_grad_()
+        output = model(pixel_values, output_hidden_states=True)
+        stem, *features = output.hidden_states
+        found = {"stem": stem.permute(0, 2, 3, 1)}
+        if isinstance(model, RMTBackbone):
+            found |= {f"feature_{index}": feature for index, feature in enumerate(output.feature_maps)}
+            loss = sum(
+                (feature * case.input(name)).sum()
+                for index, feature in enumerate(output.feature_maps)
+                if (name := f"proj_{index}") in case.arrays
+            )
+        else:
+            found |= {f"feature_{index}": feature.permute(0, 2, 3, 1) for index, feature in enumerate(features)}
+            found["logits"] = output.logits
+            loss = (output.logits * case.input("proj")).sum()
+        if "grad_pixel_values" in case.arrays:
+            loss.backward()
+            found["grad_pixel_values"] = pixel_values.grad
+        results |= {f"{name}{way}": array for name, array in found.items()}
+    for name in case.expected:
+        table = re.fullmatch(r"(mask_h|mask_w|mask_2d|sin|cos)_(\d+|last)", name)
+        if table:
+            stage = len(stages) - 1 if table[2] == "last" else int(table[2])
+            height, width = features[stage].shape[2:]
+            positions = stages[stage].relative_positions
+            tables = positions(features[stage].permute(0, 2, 3, 1))
+            results[name] = {
+                "mask_h": lambda p=positions, h=height: p.axis_mask(h),
+                "mask_w": lambda p=positions, w=width: p.axis_mask(w),
+                "mask_2d": lambda p=positions, h=height, w=width: p.full_mask(h, w),
+                "sin": lambda t=tables: t.sin,
+                "cos": lambda t=tables: t.cos,
+            }[table[1]]()
+    return results

@@ -1,0 +1,53 @@
+"""SHViT: whole models, plain and fused."""
+
+import re
+
+import torch
+from torch import nn
+
+from hf_attn.conversion import from_official
+from hf_attn.modeling.shvit.convert_shvit import our_name
+from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention
+
+from ..case import Case
+from ..tools import recorded
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    results = {}
+    for implementation in ("eager", "sdpa"):
+        model = from_official("shvit", case.weights, config=case.config)
+        model.set_attn_implementation(implementation)
+        way = f"@{implementation}"
+        pixel_values = case.input("pixel_values").clone().requires_grad_()
+        with (
+            recorded({f"stem{way}": model.shvit.embeddings, f"shsa_out{way}": _attention(model, case)}) as outputs,
+            recorded({f"shsa_in{way}": _attention(model, case)}, inputs=True) as inputs,
+        ):
+            output = model(pixel_values, output_hidden_states=True)
+        (output.logits * case.input("proj")).sum().backward()
+        features = {f"feature_{i}{way}": feature for i, feature in enumerate(output.hidden_states[1:])}
+        results |= {f"logits{way}": output.logits, f"grad_pixel_values{way}": pixel_values.grad}
+        results |= outputs | inputs | features
+
+        state = model.fuse().state_dict()
+        results[f"logits_fused{way}"] = model(pixel_values).logits
+        for name in case.expected:
+            if name.startswith("fused."):
+                results[f"{name}{way}"] = state[_fused_name(name.removeprefix("fused."), state)]
+    return results
+
+
+def _attention(model: nn.Module, case: Case) -> nn.Module:
+    """The attention module that a case is about, which its notes name; the first one otherwise."""
+    named = re.search(r"shsa is ([\w.]+\w)", case.info.get("notes", ""))
+    if named:
+        return model.get_submodule(our_name(f"{named[1]}.").removesuffix("."))
+    return next(module for module in model.modules() if isinstance(module, SHViTAttention))
+
+
+def _fused_name(official: str, state: dict[str, torch.Tensor]) -> str:
+    """Our name of a tensor that the official code names after folding: a convolution or linear layer in place of a pair."""
+    module, kind = official.rsplit(".", 1)
+    candidates = [our_name(f"{module}.{layer}.{kind}") for layer in ("c", "m.c", "l")] + [our_name(official)]
+    return next(name for name in candidates if name in state)

@@ -1,0 +1,192 @@
+"""The training script of the image classifiers: it learns, mixes, reads folders, continues and refuses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, pipeline
+
+from hf_attn.catalog import families
+from tests.families import tiny_config
+
+
+pytest.importorskip("datasets")
+pytest.importorskip("torchvision")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_image_classification.py"
+IMAGE = [family.model_type for family in families() if "AutoModelForImageClassification" in family.models]
+COMMON = ("--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true")
+TINY = {
+    "--model_type": "tnt",
+    "--config_overrides": ["image_size=16", "hidden_size=48", "inner_hidden_size=8", "num_hidden_layers=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules["run_image_classification"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_image_classification"]
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory) -> Path:
+    """Two classes of images, bright on the left or on the right."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("validation", 8)):
+        for side, name in enumerate(("left", "right")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 60, (20, 20, 3), dtype=np.uint8)
+                pixels[:, 10 * side : 10 * side + 10] += 150
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def arguments(output_dir: Path, *others: object) -> list[str]:
+    tiny = [
+        word for name, value in TINY.items() for word in ([name, *value] if isinstance(value, list) else [name, value])
+    ]
+    return [*tiny, "--output_dir", str(output_dir), *COMMON, *map(str, others)]
+
+
+def test_learns_the_digits(script, tmp_path):
+    metrics = script.main(arguments(tmp_path / "out", "--num_train_epochs", 8, "--augmentation", "none"))
+    assert metrics["eval_accuracy"] > 0.8
+    assert metrics["eval_accuracy_top5"] >= metrics["eval_accuracy"]
+    # all of the 360 images, which are no whole number of batches
+    hits = metrics["eval_accuracy"] * 360
+    assert hits == pytest.approx(round(hits), abs=1e-6)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+
+    classify = pipeline("image-classification", model=str(tmp_path / "out"))
+    digits = script.load_digits()
+    answers = [classify(row["image"].convert("RGB"))[0]["label"] for row in digits.select(range(40))]
+    hits = sum(answer == str(row["label"]) for answer, row in zip(answers, digits, strict=False))
+    assert hits > 30
+    assert "TNTForImageClassification" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", IMAGE)
+def test_every_family_runs(script, model_type, image_folder, tmp_path):
+    tiny = tiny_config(model_type)
+    own_fields = type(tiny).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys() - {"model_type"}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in tiny.to_diff_dict().items() if name in own_fields]
+    metrics = script.main(
+        [
+            *("--model_type", model_type, "--config_overrides", *overrides, "--dataset_name", str(image_folder)),
+            *(
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--per_device_train_batch_size",
+                "8",
+                "--max_steps",
+                "2",
+                *COMMON,
+            ),
+        ]
+    )
+    assert metrics["eval_loss"] > 0
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == model_type and model.config.id2label == {0: "left", 1: "right"}
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out")
+
+
+def test_mixed_labels_and_smoothing(script, image_folder, tmp_path):
+    metrics = script.main(
+        arguments(
+            tmp_path / "out",
+            *("--dataset_name", image_folder, "--mixup_alpha", 0.2),
+            *("--label_smoothing_factor", 0.1, "--num_train_epochs", 40, "--per_device_train_batch_size", 8),
+            *("--augmentation", "none"),
+        )
+    )
+    assert metrics["eval_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("alphas", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}])
+def test_mixed_batch_has_soft_labels(script, alphas):
+    collate = script.make_collator(script.DataArguments(**alphas), num_labels=3)
+    batch = collate([{"pixel_values": torch.full((3, 8, 8), float(i)), "labels": i} for i in range(3)])
+    assert batch["labels"].shape == (3, 3)
+    torch.testing.assert_close(batch["labels"].sum(-1), torch.ones(3))
+    # Labels are mixed as the images are: image i is full of i.
+    means = batch["pixel_values"].mean((1, 2, 3))
+    torch.testing.assert_close(means, batch["labels"] @ torch.arange(3.0))
+
+
+def test_a_checkpoint_is_trained_further_on_other_classes(script, image_folder, tmp_path):
+    script.main(arguments(tmp_path / "first", "--max_steps", 1))
+    second = ["--model_name_or_path", str(tmp_path / "first"), "--dataset_name", str(image_folder)]
+    options = [
+        "--output_dir",
+        str(tmp_path / "second"),
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "8",
+        *COMMON,
+    ]
+    script.main([*second, *options])
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "second").config
+    assert config.num_labels == 2 and config.image_size == 16
+
+
+def test_under_accelerate_launch(image_folder, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    options = ["--dataset_name", image_folder, "--max_steps", 2, "--per_device_train_batch_size", 8]
+    command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *arguments(tmp_path / "out", *options)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("TNTForImageClassification:") == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model_type", "resnet"], "--model_type resnet is not one of"),
+        (["--model_type", "tnt", "--model_name_or_path", "x"], "give either"),
+        (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha -1.0 is negative"),
+        (["--model_type", "tnt", "--config_overrides", "hiden_size=3"], "did you mean hidden_size"),
+        (["--model_type", "biformer", "--variant", "huge"], "has no variant 'huge'; its variants: biformer_tiny"),
+        (["--model_type", "path_ensemble", "--variant", "huge"], "its variants: none"),
+    ],
+)
+def test_contradictions(script, options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        script.main([*options, "--output_dir", str(tmp_path / "out"), *COMMON])
+
+
+def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit, match="is not empty"):
+        script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON])

@@ -1,0 +1,163 @@
+"""The training script of the super-resolution models: it learns, resumes, changes scale and refuses."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageToImage
+
+from hf_attn.restoration.resize import bicubic_downscale
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_super_resolution.py"
+TINY = ["embed_dim=8", "depths=[1]", "num_heads=[2]", "window_size=4", "compress_ratio=2", "squeeze_factor=2"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_super_resolution", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules["run_super_resolution"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_super_resolution"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of different sizes and kinds."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    smooth = np.kron(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8), np.ones((8, 8, 1), dtype=np.uint8))
+    Image.fromarray(smooth).save(folder / "colour.png")
+    Image.fromarray(smooth[:71, :, 0]).save(folder / "grey.png")
+    (folder / "deeper").mkdir()
+    Image.fromarray(smooth[:, ::-1]).save(folder / "deeper" / "other.webp", lossless=True)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def arguments(folder: Path, output_dir: Path, *more: str) -> list[str]:
+    common = ("--train_dir", str(folder), "--output_dir", str(output_dir), "--patch_size", "8", "--use_cpu", "true")
+    quiet = ("--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--report_to", "none")
+    return [*common, *quiet, *more]
+
+
+def tiny(folder: Path, output_dir: Path, *more: str) -> list[str]:
+    return ["--model_type", "hat", "--config_overrides", *TINY, *arguments(folder, output_dir, *more)]
+
+
+@pytest.mark.parametrize("family", ["hat", "drct"])
+def test_learns_and_reports_bicubic_beside_it(script, folder, tmp_path, family):
+    overrides = TINY if family == "hat" else [*TINY[:4], "growth_channels=4"]
+    common = ["--model_type", family, "--scale", "3", "--config_overrides", *overrides]
+    before = script.main([*common, *arguments(folder, tmp_path / "before", "--do_eval")])
+    after = script.main([*common, *arguments(folder, tmp_path / "after", "--max_steps", "60", "--ema_decay", "0.9")])
+    assert after["eval_loss"] < before["eval_loss"] / 1.5
+    assert after["eval_psnr"] > before["eval_psnr"]
+    assert after["eval_bicubic_psnr"] == before["eval_bicubic_psnr"] > 15
+    saved = AutoModelForImageToImage.from_pretrained(tmp_path / "after")
+    assert saved.config.upscale == 3
+    assert "hf_attn" in (tmp_path / "after" / "README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "after" / "eval_results.json").read_text())["eval_psnr"] == after["eval_psnr"]
+
+
+def test_the_average_is_evaluated_saved_and_resumed(script, folder, tmp_path):
+    whole = script.main(tiny(folder, tmp_path / "whole", "--max_steps", "6", "--seed", "3"))
+    part = tiny(folder, tmp_path / "part", "--max_steps", "6", "--save_steps", "3", "--seed", "3")
+    script.main(part)
+    last = torch.load(tmp_path / "part" / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert last["state"]
+    average = script.load_file(tmp_path / "part" / "checkpoint-6" / "weight_average.safetensors")
+    saved = AutoModelForImageToImage.from_pretrained(tmp_path / "part").state_dict()
+    raw = AutoModelForImageToImage.from_pretrained(tmp_path / "part" / "checkpoint-6").state_dict()
+    for name, weight in average.items():
+        torch.testing.assert_close(saved[name], weight, atol=0, rtol=0)
+    assert any((raw[name] != weight).any() for name, weight in average.items())
+
+    resumed = script.main([*part, "--resume_from_checkpoint", str(tmp_path / "part" / "checkpoint-3")])
+    assert resumed["eval_psnr"] == pytest.approx(whole["eval_psnr"], abs=0.05)
+
+
+def test_scale_4_starts_from_scale_2(script, folder, tmp_path):
+    script.main(tiny(folder, tmp_path / "x2", "--scale", "2", "--max_steps", "1"))
+    more = ("--scale", "4", "--max_steps", "1", "--recipe", "x4_from_x2", "--learning_rate", "1e-9")
+    script.main(["--model_name_or_path", str(tmp_path / "x2"), *arguments(folder, tmp_path / "x4", *more)])
+    two, four = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "x4"))
+    assert four.config.upscale == 4
+    assert len(four.reconstruction.convolutions) == 2
+    torch.testing.assert_close(four.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
+
+
+def test_a_recipe_halves_the_learning_rate_at_its_milestones(script, folder, tmp_path):
+    model_args, _, training_args = script.parse_arguments(tiny(folder, tmp_path / "out", "--recipe", "scratch"))
+    assert (training_args.max_steps, training_args.learning_rate, training_args.ema_decay) == (500_000, 2e-4, 0.999)
+    training_args.max_steps = 100
+    model = script.make_model(model_args)
+    trainer = script.Trainer(model=model, args=training_args, weight_average=script.WeightAverage(model, 0.999))
+    trainer.create_optimizer_and_scheduler(100)
+    rates = []
+    for _ in range(100):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert [rates[step] for step in (0, 49, 50, 79, 80, 89, 90, 94, 95)] == pytest.approx(
+        [2e-4, 2e-4, 1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 2.5e-5, 1.25e-5]
+    )
+
+
+def test_a_patch_is_cut_out_of_the_scaled_down_image(script, folder):
+    """The low resolution of a patch is what the whole image, scaled down, has there."""
+    images = script.Images(script.image_files(str(folder)))
+    assert [len(image) for image in images] == [3, 3, 3]
+    patches = script.Patches(images, 2, 8)
+    whole = script.round_to_8_bits(bicubic_downscale(script.crop_to_multiple(images[0], 2).float() / 255, 2))
+    windows = whole.unfold(1, 8, 1).unfold(2, 8, 1)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        low = patches[0]["pixel_values"]
+        found = False
+        for turns in range(4):
+            for flip in ((), (-1,)):
+                turned = low.rot90(turns, (-2, -1)).flip(flip)
+                found |= bool(((windows - turned[:, None, None]).abs().amax((0, 3, 4)) < 1e-6).any())
+        assert found
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "fast"], "--recipe fast is not one of scratch, x4_from_x2, imagenet, finetune"),
+        (["--dataset_name", "x"], "either --dataset_name or --train_dir"),
+        (["--model_name_or_path", "x"], "exactly one of --model_name_or_path, --model_type"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint in"),
+    ],
+)
+def test_arguments_that_contradict_each_other(script, folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(tiny(folder, tmp_path, *more))
+
+
+def test_folders_and_fields_that_are_wrong(script, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="there are no images"):
+        script.main(tiny(tmp_path / "empty", tmp_path / "out"))
+    wrong = ["--model_type", "hat", "--config_overrides", "embed_dims=8"]
+    with pytest.raises(SystemExit, match="did you mean embed_dim"):
+        script.main([*wrong, *arguments(folder, tmp_path / "out2")])
+    with pytest.raises(SystemExit, match="nonsense is not one of hat, drct"):
+        script.main(["--model_type", "nonsense", *arguments(folder, tmp_path / "out3")])
+    with pytest.raises(ValueError, match="smaller than patches of 200"):
+        script.main(tiny(folder, tmp_path / "out4", "--patch_size", "100", "--max_steps", "1"))
+
+
+def test_does_not_overwrite(script, folder, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SystemExit, match="is not empty"):
+        script.main(tiny(folder, tmp_path))
