@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .attention.family import OwnAttentionMixin
+
 
 @dataclass(frozen=True)
 class BaseReport:
@@ -95,7 +97,8 @@ class FromBaseMixin:
             cls.config_from_base(AutoConfig.from_pretrained(base), **overrides)
             base = cls.base_auto_class.from_pretrained(base, dtype=dtype or "auto")
         config = cls.config_from_base(base.config, **overrides)
-        config._attn_implementation = base.config._attn_implementation
+        if not issubclass(cls, OwnAttentionMixin):
+            config._attn_implementation = base.config._attn_implementation
 
         tied = base.all_tied_weights_keys
         base_state = {name: tensor for name, tensor in base.state_dict().items() if name not in tied}

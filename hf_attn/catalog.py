@@ -118,6 +118,17 @@ _PAPERS = (
         arxiv="2305.16300",
         becomes="Llama family with grouped-softmax attention, memory cache and retrieval at generation",
         code="epfml/landmark-attention",
+        available=True,
+        families=(
+            Family(
+                model_type="landmark",
+                config="LandmarkConfig",
+                models={"AutoModel": "LandmarkModel", "AutoModelForCausalLM": "LandmarkForCausalLM"},
+                peft="llama",
+            ),
+        ),
+        attention=("landmark", "landmark_torch", "landmark_eager"),
+        converter=True,
     ),
     Paper(
         slug="echo_att",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 
@@ -27,12 +28,13 @@ class Setup:
 
     Attributes:
         config: configuration that the calling module carries.
-        options: name -> further keyword arguments of a call, given the number of heads; each is a row of the matrix.
+        options: name -> further keyword arguments of a call, given the numbers of heads and keys; each is a row of the
+            matrix.
     """
 
     config: Callable[[], object]
-    options: dict[str, Callable[[int], dict[str, torch.Tensor]]] = field(
-        default_factory=lambda: {"plain": lambda heads: {}}
+    options: dict[str, Callable[[int, int], dict[str, torch.Tensor]]] = field(
+        default_factory=lambda: {"plain": lambda heads, kv_len: {}}
     )
 
 
@@ -40,8 +42,18 @@ SETUPS: dict[str, Setup] = {
     "sigmoid": Setup(
         config=lambda: SigmoidAttentionConfig(sigmoid_bias=-1.5),
         options={
-            "plain": lambda heads: {},
-            "alibi": lambda heads: {"alibi_slopes": torch.linspace(0.1, 0.6, heads)},
+            "plain": lambda heads, kv_len: {},
+            "alibi": lambda heads, kv_len: {"alibi_slopes": torch.linspace(0.1, 0.6, heads)},
+        },
+    ),
+    "landmark": Setup(
+        config=LlamaConfig,
+        options={
+            "plain": lambda heads, kv_len: {},
+            "regular": lambda heads, kv_len: {"is_landmark": (torch.arange(kv_len) % 6 == 5).expand(2, -1)},
+            "anywhere": lambda heads, kv_len: {
+                "is_landmark": torch.rand(2, kv_len, generator=torch.Generator().manual_seed(5)) < 0.2
+            },
         },
     ),
 }

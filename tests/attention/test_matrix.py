@@ -114,7 +114,7 @@ def run(
         mask,
         scaling=0.3,
         sliding_window=call.sliding_window,
-        **setup.options[option](call.heads),
+        **setup.options[option](call.heads, call.kv_len),
     )
     gradients = torch.autograd.grad(output, (query, key, value), upstream)
     return {"output": output.detach(), **dict(zip(("query", "key", "value"), gradients, strict=True))}

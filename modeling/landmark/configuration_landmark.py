@@ -1,0 +1,101 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the models with landmark attention."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from hf_attn.hub import HubConfigMixin
+from hf_attn.variants import VariantsMixin
+
+
+@strict
+class LandmarkConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
+    r"""Configuration of a [`LandmarkForCausalLM`]: a Llama-like model with landmark attention.
+
+    Args:
+        landmark_token_id (`int`, *optional*): token that closes a block; the last one of the vocabulary if not given.
+        mem_freq (`int`): number of regular tokens of a block. With its landmark a block has `mem_freq + 1` tokens.
+        train_context_length (`int`): length of the sequences at training, landmarks included. With retrieval, a chunk of
+            the input together with the retrieved blocks is kept within it.
+        include_landmark_in_loss (`bool`): whether landmarks were targets at training. If so, the token after a block is
+            predicted from the block's landmark; if not, from the token before the landmark.
+        norm_type (`str`): `"rms_norm"`, or `"layer_norm"` without bias.
+        gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        attention_output_bias (`bool`, *optional*): whether the output projection has a bias; as `attention_bias` (which is
+            about queries, keys and values) if not given.
+        qk_norm (`bool`): whether queries and keys are normalised in each head, as in Qwen3.
+
+    The other arguments are those of [`~transformers.LlamaConfig`].
+    """
+
+    model_type = "landmark"
+    variants = {
+        "llama_7b": {
+            "vocab_size": 32002,
+            "landmark_token_id": 32001,
+            "pad_token_id": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+        "gpt_pg19": {
+            "vocab_size": 50304,
+            "landmark_token_id": 50260,
+            "bos_token_id": None,
+            "eos_token_id": 50256,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "norm_type": "layer_norm",
+            "gated_mlp": False,
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "include_landmark_in_loss": False,
+        },
+    }
+
+    vocab_size: int = 32002
+    landmark_token_id: int | None = None
+    mem_freq: int = 50
+    train_context_length: int = 512
+    include_landmark_in_loss: bool = True
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    gated_mlp: bool = True
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.landmark_token_id is None:
+            self.landmark_token_id = self.vocab_size - 1
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if not self.gated_mlp:
+            plan = self.base_model_tp_plan or {}
+            self.base_model_tp_plan = {name: how for name, how in plan.items() if not name.endswith(".gate_proj")}
+        super().__post_init__(**kwargs)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, landmark included."""
+        return self.mem_freq + 1
+
+    def validate_landmarks(self):
+        """Part of the validation that `@strict` runs."""
+        if not 0 <= self.landmark_token_id < self.vocab_size:
+            raise ValueError(
+                f"landmark_token_id ({self.landmark_token_id}) must be a token of the vocabulary, which has "
+                f"{self.vocab_size}."
+            )
+        if self.mem_freq < 1:
+            raise ValueError(f"mem_freq, the regular tokens of a block, must be at least 1, got {self.mem_freq}.")
+        if self.train_context_length < 1:
+            raise ValueError(f"train_context_length must be at least 1, got {self.train_context_length}.")
+
+
+__all__ = ["LandmarkConfig"]

@@ -1,0 +1,49 @@
+"""transformers' common model tests for the models with landmark attention."""
+
+import unittest
+
+from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
+from tests.upstream import UpstreamCausalLMTests
+
+
+TINY = {
+    "vocab_size": 99,
+    "landmark_token_id": 3,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class PlainPrompts:
+    def get_inputs(self, config):
+        inputs = super().get_inputs(config)
+        # Prompts are plain text: `generate` inserts the landmarks, and refuses those of others.
+        inputs["input_ids"][inputs["input_ids"] == config.landmark_token_id] += 1
+        return inputs
+
+
+class LandmarkUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCase):
+    """Rows shorter than a block: nothing is inserted."""
+
+    model_type = "landmark"
+
+    def get_config(self):
+        return LandmarkConfig(**TINY)
+
+
+class LandmarkGPTUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCase):
+    """The layers of the paper's GPT."""
+
+    model_type = "landmark"
+
+    def get_config(self):
+        return LandmarkConfig(
+            **TINY, norm_type="layer_norm", gated_mlp=False, hidden_act="gelu", tie_word_embeddings=True
+        )
