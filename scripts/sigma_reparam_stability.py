@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--init", choices=["preserve", "unit"], default="preserve", help="As in apply_sigma_reparam.")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--hidden_size", type=int, default=64)
