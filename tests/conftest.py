@@ -1,6 +1,7 @@
 """Set-up of the whole suite: upstream's markers, threads under xdist, and the report on upstream's tests."""
 
 import os
+import sys
 from collections import Counter, defaultdict
 
 import pytest
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items):
         # The same classes inherit tests of our own.
         if item.get_closest_marker("upstream") and item.function.__module__ != "tests.generation":
             item.user_properties.append((FAMILY, item.cls.model_type))
+
+
+def pytest_runtest_setup(item):
+    """Let no test meet the graphs of others: torch refuses to compile a function again and again."""
+    if "compil" in item.name and "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def _family(report) -> str | None:
