@@ -495,7 +495,9 @@ class TestPushing:
 
     def test_the_code_of_the_cards_runs(self, pushed, monkeypatch):
         hub, folder, environment = pushed
-        words = {word: index for index, word in enumerate(("<unk>", "The", "lambda", "expression"))}
+        # The first tokens are special in some of the models.
+        vocabulary = ("<unk>", "<1>", "<2>", "<3>", "<4>", "The", "lambda", "expression")
+        words = {word: index for index, word in enumerate(vocabulary)}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "tokenizer")
