@@ -8,17 +8,22 @@ from .case import Case, find_cases
 from .runner import run_case
 
 
-#: case -> array whose tolerance is finer than float32 can be, and why
-BEYOND_FLOAT32 = {
-    # Its entries reach 192; against float64 the official result itself is off by 7e-4, at a tolerance of 2e-5 + 1e-4 of the
-    # entry. tests/modeling/landmark measures our gradient against float64.
-    "landmark/llama_full_forward": "grad_embed_tokens",
+#: case -> the array in which it is known to be beyond its tolerance, and why. It is reported as an expected failure
+#: where the processor's rounding leaves it there.
+BEYOND_TOLERANCE = {
+    "landmark/llama_full_forward": (
+        "grad_embed_tokens",
+        "entries reach 192, where the official float32 result is itself off by 7e-4 against float64; the tolerance is 2e-5 + "
+        "1e-4 of the entry. tests/modeling/landmark bounds our gradient against float64",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", find_cases(Path(__file__).parent), ids=lambda case: case.name)
 def test_golden(case: Case):
     result = run_case(case)
-    excused = BEYOND_FLOAT32.get(case.name)
-    problems = [problem for problem in result.problems if excused is None or not problem.startswith(excused)]
-    assert not problems, f"\n{result}"
+    known, reason = BEYOND_TOLERANCE.get(case.name, (None, ""))
+    others = [problem for problem in result.problems if known is None or not problem.startswith(known)]
+    assert not others, f"\n{result}"
+    if result.problems:
+        pytest.xfail(f"{known}: {reason}")
