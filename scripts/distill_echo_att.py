@@ -265,3 +265,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()

@@ -29,6 +29,7 @@ from typing import Literal
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -483,3 +484,5 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()

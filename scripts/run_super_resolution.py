@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -543,3 +544,5 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()

@@ -22,7 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 2
-    logging.disable_progress_bar()
     failed = 0
     for case in cases:
         result = run_case(case)
@@ -33,4 +32,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     sys.exit(main())

@@ -297,6 +297,7 @@ trainer = make_trainer(sys.argv[2], padded_dataset(), per_device_train_batch_siz
 loss, gradients = first_step(trainer)
 if trainer.is_world_process_zero():
     torch.save((loss, {name.removeprefix("module."): grad for name, grad in gradients.items()}), sys.argv[4])
+trainer.accelerator.end_training()  # a process that exits with its group open can abort
 """
 
 
