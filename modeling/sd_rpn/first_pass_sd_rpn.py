@@ -123,7 +123,7 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
             "image placeholder into each prompt with an image, or an image entry into its chat message."
         )
     layer = base.get_decoder().layers[branch_layer]
-    hidden_states, arguments = _states_before(layer, base, input_ids=input_ids, use_cache=False, **inputs)
+    hidden_states, arguments = states_before(layer, base, input_ids=input_ids, use_cache=False, **inputs)
     image_mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=hidden_states.device)
     for image in images:
         image_mask[image.row, image.start : image.start + image.num_cells] = True
@@ -136,8 +136,12 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
     )
 
 
-def _states_before(layer: nn.Module, base: PreTrainedModel, **inputs) -> tuple[torch.Tensor, dict]:
-    """The hidden states and keyword arguments that a layer is given in a forward pass, which ends there."""
+def states_before(layer: nn.Module, base: PreTrainedModel, **inputs) -> tuple[torch.Tensor, dict]:
+    """Run a model up to a layer.
+
+    Returns:
+        The hidden states `(batch, sequence, hidden_size)` and the keyword arguments that the layer would have been given.
+    """
     reached = {}
 
     def take(module, args, kwargs):
@@ -233,4 +237,4 @@ def _runs(tokens: list[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-__all__ = ["FirstPass", "ImageCells", "check_base", "find_images", "run_first_pass"]
+__all__ = ["FirstPass", "ImageCells", "check_base", "find_images", "run_first_pass", "states_before"]
