@@ -13,6 +13,7 @@ from transformers import (
 
 from hf_attn.conversion import from_official
 from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass, states_before
+from hf_attn.modeling.sd_rpn.regions_sd_rpn import above_threshold, blur, padded_to_image, region_boxes
 
 from ..case import Case
 from ..tools import parameter_gradients, recorded
@@ -142,7 +143,22 @@ def _head_qwen(case: Case) -> dict[str, torch.Tensor]:
     }
 
 
+def _boxes(case: Case) -> dict[str, torch.Tensor]:
+    results = {}
+    grid = (case.config["grid"],) * 2
+    for index, setting in enumerate(case.config["cases"]):
+        blurred = blur(case.input(f"logits{index}").sigmoid())
+        boxes = region_boxes(above_threshold(blurred, setting["conf_thresh"]))
+        size = (setting["width"], setting["height"])
+        pixels = [padded_to_image(box, grid, size, case.config["encoder_size"]) for box in boxes]
+        results[f"blurred{index}"] = blurred
+        results[f"boxes_grid{index}"] = torch.tensor(boxes, dtype=torch.long).view(-1, 4)
+        results[f"boxes_image{index}"] = torch.tensor(pixels, dtype=torch.long).view(-1, 4)
+    return results
+
+
 ENTRIES: dict[str, Callable[[Case], dict[str, torch.Tensor]]] = {
     "Qwen2_5_VLForConditionalGeneration.forward": _head_qwen,
     "LlavaLlamaForCausalLM.forward": _head_llava,
+    "get_bbox_from_noisy_map": _boxes,
 }
