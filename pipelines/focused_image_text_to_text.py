@@ -15,7 +15,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
     """Answers about images with a LLaVA, LLaVA-Next or Qwen2.5-VL and a region proposal network for it.
 
         pipe = pipeline("focused-image-text-to-text", model="llava-hf/llava-1.5-7b-hf", rpn="your-name/rpn")
-        answer = pipe("street.jpg", text="What does the sign say?", task="textvqa", max_new_tokens=20)
+        answer = pipe("street.jpg", text="What does the sign say?", focus_task="textvqa", max_new_tokens=20)
         answer["generated_text"], answer["images"][0].boxes
         answer["images"][0].overlay().save("where.png")
 
