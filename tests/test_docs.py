@@ -1,5 +1,6 @@
 """The documentation is true: its code runs as it is printed, its table is the catalogue's, its commands exist."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -24,6 +26,7 @@ from hf_attn.catalog import PAPERS, find_family
 
 from .families import tiny_model
 from .hub_server import HubServer
+from .modeling.sd_rpn.tiny import tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +111,21 @@ def small_vit(folder: Path) -> None:
     ViTForImageClassification(config).save_pretrained(folder)
 
 
+def small_llava(folder: Path) -> None:
+    """Save what stands for LLaVA-1.5-7B: enough layers for the branch of SD-RPN, and its processor."""
+    config = copy.deepcopy(tiny_base("llava").config)
+    config.text_config.num_hidden_layers = 19
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tiny_processor("llava").save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(tmp_path):
-    stand_ins = {"HuggingFaceTB/SmolLM2-135M": small_llama, "google/vit-base-patch16-224": small_vit}
+    stand_ins = {
+        "HuggingFaceTB/SmolLM2-135M": small_llama,
+        "google/vit-base-patch16-224": small_vit,
+        "llava-hf/llava-1.5-7b-hf": small_llava,
+    }
     work = tmp_path / "work"
     work.mkdir()
     golden = ROOT / "tests" / "goldens" / "sigmoid_attention" / "gala_tiny"
