@@ -27,7 +27,7 @@ def overlay(
         roi_map: probabilities `(rows, columns)`.
         boxes: in pixels of the image.
         padded: whether the map is of the image padded to a square.
-        opacity: of the veil where the map is far from 0.5; between 0 and 1.
+        opacity: of the veil, between 0 (the image alone) and 1 (the map alone).
 
     Returns:
         An RGB image of the size of the original.
