@@ -27,6 +27,32 @@ class PseudoLabels(NamedTuple):
     boxes: torch.Tensor
 
 
+def pseudo_labels(
+    grounding: torch.Tensor,
+    sink: torch.Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    rule: str,
+    sink_threshold: float,
+) -> PseudoLabels:
+    """Labels by the rule of a base model.
+
+    Args:
+        grounding, sink: `(batch, rows, columns)`, see :func:`llava_pseudo_labels`.
+        image_sizes: width and height of each image, which only Qwen2.5-VL's rule depends on.
+        rule: `llava` or `qwen`.
+        sink_threshold: attention from which a cell is a sink.
+
+    Raises:
+        ValueError: if there is no such rule, or the maps do not fit it.
+    """
+    if rule == "llava":
+        return llava_pseudo_labels(grounding, sink, sink_threshold=sink_threshold)
+    if rule == "qwen":
+        return qwen_pseudo_labels(grounding, sink, image_sizes, sink_threshold=sink_threshold)
+    raise ValueError(f"rule must be 'llava' or 'qwen', got {rule!r}.")
+
+
 def llava_pseudo_labels(
     grounding: torch.Tensor,
     sink: torch.Tensor,
