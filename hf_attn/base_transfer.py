@@ -105,7 +105,7 @@ class FromBaseMixin:
         model = cls.from_base_state(
             base_state, config, type(base).__name__, base_name=base.config.name_or_path or "", dtype=base.dtype
         )
-        if base.can_generate():
+        if base.can_generate() and model.can_generate():
             model.generation_config = copy.deepcopy(base.generation_config)
         return model.to(base.device)
 

@@ -403,6 +403,16 @@ _PAPERS = (
         arxiv="2509.16944",
         becomes="LLaVA and Qwen2.5-VL hooks, RoI predictor family, pseudo-labels, two-pass pipeline",
         code="YuHengsss/SD-RPN",
+        available=True,
+        families=(
+            Family(
+                model_type="sd_rpn",
+                config="SdRpnConfig",
+                models={"AutoModel": "SdRpnModel"},
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="gman",

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .first_pass_sd_rpn import ImageCells, find_images, states_before
+
 
 @dataclass(frozen=True)
 class AttentionRecipe:
@@ -80,8 +82,8 @@ class AnswerAttention:
     """Attention of an answer to the image tokens of its prompt, mean over rows and heads.
 
     Attributes:
-        grounding: float32 `(image_tokens,)`, in the heads that look at the object.
-        sink: float32 `(image_tokens,)`, in the heads that mark sinks.
+        grounding: float32 `(rows, columns)` of the image's grid, in the heads that look at the object.
+        sink: the same in the heads that mark sinks.
     """
 
     grounding: torch.Tensor
@@ -98,8 +100,8 @@ def answer_attention(
     """Attention with which a model generated its answers, recomputed in one pass up to the last layer of the recipe.
 
     Args:
-        model: LLaVA or Qwen2.5-VL for conditional generation.
-        inputs: what its processor made of the prompts, padded on the left if they differ in length.
+        model: LLaVA, LLaVA-Next or Qwen2.5-VL for conditional generation.
+        inputs: what its processor made of the prompts, each with one image, padded on the left if they differ in length.
         answers: the tokens generated for each prompt, `(tokens,)`, with the one that ended it. The attention of the last
             one is not used: it was never fed back.
         recipe: the heads.
@@ -108,41 +110,46 @@ def answer_attention(
         For each prompt its attention, or `None` if the answer has a single token and thus no row.
 
     Raises:
-        ValueError: if an answer is empty or has an image token in it, a prompt has none, the model lacks a layer or
-            head, or `mm_token_type_ids` are missing that the model's positions depend on.
+        ValueError: if an answer is empty or has an image token in it, a prompt has not one image, the model lacks a layer
+            or head, or `mm_token_type_ids` are missing that the model's positions depend on.
     """
-    if len(answers) != len(inputs["input_ids"]) or not all(len(answer) for answer in answers):
-        raise ValueError(f"There must be a non-empty answer for each of the {len(inputs['input_ids'])} prompts.")
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    if not is_image.any(1).all():
-        raise ValueError(f"Prompts {(~is_image.any(1)).nonzero().flatten().tolist()} have no image tokens.")
+    batch, prompt_length = inputs["input_ids"].shape
+    if len(answers) != batch or not all(len(answer) for answer in answers):
+        raise ValueError(f"There must be a non-empty answer for each of the {batch} prompts.")
+    images = find_images(model.config, inputs["input_ids"], inputs.get("image_sizes"), inputs.get("image_grid_thw"))
+    if [image.row for image in images] != list(range(batch)):
+        counts = [sum(image.row == row for image in images) for row in range(batch)]
+        raise ValueError(f"Each prompt must have one image; they have {counts}.")
     if any((answer == model.config.image_token_id).any() for answer in answers):
         raise ValueError("An answer has an image token in it; generate with `suppress_tokens=[image_token_id]`.")
-    layers = model.model.language_model.layers
+    layers = model.get_decoder().layers
     _check_recipe(recipe, layers)
-
     extended, row_mask = _with_answers(model, inputs, answers)
-    prompt_length = is_image.shape[1]
     if not row_mask.any():
-        return [None] * len(answers)
+        return [None] * batch
+
     weights = {"grounding": [], "sink": []}
 
-    def record(layer: int, module: nn.Module, hidden_states: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]):
+    def record(layer: int, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
         for name, chosen in weights.items():
             if layer in getattr(recipe, name):
-                heads = getattr(recipe, name)[layer]
-                rows = attention_rows(module, hidden_states, cos_sin, extended["attention_mask"], prompt_length, heads)
+                rows = attention_rows(
+                    layers[layer].self_attn,
+                    states,
+                    position_embeddings,
+                    extended["attention_mask"],
+                    prompt_length,
+                    getattr(recipe, name)[layer],
+                )
                 chosen.append(rows[..., :prompt_length])
 
-    with _recorded_up_to(layers, {*recipe.grounding, *recipe.sink}, record):
-        model.model(**extended, use_cache=False)
-    means = {
-        name: average_attention(chosen, row_mask) if chosen else torch.zeros_like(is_image, dtype=torch.float32)
-        for name, chosen in weights.items()
-    }
+    with _recorded(layers, {*recipe.grounding, *recipe.sink}, record):
+        states_before(layers[max([*recipe.grounding, *recipe.sink])], model, **extended, use_cache=False)
+    grounding = average_attention(weights["grounding"], row_mask)
+    sink = average_attention(weights["sink"], row_mask) if weights["sink"] else torch.zeros_like(grounding)
     return [
-        AnswerAttention(means["grounding"][i, image], means["sink"][i, image]) if row_mask[i].any() else None
-        for i, image in enumerate(is_image)
+        AnswerAttention(_cells(image, grounding), _cells(image, sink)) if has_rows else None
+        for image, has_rows in zip(images, row_mask.any(1), strict=True)
     ]
 
 
@@ -201,30 +208,26 @@ def attention_rows(
     return scores.float().masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-class _LastLayerSeen(Exception):
-    """Ends a forward pass of which nothing more is needed."""
-
-
 @contextmanager
-def _recorded_up_to(layers: nn.ModuleList, chosen: set[int], record) -> Iterator[None]:
-    """Call `record(layer, self_attn, hidden_states, position_embeddings)` in some layers, and stop after the last."""
+def _recorded(layers: nn.ModuleList, chosen: set[int], record) -> Iterator[None]:
+    """Call `record(layer, input of its attention, position_embeddings)` before some layers run."""
 
     def hook_for(layer: int):
         def hook(module, arguments, kwargs):
-            record(layer, module, kwargs["hidden_states"], kwargs["position_embeddings"])
-            if layer == max(chosen):
-                raise _LastLayerSeen
+            record(layer, module.input_layernorm(arguments[0]), kwargs["position_embeddings"])
 
         return hook
 
-    handles = [layers[i].self_attn.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i in chosen]
+    handles = [layers[i].register_forward_pre_hook(hook_for(i), with_kwargs=True) for i in chosen]
     try:
         yield
-    except _LastLayerSeen:
-        pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cells(image: ImageCells, attention: torch.Tensor) -> torch.Tensor:
+    return attention[image.row, image.start : image.start + image.num_cells].view(image.grid)
 
 
 def _check_recipe(recipe: AttentionRecipe, layers: nn.ModuleList) -> None:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from .modeling_sd_rpn import IGNORE_INDEX
 
-FOREGROUND, BACKGROUND, IGNORED = 1, 0, -100
+
+FOREGROUND, BACKGROUND, IGNORED = 1, 0, IGNORE_INDEX
 
 
 class PseudoLabels(NamedTuple):

@@ -71,7 +71,7 @@ class _Dtype(_StandIn):
         self.code = code
 
     def __setstate__(self, state):
-        version, order, subarray, names, fields, *_ = state
+        _version, order, subarray, names, fields, *_ = state
         if order not in ("<", ">", "|", "=") or (subarray, names, fields) != (None, None, None):
             raise PlainPickleError("it has an array of records, not of numbers")
         self.code = order + self.code
@@ -93,7 +93,7 @@ class _Array(_StandIn):
             raise PlainPickleError(f"it has an array of the class {array_class!r}")
 
     def __setstate__(self, state):
-        version, shape, dtype, is_fortran, data = state
+        _version, shape, dtype, is_fortran, data = state
         self.value = dtype.array(data, shape, "F" if is_fortran else "C")
 
 

@@ -1,13 +1,150 @@
-"""SD-RPN."""
+"""SD-RPN: the network's logits and gradients, boxes, and the two passes."""
+
+import re
+from collections.abc import Callable
 
 import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from hf_attn.conversion import from_official
+from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass, states_before
 
 from ..case import Case
-from .sd_rpn_labels import run_labels
+from ..tools import parameter_gradients, recorded
+from .sd_rpn_labels import LABEL_ENTRIES
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
-    results = run_labels(case)
-    if results is None:
-        raise LookupError(f"There is no adapter for {case.entry!r}.")
-    return results
+    return next(function for entry, function in ENTRIES.items() if entry in case.entry)(case)
+
+
+def _base_weights(case: Case, renames: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The base's weights of an official checkpoint under transformers' names."""
+    weights = {}
+    for name, tensor in case.weights.items():
+        for official, new in renames.items():
+            if re.match(official, name):
+                weights[re.sub(official, new, name, count=1)] = tensor
+                break
+    return weights
+
+
+def _llama_fields(config: dict) -> dict:
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+    )
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    return {name: config[name] for name in names} | {"rope_parameters": rope}
+
+
+def _queries(labels: torch.Tensor) -> torch.Tensor:
+    """The token before the first label of each row."""
+    return (labels != -100).int().argmax(dim=1) - 1
+
+
+def _head_results(case: Case, rpn, inputs: dict, last_full: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """Loss, gradients and intermediates of a batch with labels."""
+    with recorded({name: last_full}) as states:
+        output = rpn(**inputs)
+    output.loss.backward()
+    trained = {name for name, parameter in rpn.named_parameters() if parameter.grad is not None}
+    official = {re.sub(r"^(layers|norm)", r"model.twig_\1", name) for name in trained}
+    if official != set(case.info["params_with_gradient"]):
+        raise AssertionError(f"Other parameters have gradients: {official ^ set(case.info['params_with_gradient'])}")
+    gradients = parameter_gradients(rpn)
+    last = len(rpn.layers) - 1
+    names = {
+        "grad_last_k_proj": f"layers.{last}.self_attn.k_proj.weight",
+        "grad_last_q_proj": f"layers.{last}.self_attn.q_proj.weight",
+        "grad_twig0_q_proj": "layers.0.self_attn.q_proj.weight",
+        "grad_twig_norm": "norm.weight",
+    }
+    valid = inputs["attention_mask"].bool()
+    results = {name: gradients[own] for name, own in names.items() if name in case.arrays}
+    return results | {
+        "loss": output.loss[None],
+        "backbone_hidden_valid": inputs["hidden_states"][valid],
+        name: states[name][valid],
+        "logits": output.logits,
+    }
+
+
+def _head_llava(case: Case) -> dict[str, torch.Tensor]:
+    config = case.config
+    rpn = from_official("sd_rpn", case.weights, config=config)
+    base = LlamaForCausalLM(LlamaConfig(**_llama_fields(config))).eval()
+    base.load_state_dict(_base_weights(case, {r"(model\.(layers|embed_tokens|norm)\.|lm_head\.)": r"\1"}))
+    mask = case.input("attention_mask")
+    with torch.no_grad():
+        states, arguments = states_before(
+            base.model.layers[config["twig_K"]],
+            base,
+            inputs_embeds=case.input("inputs_embeds"),
+            attention_mask=mask,
+            use_cache=False,
+        )
+    image_mask = torch.zeros_like(mask, dtype=torch.bool)
+    image_mask[:, config["image_start"] : config["image_start"] + config["image_tokens"]] = True
+    inputs = {
+        "hidden_states": states,
+        "position_embeddings": arguments["position_embeddings"],
+        "attention_mask": mask,
+        "image_mask": image_mask,
+        "query_positions": _queries(case.input("labels")),
+        "roi_target_map": case.input("roi_target_map"),
+    }
+    results = _head_results(case, rpn, inputs, rpn.norm, "twig_normed_valid")
+    return results | {"roi_logits": results.pop("logits")}
+
+
+def _head_qwen(case: Case) -> dict[str, torch.Tensor]:
+    config = case.config
+    rpn = from_official("sd_rpn", case.weights, config=config)
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
+    renames = {
+        r"model\.twig_": "twig_",
+        r"model\.": "model.language_model.",
+        r"visual\.": "model.visual.",
+        r"lm_head\.": "lm_head.",
+    }
+    weights = _base_weights(case, renames)
+    base.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("twig_")})
+    input_ids, mask = case.input("input_ids"), case.input("attention_mask")
+    position_ids = []
+    rotary = base.model.language_model.rotary_emb
+    rotary.register_forward_pre_hook(lambda module, arguments: position_ids.append(arguments[1]))
+    first_pass = run_first_pass(
+        base,
+        config["twig_K"],
+        input_ids,
+        attention_mask=mask,
+        pixel_values=case.input("pixel_values"),
+        image_grid_thw=case.input("image_grid_thw"),
+        mm_token_type_ids=(input_ids == config["image_token_id"]).int(),
+    )
+    maps = [case.input(f"roi_target_map{row}") for row in range(len(input_ids))]
+    inputs = first_pass.rpn_inputs() | {"query_positions": _queries(case.input("labels")), "roi_target_map": maps}
+    results = _head_results(case, rpn, inputs, rpn.layers[-2], "twig_hidden_valid")
+    logits = results.pop("logits")
+    return results | {
+        "roi_logits_flat": torch.cat([roi.flatten() for roi in first_pass.maps(logits)]),
+        "position_ids_valid": position_ids[0][:, mask.bool()],
+    }
+
+
+ENTRIES: dict[str, Callable[[Case], dict[str, torch.Tensor]]] = {
+    "Qwen2_5_VLForConditionalGeneration.forward": _head_qwen,
+    "LlavaLlamaForCausalLM.forward": _head_llava,
+    **LABEL_ENTRIES,
+}

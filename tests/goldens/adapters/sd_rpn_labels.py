@@ -18,18 +18,6 @@ _ARGUMENTS = {
 }
 
 
-def run_labels(case: Case) -> dict[str, torch.Tensor] | None:
-    """What this package computes for a case of labels or attention rows; `None` for any other."""
-    for entry, function in (
-        ("llava.mm_utils.create_pseudo_labels", _llava),
-        ("qwen_src.mm_utils.create_pseudo_labels", _qwen),
-        ("llava.ana_utils.get_attn_weights_map", _attention_rows),
-    ):
-        if case.entry.startswith(entry):
-            return function(case)
-    return None
-
-
 def _thresholds(case: Case) -> dict[str, float]:
     return {ours: case.config[official] for official, ours in _ARGUMENTS.items() if official in case.config}
 
@@ -67,3 +55,10 @@ def _attention_rows(case: Case) -> dict[str, torch.Tensor]:
         "sink": average_attention([rows(sink, steps)])[0],
         "question_map": average_attention([rows(grounding, [0])[:, heads]])[0],
     }
+
+
+LABEL_ENTRIES = {
+    "llava.mm_utils.create_pseudo_labels": _llava,
+    "qwen_src.mm_utils.create_pseudo_labels": _qwen,
+    "llava.ana_utils.get_attn_weights_map": _attention_rows,
+}
