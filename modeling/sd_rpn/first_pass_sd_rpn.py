@@ -53,10 +53,15 @@ class FirstPass:
     image_mask: torch.Tensor
     images: list[ImageCells]
 
-    def rpn_inputs(self) -> dict:
-        """Keyword arguments of [`SdRpnModel`]."""
-        names = ("hidden_states", "position_embeddings", "attention_mask", "image_mask")
-        return {name: getattr(self, name) for name in names}
+    def rpn_inputs(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
+        """Keyword arguments of [`SdRpnModel`], on a device and in a dtype if they are given."""
+        mask = self.attention_mask
+        return {
+            "hidden_states": self.hidden_states.to(device=device, dtype=dtype),
+            "position_embeddings": tuple(table.to(device=device, dtype=dtype) for table in self.position_embeddings),
+            "attention_mask": None if mask is None else mask.to(device=device),
+            "image_mask": self.image_mask.to(device=device),
+        }
 
     def maps(self, logits: torch.Tensor) -> list[torch.Tensor]:
         """Cut logits `(batch, cells)` of the network into one map `(rows, columns)` for each image."""

@@ -24,8 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from hf_attn.base_transfer import FromBaseMixin
 from hf_attn.hub import HubModelMixin
@@ -45,13 +44,10 @@ class SdRpnOutput(ModelOutput):
         loss (`torch.FloatTensor`, *optional*): mean binary cross-entropy over the cells of the batch that are not ignored.
         logits (`torch.FloatTensor` of shape `(batch, cells)`): logits of the RoI maps, one for each image token, in order;
             float32. Rows with fewer image tokens than others are filled up with `-inf`.
-        hidden_states, attentions: of the layers that run in full.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class SdRpnAttention(LlamaAttention):
@@ -82,7 +78,6 @@ class SdRpnPreTrainedModel(HubModelMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": SdRpnDecoderLayer, "attentions": SdRpnAttention}
 
 
 class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
@@ -120,8 +115,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         for module in unused:
             module.requires_grad_(False)
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         hidden_states: torch.FloatTensor,

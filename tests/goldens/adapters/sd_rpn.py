@@ -2,17 +2,26 @@
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
+from PIL import Image
 from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from hf_attn.conversion import from_official
 from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass, states_before
+from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.prompts_sd_rpn import pad_to_square
+from hf_attn.modeling.sd_rpn.regions_sd_rpn import above_threshold, blur, padded_to_image, region_boxes
 
 from ..case import Case
 from ..tools import parameter_gradients, recorded
@@ -143,8 +152,91 @@ def _head_qwen(case: Case) -> dict[str, torch.Tensor]:
     }
 
 
+def _boxes(case: Case) -> dict[str, torch.Tensor]:
+    results = {}
+    grid = (case.config["grid"],) * 2
+    for index, setting in enumerate(case.config["cases"]):
+        blurred = blur(case.input(f"logits{index}").sigmoid())
+        boxes = region_boxes(above_threshold(blurred, setting["conf_thresh"]))
+        size = (setting["width"], setting["height"])
+        pixels = [padded_to_image(box, grid, size, case.config["encoder_size"]) for box in boxes]
+        results[f"blurred{index}"] = blurred
+        results[f"boxes_grid{index}"] = torch.tensor(boxes, dtype=torch.long).view(-1, 4)
+        results[f"boxes_image{index}"] = torch.tensor(pixels, dtype=torch.long).view(-1, 4)
+    return results
+
+
+def _two_stage(case: Case) -> dict[str, torch.Tensor]:
+    config, vision = case.config, case.config["vision"]
+    rpn = from_official("sd_rpn", case.weights, config=config)
+    size = vision["image_size"]
+    vision_names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision_names += ("image_size", "patch_size", "hidden_act", "layer_norm_eps")
+    cells = (size // vision["patch_size"]) ** 2
+    image_token = config["vocab_size"] - 1
+    base_config = LlavaConfig(
+        text_config=LlamaConfig(**_llama_fields(config)),
+        vision_config=CLIPVisionConfig(**{name: vision[name] for name in vision_names}),
+        image_token_index=image_token,
+        image_seq_length=cells,
+        vision_feature_layer=vision["feature_layer"],
+        vision_feature_select_strategy="default" if vision["drop_cls"] else "full",
+    )
+    base = LlavaForConditionalGeneration(base_config).eval()
+    renames = {
+        r"model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+        r"model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+        r"model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
+        r"(model)\.((layers|embed_tokens|norm)\.)": r"model.language_model.\2",
+        r"lm_head\.": "lm_head.",
+    }
+    base.load_state_dict(_base_weights(case, renames))
+
+    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None)
+    generator = SdRpnGenerator(base, rpn, SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer))
+    image = Image.fromarray(case.input("image").numpy())
+    mean = tuple(int(255 * channel) for channel in image_processor.image_mean)
+    pixel_values = image_processor(images=pad_to_square(image, mean), return_tensors="pt")["pixel_values"]
+    prompt = case.input("input_ids")[0].tolist()
+    where = prompt.index(-200)
+    input_ids = torch.tensor([prompt[:where] + [image_token] * cells + prompt[where + 1 :]])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
+    # The official option without masks crops every box.
+    masked = "upscale_method mask" in case.entry
+    with recorded({"logits": rpn}) as outputs, recorded({"pixels": base.model.vision_tower}, inputs=True) as seen:
+        focused = generator.focus(inputs, [[image]], config["roi_conf_thresh"], masked)
+    found = focused.images[0][0]
+    generated = base.generate(
+        **focused.model_inputs,
+        max_new_tokens=config["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    added = focused.model_inputs["input_ids"].shape[1] - input_ids.shape[1]
+    if added != case.info["extra_tokens"]:
+        raise AssertionError(f"The prompt grew by {added} tokens instead of {case.info['extra_tokens']}.")
+    features = focused.model_inputs["mm_encoder_outputs"]["image"].pooler_output
+    return {
+        "pixel_values_corner": pixel_values[..., ::24, ::24],
+        "roi_logits": outputs["logits"].logits.view(found.roi_map.shape),
+        "blurred": blur(found.roi_map),
+        "boxes_grid": torch.tensor([region.grid_box for region in found.regions]),
+        "boxes_image": torch.tensor(found.boxes),
+        "crop_pixel_values_corner": seen["pixels"][..., ::24, ::24],
+        "sub_features_first_rows": torch.stack([crop[:4] for crop in features[1:]]),
+        "first_logits": generated.logits[0][0],
+        "all_logits": torch.cat(generated.logits),
+        "generated_ids": generated.sequences[0, focused.model_inputs["input_ids"].shape[1] :],
+    }
+
+
 ENTRIES: dict[str, Callable[[Case], dict[str, torch.Tensor]]] = {
     "Qwen2_5_VLForConditionalGeneration.forward": _head_qwen,
     "LlavaLlamaForCausalLM.forward": _head_llava,
+    "LlavaLlamaForCausalLM.generate": _two_stage,
+    "get_bbox_from_noisy_map": _boxes,
     **LABEL_ENTRIES,
 }
