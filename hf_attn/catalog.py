@@ -474,6 +474,13 @@ TASKS = (
         type="image",
         default_model=("caidas/swin2SR-classical-sr-x2-64", "main"),
     ),
+    Task(
+        name="focused-image-text-to-text",
+        pipeline="FocusedImageTextToTextPipeline",
+        auto_class="AutoModelForImageTextToText",
+        type="multimodal",
+        default_model=("llava-hf/llava-1.5-7b-hf", "main"),
+    ),
 )
 
 #: slug -> paper, in the order of the README table.

@@ -1,7 +1,7 @@
 """Two-pass answers of SD-RPN: find the region that a question is about, encode it again, answer with both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FocusedImage:
     """What SD-RPN found in an image.
 
@@ -35,7 +35,7 @@ class FocusedImage:
     """
 
     image: "Image"
-    roi_map: torch.Tensor
+    roi_map: torch.Tensor = field(repr=False)
     threshold: float
     regions: list[Region]
     crops: list["Image"]

@@ -183,7 +183,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
 
         def heads_of(projection: nn.Linear, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             states = projection(layer.input_layernorm(hidden_states[row, position]))
-            states = states.view(len(row), 1, -1, attention.head_dim)
+            states = states.view(len(row), 1, states.shape[-1] // attention.head_dim, attention.head_dim)
             if not self.config.use_rope:
                 return states[:, 0]
             cos, sin = (

@@ -27,8 +27,10 @@ class Prompt:
     images: list["Image"]
 
 
-def is_chat(prompt: PromptLike) -> bool:
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+def is_chat(prompt: Any) -> bool:
+    """Whether something is the messages of one chat."""
+    is_list = isinstance(prompt, list | tuple) and len(prompt) > 0
+    return is_list and isinstance(prompt[0], Mapping) and "role" in prompt[0]
 
 
 def read_prompt(processor: ProcessorMixin, prompt: PromptLike, images: ImagesLike = None) -> Prompt:

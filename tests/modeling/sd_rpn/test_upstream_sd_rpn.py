@@ -14,7 +14,8 @@ class SdRpnUpstreamTest(UpstreamModelTests, unittest.TestCase):
     has_attentions = False
     skipped = {
         **dict.fromkeys(
-            ("test_model_get_set_embeddings", "test_resize_*embeddings*"), "the network starts from a base's hidden states"
+            ("test_model_get_set_embeddings", "test_resize_*embeddings*"),
+            "the network starts from a base's hidden states",
         ),
         **dict.fromkeys(
             ("test_hidden_states_output", "test_retain_grad_hidden_states_attentions"),
