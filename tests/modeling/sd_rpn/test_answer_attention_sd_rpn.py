@@ -1,5 +1,7 @@
 """Attention of answers to images: equal to the maps of eager generation, from one pass, of the published heads."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,12 +12,23 @@ from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import (
     attention_recipe,
     average_attention,
 )
+from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import find_images
+from hf_attn.modeling.sd_rpn.prompts_sd_rpn import encode_prompts, read_prompt
 
-from .bases import IMAGE_TOKEN, llava_inputs, qwen_inputs, tiny_llava, tiny_qwen
+from .tiny import BASES, picture, tiny_base, tiny_processor
 
 
-BASES = {"llava": (tiny_llava, llava_inputs), "qwen": (tiny_qwen, qwen_inputs)}
 RECIPE = AttentionRecipe({1: (0, 3), 2: (2,)}, {0: None}, "llava", 1e-3)
+
+
+def prompts(base: str) -> dict[str, torch.Tensor]:
+    """Two prompts of different lengths with images of different shapes."""
+    processor = tiny_processor(base)
+    read = [
+        read_prompt(processor, question, image)
+        for question, image in (("Who?", picture(90, 60)), ("Where is it?", picture(60, 100, seed=1)))
+    ]
+    return encode_prompts(processor, tiny_base(base).config, read)
 
 
 def generated(model, inputs, tokens=5):
@@ -23,7 +36,7 @@ def generated(model, inputs, tokens=5):
         **inputs,
         max_new_tokens=tokens,
         do_sample=False,
-        suppress_tokens=[IMAGE_TOKEN],
+        suppress_tokens=[model.config.image_token_id],
         output_attentions=True,
         return_dict_in_generate=True,
     )
@@ -43,30 +56,29 @@ def eager_means(attentions, heads, rows, sample, is_image):
 
 @pytest.mark.parametrize("base", BASES)
 def test_equals_the_maps_of_eager_generation(base):
-    make, make_inputs = BASES[base]
-    inputs = make_inputs()
-    model = make()
+    inputs = prompts(base)
+    # A copy: the implementation of the shared one stays as it is.
+    model = copy.deepcopy(tiny_base(base))
     model.set_attn_implementation("eager")
     answers, attentions = generated(model, inputs)
     model.set_attn_implementation("sdpa")
     # The second answer is said to be shorter.
     lengths = (5, 3)
     found = answer_attention(model, inputs, [a[:n] for a, n in zip(answers, lengths, strict=True)], RECIPE)
-    for i, attention in enumerate(found):
-        is_image = inputs["input_ids"][i] == IMAGE_TOKEN
+    images = find_images(model.config, inputs["input_ids"], inputs.get("image_sizes"), inputs.get("image_grid_thw"))
+    for i, (attention, image) in enumerate(zip(found, images, strict=True)):
+        is_cell = torch.zeros(inputs["input_ids"].shape[1], dtype=torch.bool)
+        is_cell[image.start : image.start + image.num_cells] = True
         for name in ("grounding", "sink"):
-            expected = eager_means(attentions, getattr(RECIPE, name), lengths[i] - 1, i, is_image)
-            found_map = getattr(attention, name)
-            assert found_map.shape == {"llava": ((4, 4), (4, 4)), "qwen": ((2, 4), (4, 2))}[base][i]
-            torch.testing.assert_close(found_map.flatten(), expected, atol=1e-6, rtol=0)
+            expected = eager_means(attentions, getattr(RECIPE, name), lengths[i] - 1, i, is_cell)
+            torch.testing.assert_close(getattr(attention, name), expected.view(image.grid), atol=1e-6, rtol=0)
     assert found[0].grounding.std() > 1e-3
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_no_layer_after_the_one_before_the_last_chosen_runs_and_hooks_are_removed(base):
-    make, make_inputs = BASES[base]
-    model, inputs = make(), make_inputs()
-    layers = model.model.language_model.layers
+    model, inputs = tiny_base(base), prompts(base)
+    layers = model.get_decoder().layers
     seen = []
     handles = [
         layer.register_forward_hook(lambda module, arguments, output, i=i: seen.append(i))
@@ -80,20 +92,20 @@ def test_no_layer_after_the_one_before_the_last_chosen_runs_and_hooks_are_remove
 
 
 def test_answers_of_one_token_have_no_rows():
-    model, inputs = tiny_llava(), llava_inputs()
-    one, none = answer_attention(model, inputs, [torch.tensor([9, 8]), torch.tensor([9])], RECIPE)
+    model, inputs = tiny_base("llava"), prompts("llava")
+    none, one = answer_attention(model, inputs, [torch.tensor([9]), torch.tensor([9, 8])], RECIPE)
     assert none is None
-    alone = {name: tensor[:1] for name, tensor in inputs.items()}
+    alone = {name: tensor[1:] for name, tensor in inputs.items()}
     (same,) = answer_attention(model, alone, [torch.tensor([9, 8])], RECIPE)
     torch.testing.assert_close(one.grounding, same.grounding, atol=1e-6, rtol=0)
     assert answer_attention(model, inputs, [torch.tensor([9])] * 2, RECIPE) == [None, None]
 
 
 def test_without_sink_layers_there_are_no_sinks():
-    (attention, _) = answer_attention(
-        tiny_qwen(), qwen_inputs(), [torch.tensor([9, 8])] * 2, AttentionRecipe({1: (0,)}, {}, "qwen", 1e-2)
-    )
-    assert attention.sink.tolist() == [[0] * 4] * 2
+    recipe = AttentionRecipe({1: (0,)}, {}, "qwen", 1e-2)
+    attention, _ = answer_attention(tiny_base("qwen2_5_vl"), prompts("qwen2_5_vl"), [torch.tensor([9, 8])] * 2, recipe)
+    assert attention.sink.shape == attention.grounding.shape
+    assert not attention.sink.any()
 
 
 def test_averages_rows_that_count():
@@ -122,28 +134,28 @@ def test_no_recipe(name):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (AttentionRecipe({9: (0,)}, {}, "llava", 1e-3), "uses layer 9, but the model has 4"),
+        (AttentionRecipe({9: (0,)}, {}, "llava", 1e-3), "uses layer 9, but the model has 7"),
         (AttentionRecipe({1: (7,)}, {}, "llava", 1e-3), r"heads \(7,\) of layer 1, which has 4"),
     ],
 )
 def test_recipes_for_larger_models(recipe, message):
     with pytest.raises(ValueError, match=message):
-        answer_attention(tiny_llava(), llava_inputs(), [torch.tensor([9, 8])] * 2, recipe)
+        answer_attention(tiny_base("llava"), prompts("llava"), [torch.tensor([9, 8])] * 2, recipe)
 
 
 def test_inputs_that_are_wrong():
-    model, inputs = tiny_llava(), llava_inputs()
+    model, inputs = tiny_base("llava"), prompts("llava")
     two = [torch.tensor([9, 8])] * 2
     with pytest.raises(ValueError, match=r"one image; they have \[0, 0\]"):
         answer_attention(model, {**inputs, "input_ids": inputs["input_ids"] * 0 + 9}, two, RECIPE)
     with pytest.raises(ValueError, match="non-empty answer for each of the 2 prompts"):
         answer_attention(model, inputs, two[:1], RECIPE)
     with pytest.raises(ValueError, match="image token in it"):
-        answer_attention(model, inputs, [two[0], torch.tensor([9, IMAGE_TOKEN])], RECIPE)
+        answer_attention(model, inputs, [two[0], torch.tensor([9, model.config.image_token_id])], RECIPE)
     with pytest.raises(ValueError, match="needs the processor's mm_token_type_ids"):
-        qwen = qwen_inputs()
+        qwen = prompts("qwen2_5_vl")
         del qwen["mm_token_type_ids"]
-        answer_attention(tiny_qwen(), qwen, two, RECIPE)
+        answer_attention(tiny_base("qwen2_5_vl"), qwen, two, RECIPE)
     with pytest.raises(ValueError, match="rule must be"):
         AttentionRecipe({1: (0,)}, {}, "vit", 1e-3)
     with pytest.raises(ValueError, match="needs heads in each layer"):
