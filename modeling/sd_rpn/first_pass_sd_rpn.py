@@ -120,13 +120,13 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
             "Qwen2.5-VL needs mm_token_type_ids, without which its positions are silently those of plain text. The processor "
             "returns them."
         )
-    images = find_images(base.config, input_ids, inputs.get("image_sizes"), inputs.get("image_grid_thw"))
     has_images = inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs") is not None
-    if has_images and not images:
+    if has_images and not (input_ids == base.config.image_token_id).any():
         raise ValueError(
             f"There are images but no image tokens (id {base.config.image_token_id}) in the prompts. Put the processor's "
             "image placeholder into each prompt with an image, or an image entry into its chat message."
         )
+    images = find_images(base.config, input_ids, inputs.get("image_sizes"), inputs.get("image_grid_thw"))
     layer = base.get_decoder().layers[branch_layer]
     hidden_states, arguments = states_before(layer, base, input_ids=input_ids, use_cache=False, **inputs)
     image_mask = torch.zeros(input_ids.shape, dtype=torch.bool, device=hidden_states.device)

@@ -64,7 +64,7 @@ def test_thresholds_go_by_task():
     assert (llava.threshold("TextVQA"), llava.threshold("docvqa"), llava.threshold("ocrbench")) == (0.15, 0.1, 0.05)
     assert (qwen.threshold("textvqa"), qwen.threshold("vstar"), qwen.threshold()) == (0.15, 0.175, 0.1)
     assert SdRpnConfig.from_variant("qwen2_5_vl_7b").threshold("vstar") == 0.075
-    with pytest.raises(ValueError, match="no threshold for the task 'mmmu'.*textvqa"):
+    with pytest.raises(ValueError, match=r"no threshold for the task 'mmmu'.*textvqa"):
         llava.threshold("mmmu")
 
 
@@ -324,9 +324,9 @@ def test_the_paper_s_choices_are_taken_for_bases_of_its_sizes():
 
 
 def test_bases_that_are_not_known_are_refused():
-    with pytest.raises(ValueError, match="'clip_vision_model'.*Supported bases: llava"):
+    with pytest.raises(ValueError, match=r"'clip_vision_model'.*Supported bases: llava"):
         SdRpnModel.config_from_base(CLIPVisionConfig())
-    with pytest.raises(ValueError, match="no published SD-RPN for a llava with 7 layers of width 32.*branch_layer="):
+    with pytest.raises(ValueError, match=r"no published SD-RPN for a llava with 7 layers of width 32.*branch_layer="):
         SdRpnModel.from_base(tiny_base("llava"))
     with pytest.raises(ValueError, match="does not know the language model 'gpt2'"):
         SdRpnModel.config_from_base(LlavaConfig(text_config={"model_type": "gpt2"}), branch_layer=2)
