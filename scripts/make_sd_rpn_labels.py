@@ -7,6 +7,11 @@ The paper's labels for LLaVA-1.5-7B, from the first question about each GQA imag
     accelerate launch scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --dtype bfloat16 \\
         --json_file llava_v1_5_mix665k.json --image_folder data --path_contains gqa --output_dir labels/gqa
 
+One of the official files of attention maps (pickles), without a model; nothing in it is run:
+
+    python scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
+        --output_dir labels/official
+
 Other sources: a data set of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
 images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a data set that
 `datasets.load_from_disk` reads and `scripts/train_sd_rpn.py` trains on. Started again with the same arguments it continues
@@ -23,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
@@ -36,7 +42,7 @@ try:
     import datasets
     from PIL import Image
 
-    from hf_attn.modeling.sd_rpn.dataset_sd_rpn import label_features
+    from hf_attn.modeling.sd_rpn.dataset_sd_rpn import label_features, official_labels
 except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
@@ -63,6 +69,9 @@ class Arguments:
             "help": "List of entries with `image`, a path in --image_folder, and `question` or `conversations` in the form of "
             "LLaVA's instruction data, whose first question is used."
         },
+    )
+    official_file: str | None = field(
+        default=None, metadata={"help": "Attention maps that the official scripts have written, with --image_folder."}
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the images."})
     path_contains: str | None = field(default=None, metadata={"help": "Use only images with this in their path."})
@@ -104,11 +113,11 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
         (args,) = parser.parse_json_file(arguments[0])
     else:
         (args,) = parser.parse_args_into_dataclasses(arguments)
-    sources = [args.dataset_name is not None, args.json_file is not None, args.question is not None]
-    if sum(sources) != 1:
-        raise stop("give exactly one of --dataset_name, --json_file, --question (with --image_folder)")
+    sources = (args.dataset_name, args.json_file, args.official_file, args.question)
+    if sum(source is not None for source in sources) != 1:
+        raise stop("give exactly one of --dataset_name, --json_file, --official_file, --question")
     if args.dataset_name is None and args.image_folder is None:
-        raise stop("--json_file and --question need --image_folder")
+        raise stop("--json_file, --official_file and --question need --image_folder")
     for name in ("batch_size", "part_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise stop(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -264,37 +273,52 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
     bar.close()
 
 
-def join_parts(args: Arguments, parts: Path, target: Path, count: int) -> datasets.Dataset:
-    """All parts as one data set in its place."""
+def join_parts(parts: Path, count: int) -> datasets.Dataset:
+    """All parts as one data set."""
     labelled = datasets.concatenate_datasets([datasets.load_from_disk(part) for part in sorted(parts.glob("[0-9]*"))])
-    labelled.info.description = f"Pseudo-labels for SD-RPN by the attention of {args.base}, from {count} images."
+    if len(labelled) < count:
+        print(
+            f"{count - len(labelled)} of {count} images are left out: the answer is a single token, without attention."
+        )
+    return labelled
+
+
+def load_official(args: Arguments) -> datasets.Dataset:
+    """Labels of the attention maps in an official file."""
+    recipe = make_recipe(args)
+    try:
+        return official_labels(
+            args.official_file, args.image_folder, rule=recipe.rule, sink_threshold=recipe.sink_threshold
+        )
+    except (ValueError, OSError) as error:
+        raise stop(str(error)) from error
+
+
+def save(labelled: datasets.Dataset, target: Path, base: str) -> None:
+    """Put a data set in its place when it is complete."""
+    labelled.info.description = f"Pseudo-labels for SD-RPN by the attention of {base}."
     unfinished = target.with_name(f".{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     labelled.save_to_disk(unfinished)
     unfinished.rename(target)
-    shutil.rmtree(parts)
-    return datasets.load_from_disk(target)
 
 
-def describe(labelled: datasets.Dataset, count: int) -> str:
+def describe(labelled: datasets.Dataset) -> str:
     """How much of the images is labelled as what."""
     usable = foreground = cells = 0
-    for labels in labelled.select_columns("roi_labels").with_format("torch")["roi_labels"]:
+    for labels in map(np.asarray, labelled.select_columns("roi_labels")["roi_labels"]):
         usable += bool((labels >= 0).any())
         foreground += int((labels == 1).sum())
         cells += int((labels >= 0).sum())
-    share = f", {foreground / cells:.1%} of their labelled cells foreground" if cells else ""
-    return (
-        f"{count} images, {len(labelled)} with an answer of more than one token, {usable} with labels that are not all "
-        f"ignored{share}."
-    )
+    share = f"; {foreground / cells:.1%} of their labelled cells are foreground" if cells else ""
+    return f"{len(labelled)} images, {usable} with labels that are not all ignored{share}."
 
 
 def main(arguments: list[str] | None = None) -> datasets.Dataset:
     """Run the script; returns the labels."""
     args = parse_arguments(arguments)
     make_recipe(args)
-    questions = load_questions(args)
+    questions = None if args.official_file else load_questions(args)
     state = PartialState()
     output = Path(args.output_dir)
     parts, target = output / "parts", output / "labels"
@@ -305,16 +329,17 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
                 print(f"Continuing the run in {output}.")
         except OutputFolderError as error:
             raise stop(f"{error} (--overwrite_output_dir)") from error
-        parts.mkdir(exist_ok=True)
     state.wait_for_everyone()
     if not target.is_dir():
-        label_parts(args, questions, parts)
-        state.wait_for_everyone()
+        if questions is not None:
+            label_parts(args, questions, parts)
+            state.wait_for_everyone()
         if state.is_main_process:
-            join_parts(args, parts, target, len(questions))
+            save(load_official(args) if questions is None else join_parts(parts, len(questions)), target, args.base)
+            shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
     labelled = datasets.load_from_disk(target)
-    state.print(describe(labelled, len(questions)))
+    state.print(describe(labelled))
     state.print(f"The labels are in {target}.")
     return labelled
 
