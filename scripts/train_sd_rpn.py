@@ -95,7 +95,7 @@ class DataArguments:
     )
     validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
     num_overlays: int = field(default=8, metadata={"help": "Held-back images to draw maps and boxes over."})
-    num_planted: int = field(default=19200, metadata={"help": "Images of the task without data."})
+    num_planted: int = field(default=4800, metadata={"help": "Images of the task without data."})
 
 
 @dataclass
