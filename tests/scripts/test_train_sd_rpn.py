@@ -74,10 +74,11 @@ def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path
     metrics = script.main(planted(tmp_path / "out"))
     output = capsys.readouterr().out
     assert "8 images to train on, 4 held back" in output
-    assert {"eval_loss", "mean_iou", "untrained_mean_iou"} == metrics.keys()
+    assert {"eval_loss", "mean_iou", "untrained_mean_iou", "target_mean_iou"} == metrics.keys()
     for name in ("eval loss", "mean iou", "untrained mean iou"):
         assert f"\n{name} " in output
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
+    assert metrics["target_mean_iou"] > 0.6
     pictures = sorted((tmp_path / "out" / "overlays").iterdir())
     assert [picture.name for picture in pictures] == ["00.png", "01.png"]
     assert Image.open(pictures[0]).size[1] > 200
