@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
@@ -319,7 +320,8 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
     args = parse_arguments(arguments)
     make_recipe(args)
     questions = None if args.official_file else load_questions(args)
-    state = PartialState()
+    # Without being told, accelerate takes processes on a machine without GPUs for strangers.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     output = Path(args.output_dir)
     parts, target = output / "parts", output / "labels"
     if state.is_main_process:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,6 +101,25 @@ def test_sources_are_interchangeable(script, base, images, tmp_path):
         other = script.main(arguments(base, tmp_path / f"b{i}", *source))
         for column in ("question", "answer", "roi_labels", "grounding", "sink"):
             assert other[column][:] == folder[column][:]
+
+
+def test_two_processes_share_the_images(script, base, images, tmp_path):
+    source = ("--image_folder", images, "--question", "What?", "--part_size", 1)
+    alone = script.main(arguments(base, tmp_path / "alone", *source))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, *arguments(base, tmp_path / "two", *source)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=SCRIPT.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The labels are in") == 1
+    together = datasets.load_from_disk(tmp_path / "two" / "labels")
+    for column in ("question", "answer", "roi_labels"):
+        assert together[column][:] == alone[column][:]
 
 
 def test_killed_and_restarted_it_labels_the_rest(script, base, images, tmp_path, monkeypatch):
