@@ -30,9 +30,10 @@ from transformers.utils import logging
 from .analysis import AttentionSimilarity, attention_similarity
 from .assets import SMOLLM2, load_texts, smollm2_folder, token_blocks
 from .hub import write_model_card
-from .modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer, train_stage
+from .modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer
 from .modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from .output_folder import claim_output_folder
+from .staged_training import train_stage
 
 
 BATCH_SIZE = 4

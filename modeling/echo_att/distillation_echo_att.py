@@ -12,15 +12,12 @@ Stage 2 is ordinary next-token training. The losses of tokens are means over all
 computed: over accumulation steps and processes.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
-from transformers.trainer_callback import TrainerState
 
 from .configuration_echo_att import EchoAttConfig
 
@@ -221,54 +218,12 @@ def recorded_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[l
             handle.remove()
 
 
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a Trainer in its output folder that was written to the end, if there is one."""
-    steps = {}
-    for checkpoint in Path(folder).glob("checkpoint-*"):
-        try:
-            # A trainer writes its state last.
-            steps[TrainerState.load_from_json(checkpoint / "trainer_state.json").global_step] = checkpoint
-        except (OSError, ValueError):
-            continue
-    return steps[max(steps)] if steps else None
-
-
-def train_stage(trainer: Trainer, folder: str | Path) -> Path:
-    """Train to the end, once: continue from the last complete checkpoint, and do nothing if the stage is finished.
-
-    A run that was killed and is started again ends with the same weights as one that was not.
-
-    Args:
-        trainer: its output folder holds the checkpoints.
-        folder: where the finished model goes.
-
-    Returns:
-        `folder`.
-    """
-    folder = Path(folder)
-    if folder.is_dir():
-        return folder
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(unfinished, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(unfinished))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        unfinished.rename(folder)
-    trainer.accelerator.wait_for_everyone()
-    return folder
-
-
 __all__ = [
     "EchoAttDistillationTrainer",
     "block_ends",
     "check_teacher",
     "hard_label_loss",
     "intermediate_loss",
-    "last_complete_checkpoint",
     "recorded_layers",
     "soft_label_loss",
-    "train_stage",
 ]

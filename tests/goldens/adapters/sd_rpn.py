@@ -25,6 +25,7 @@ from hf_attn.modeling.sd_rpn.regions_sd_rpn import above_threshold, blur, padded
 
 from ..case import Case
 from ..tools import parameter_gradients, recorded
+from .sd_rpn_labels import LABEL_ENTRIES
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
@@ -237,4 +238,5 @@ ENTRIES: dict[str, Callable[[Case], dict[str, torch.Tensor]]] = {
     "LlavaLlamaForCausalLM.forward": _head_llava,
     "LlavaLlamaForCausalLM.generate": _two_stage,
     "get_bbox_from_noisy_map": _boxes,
+    **LABEL_ENTRIES,
 }

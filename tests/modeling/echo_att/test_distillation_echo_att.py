@@ -18,12 +18,11 @@ from hf_attn.modeling.echo_att.distillation_echo_att import (
     block_ends,
     hard_label_loss,
     intermediate_loss,
-    last_complete_checkpoint,
     recorded_layers,
     soft_label_loss,
-    train_stage,
 )
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from hf_attn.staged_training import last_complete_checkpoint, train_stage
 
 
 ROOT = Path(__file__).parents[3]

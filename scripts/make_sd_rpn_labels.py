@@ -1,0 +1,352 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Make pseudo-labels for SD-RPN: a multimodal model answers questions, and its attention says where it looked.
+
+The paper's labels for LLaVA-1.5-7B, from the first question about each GQA image of LLaVA's instruction data:
+
+    accelerate launch scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --dtype bfloat16 \\
+        --json_file llava_v1_5_mix665k.json --image_folder data --path_contains gqa --output_dir labels/gqa
+
+One of the official files of attention maps (pickles), without a model; nothing in it is run:
+
+    python scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
+        --output_dir labels/official
+
+Other sources: a data set of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
+images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a data set that
+`datasets.load_from_disk` reads and `scripts/train_sd_rpn.py` trains on. Started again with the same arguments it continues
+where it was. Several processes share the images.
+
+For a model without a published choice of heads: `--grounding_heads 14:13,24,26 --sink_heads 2:all --rule llava`.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import AttentionRecipe, attention_recipe
+from hf_attn.modeling.sd_rpn.labelling_sd_rpn import BOX_REQUEST, SHORT_ANSWER, label_images
+from hf_attn.output_folder import OutputFolderError, claim_output_folder
+
+
+try:
+    import datasets
+    from PIL import Image
+
+    from hf_attn.modeling.sd_rpn.dataset_sd_rpn import label_features, official_labels
+except ImportError as error:
+    raise SystemExit(
+        "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
+    ) from error
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass
+class Arguments:
+    """What to label, and by whose attention."""
+
+    base: str = field(metadata={"help": "Folder or Hub id of a LLaVA or Qwen2.5-VL."})
+    output_dir: str = field(metadata={"help": "Folder for the labels."})
+    dtype: str = field(default="auto", metadata={"help": "Of the base: float32, bfloat16, float16, auto."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    question_column: str = field(default="question", metadata={"help": "Column of the questions."})
+    json_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "List of entries with `image`, a path in --image_folder, and `question` or `conversations` in the form of "
+            "LLaVA's instruction data, whose first question is used."
+        },
+    )
+    official_file: str | None = field(
+        default=None, metadata={"help": "Attention maps that the official scripts have written, with --image_folder."}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Folder of the images."})
+    path_contains: str | None = field(default=None, metadata={"help": "Use only images with this in their path."})
+    question: str | None = field(default=None, metadata={"help": "Question about all images of --image_folder."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
+    image_kind: str = field(
+        default="natural",
+        metadata={"help": "For Qwen2.5-VL: natural or text.", "choices": ["natural", "text"]},
+    )
+    grounding_heads: list[str] | None = field(
+        default=None, metadata={"help": "Layers and heads that look at the object, as in `14:13,24,26 15:2`."}
+    )
+    sink_heads: list[str] | None = field(
+        default=None, metadata={"help": "Layers and heads that mark sinks, as in `16:17,22` or `2:all`."}
+    )
+    rule: str | None = field(default=None, metadata={"help": "Labelling rule for --grounding_heads: llava or qwen."})
+    sink_threshold: float | None = field(
+        default=None, metadata={"help": "Sink attention of a sink. Default: 1e-3 for llava, 1e-2 for qwen."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Images in a batch."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+    part_size: int = field(default=500, metadata={"help": "Images between two states to continue from."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+
+
+def stop(message: str) -> SystemExit:
+    return SystemExit(f"make_sd_rpn_labels.py: {message}")
+
+
+def parse_arguments(arguments: list[str] | None) -> Arguments:
+    """Parse command line arguments, or the JSON file that is the only one of them.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(Arguments)
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        (args,) = parser.parse_json_file(arguments[0])
+    else:
+        (args,) = parser.parse_args_into_dataclasses(arguments)
+    sources = (args.dataset_name, args.json_file, args.official_file, args.question)
+    if sum(source is not None for source in sources) != 1:
+        raise stop("give exactly one of --dataset_name, --json_file, --official_file, --question")
+    if args.dataset_name is None and args.image_folder is None:
+        raise stop("--json_file, --official_file and --question need --image_folder")
+    for name in ("batch_size", "part_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise stop(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if (args.grounding_heads is None) != (args.rule is None):
+        raise stop("--grounding_heads and --rule go together")
+    if args.grounding_heads is None and (args.sink_heads is not None or args.sink_threshold is not None):
+        raise stop("--sink_heads and --sink_threshold are for --grounding_heads")
+    return args
+
+
+def make_recipe(args: Arguments) -> AttentionRecipe:
+    """The published recipe of the base, or the one of the arguments."""
+    try:
+        if args.grounding_heads is None:
+            return attention_recipe(args.base, args.image_kind)
+        grounding, sink = parse_heads(args.grounding_heads), parse_heads(args.sink_heads or [])
+        if None in grounding.values():
+            raise ValueError("`all` is for --sink_heads.")
+        threshold = args.sink_threshold or {"llava": 1e-3, "qwen": 1e-2}.get(args.rule, 0.0)
+        return AttentionRecipe(grounding, sink, args.rule, threshold)
+    except ValueError as error:
+        raise stop(str(error)) from error
+
+
+def parse_heads(texts: Sequence[str]) -> dict[int, tuple[int, ...] | None]:
+    """`["14:13,24", "2:all"]` as `{14: (13, 24), 2: None}`."""
+    heads = {}
+    for text in texts:
+        layer, _, chosen = text.partition(":")
+        try:
+            heads[int(layer)] = None if chosen == "all" else tuple(map(int, chosen.split(",")))
+        except ValueError:
+            raise ValueError(f"{text!r} is no layer with heads; write 14:13,24,26.") from None
+    return heads
+
+
+# --- what to label -------------------------------------------------------------------------------------------------
+
+
+class Questions(Sequence):
+    """Images, as Pillow images or paths, with questions.
+
+    Args:
+        rows: the rows.
+        image: column of the images.
+        question: column of the questions.
+        folder: of images that are paths.
+    """
+
+    def __init__(self, rows: Sequence[dict], image: str = "image", question: str = "question", folder: str = ""):
+        self.rows, self.image, self.question, self.folder = rows, image, question, folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        row = self.rows[index]
+        image = row[self.image]
+        if isinstance(image, str):
+            path = Path(self.folder, image)
+            if not path.is_file():
+                raise stop(f"there is no image {path}")
+            image = Image.open(path)
+        return image.convert("RGB"), row[self.question]
+
+
+def load_questions(args: Arguments) -> Questions:
+    """What to label.
+
+    Raises:
+        SystemExit: with a message for the user, if there is nothing or a column is missing.
+    """
+    if args.dataset_name is not None:
+        questions = Questions(load_rows(args), args.image_column, args.question_column)
+    elif args.json_file is not None:
+        questions = Questions(list(read_json(args)), folder=args.image_folder)
+    else:
+        root = Path(args.image_folder)
+        files = sorted(
+            str(file.relative_to(root)) for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
+        )
+        rows = [{"image": file, "question": args.question} for file in files if (args.path_contains or "") in file]
+        questions = Questions(rows, folder=args.image_folder)
+    if not len(questions):
+        raise stop("there are no images to label")
+    return questions
+
+
+def load_rows(args: Arguments):
+    """Rows of a data set, saved by `save_to_disk`, in another folder or of the Hub."""
+    if Path(args.dataset_name, "state.json").is_file() or Path(args.dataset_name, "dataset_dict.json").is_file():
+        rows = datasets.load_from_disk(args.dataset_name)
+        rows = rows[args.dataset_split] if isinstance(rows, datasets.DatasetDict) else rows
+    else:
+        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+    for column in (args.image_column, args.question_column):
+        if column not in rows.column_names:
+            raise stop(f"{args.dataset_name} has no column {column!r}, only {', '.join(rows.column_names)}")
+    return rows if args.max_samples is None else rows.select(range(min(args.max_samples, len(rows))))
+
+
+def read_json(args: Arguments) -> Iterator[dict[str, str]]:
+    """Entries of a JSON file that have an image, with their first question."""
+    entries = json.loads(Path(args.json_file).read_text(encoding="utf-8"))
+    count = 0
+    for i, entry in enumerate(entries):
+        if "image" not in entry or (args.path_contains or "") not in entry["image"]:
+            continue
+        if "question" in entry:
+            question = entry["question"]
+        elif entry.get("conversations"):
+            question = entry["conversations"][0]["value"].replace("<image>", "").strip()
+        else:
+            raise stop(f"entry {i} of {args.json_file} has neither `question` nor `conversations`")
+        yield {"image": entry["image"], "question": question}
+        count += 1
+        if count == args.max_samples:
+            return
+
+
+# --- labelling -----------------------------------------------------------------------------------------------------
+
+
+def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
+    """Label the parts of this process that are not there yet, each into a folder of its own."""
+    state = PartialState()
+    recipe = make_recipe(args)
+    processor = AutoProcessor.from_pretrained(args.base)
+    model = AutoModelForImageTextToText.from_pretrained(args.base, dtype=args.dtype).eval().to(state.device)
+    # Photographs are labelled by where Qwen2.5-VL looks when it is asked for boxes.
+    asks_for_boxes = recipe.rule == "qwen" and args.image_kind == "natural"
+    starts = range(0, len(questions), args.part_size)
+    own = starts[state.process_index :: state.num_processes]
+    bar = tqdm(total=len(questions), desc="labelling", disable=not state.is_main_process)
+    for start in own:
+        end = min(start + args.part_size, len(questions))
+        folder = parts / f"{start:09d}"
+        if not folder.is_dir():
+            rows: list[dict[str, Any]] = []
+            for first in range(start, end, args.batch_size):
+                images, texts = zip(
+                    *(questions[i] for i in range(first, min(first + args.batch_size, end))), strict=True
+                )
+                asked = [text.replace(SHORT_ANSWER, BOX_REQUEST) for text in texts] if asks_for_boxes else None
+                labelled = label_images(
+                    model, processor, images, texts, recipe, asked=asked, max_new_tokens=args.max_new_tokens
+                )
+                rows += [row for row in labelled if row is not None]
+                bar.update(len(images) * state.num_processes)
+            unfinished = parts / f".{folder.name}"
+            datasets.Dataset.from_list(rows, features=label_features()).save_to_disk(unfinished)
+            unfinished.rename(folder)
+    bar.close()
+
+
+def join_parts(parts: Path, count: int) -> datasets.Dataset:
+    """All parts as one data set."""
+    labelled = datasets.concatenate_datasets([datasets.load_from_disk(part) for part in sorted(parts.glob("[0-9]*"))])
+    if len(labelled) < count:
+        print(
+            f"{count - len(labelled)} of {count} images are left out: the answer is a single token, without attention."
+        )
+    return labelled
+
+
+def load_official(args: Arguments) -> datasets.Dataset:
+    """Labels of the attention maps in an official file."""
+    recipe = make_recipe(args)
+    try:
+        return official_labels(
+            args.official_file, args.image_folder, rule=recipe.rule, sink_threshold=recipe.sink_threshold
+        )
+    except (ValueError, OSError) as error:
+        raise stop(str(error)) from error
+
+
+def save(labelled: datasets.Dataset, target: Path, base: str) -> None:
+    """Put a data set in its place when it is complete."""
+    labelled.info.description = f"Pseudo-labels for SD-RPN by the attention of {base}."
+    unfinished = target.with_name(f".{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    labelled.save_to_disk(unfinished)
+    unfinished.rename(target)
+
+
+def describe(labelled: datasets.Dataset) -> str:
+    """How much of the images is labelled as what."""
+    usable = foreground = cells = 0
+    for labels in map(np.asarray, labelled.select_columns("roi_labels")["roi_labels"]):
+        usable += bool((labels >= 0).any())
+        foreground += int((labels == 1).sum())
+        cells += int((labels >= 0).sum())
+    share = f"; {foreground / cells:.1%} of their labelled cells are foreground" if cells else ""
+    return f"{len(labelled)} images, {usable} with labels that are not all ignored{share}."
+
+
+def main(arguments: list[str] | None = None) -> datasets.Dataset:
+    """Run the script; returns the labels."""
+    args = parse_arguments(arguments)
+    make_recipe(args)
+    questions = None if args.official_file else load_questions(args)
+    # Without being told, accelerate takes processes on a machine without GPUs for strangers.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    output = Path(args.output_dir)
+    parts, target = output / "parts", output / "labels"
+    if state.is_main_process:
+        settings = {name: value for name, value in asdict(args).items() if name != "overwrite_output_dir"}
+        try:
+            if claim_output_folder(output, settings, args.overwrite_output_dir):
+                print(f"Continuing the run in {output}.")
+        except OutputFolderError as error:
+            raise stop(f"{error} (--overwrite_output_dir)") from error
+    state.wait_for_everyone()
+    if not target.is_dir():
+        if questions is not None:
+            label_parts(args, questions, parts)
+            state.wait_for_everyone()
+        if state.is_main_process:
+            save(load_official(args) if questions is None else join_parts(parts, len(questions)), target, args.base)
+            shutil.rmtree(parts, ignore_errors=True)
+    state.wait_for_everyone()
+    labelled = datasets.load_from_disk(target)
+    state.print(describe(labelled))
+    state.print(f"The labels are in {target}.")
+    return labelled
+
+
+if __name__ == "__main__":
+    main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()

@@ -1,0 +1,382 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train a region proposal network of SD-RPN on pseudo-labels; the base is run and not changed.
+
+Without arguments about model and data, a network for a tiny random LLaVA learns to find the coloured square that a question
+names, among others on textured noise; about three minutes on one core. It prints the IoU of the predicted boxes with the true
+ones on held-back images, and draws examples into `output_dir/overlays`:
+
+    python scripts/train_sd_rpn.py --output_dir out
+
+The paper's recipe for LLaVA-1.5-7B on labels that scripts/make_sd_rpn_labels.py has made, on four GPUs:
+
+    accelerate launch --num_processes 4 scripts/train_sd_rpn.py --base llava-hf/llava-1.5-7b-hf --bf16 true \\
+        --labels labels/gqa/labels labels/ocr_vqa/labels --output_dir rpn-7b --push_to_hub true
+
+The network ends up in `output_dir/rpn`. Started again with the same arguments the script continues where it was, and ends with
+the same weights. Batch sizes, learning rate and so on are those of the paper for the base's type if they are not given.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    HfArgumentParser,
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_attn.hub import write_model_card
+from hf_attn.modeling.sd_rpn.evaluation_sd_rpn import box_iou
+from hf_attn.modeling.sd_rpn.generation_sd_rpn import FocusedImage, SdRpnGenerator
+from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
+from hf_attn.modeling.sd_rpn.planted_sd_rpn import PlantedSquares, tiny_llava
+from hf_attn.modeling.sd_rpn.regions_sd_rpn import Box, llava_regions
+from hf_attn.modeling.sd_rpn.training_sd_rpn import RoiCollator, SdRpnTrainer
+from hf_attn.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.staged_training import train_stage
+
+
+try:
+    import datasets
+    from PIL import Image, ImageDraw
+except ImportError as error:
+    raise SystemExit(
+        "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
+    ) from error
+
+#: type of the base -> defaults of the paper's training, on four processes; "planted" is the task without data
+RECIPES = {
+    "llava": {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 16},
+    "qwen2_5_vl": {"learning_rate": 1e-4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
+    "planted": {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "max_steps": 2400, "save_steps": 400},
+}
+RECIPES["llava_next"] = RECIPES["llava"]
+
+#: branch layer of the network for the tiny base, cells in a row of its map, and threshold: the target is what the mask covers
+PLANTED_BRANCH, PLANTED_GRID, PLANTED_THRESHOLD = 2, 12, 0.5
+
+
+@dataclass
+class ModelArguments:
+    """The base, and the network to train."""
+
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a LLaVA, LLaVA-Next or Qwen2.5-VL. Default: a tiny random LLaVA."},
+    )
+    rpn: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a network to train further, instead of a new one."}
+    )
+    branch_layer: int | None = field(
+        default=None, metadata={"help": "Layers of the base before the network. Default: the paper's for this base."}
+    )
+    num_rpn_layers: int = field(default=3, metadata={"help": "Layers of the network."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --base."}
+    )
+    validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
+    num_overlays: int = field(default=8, metadata={"help": "Held-back images to draw maps and boxes over."})
+    num_planted: int = field(default=4800, metadata={"help": "Images of the task without data."})
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with the paper's defaults; those that depend on the base are in `RECIPES`."""
+
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the images."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second beta of Adam."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints to continue from."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "All parameters that are trained are used in each step."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+
+
+Arguments = tuple[ModelArguments, DataArguments, ScriptTrainingArguments]
+
+
+def stop(message: str) -> SystemExit:
+    return SystemExit(f"train_sd_rpn.py: {message}")
+
+
+def parse_arguments(arguments: list[str] | None) -> Arguments:
+    """Parse command line arguments, or the JSON file that is the only one of them.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        arguments = [
+            text
+            for name, value in given.items()
+            for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+        ]
+    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
+    parser.set_defaults(**RECIPES[_kind_of_base(arguments)])
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    if (model_args.base is None) != (data_args.labels is None):
+        raise stop("--base and --labels go together; without both, the task without data is trained")
+    if model_args.rpn is not None and model_args.branch_layer is not None:
+        raise stop("--branch_layer is for a new network; that of --rpn has its own")
+    if data_args.validation_size < data_args.num_overlays:
+        raise stop("--num_overlays is larger than --validation_size")
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    return model_args, data_args, training_args
+
+
+def _kind_of_base(arguments: list[str]) -> str:
+    """Which recipe the arguments ask for."""
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--base")
+    base = only.parse_known_args(arguments)[0].base
+    if base is None:
+        return "planted"
+    kind = AutoConfig.from_pretrained(base).model_type
+    if kind not in RECIPES:
+        raise stop(f"--base {base} is a {kind!r}; SD-RPN is for {', '.join(sorted(set(RECIPES) - {'planted'}))}")
+    return kind
+
+
+def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments) -> dict:
+    """What the resulting weights depend on."""
+    names = [
+        "num_train_epochs",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta2",
+        "max_grad_norm",
+        "optim",
+        "seed",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "bf16",
+        "fp16",
+    ]
+    training = {name: getattr(training_args, name) for name in names}
+    return json.loads(json.dumps({**asdict(model_args), **asdict(data_args), **training}, default=str))
+
+
+# --- model and data ------------------------------------------------------------------------------------------------
+
+
+def load_base(
+    model_args: ModelArguments, training_args: ScriptTrainingArguments
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The base and its processor; the tiny one is kept in the output folder, for use with the network."""
+    if model_args.base is None:
+        base, processor = tiny_llava(PLANTED_GRID)
+        folder = Path(training_args.output_dir, "base")
+        if training_args.process_index == 0 and not folder.is_dir():
+            base.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        return base, processor
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    base = AutoModelForImageTextToText.from_pretrained(
+        model_args.base, dtype=dtype, attn_implementation=model_args.attn_implementation
+    )
+    return base, AutoProcessor.from_pretrained(model_args.base)
+
+
+def make_rpn(model_args: ModelArguments, base: PreTrainedModel) -> SdRpnModel:
+    """The network before its training, in full precision."""
+    if model_args.rpn is not None:
+        return SdRpnModel.from_pretrained(model_args.rpn, dtype=torch.float32)
+    options = {"num_hidden_layers": model_args.num_rpn_layers}
+    if model_args.base is None:
+        options |= {"branch_layer": PLANTED_BRANCH, "thresholds": {"default": PLANTED_THRESHOLD}}
+    if model_args.branch_layer is not None:
+        options["branch_layer"] = model_args.branch_layer
+    return SdRpnModel.from_base(base, **options).float()
+
+
+def load_data(data_args: DataArguments, seed: int) -> tuple[Sequence, Sequence]:
+    """Rows to train on and rows that are held back."""
+    if data_args.labels is None:
+        train = PlantedSquares(data_args.num_planted, PLANTED_GRID, seed=seed)
+        return train, PlantedSquares(data_args.validation_size, PLANTED_GRID, seed=seed + 1)
+    parts = []
+    for name in data_args.labels:
+        on_disk = Path(name, "state.json").is_file()
+        part = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split="train")
+        missing = {"image", "question", "roi_labels"} - set(part.column_names)
+        if missing:
+            raise stop(
+                f"--labels {name} has no {', '.join(sorted(missing))}; scripts/make_sd_rpn_labels.py makes labels"
+            )
+        parts.append(part.select_columns(["image", "question", "roi_labels"]))
+    rows = datasets.concatenate_datasets(parts)
+    if len(rows) <= data_args.validation_size:
+        raise stop(f"--labels have {len(rows)} images, not more than --validation_size {data_args.validation_size}")
+    split = rows.train_test_split(data_args.validation_size, seed=seed)
+    return split["train"], split["test"]
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def look(generator: SdRpnGenerator, rows: Sequence, batch_size: int = 16) -> list[FocusedImage]:
+    """Where the network looks in images, by the boxes of the two-pass inference."""
+    found = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="looking", leave=False):
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        focused = generator.prepare([row["question"] for row in batch], [row["image"] for row in batch])
+        found += [image for (image,) in focused.images]
+    return found
+
+
+def target_boxes(row: dict) -> list[Box]:
+    """What the two-pass inference would crop if the map were the target itself: as near as whole cells come."""
+    target = (row["roi_labels"] == 1).float()
+    regions = llava_regions(target, PLANTED_THRESHOLD, row["image"].size)
+    return [region.box for region in regions]
+
+
+def mean_iou(boxes: Sequence[Sequence[Box]], rows: Sequence) -> float:
+    """Mean IoU of the predicted box of each image with the planted one; no box counts as zero."""
+    ious = [box_iou(found[0], rows[i]["box"]) if found else 0.0 for i, found in enumerate(boxes)]
+    return sum(ious) / len(ious)
+
+
+def draw(found: FocusedImage, row: dict, side: int = 400) -> Image.Image:
+    """The image, and beside it map and predicted boxes (green), over the question; a planted box is drawn in white."""
+    image = found.image.convert("RGB")
+    veiled = found.overlay()
+    if "box" in row:
+        left, top, right, bottom = row["box"]
+        ImageDraw.Draw(veiled).rectangle((left, top, right - 1, bottom - 1), outline="white")
+    scale = side / max(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    picture = Image.new("RGB", (2 * size[0] + 10, size[1] + 24), "white")
+    for i, part in enumerate((image, veiled)):
+        picture.paste(part.resize(size, Image.Resampling.NEAREST), (i * (size[0] + 10), 0))
+    ImageDraw.Draw(picture).text((4, size[1] + 6), row["question"].replace("\n", " "), fill="black")
+    return picture
+
+
+def evaluate(
+    base: PreTrainedModel,
+    rpn: SdRpnModel,
+    untrained: SdRpnModel,
+    processor: ProcessorMixin,
+    held_back: Sequence,
+    args: Arguments,
+) -> dict[str, float]:
+    """Measure on the held-back images and draw some of them; the untrained network is measured beside the trained one."""
+    model_args, data_args, training_args = args
+    shown = held_back if model_args.base is None else held_back.select(range(data_args.num_overlays))
+    found = look(SdRpnGenerator(base, rpn.eval(), processor), shown)
+    metrics = {}
+    if model_args.base is None:
+        before = look(SdRpnGenerator(base, untrained.eval(), processor), held_back)
+        metrics = {
+            "mean_iou": mean_iou([image.boxes for image in found], held_back),
+            "untrained_mean_iou": mean_iou([image.boxes for image in before], held_back),
+            "target_mean_iou": mean_iou([target_boxes(row) for row in held_back], held_back),
+        }
+    folder = Path(training_args.output_dir, "overlays")
+    folder.mkdir(exist_ok=True)
+    for i in range(data_args.num_overlays):
+        draw(found[i], shown[i]).save(folder / f"{i:02d}.png")
+    return metrics
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the metrics of the evaluation."""
+    args = model_args, data_args, training_args = parse_arguments(arguments)
+    output = Path(training_args.output_dir)
+    try:
+        with training_args.main_process_first(desc="output folder", local=False):
+            if training_args.process_index == 0 and claim_output_folder(
+                output, settings_of(*args), training_args.overwrite_output_dir
+            ):
+                print(f"Continuing the run in {output}.")
+    except OutputFolderError as error:
+        raise stop(f"{error} (--overwrite_output_dir)") from error
+    set_seed(training_args.seed)
+
+    base, processor = load_base(model_args, training_args)
+    rpn, untrained = make_rpn(model_args, base), make_rpn(model_args, base)
+    train_rows, held_back = load_data(data_args, training_args.seed)
+    trained = sum(parameter.numel() for parameter in rpn.parameters() if parameter.requires_grad)
+    PartialState().print(
+        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held back"
+    )
+    training_args.output_dir = str(output / "checkpoints")
+    training_args.push_to_hub, push = False, training_args.push_to_hub
+    trainer = SdRpnTrainer(
+        model=rpn,
+        args=training_args,
+        base=base,
+        train_dataset=train_rows,
+        eval_dataset=held_back,
+        data_collator=RoiCollator(processor, base.config),
+    )
+    folder = train_stage(trainer, output / "rpn")
+    training_args.output_dir = str(output)
+
+    rpn = SdRpnModel.from_pretrained(folder).to(training_args.device)
+    trainer.model.load_state_dict(rpn.state_dict())
+    metrics = {"eval_loss": trainer.evaluate()["eval_loss"]}
+    if training_args.process_index == 0:
+        metrics |= evaluate(base, rpn, untrained.to(training_args.device), processor, held_back, args)
+        report(metrics, output, model_args, rpn, training_args)
+        if push:
+            name = training_args.hub_model_id or output.name
+            rpn.push_to_hub(name, token=training_args.hub_token, private=training_args.hub_private_repo)
+    PartialState().wait_for_everyone()
+    return metrics
+
+
+def report(
+    metrics: dict[str, float],
+    output: Path,
+    model_args: ModelArguments,
+    rpn: SdRpnModel,
+    training_args: TrainingArguments,
+) -> None:
+    """Print the metrics, and keep them in a file and in the model card."""
+    for name, value in metrics.items():
+        print(f"{name.replace('_', ' '):20}{value:8.3f}")
+    (output / "eval_results.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    training = {
+        name: getattr(training_args, name)
+        for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+    }
+    write_model_card(output / "rpn", rpn, base_model=model_args.base, evaluation=metrics, training=training)
+    print(f"The network is in {output / 'rpn'}, pictures of where it looks are in {output / 'overlays'}.")
+
+
+if __name__ == "__main__":
+    main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()
