@@ -52,6 +52,7 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.restoration.images import decode_image
 from hf_attn.restoration.metrics import RestorationMetrics, to_uint8
 from hf_attn.restoration.resize import bicubic_downscale, bicubic_resize, crop_to_multiple
+from hf_attn.restoration.warm_start import start_as_interpolation
 from hf_attn.variants import VariantsMixin
 
 
@@ -101,6 +102,13 @@ class ModelArguments:
         metadata={
             "help": "Scale. Default: that of the checkpoint or variant, else 2. A checkpoint of another scale gives its "
             "weights as far as they fit."
+        },
+    )
+    start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start of a model from scratch: `interpolation` of the image, or `random` as in the papers; default "
+            "interpolation, with a recipe random."
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
@@ -176,8 +184,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         raise stop("give exactly one of --model_name_or_path, --model_type")
     if model_args.model_type not in (None, *MODEL_TYPES):
         raise stop(f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}")
-    if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
-        raise stop("--variant and --config_overrides are for models from scratch (--model_type)")
+    scratch = (model_args.variant, model_args.config_overrides, model_args.start)
+    if model_args.model_name_or_path is not None and any(scratch):
+        raise stop("--variant, --config_overrides and --start are for models from scratch (--model_type)")
+    if model_args.start not in (None, "interpolation", "random"):
+        raise stop(f"--start {model_args.start} is not one of interpolation, random")
     if data_args.dataset_name is not None and data_args.train_dir is not None:
         raise stop("give either --dataset_name or --train_dir")
     if training_args.recipe not in (None, *RECIPES):
@@ -190,6 +201,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.learning_rate = training_args.learning_rate or learning_rate
     elif training_args.learning_rate is None:
         training_args.learning_rate = 2e-3
+    if model_args.start is None:
+        model_args.start = "interpolation" if training_args.recipe is None else "random"
     if training_args.ema_decay is None:
         training_args.ema_decay = 0.99 if training_args.recipe is None else 0.999
     if not (training_args.do_train or training_args.do_eval):
@@ -393,7 +406,10 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
         known = {config_field.name for config_field in fields(config_class)}
         small = {name: value for name, value in {**SMALL, "upscale": 2}.items() if name in known}
         config = config_class(**{**small, **overrides})
-    return AutoModelForImageToImage.from_config(config, **attention)
+    model = AutoModelForImageToImage.from_config(config, **attention)
+    if model_args.start == "interpolation":
+        start_as_interpolation(model)
+    return model
 
 
 def parse_overrides(overrides: list[str], config_class: type) -> dict[str, object]:
