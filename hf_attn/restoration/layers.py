@@ -46,16 +46,22 @@ def pad_to_multiple(pixel_values: torch.Tensor, multiple: int, mode: str = "refl
         padding = -size % multiple if mode == "reflect" else multiple - size % multiple
         if padding == 0:
             continue
-        position = torch.arange(size + padding, device=pixel_values.device)
         if mode == "reflect":
-            period = max(2 * size - 2, 1)
-            position = position % period
-            position = torch.where(position < size, position, period - position)
-        else:
-            position = position % (2 * size)
-            position = torch.where(position < size, position, 2 * size - 1 - position)
+            pixel_values = mirror(pixel_values, dim, 0, padding)
+            continue
+        position = torch.arange(size + padding, device=pixel_values.device) % (2 * size)
+        position = torch.where(position < size, position, 2 * size - 1 - position)
         pixel_values = pixel_values.index_select(dim, position)
     return pixel_values
+
+
+def mirror(pixel_values: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
+    """Pad a dimension by mirroring it without repeating the edge, as often as it takes."""
+    size = pixel_values.shape[dim]
+    period = max(2 * size - 2, 1)
+    position = torch.arange(-before, size + after, device=pixel_values.device) % period
+    position = torch.where(position < size, position, period - position)
+    return pixel_values.index_select(dim, position)
 
 
 def partition_windows(feature_map: torch.Tensor, window_size: int) -> torch.Tensor:
