@@ -16,7 +16,8 @@ A published size by a published recipe, on a folder of images, and then scale 4 
 Low-resolution images are made as in the papers: MATLAB's bicubic down-scaling, rounded to 8 bits. The evaluation prints
 PSNR and SSIM (Y channel, without a border as wide as the scale) of the averaged weights, and of bicubic enlargement.
 
-Left out: the second, adversarial stage of the real-world recipe (second-order degradations, perceptual and GAN loss).
+Left out: the real-world recipe. Its parts are in `hf_attn.restoration.degradation` (second-order degradations, sharpening) and
+`hf_attn.restoration.adversarial` (discriminator, perceptual and adversarial losses); no script trains with them yet.
 """
 
 import difflib
@@ -143,7 +144,7 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 2e-3."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 1e-3."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
     )
@@ -200,7 +201,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.max_steps = training_args.max_steps if training_args.max_steps > 0 else steps
         training_args.learning_rate = training_args.learning_rate or learning_rate
     elif training_args.learning_rate is None:
-        training_args.learning_rate = 2e-3
+        training_args.learning_rate = 1e-3
     if model_args.start is None:
         model_args.start = "interpolation" if training_args.recipe is None else "random"
     if training_args.ema_decay is None:
