@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train, fine-tune or evaluate a model for image super-resolution: HAT, DRCT, or any of `AutoModelForImageToImage` with a loss.
 
-A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; five minutes on two cores:
+A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; three minutes on two cores:
 
     python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 4000
 
