@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train, fine-tune or evaluate a model for image super-resolution: HAT, DRCT, or any of `AutoModelForImageToImage` with a loss.
 
-A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; five minutes on two cores:
+A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; three minutes on two cores:
 
     python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 4000
 
@@ -16,7 +16,8 @@ A published size by a published recipe, on a folder of images, and then scale 4 
 Low-resolution images are made as in the papers: MATLAB's bicubic down-scaling, rounded to 8 bits. The evaluation prints
 PSNR and SSIM (Y channel, without a border as wide as the scale) of the averaged weights, and of bicubic enlargement.
 
-Left out: the second, adversarial stage of the real-world recipe (second-order degradations, perceptual and GAN loss).
+Left out: the real-world recipe. Its parts are in `hf_attn.restoration.degradation` (second-order degradations, sharpening) and
+`hf_attn.restoration.adversarial` (discriminator, perceptual and adversarial losses); no script trains with them yet.
 """
 
 import difflib
@@ -52,6 +53,7 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.restoration.images import decode_image
 from hf_attn.restoration.metrics import RestorationMetrics, to_uint8
 from hf_attn.restoration.resize import bicubic_downscale, bicubic_resize, crop_to_multiple
+from hf_attn.restoration.warm_start import start_as_interpolation
 from hf_attn.variants import VariantsMixin
 
 
@@ -103,6 +105,13 @@ class ModelArguments:
             "weights as far as they fit."
         },
     )
+    start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start of a model from scratch: `interpolation` of the image, or `random` as in the papers; default "
+            "interpolation, with a recipe random."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
 
 
@@ -135,7 +144,7 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 2e-3."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 1e-3."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
     )
@@ -176,8 +185,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         raise stop("give exactly one of --model_name_or_path, --model_type")
     if model_args.model_type not in (None, *MODEL_TYPES):
         raise stop(f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}")
-    if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
-        raise stop("--variant and --config_overrides are for models from scratch (--model_type)")
+    scratch = (model_args.variant, model_args.config_overrides, model_args.start)
+    if model_args.model_name_or_path is not None and any(scratch):
+        raise stop("--variant, --config_overrides and --start are for models from scratch (--model_type)")
+    if model_args.start not in (None, "interpolation", "random"):
+        raise stop(f"--start {model_args.start} is not one of interpolation, random")
     if data_args.dataset_name is not None and data_args.train_dir is not None:
         raise stop("give either --dataset_name or --train_dir")
     if training_args.recipe not in (None, *RECIPES):
@@ -189,7 +201,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.max_steps = training_args.max_steps if training_args.max_steps > 0 else steps
         training_args.learning_rate = training_args.learning_rate or learning_rate
     elif training_args.learning_rate is None:
-        training_args.learning_rate = 2e-3
+        training_args.learning_rate = 1e-3
+    if model_args.start is None:
+        model_args.start = "interpolation" if training_args.recipe is None else "random"
     if training_args.ema_decay is None:
         training_args.ema_decay = 0.99 if training_args.recipe is None else 0.999
     if not (training_args.do_train or training_args.do_eval):
@@ -393,7 +407,10 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
         known = {config_field.name for config_field in fields(config_class)}
         small = {name: value for name, value in {**SMALL, "upscale": 2}.items() if name in known}
         config = config_class(**{**small, **overrides})
-    return AutoModelForImageToImage.from_config(config, **attention)
+    model = AutoModelForImageToImage.from_config(config, **attention)
+    if model_args.start == "interpolation":
+        start_as_interpolation(model)
+    return model
 
 
 def parse_overrides(overrides: list[str], config_class: type) -> dict[str, object]:

@@ -23,39 +23,52 @@ from hf_attn import from_official
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("ours", "spandrel")
-PUBLISHED = {"img_size": 64, "depths": [6] * 6, "num_heads": [6] * 6, "window_size": 16, "mlp_ratio": 2, "upscale": 4}
+PUBLISHED = {"depths": [6] * 6, "num_heads": [6] * 6, "window_size": 16, "mlp_ratio": 2, "upscale": 4}
 
 
-def spandrel_network(name: str) -> torch.nn.Module:
-    """The official architecture as spandrel keeps it, with random weights."""
+def spandrel_network(name: str, size: int) -> torch.nn.Module:
+    """The official architecture as spandrel keeps it, with random weights.
+
+    Only masks depend on the size that it is made for; DRCT makes others at each call for other sizes.
+    """
     torch.manual_seed(0)
     if name == "hat_s":
         from spandrel.architectures.HAT import HAT
 
-        return HAT(embed_dim=144, compress_ratio=24, squeeze_factor=24, **PUBLISHED).eval()
+        return HAT(embed_dim=144, compress_ratio=24, squeeze_factor=24, img_size=size, **PUBLISHED).eval()
     from spandrel.architectures.DRCT import DRCT
 
-    return DRCT(embed_dim=180, gc=32, upsampler="pixelshuffle", **PUBLISHED).eval()
+    return DRCT(embed_dim=180, gc=32, upsampler="pixelshuffle", img_size=size, **PUBLISHED).eval()
 
 
-def networks(name: str, dtype: torch.dtype, sides=SIDES) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def networks(
+    name: str, dtype: torch.dtype, size: int, sides=SIDES
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Both networks as functions of a float32 image."""
-    official = spandrel_network(name)
+    official = spandrel_network(name, size)
     functions = {}
     if "ours" in sides:
         ours = from_official(name.split("_")[0], official.state_dict()).to(dtype)
         functions["ours"] = lambda image: ours(image).reconstruction
     if "spandrel" in sides:
         official.to(dtype)
+        for module in official.modules():
+            if name == "drct" and hasattr(module, "calculate_mask"):
+                # Made in float32 for sizes that the network is not made for, which bfloat16 cannot add.
+                module.calculate_mask = partial(_in_dtype, module.calculate_mask, dtype)
         functions["spandrel"] = lambda image: official(image.to(dtype)).float()
     return functions
 
 
+def _in_dtype(function: Callable[..., torch.Tensor], dtype: torch.dtype, *args) -> torch.Tensor:
+    return function(*args).to(dtype)
+
+
 def check(name: str, dtype: str) -> float:
     """Largest error of ours in float32 or, in bfloat16, in units of spandrel's own."""
-    image = torch.rand(1, 3, 32, 48)
-    exact = networks(name, torch.float32, ("spandrel",))["spandrel"](image)
-    outputs = {side: function(image) for side, function in networks(name, DTYPES[dtype]).items()}
+    image = torch.rand(1, 3, 32, 32)
+    exact = networks(name, torch.float32, 32, ("spandrel",))["spandrel"](image)
+    outputs = {side: function(image) for side, function in networks(name, DTYPES[dtype], 32).items()}
     errors = {side: (output - exact).abs().max().item() for side, output in outputs.items()}
     allowed = 1e-5 if dtype == "fp32" else 2 * errors["spandrel"] + torch.finfo(torch.bfloat16).eps
     if errors["ours"] > allowed:
@@ -67,7 +80,7 @@ def check(name: str, dtype: str) -> float:
 
 def measure_peak(name: str, dtype: str, size: int, side: str) -> None:
     """Body of the fresh process."""
-    function = networks(name, DTYPES[dtype], (side,))[side]
+    function = networks(name, DTYPES[dtype], size, (side,))[side]
     image = torch.rand(1, 3, size, size)
     # Libraries allocate their own memory at the first call.
     function(image[..., :32, :32])
@@ -95,8 +108,8 @@ def main():
     for name in arguments.models:
         for dtype in arguments.dtypes:
             error = check(name, dtype)
-            functions = networks(name, DTYPES[dtype])
             for size in arguments.sizes:
+                functions = networks(name, DTYPES[dtype], size)
                 image = torch.rand(1, 3, size, size)
                 calls = {side: partial(function, image) for side, function in functions.items()}
                 seconds = alternating_medians(calls, arguments.repeats)

@@ -14,6 +14,7 @@ from hf_attn.modeling.drct.configuration_drct import DRCTConfig
 from hf_attn.modeling.drct.modeling_drct import DRCTForImageSuperResolution
 from hf_attn.modeling.hat.configuration_hat import HATConfig
 from hf_attn.modeling.hat.modeling_hat import HATForImageSuperResolution
+from tests.restoration.networks import SMALL_NETWORK, spandrel_network
 
 
 SHELL = {"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4, "upscale": 2}
@@ -298,21 +299,6 @@ def test_base_model():
 # --- conversion ----------------------------------------------------------------------------------------------------
 
 
-def spandrel_network(family: str, **overrides):
-    """An official network (as another project keeps it) with random weights everywhere."""
-    torch.manual_seed(0)
-    if family == "hat":
-        from spandrel.architectures.HAT import HAT as Network
-    else:
-        from spandrel.architectures.DRCT import DRCT as Network
-    network = Network(img_size=64, window_size=16, mlp_ratio=2, upsampler="pixelshuffle", **overrides).eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(("bias", "bias_table")):
-                parameter.add_(0.02 * torch.randn_like(parameter))
-    return network
-
-
 FULL_SIZE = {
     "hat_s_x4": {
         "embed_dim": 144,
@@ -339,12 +325,6 @@ def test_agrees_with_spandrel_at_full_size(variant):
     pixel_values = torch.rand(1, 3, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(model(pixel_values).reconstruction, network(pixel_values), atol=1e-5, rtol=0)
-
-
-SMALL_NETWORK = {
-    "hat": {"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "upscale": 4, "squeeze_factor": 5},
-    "drct": {"embed_dim": 12, "depths": [6, 6], "num_heads": [2, 2], "gc": 4, "upscale": 3},
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,7 +56,7 @@ def tiny(folder: Path, output_dir: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("family", ["hat", "drct"])
 def test_learns_and_reports_bicubic_beside_it(script, folder, tmp_path, family):
     overrides = TINY if family == "hat" else [*TINY[:4], "growth_channels=4"]
-    common = ["--model_type", family, "--scale", "3", "--config_overrides", *overrides]
+    common = ["--model_type", family, "--scale", "3", "--start", "random", "--config_overrides", *overrides]
     before = script.main([*common, *arguments(folder, tmp_path / "before", "--do_eval")])
     after = script.main([*common, *arguments(folder, tmp_path / "after", "--max_steps", "60", "--ema_decay", "0.9")])
     assert after["eval_loss"] < before["eval_loss"] / 1.5
@@ -66,6 +66,16 @@ def test_learns_and_reports_bicubic_beside_it(script, folder, tmp_path, family):
     assert saved.config.upscale == 3
     assert "hf_attn" in (tmp_path / "after" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "after" / "eval_results.json").read_text())["eval_psnr"] == after["eval_psnr"]
+
+
+@pytest.mark.parametrize("family", ["hat", "drct"])
+def test_starts_as_good_as_interpolation_and_recipes_at_random(script, folder, tmp_path, family):
+    overrides = TINY if family == "hat" else [*TINY[:4], "growth_channels=4"]
+    common = ["--model_type", family, "--config_overrides", *overrides]
+    start = script.main([*common, *arguments(folder, tmp_path / "start", "--do_eval")])
+    assert start["eval_psnr"] > start["eval_bicubic_psnr"] - 1
+    recipe = script.main([*common, *arguments(folder, tmp_path / "recipe", "--do_eval", "--recipe", "scratch")])
+    assert recipe["eval_psnr"] < recipe["eval_bicubic_psnr"] - 5
 
 
 def test_the_average_is_evaluated_saved_and_resumed(script, folder, tmp_path):
@@ -137,6 +147,7 @@ def test_a_patch_is_cut_out_of_the_scaled_down_image(script, folder):
         (["--dataset_name", "x"], "either --dataset_name or --train_dir"),
         (["--model_name_or_path", "x"], "exactly one of --model_name_or_path, --model_type"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in"),
+        (["--start", "bicubic"], "--start bicubic is not one of interpolation, random"),
     ],
 )
 def test_arguments_that_contradict_each_other(script, folder, tmp_path, more, message):
