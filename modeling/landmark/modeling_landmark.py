@@ -49,7 +49,8 @@ eager_attention_forward = LANDMARK.attention_function("landmark_eager")
 def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary embedding of `(batch, heads, length, head_dim)`; cosines and sines are `(batch, length, head_dim)`."""
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    return states * cos + rotate_half(states) * sin
+    # Under autocast the tables are float32 and the states are not.
+    return (states * cos + rotate_half(states) * sin).to(states.dtype)
 
 
 def make_norm(config: LandmarkConfig) -> nn.Module:

@@ -438,6 +438,16 @@ def test_all_implementations_give_the_same_gradients():
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+def test_autocast_reaches_the_fast_implementation():
+    """Queries, keys and values have one dtype, as the blockwise implementation requires."""
+    model, ids = make_model().train(), with_landmarks(random_ids(2, 17))
+    model.set_attn_implementation("landmark_torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(model(ids, labels=ids, use_cache=False).loss.item(), rel=0.02)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
