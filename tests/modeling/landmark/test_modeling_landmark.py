@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from hf_attn.modeling.landmark.insertion_landmark import Insertion
 from hf_attn.modeling.landmark.modeling_landmark import (
@@ -154,7 +155,7 @@ def test_the_landmark_gets_the_mean_rows(name):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 @pytest.mark.parametrize("chunk", [5, 10, 7, 1, 100])
 @pytest.mark.parametrize("offload", [False, True])
 def test_with_all_blocks_retrieved_it_is_one_full_forward(retrieval, chunk, offload):
@@ -175,7 +176,7 @@ def test_blocks_that_are_not_retrieved_do_not_exist():
     assert not torch.allclose(logits[:, 15:], expected[:, 15:], **CLOSE)
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_retrieval_equals_the_paper_written_out(retrieval):
     """A single layer, one row, query by query: the k blocks of the largest scores at their stingy places, the rest gone."""
     model = make_model(num_key_value_heads=2)
@@ -223,7 +224,11 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
         )
         if retrieval != "per_token_and_head":
             shares = landmark_scores.softmax(-1)
-            shared = shares.amax(0 if retrieval == "max_over_tokens" else 1, keepdim=True)
+            shared = {
+                "max_over_tokens": lambda: shares.amax(0, keepdim=True),
+                "max_over_heads": lambda: shares.amax(1, keepdim=True),
+                "max_over_tokens_and_heads": lambda: shares.amax((0, 1), keepdim=True),
+            }[retrieval]()
             landmark_scores = shared.expand_as(landmark_scores)
         expected = torch.zeros(length - past, heads, width)
         for i in range(past, length):
@@ -251,7 +256,7 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
     torch.testing.assert_close(outputs[-1][0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_do_not_touch_each_other(retrieval, side):
     """Rows of different lengths give what each gives alone, prompts and further tokens."""
@@ -302,7 +307,7 @@ def test_retrieving_queries_in_pieces_changes_nothing(monkeypatch):
     model, ids = make_model(), random_ids(2, 60)
     results = []
     for elements in (2**24, 1000):
-        monkeypatch.setattr("hf_attn.modeling.landmark.memory_landmark.GATHERED_ELEMENTS", elements)
+        monkeypatch.setattr("hf_attn.modeling.landmark.retrieval_landmark.GATHERED_ELEMENTS", elements)
         memory = LandmarkCache(model.config, top_k=2, max_chunk_length=20)
         results.append(logits_of(model, ids, past_key_values=memory, insert_landmarks=True))
     torch.testing.assert_close(*results, **CLOSE)
@@ -466,6 +471,9 @@ def test_bad_inputs_say_what_is_wrong():
             LandmarkCache(model.config, **{name: 0})
     with pytest.raises(ValueError, match=r"retrieval must be one of per_token_and_head, .*'nearest'"):
         LandmarkCache(model.config, retrieval="nearest")
+    changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match=r"rotary embedding of the model \('dynamic'\) changes with the length"):
+        LandmarkCache(LandmarkConfig(**SIZES, rope_parameters=changing))
     with pytest.raises(ValueError, match=r"max_blocks \(1\) must be at least top_k \(2\)"):
         LandmarkCache(model.config, top_k=2, max_blocks=1)
     with pytest.raises(ValueError, match="needs the configuration of a landmark model, got LlamaConfig"):
