@@ -34,6 +34,7 @@ from hf_attn.modeling.landmark.modeling_landmark import (
     LandmarkForCausalLM,
     add_landmark_token,
 )
+from hf_attn.modeling.landmark.reading_landmark import plot_reading, reading_counts
 
 
 VOCAB, FREQ, BLOCK = 40, 4, 5
@@ -398,6 +399,31 @@ def test_a_conversation_continues_from_its_memory():
     for layer in whole.past_key_values.retrieved_blocks:
         assert len(layer) == 7 + 8
         assert layer[-1].shape[:2] == (1, 4) and layer[-1].shape[3] == 2
+
+
+def test_what_was_read_is_counted_and_drawn(tmp_path):
+    model, ids = make_model(), random_ids(2, 30)
+    memory = LandmarkCache(model.config, top_k=2, max_chunk_length=5, record_retrieved=True)
+    logits_of(model, ids, past_key_values=memory, insert_landmarks=True)
+    counts = reading_counts(memory, row=1)
+    assert counts.shape == (2, 7)
+    expected = torch.zeros(7, dtype=torch.long)
+    for numbers in memory.retrieved_blocks[1]:
+        for number in numbers[1].flatten().tolist():
+            expected[number] += number >= 0
+    assert torch.equal(counts[1], expected)
+    # The last step has 2 tokens, each of 4 heads reads 2 blocks.
+    assert reading_counts(memory, last_steps=1).sum(-1).tolist() == [16, 16]
+    plot_reading(memory, tmp_path / "read.png")
+    assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="row must be between 0 and 1, got 2"):
+        reading_counts(memory, row=2)
+    with pytest.raises(ValueError, match="last_steps must be at least 1"):
+        reading_counts(memory, last_steps=0)
+    with pytest.raises(ValueError, match="Nothing was retrieved"):
+        reading_counts(LandmarkCache(model.config, top_k=2, record_retrieved=True))
+    with pytest.raises(ValueError, match="record_retrieved=True"):
+        reading_counts(LandmarkCache(model.config, top_k=2))
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
