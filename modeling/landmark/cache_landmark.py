@@ -110,7 +110,9 @@ class LandmarkCacheLayer(CacheLayerMixin):
         slots = self.keys.shape[2]
         if destination.needed > slots:
             blocks = -(-max(destination.needed, min(int(GROWTH * slots), self.cache.max_slots)) // block)
-            self.keys, self.values = (_grown(buffer, blocks * block) for buffer in (self.keys, self.values))
+            # One after the other, so that only one of the old buffers is held beside its successor.
+            self.keys = _grown(self.keys, blocks * block)
+            self.values = _grown(self.values, blocks * block)
             self.landmark_keys = _grown(self.landmark_keys, blocks)
 
         key_states, value_states = key_states.detach(), value_states.detach()

@@ -17,6 +17,7 @@ One row again:
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,8 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def in_fresh_processes(task: str, context: int, systems: tuple[str, ...], options: argparse.Namespace) -> dict:
+    # Freed memory goes back at once, so that the peak is what is held and not what the allocator keeps.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     shared = ("--threads", options.threads, "--top_k", options.top_k, "--mem_freq", options.mem_freq)
     return {
         system: run_fresh(__file__, "--worker", system, "--tasks", task, "--contexts", context, *shared)
