@@ -172,8 +172,8 @@ class LandmarkCache(Cache):
         record_retrieved: keep the numbers of the retrieved blocks, see [`LandmarkCache.retrieved_blocks`].
 
     Raises:
-        ValueError: for numbers below 1, an unknown `retrieval`, `max_blocks` below `top_k`, or a model whose rotary
-            embedding changes with the length of the input.
+        ValueError: for numbers below 1, an unknown `retrieval`, `max_blocks` below `top_k`, or, with `top_k` or
+            `max_chunk_length` or a second input, a model whose rotary embedding changes with the length of the input.
     """
 
     def __init__(
@@ -198,11 +198,9 @@ class LandmarkCache(Cache):
         if max_blocks is not None and (top_k is None or max_blocks < top_k):
             raise ValueError(f"max_blocks ({max_blocks}) must be at least top_k ({top_k}), which has to be given.")
         rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        if rope_type in CHANGING_ROTARY_EMBEDDINGS:
-            raise ValueError(
-                f"The rotary embedding of the model ({rope_type!r}) changes with the length of the input, and the keys in a "
-                "LandmarkCache would not. Give the configuration other rope_parameters, or pass use_cache=False."
-            )
+        self.changing_rotary_embedding = rope_type if rope_type in CHANGING_ROTARY_EMBEDDINGS else None
+        if top_k is not None or max_chunk_length is not None:
+            self._check_rotary_embedding()
         self.block_size = config.block_size
         self.top_k = top_k
         self.retrieval = retrieval
@@ -243,12 +241,22 @@ class LandmarkCache(Cache):
             raise ValueError("The retrieved blocks were not kept: create the cache with record_retrieved=True.")
         return [layer.retrieved for layer in self.layers]
 
+    def _check_rotary_embedding(self) -> None:
+        if self.changing_rotary_embedding is not None:
+            raise ValueError(
+                f"The rotary embedding of the model ({self.changing_rotary_embedding!r}) changes with the length of the "
+                "input, and the keys in a LandmarkCache do not. Give the configuration other rope_parameters, or pass "
+                "use_cache=False."
+            )
+
     def start(self, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
         """Called before an input: checks that it continues what is stored."""
         if self.lengths is None:
             self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
             self.is_landmark = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
             self.inserts_landmarks = inserts_landmarks
+        else:
+            self._check_rotary_embedding()
         if self.lengths.shape[0] != batch_size:
             raise ValueError(f"The cache holds {self.lengths.shape[0]} rows, the input has {batch_size}.")
         if self.inserts_landmarks != inserts_landmarks:

@@ -499,7 +499,10 @@ def test_bad_inputs_say_what_is_wrong():
         LandmarkCache(model.config, retrieval="nearest")
     changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(ValueError, match=r"rotary embedding of the model \('dynamic'\) changes with the length"):
-        LandmarkCache(LandmarkConfig(**SIZES, rope_parameters=changing))
+        LandmarkCache(LandmarkConfig(**SIZES, rope_parameters=changing), top_k=2)
+    with pytest.raises(ValueError, match="changes with the length"):
+        dynamic = LandmarkForCausalLM(LandmarkConfig(**SIZES, rope_parameters=changing))
+        dynamic(ids, past_key_values=dynamic(ids).past_key_values)
     with pytest.raises(ValueError, match=r"max_blocks \(1\) must be at least top_k \(2\)"):
         LandmarkCache(model.config, top_k=2, max_blocks=1)
     with pytest.raises(ValueError, match="needs the configuration of a landmark model, got LlamaConfig"):
