@@ -155,6 +155,40 @@ def load_texts(split: str = "train") -> list[str]:
     return [text for _, text in sorted(texts)]
 
 
+def read_texts(
+    split: str = "train",
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+    file: str | Path | None = None,
+) -> list[str]:
+    """The texts of a user: a text file, else a dataset, else those of :func:`load_texts`.
+
+    Args:
+        split: of the dataset or of :func:`load_texts`.
+        dataset_name: folder or Hub id of a dataset.
+        dataset_config_name: configuration of the dataset.
+        text_column: column of the dataset that holds the text.
+        file: a text file, which is one text.
+
+    Raises:
+        ValueError: if the dataset has no such column.
+    """
+    if file is not None:
+        return [Path(file).read_text(encoding="utf-8")]
+    if dataset_name is None:
+        return load_texts(split)
+    import datasets
+
+    dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split)
+    if text_column not in dataset.column_names:
+        raise ValueError(
+            f"{dataset_name} has no column {text_column!r}, which is to hold the text; it has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    return list(dataset[text_column])
+
+
 def _paragraphs(text: str) -> list[str]:
     return re.split(r"\n\n+", text)
 

@@ -127,7 +127,7 @@ _PAPERS = (
                 peft="llama",
             ),
         ),
-        attention=("landmark", "landmark_torch", "landmark_eager"),
+        attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
         converter=True,
     ),
     Paper(

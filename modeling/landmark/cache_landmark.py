@@ -1,10 +1,12 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Random-access memory: a cache of blocks from which each query retrieves those whose landmarks it scores highest.
 
-Keys are kept without rotary embedding, because the position of a block changes with every step and every choice. Rows of a
-batch are kept apart: each holds its own tokens from slot 0 on, without padding, so that rows may differ in length.
+The position of a block changes with every step and every choice, so keys are kept rotated for their offsets within their
+blocks only. Rows of a batch are kept apart: each holds its own tokens from slot 0 on, without padding, so that rows may
+differ in length.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,8 +15,50 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .configuration_landmark import LandmarkConfig
 
 
-Retrieval = Literal["per_token_and_head", "max_over_tokens", "max_over_heads"]
-RETRIEVALS = ("per_token_and_head", "max_over_tokens", "max_over_heads")
+Retrieval = Literal["per_token_and_head", "max_over_tokens", "max_over_heads", "max_over_tokens_and_heads"]
+
+#: dimensions of `(batch, heads, tokens, blocks)` that share a choice
+RETRIEVALS = {
+    "per_token_and_head": (),
+    "max_over_tokens": (2,),
+    "max_over_heads": (1,),
+    "max_over_tokens_and_heads": (1, 2),
+}
+
+#: kinds of rotary embedding whose frequencies depend on the length of the input
+CHANGING_ROTARY_EMBEDDINGS = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the tokens of an input are stored.
+
+    Attributes:
+        row, column: of the tokens that are stored, in the input.
+        slot: where each of them goes.
+        landmark_row, landmark_column, landmark_slot: the same for the landmarks among them; the slots are of blocks.
+        needed: number of slots that have to be there.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    slot: torch.Tensor
+    landmark_row: torch.Tensor
+    landmark_column: torch.Tensor
+    landmark_slot: torch.Tensor
+    needed: int
+
+    @classmethod
+    def of(cls, slots: torch.Tensor, needed: int, block_size: int) -> "Destination":
+        """From the slots of the tokens of an input, `(batch, length)`; -1 for what is not stored."""
+        row, column = (slots >= 0).nonzero(as_tuple=True)
+        slot = slots[row, column]
+        closes = slot % block_size == block_size - 1
+        return cls(row, column, slot, row[closes], column[closes], slot[closes] // block_size, needed)
+
+
+#: How much larger than needed a full buffer becomes, so that not every token copies it.
+GROWTH = 1.25
 
 
 def _grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
@@ -28,7 +72,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, and once more the keys of the landmarks.
 
     Attributes:
-        keys, values: `(batch, kv_heads, slots, head_dim)`, keys without rotary embedding; on the CPU if they are offloaded.
+        keys, values: `(batch, kv_heads, slots, head_dim)`, keys with the rotary embedding of their offsets within their
+            blocks; on the CPU if they are offloaded.
         landmark_keys: `(batch, kv_heads, slots of blocks, head_dim)`, on the device of the model.
         retrieved: for each step that retrieved, the numbers of the blocks in ascending order,
             `(batch, heads or 1, queries or 1, top_k)`; -1 where a row has fewer blocks.
@@ -51,31 +96,33 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, slots: torch.Tensor, needed: int, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, destination: Destination, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens.
 
         Args:
-            key_states, value_states: `(batch, kv_heads, length, head_dim)`, keys without rotary embedding.
-            slots: `(batch, length)`, where each token goes; -1 for padding, which is not stored.
-            needed: number of slots that have to be there.
+            key_states, value_states: `(batch, kv_heads, length, head_dim)`, keys rotated for their offsets.
+            destination: where each token goes.
         """
         block = self.cache.block_size
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if needed > self.keys.shape[2]:
-            blocks = -(-max(needed, min(2 * self.keys.shape[2], self.cache.max_slots)) // block)
-            self.keys, self.values = (_grown(buffer, blocks * block) for buffer in (self.keys, self.values))
+        slots = self.keys.shape[2]
+        if destination.needed > slots:
+            blocks = -(-max(destination.needed, min(int(GROWTH * slots), self.cache.max_slots)) // block)
+            # One after the other, so that only one of the old buffers is held beside its successor.
+            self.keys = _grown(self.keys, blocks * block)
+            self.values = _grown(self.values, blocks * block)
             self.landmark_keys = _grown(self.landmark_keys, blocks)
 
-        row, column = (slots >= 0).nonzero(as_tuple=True)
-        slot = slots[row, column]
-        new_keys, new_values = (states.detach()[row, :, column] for states in (key_states, value_states))
+        key_states, value_states = key_states.detach(), value_states.detach()
+        row, column, slot = destination.row, destination.column, destination.slot
         store = self.keys.device
-        self.keys[row.to(store), :, slot.to(store)] = new_keys.to(store)
-        self.values[row.to(store), :, slot.to(store)] = new_values.to(store)
-        closes = slot % block == block - 1
-        self.landmark_keys[row[closes], :, slot[closes] // block] = new_keys[closes]
+        self.keys[row.to(store), :, slot.to(store)] = key_states[row, :, column].to(store)
+        self.values[row.to(store), :, slot.to(store)] = value_states[row, :, column].to(store)
+        if len(destination.landmark_row):
+            landmarks = key_states[destination.landmark_row, :, destination.landmark_column]
+            self.landmark_keys[destination.landmark_row, :, destination.landmark_slot] = landmarks
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -117,6 +164,7 @@ class LandmarkCache(Cache):
         top_k: how many blocks a query retrieves; all of them if not given, which is the same as attending to everything.
         retrieval: who shares a choice. `"per_token_and_head"`: nobody. `"max_over_tokens"`: the tokens of a chunk, by the
             largest softmax over the landmarks. `"max_over_heads"`: the heads of a token, likewise.
+            `"max_over_tokens_and_heads"`: all heads of all tokens of a chunk.
         max_chunk_length: longest piece of the input, landmarks included, that is processed at once. With `top_k` and
             without this, it is what `config.train_context_length` leaves beside the retrieved blocks.
         offload_to_cpu: keep the blocks in CPU memory and move only those that are retrieved to the device of the model.
@@ -124,7 +172,8 @@ class LandmarkCache(Cache):
         record_retrieved: keep the numbers of the retrieved blocks, see [`LandmarkCache.retrieved_blocks`].
 
     Raises:
-        ValueError: for numbers below 1, an unknown `retrieval`, or `max_blocks` below `top_k`.
+        ValueError: for numbers below 1, an unknown `retrieval`, `max_blocks` below `top_k`, or, with `top_k` or
+            `max_chunk_length` or a second input, a model whose rotary embedding changes with the length of the input.
     """
 
     def __init__(
@@ -148,6 +197,10 @@ class LandmarkCache(Cache):
             raise ValueError(f"retrieval must be one of {', '.join(RETRIEVALS)}, got {retrieval!r}.")
         if max_blocks is not None and (top_k is None or max_blocks < top_k):
             raise ValueError(f"max_blocks ({max_blocks}) must be at least top_k ({top_k}), which has to be given.")
+        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        self.changing_rotary_embedding = rope_type if rope_type in CHANGING_ROTARY_EMBEDDINGS else None
+        if top_k is not None or max_chunk_length is not None:
+            self._check_rotary_embedding()
         self.block_size = config.block_size
         self.top_k = top_k
         self.retrieval = retrieval
@@ -170,6 +223,11 @@ class LandmarkCache(Cache):
         super().__init__(layers=[LandmarkCacheLayer(self) for _ in range(config.num_hidden_layers)])
 
     @property
+    def shares_choice(self) -> tuple[int, ...]:
+        """Dimensions of `(batch, heads, tokens, blocks)` that share a choice of blocks."""
+        return RETRIEVALS[self.retrieval]
+
+    @property
     def max_slots(self) -> int:
         """Most slots that are ever needed: the blocks to remember and the one that is being filled."""
         return 2**62 if self.max_blocks is None else (self.max_blocks + 1) * self.block_size
@@ -183,12 +241,22 @@ class LandmarkCache(Cache):
             raise ValueError("The retrieved blocks were not kept: create the cache with record_retrieved=True.")
         return [layer.retrieved for layer in self.layers]
 
+    def _check_rotary_embedding(self) -> None:
+        if self.changing_rotary_embedding is not None:
+            raise ValueError(
+                f"The rotary embedding of the model ({self.changing_rotary_embedding!r}) changes with the length of the "
+                "input, and the keys in a LandmarkCache do not. Give the configuration other rope_parameters, or pass "
+                "use_cache=False."
+            )
+
     def start(self, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
         """Called before an input: checks that it continues what is stored."""
         if self.lengths is None:
             self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
             self.is_landmark = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
             self.inserts_landmarks = inserts_landmarks
+        else:
+            self._check_rotary_embedding()
         if self.lengths.shape[0] != batch_size:
             raise ValueError(f"The cache holds {self.lengths.shape[0]} rows, the input has {batch_size}.")
         if self.inserts_landmarks != inserts_landmarks:

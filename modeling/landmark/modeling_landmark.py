@@ -25,7 +25,6 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    rotate_half,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -40,16 +39,11 @@ from hf_attn.hub import HubModelMixin
 from .cache_landmark import LandmarkCache
 from .configuration_landmark import LandmarkConfig
 from .insertion_landmark import LANDMARK_TOKEN, Insertion, add_landmark_token
-from .memory_landmark import MemoryStep, attend_to_memory, begin_step
+from .memory_landmark import MemoryStep, begin_step, rotate
+from .retrieval_landmark import attend_to_memory
 
 
 eager_attention_forward = LANDMARK.attention_function("landmark_eager")
-
-
-def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of `(batch, heads, length, head_dim)`; cosines and sines are `(batch, length, head_dim)`."""
-    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    return states * cos + rotate_half(states) * sin
 
 
 def make_norm(config: LandmarkConfig) -> nn.Module:
@@ -125,7 +119,8 @@ class LandmarkAttention(nn.Module):
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        rotated_query, rotated_key = (rotate(states, position_embeddings) for states in (query_states, key_states))
+        tables = tuple(table.unsqueeze(1) for table in position_embeddings)
+        rotated_query, rotated_key = (rotate(states, tables) for states in (query_states, key_states))
 
         if memory is not None and memory.retrieval is not None:
             attn_output, attn_weights = attend_to_memory(
@@ -135,7 +130,7 @@ class LandmarkAttention(nn.Module):
             all_keys, all_values = rotated_key, value_states
             if memory is not None and memory.past_length > 0:
                 past_keys, past_values = memory.past(self.layer_idx)
-                all_keys = torch.cat([rotate(past_keys, memory.past_embeddings), rotated_key], dim=2)
+                all_keys = torch.cat([past_keys, rotated_key], dim=2)
                 all_values = torch.cat([past_values, value_states], dim=2)
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward

@@ -3,41 +3,20 @@
 They have not been run on a GPU by these tests.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hf_attn.kernels.triton import supports_sigmoid_triton
 
+from .processes import ROOT, run, run_interpreted
+
 
 pytest.importorskip("triton", reason="needs triton (`pip install hf_attn[kernels]`)")
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
 
 def test_under_the_interpreter():
-    """triton reads TRITON_INTERPRET when a kernel is defined, hence the process of its own."""
-    result = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=",
-        "tests/kernels/interpreted_sigmoid_triton.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout and "skipped" not in result.stdout
+    output = run_interpreted("tests/kernels/interpreted_sigmoid_triton.py")
+    assert "passed" in output and "skipped" not in output
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -46,10 +25,10 @@ def test_under_the_interpreter():
 )
 def test_compiles_ahead_of_time(target, head_dim, dtype, mask, has_alibi, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
-    import sigmoid_triton_aot as aot
+    import triton_aot as aot
 
     for kernel in ("forward", "grad_query", "grad_key_value"):
-        compiled = aot.compile_kernel(kernel, target, head_dim, dtype, mask, has_alibi)
+        compiled = aot.compile_kernel("sigmoid", kernel, target, head_dim, dtype, mask, has_alibi=has_alibi)
         assert 0 < compiled.metadata.shared <= aot.SHARED_MEMORY[target]
         assert ("cubin" if target.startswith("sm") else "hsaco") in compiled.asm
 
@@ -58,10 +37,10 @@ def test_compiles_ahead_of_time(target, head_dim, dtype, mask, has_alibi, monkey
 @pytest.mark.parametrize(("head_dim", "dtype"), [(256, "bf16"), (16, "fp16")])
 def test_extreme_head_dims_fit(kernel, head_dim, dtype, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
-    import sigmoid_triton_aot as aot
+    import triton_aot as aot
 
     # 99 KiB is what a block may use on sm_86 and sm_89.
-    assert aot.compile_kernel(kernel, "sm_80", head_dim, dtype).metadata.shared <= 99 * 1024
+    assert aot.compile_kernel("sigmoid", kernel, "sm_80", head_dim, dtype).metadata.shared <= 99 * 1024
 
 
 def test_reasons():

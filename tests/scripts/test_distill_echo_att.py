@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
 from hf_attn.modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from tests.scripts.models import byte_tokenizer, llama
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_echo_att.py"
@@ -34,19 +31,10 @@ def script():
     return module
 
 
-def llama(**overrides):
-    set_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 257, **sizes, **overrides}))
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    vocabulary = {token: index for index, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     llama().save_pretrained(folder)
     return folder
 

@@ -5,11 +5,31 @@ import os
 
 import torch
 
+from ..landmark_blockwise import landmark_block_size, supports_landmark_blockwise
 from ..sigmoid_arguments import reason_not_fused
 
 
 #: What the kernels keep of one row on the chip.
 MAX_HEAD_DIM = 256
+#: and, with a tile of the size of a block, those of landmark attention
+MAX_LANDMARK_HEAD_DIM = 128
+LANDMARK_BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def _reason_not_here(query: torch.Tensor, value: torch.Tensor, max_head_dim: int) -> str:
+    """Why no kernel can run on these tensors; empty if one can."""
+    head_dim = max(query.shape[-1], value.shape[-1])
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (`pip install hf_attn[kernels]`)"
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on a GPU, and the tensors are on {query.device.type!r}"
+    if query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        return "triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 or float32, got {query.dtype}"
+    if head_dim > max_head_dim:
+        return f"it serves head dimensions up to {max_head_dim}, got {head_dim}"
+    return ""
 
 
 def supports_sigmoid_triton(
@@ -39,17 +59,27 @@ def supports_sigmoid_triton(
         dropout=dropout,
         output_weights=output_weights,
     )
-    head_dim = max(query.shape[-1], value.shape[-1])
-    if reason:
-        pass
-    elif importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed (`pip install hf_attn[kernels]`)"
-    elif query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = f"it runs on a GPU, and the tensors are on {query.device.type!r}"
-    elif query.device.type != "cuda" and query.dtype == torch.bfloat16:
-        reason = "triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers"
-    elif query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reason = f"it computes in float16, bfloat16 or float32, got {query.dtype}"
-    elif head_dim > MAX_HEAD_DIM:
-        reason = f"it serves head dimensions up to {MAX_HEAD_DIM}, got {head_dim}"
+    reason = reason or _reason_not_here(query, value, MAX_HEAD_DIM)
+    return not reason, reason
+
+
+def landmark_tile(is_landmark: torch.Tensor | None, kv_len: int) -> int | None:
+    """Size of the tiles for regular blocks; for fewer keys than a block has, any tile that holds them does."""
+    size = landmark_block_size(is_landmark, kv_len)
+    if size == kv_len + 1:
+        return next((tile for tile in LANDMARK_BLOCK_SIZES if tile > kv_len), None)
+    return size if size in LANDMARK_BLOCK_SIZES else None
+
+
+def supports_landmark_triton(query, key, value, *, is_landmark=None, **arguments) -> tuple[bool, str]:
+    """Whether :func:`hf_attn.kernels.triton.landmark.landmark_attention_triton` can serve a call, and if not, why."""
+    _, reason = supports_landmark_blockwise(query, key, value, is_landmark=is_landmark, **arguments)
+    reason = reason or _reason_not_here(query, value, MAX_LANDMARK_HEAD_DIM)
+    if not reason and landmark_tile(is_landmark, key.shape[2]) is None:
+        size = landmark_block_size(is_landmark, key.shape[2])
+        found = "there is no landmark" if size == key.shape[2] + 1 else f"they are {size} (mem_freq={size - 1})"
+        reason = (
+            f"its blocks are {', '.join(map(str, LANDMARK_BLOCK_SIZES))} tokens long with the landmark, and {found}; "
+            "train with mem_freq=63, for example"
+        )
     return not reason, reason

@@ -12,11 +12,19 @@ Causality and sliding windows are one thing here: query ``i`` and key ``j`` may 
 are skipped.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+
+from .common import (
+    dimension_constants,
+    load_rows,
+    new_gradients,
+    new_output,
+    on_device,
+    strides,
+    with_contiguous_rows,
+)
 
 
 # Beyond any distance, and far enough from the limits of int32 to add a position to it.
@@ -36,15 +44,6 @@ def _meeting_range(
     inner_start = tl.minimum((tl.maximum(last_start, 0) + BLOCK - 1) // BLOCK * BLOCK, stop)
     inner_stop = tl.maximum(tl.minimum(first_stop + 1, length) // BLOCK * BLOCK, inner_start)
     return start, inner_start, inner_stop, stop
-
-
-@triton.jit
-def _load(pointer, index, stride, length, dims, DIM: tl.constexpr, EDGE: tl.constexpr):
-    """Rows ``index`` of a matrix whose last dimension is contiguous; zeros beyond its bounds."""
-    mask = dims[None, :] < DIM
-    if EDGE:
-        mask = mask & (index[:, None] < length)
-    return tl.load(pointer + index[:, None] * stride + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -105,13 +104,13 @@ def _forward_blocks(
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
     for column in range(start, stop, BLOCK_COLUMNS):
         columns = column + tl.arange(0, BLOCK_COLUMNS)
-        keys = _load(key, columns, stride_key, kv_len, dims, HEAD_DIM, EDGE)
+        keys = load_rows(key, columns, stride_key, kv_len, dims, HEAD_DIM, EDGE)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
         weights = _weights(
             logits, rows[:, None], columns[None, :], mask, stride_mask_row, stride_mask_column, masked_at, bias, slope,
             q_len, kv_len, query_offset, min_distance, max_distance, MASK, HAS_ALIBI, EDGE,
         )  # fmt: skip
-        values = _load(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, EDGE)
+        values = load_rows(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, EDGE)
         output = tl.dot(weights.to(values.dtype), values, output, input_precision="ieee")
     return output
 
@@ -142,7 +141,7 @@ def _forward_kernel(
 
     rows = row + tl.arange(0, BLOCK_ROWS)
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
-    queries = _load(query, rows, stride_query, q_len, dims, HEAD_DIM, True)
+    queries = load_rows(query, rows, stride_query, q_len, dims, HEAD_DIM, True)
     accumulator = tl.zeros([BLOCK_ROWS, BLOCK_VALUE_DIM], dtype=tl.float32)
 
     first = row + query_offset
@@ -178,8 +177,8 @@ def _grad_query_blocks(
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
     for column in range(start, stop, BLOCK_COLUMNS):
         columns = column + tl.arange(0, BLOCK_COLUMNS)
-        keys = _load(key, columns, stride_key, kv_len, dims, HEAD_DIM, EDGE)
-        values = _load(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, EDGE)
+        keys = load_rows(key, columns, stride_key, kv_len, dims, HEAD_DIM, EDGE)
+        values = load_rows(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, EDGE)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
         weights = _weights(
             logits, rows[:, None], columns[None, :], mask, stride_mask_row, stride_mask_column, masked_at, bias, slope,
@@ -219,8 +218,8 @@ def _grad_query_kernel(
 
     rows = row + tl.arange(0, BLOCK_ROWS)
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
-    queries = _load(query, rows, stride_query, q_len, dims, HEAD_DIM, True)
-    grad_outputs = _load(grad_output, rows, stride_output, q_len, value_dims, VALUE_DIM, True)
+    queries = load_rows(query, rows, stride_query, q_len, dims, HEAD_DIM, True)
+    grad_outputs = load_rows(grad_output, rows, stride_output, q_len, value_dims, VALUE_DIM, True)
     accumulator = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
 
     first = row + query_offset
@@ -256,8 +255,8 @@ def _grad_key_value_blocks(
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
     for row in range(start, stop, BLOCK_ROWS):
         rows = row + tl.arange(0, BLOCK_ROWS)
-        queries = _load(query, rows, stride_query, q_len, dims, HEAD_DIM, EDGE)
-        grad_outputs = _load(grad_output, rows, stride_output, q_len, value_dims, VALUE_DIM, EDGE)
+        queries = load_rows(query, rows, stride_query, q_len, dims, HEAD_DIM, EDGE)
+        grad_outputs = load_rows(grad_output, rows, stride_output, q_len, value_dims, VALUE_DIM, EDGE)
         logits = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scaling
         weights = _weights(
             logits, rows[None, :], columns[:, None], mask, stride_mask_row, stride_mask_column, masked_at, bias, slope,
@@ -293,8 +292,8 @@ def _grad_key_value_kernel(
 
     columns = column + tl.arange(0, BLOCK_COLUMNS)
     dims, value_dims = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
-    keys = _load(key, columns, stride_key, kv_len, dims, HEAD_DIM, True)
-    values = _load(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, True)
+    keys = load_rows(key, columns, stride_key, kv_len, dims, HEAD_DIM, True)
+    values = load_rows(value, columns, stride_value, kv_len, value_dims, VALUE_DIM, True)
     grad_keys = tl.zeros([BLOCK_COLUMNS, BLOCK_DIM], dtype=tl.float32)
     grad_values = tl.zeros([BLOCK_COLUMNS, BLOCK_VALUE_DIM], dtype=tl.float32)
 
@@ -364,10 +363,6 @@ def launch_options(kernel: str, head_dim: int, dtype: torch.dtype, *, is_hip: bo
     return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps, "num_stages": 1 if is_hip else 2}
 
 
-def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
-    return tensor.stride()[:3]
-
-
 class _Call:
     """What forward and backward pass of one call have in common: arguments of the kernels and their tiles."""
 
@@ -414,10 +409,7 @@ class _Call:
             max_distance,
         )
         self.constants = {
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
-            "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
-            "BLOCK_VALUE_DIM": max(16, triton.next_power_of_2(value_dim)),
+            **dimension_constants(head_dim, value_dim),
             "MASK": mask_kind,
             "HAS_HEAD_BIAS": head_bias is not None,
             "HAS_ALIBI": alibi_slopes is not None,
@@ -426,7 +418,7 @@ class _Call:
         self.q_len, self.kv_len = q_len, kv_len
         self.widest, self.dtype, self.device = max(head_dim, value_dim), query.dtype, query.device
 
-    def launch(self, name: str, tensors, strides) -> None:
+    def launch(self, name: str, tensors, tensor_strides) -> None:
         options = launch_options(name, self.widest, self.dtype, is_hip=torch.version.hip is not None)
         if name == "grad_key_value":
             grid = (triton.cdiv(self.kv_len, options["BLOCK_COLUMNS"]), self.kv_heads)
@@ -434,13 +426,8 @@ class _Call:
             grid = (triton.cdiv(self.q_len, options["BLOCK_ROWS"]), self.query_heads)
         if 0 in grid:
             return
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with on_device:
-            KERNELS[name][grid](*tensors, *self.tensors, *strides, *self.arguments, **self.constants, **options)
-
-
-def _with_contiguous_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+        with on_device(self.device):
+            KERNELS[name][grid](*tensors, *self.tensors, *tensor_strides, *self.arguments, **self.constants, **options)
 
 
 @torch.library.custom_op("hf_attn::sigmoid_attention_triton", mutates_args=())
@@ -457,7 +444,7 @@ def _forward(
     sliding_window: int | None,
     query_offset: int,
 ) -> torch.Tensor:
-    query, key, value = _with_contiguous_rows(query, key, value)
+    query, key, value = with_contiguous_rows(query, key, value)
     call = _Call(
         query,
         key,
@@ -471,21 +458,15 @@ def _forward(
         sliding_window,
         query_offset,
     )
-    output = _new_output(query, value)
+    output = new_output(query, value)
     tensors = (query, key, value, output)
-    call.launch("forward", tensors, [stride for tensor in tensors for stride in _strides(tensor)])
+    call.launch("forward", tensors, strides(*tensors))
     return output
 
 
 @_forward.register_fake
 def _(query, key, value, *arguments):
-    return _new_output(query, value)
-
-
-def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """In memory ``(batch, q_len, heads, value_dim)``, which is how models go on with it."""
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+    return new_output(query, value)
 
 
 @torch.library.custom_op("hf_attn::sigmoid_attention_triton_backward", mutates_args=())
@@ -503,7 +484,7 @@ def _backward_op(
     sliding_window: int | None,
     query_offset: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_output, query, key, value = _with_contiguous_rows(grad_output, query, key, value)
+    grad_output, query, key, value = with_contiguous_rows(grad_output, query, key, value)
     call = _Call(
         query,
         key,
@@ -517,23 +498,16 @@ def _backward_op(
         sliding_window,
         query_offset,
     )
-    gradients = grad_query, grad_key, grad_value = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)
-    ]
+    gradients = grad_query, grad_key, grad_value = new_gradients(query, key, value)
     operands = (query, key, value, grad_output)
-    strides = [stride for tensor in operands for stride in _strides(tensor)]
-    call.launch("grad_query", (*operands, grad_query), [*strides, *_strides(grad_query)])
-    call.launch(
-        "grad_key_value",
-        (*operands, grad_key, grad_value),
-        [*strides, *_strides(grad_key), *_strides(grad_value)],
-    )
+    call.launch("grad_query", (*operands, grad_query), strides(*operands, grad_query))
+    call.launch("grad_key_value", (*operands, grad_key, grad_value), strides(*operands, grad_key, grad_value))
     return tuple(gradients)
 
 
 @_backward_op.register_fake
 def _(grad_output, query, key, value, *arguments):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    return tuple(new_gradients(query, key, value))
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,12 +1,14 @@
 """Official weights: the gradient that its golden cannot judge, the published difference."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
+from hf_attn.cli import main
 from hf_attn.conversion import ConversionError, from_official
 from tests.goldens.case import Case
 
@@ -75,6 +77,21 @@ def test_a_wrong_raw_model_is_found(difference):
     del arguments["checksum"], changes["model.norm.weight"]
     with pytest.raises(ConversionError, match=r"lacks nothing and has model\.norm\.weight beside it"):
         from_official("landmark", changes, arguments)
+
+
+def test_the_command_recovers_a_folder(difference, capsys):
+    """`difference_to` and `checksum` stand in the file of `--config`."""
+    folder, changes, recovered, checksum = difference
+    save_file(changes, folder / "difference.safetensors")
+    arguments = {**ARGUMENTS, "difference_to": str(folder / "raw"), "checksum": checksum}
+    command = ["convert", "landmark", folder / "difference.safetensors", "--config", folder / "config.json"]
+    for total, code in ((checksum, 0), (checksum + 0.05, 2)):
+        (folder / "config.json").write_text(json.dumps({**arguments, "checksum": total}))
+        assert main([*map(str, command), "--output", str(folder / f"output{code}")]) == code
+    assert "the raw model is another one" in capsys.readouterr().err
+    state = AutoModelForCausalLM.from_pretrained(folder / "output0").state_dict()
+    for name, tensor in recovered.items():
+        torch.testing.assert_close(state[name], tensor)
 
 
 def test_an_unknown_layout_is_refused():

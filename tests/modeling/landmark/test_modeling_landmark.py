@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from hf_attn.modeling.landmark.insertion_landmark import Insertion
 from hf_attn.modeling.landmark.modeling_landmark import (
@@ -33,6 +34,7 @@ from hf_attn.modeling.landmark.modeling_landmark import (
     LandmarkForCausalLM,
     add_landmark_token,
 )
+from hf_attn.modeling.landmark.reading_landmark import plot_reading, reading_counts
 
 
 VOCAB, FREQ, BLOCK = 40, 4, 5
@@ -154,7 +156,7 @@ def test_the_landmark_gets_the_mean_rows(name):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 @pytest.mark.parametrize("chunk", [5, 10, 7, 1, 100])
 @pytest.mark.parametrize("offload", [False, True])
 def test_with_all_blocks_retrieved_it_is_one_full_forward(retrieval, chunk, offload):
@@ -175,7 +177,7 @@ def test_blocks_that_are_not_retrieved_do_not_exist():
     assert not torch.allclose(logits[:, 15:], expected[:, 15:], **CLOSE)
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_retrieval_equals_the_paper_written_out(retrieval):
     """A single layer, one row, query by query: the k blocks of the largest scores at their stingy places, the rest gone."""
     model = make_model(num_key_value_heads=2)
@@ -223,7 +225,11 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
         )
         if retrieval != "per_token_and_head":
             shares = landmark_scores.softmax(-1)
-            shared = shares.amax(0 if retrieval == "max_over_tokens" else 1, keepdim=True)
+            shared = {
+                "max_over_tokens": lambda: shares.amax(0, keepdim=True),
+                "max_over_heads": lambda: shares.amax(1, keepdim=True),
+                "max_over_tokens_and_heads": lambda: shares.amax((0, 1), keepdim=True),
+            }[retrieval]()
             landmark_scores = shared.expand_as(landmark_scores)
         expected = torch.zeros(length - past, heads, width)
         for i in range(past, length):
@@ -251,7 +257,7 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
     torch.testing.assert_close(outputs[-1][0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("retrieval", ["per_token_and_head", "max_over_tokens", "max_over_heads"])
+@pytest.mark.parametrize("retrieval", RETRIEVALS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_do_not_touch_each_other(retrieval, side):
     """Rows of different lengths give what each gives alone, prompts and further tokens."""
@@ -302,7 +308,7 @@ def test_retrieving_queries_in_pieces_changes_nothing(monkeypatch):
     model, ids = make_model(), random_ids(2, 60)
     results = []
     for elements in (2**24, 1000):
-        monkeypatch.setattr("hf_attn.modeling.landmark.memory_landmark.GATHERED_ELEMENTS", elements)
+        monkeypatch.setattr("hf_attn.modeling.landmark.retrieval_landmark.GATHERED_ELEMENTS", elements)
         memory = LandmarkCache(model.config, top_k=2, max_chunk_length=20)
         results.append(logits_of(model, ids, past_key_values=memory, insert_landmarks=True))
     torch.testing.assert_close(*results, **CLOSE)
@@ -395,6 +401,31 @@ def test_a_conversation_continues_from_its_memory():
         assert layer[-1].shape[:2] == (1, 4) and layer[-1].shape[3] == 2
 
 
+def test_what_was_read_is_counted_and_drawn(tmp_path):
+    model, ids = make_model(), random_ids(2, 30)
+    memory = LandmarkCache(model.config, top_k=2, max_chunk_length=5, record_retrieved=True)
+    logits_of(model, ids, past_key_values=memory, insert_landmarks=True)
+    counts = reading_counts(memory, row=1)
+    assert counts.shape == (2, 7)
+    expected = torch.zeros(7, dtype=torch.long)
+    for numbers in memory.retrieved_blocks[1]:
+        for number in numbers[1].flatten().tolist():
+            expected[number] += number >= 0
+    assert torch.equal(counts[1], expected)
+    # The last step has 2 tokens, each of 4 heads reads 2 blocks.
+    assert reading_counts(memory, last_steps=1).sum(-1).tolist() == [16, 16]
+    plot_reading(memory, tmp_path / "read.png")
+    assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="row must be between 0 and 1, got 2"):
+        reading_counts(memory, row=2)
+    with pytest.raises(ValueError, match="last_steps must be at least 1"):
+        reading_counts(memory, last_steps=0)
+    with pytest.raises(ValueError, match="Nothing was retrieved"):
+        reading_counts(LandmarkCache(model.config, top_k=2, record_retrieved=True))
+    with pytest.raises(ValueError, match="record_retrieved=True"):
+        reading_counts(LandmarkCache(model.config, top_k=2))
+
+
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_cropping_takes_hidden_landmarks_along(top_k):
     model, ids = make_model(), random_ids(1, 30)
@@ -438,6 +469,16 @@ def test_all_implementations_give_the_same_gradients():
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+def test_autocast_reaches_the_fast_implementation():
+    """Queries, keys and values have one dtype, as the blockwise implementation requires."""
+    model, ids = make_model().train(), with_landmarks(random_ids(2, 17))
+    model.set_attn_implementation("landmark_torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(model(ids, labels=ids, use_cache=False).loss.item(), rel=0.02)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +497,12 @@ def test_bad_inputs_say_what_is_wrong():
             LandmarkCache(model.config, **{name: 0})
     with pytest.raises(ValueError, match=r"retrieval must be one of per_token_and_head, .*'nearest'"):
         LandmarkCache(model.config, retrieval="nearest")
+    changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match=r"rotary embedding of the model \('dynamic'\) changes with the length"):
+        LandmarkCache(LandmarkConfig(**SIZES, rope_parameters=changing), top_k=2)
+    with pytest.raises(ValueError, match="changes with the length"):
+        dynamic = LandmarkForCausalLM(LandmarkConfig(**SIZES, rope_parameters=changing))
+        dynamic(ids, past_key_values=dynamic(ids).past_key_values)
     with pytest.raises(ValueError, match=r"max_blocks \(1\) must be at least top_k \(2\)"):
         LandmarkCache(model.config, top_k=2, max_blocks=1)
     with pytest.raises(ValueError, match="needs the configuration of a landmark model, got LlamaConfig"):

@@ -1,6 +1,7 @@
-"""Compile the Triton kernels of sigmoid attention ahead of time, without a GPU, and report what they take.
+"""Compile the Triton kernels of a mechanism ahead of time, without a GPU, and report what they take.
 
-    python scripts/benchmarks/sigmoid_triton_aot.py --json aot.json
+    python scripts/benchmarks/triton_aot.py sigmoid --json aot.json
+    python scripts/benchmarks/triton_aot.py landmark --block-size 64
 
 Prints shared memory and, for NVIDIA targets, registers and spills as cuobjdump reads them from the binary. Nothing is
 run, so the numbers tell whether a kernel fits its target, not how fast it is.
@@ -18,7 +19,8 @@ from _common import print_table, write_json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_attn.kernels.triton import sigmoid
+from hf_attn.kernels.triton import landmark, sigmoid
+from hf_attn.kernels.triton.common import dimension_constants
 
 
 TARGETS = {
@@ -29,23 +31,32 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block may use
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPERANDS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
+STATISTICS = ("head_bias", "slopes", "normalisers", "corrections")
+MECHANISMS = {"sigmoid": sigmoid, "landmark": landmark}
 
 
-def compile_kernel(kernel: str, target: str, head_dim: int, dtype: str, mask: str = "none", has_alibi: bool = False):
-    """Compile one kernel as its launch would; the result's ``metadata.shared`` is in bytes."""
-    function = sigmoid.KERNELS[kernel]
+def sigmoid_options(kernel: str, target: str, head_dim: int, dtype: str, mask: str, has_alibi: bool = False):
+    """Constants and launch parameters."""
     options = sigmoid.launch_options(kernel, head_dim, DTYPES[dtype], is_hip=TARGETS[target].backend == "hip")
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": head_dim,
-        "BLOCK_DIM": triton.next_power_of_2(head_dim),
-        "BLOCK_VALUE_DIM": triton.next_power_of_2(head_dim),
-        "MASK": mask,
-        "HAS_HEAD_BIAS": False,
-        "HAS_ALIBI": has_alibi,
-        **options,
-    }
+    return {"MASK": mask, "HAS_HEAD_BIAS": False, "HAS_ALIBI": has_alibi, **options}, launch
+
+
+def landmark_options(kernel: str, target: str, head_dim: int, dtype: str, mask: str, block_size: int = 64):
+    """Constants and launch parameters."""
+    return {"HAS_MASK": mask != "none", "BLOCK": block_size}, landmark.launch_options(block_size, head_dim)
+
+
+def compile_kernel(mechanism: str, kernel: str, target: str, head_dim: int, dtype: str, mask: str = "none", **options):
+    """Compile one kernel as its launch would; the result's ``metadata.shared`` is in bytes.
+
+    Args:
+        options: `has_alibi` of sigmoid attention, `block_size` of landmark attention.
+    """
+    function = MECHANISMS[mechanism].KERNELS[kernel]
+    options_of = {"sigmoid": sigmoid_options, "landmark": landmark_options}[mechanism]
+    constants, launch = options_of(kernel, target, head_dim, dtype, mask, **options)
+    constants |= dimension_constants(head_dim, head_dim)
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -55,7 +66,7 @@ def compile_kernel(kernel: str, target: str, head_dim: int, dtype: str, mask: st
             signature[name] = f"*{dtype}"
         elif name == "mask":
             signature[name] = {"boolean": "*u8", "additive": f"*{dtype}", "none": f"*{dtype}"}[mask]
-        elif name in ("head_bias", "slopes"):
+        elif name in STATISTICS:
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name in ("scaling", "bias", "masked_at") else "i32"
@@ -79,21 +90,34 @@ def registers_and_spills(compiled) -> tuple[int, int] | None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mechanism", choices=MECHANISMS)
     parser.add_argument("--kernels", nargs="+", choices=sigmoid.KERNELS, default=list(sigmoid.KERNELS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16"])
     parser.add_argument("--mask", choices=("none", "boolean", "additive"), default="none")
-    parser.add_argument("--alibi", action="store_true")
+    parser.add_argument("--alibi", action="store_true", help="of sigmoid attention")
+    parser.add_argument("--block-size", type=int, default=64, help="of landmark attention")
     parser.add_argument("--json", type=Path, help="file to write the table to")
     arguments = parser.parse_args()
+    if arguments.mechanism == "landmark" and arguments.mask == "additive":
+        parser.error("the kernels of landmark attention take boolean masks")
 
+    options = {"sigmoid": {"has_alibi": arguments.alibi}, "landmark": {"block_size": arguments.block_size}}
     rows = []
     for target in arguments.targets:
         for head_dim in arguments.head_dims:
             for dtype in arguments.dtypes:
                 for kernel in arguments.kernels:
-                    compiled = compile_kernel(kernel, target, head_dim, dtype, arguments.mask, arguments.alibi)
+                    compiled = compile_kernel(
+                        arguments.mechanism,
+                        kernel,
+                        target,
+                        head_dim,
+                        dtype,
+                        arguments.mask,
+                        **options[arguments.mechanism],
+                    )
                     registers, spills = registers_and_spills(compiled) or (None, None)
                     rows.append(
                         {

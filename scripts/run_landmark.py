@@ -1,0 +1,393 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune a Llama-like model to landmark attention on plain text, and compare it with its base (arXiv 2305.16300).
+
+    python scripts/run_landmark.py --output_dir outputs/landmark --learning_rate 2e-4 --max_minutes 30
+
+takes SmolLM2-135M and the topics of Python's documentation; `--base` and `--dataset_name` take anything else. The evaluation
+prints, for the base and for the landmark model, the perplexity of held-back text by the length of the context, and the
+pass-key test, whose plot it draws. The landmark model retrieves `--cache_top_k` blocks, the base attends to everything.
+To evaluate again, or at other lengths:
+
+    python scripts/run_landmark.py --do_eval --model_name_or_path outputs/landmark --output_dir outputs/landmark \\
+        --evaluate landmark --passkey_lengths 16384 --passkey_trials 1
+
+What an earlier evaluation left in the folder for the model that is not evaluated appears in the tables and the plot.
+
+Several GPUs, the paper's schedule:
+
+    accelerate launch --config_file scripts/configs/landmark_fsdp.yaml scripts/run_landmark.py --bf16 true \\
+        --base huggyllama/llama-7b --mem_freq 50 --dataset_name togethercomputer/RedPajama-Data-1T-Sample \\
+        --validation_file held_back.txt --max_steps 15000 --per_device_train_batch_size 2 \\
+        --gradient_accumulation_steps 8 --output_dir outputs/llama-landmark
+
+See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_attn.analysis.context_perplexity import perplexity_by_context
+from hf_attn.analysis.passkey import PasskeyAnswer, PasskeyResult, passkey_test, plot_passkey
+from hf_attn.assets import read_texts, smollm2_folder, token_blocks
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS, LandmarkCache
+from hf_attn.modeling.landmark.data_landmark import LandmarkDataCollator
+from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
+
+
+BASE, LANDMARK = "base", "landmark"
+
+#: fields of a new landmark model that can be set
+BLOCKS = {"mem_freq": 63, "train_context_length": 512, "include_landmark_in_loss": True}
+
+
+@dataclass
+class ModelArguments:
+    """The base, and how blocks are made of its text, which a landmark model has in its configuration."""
+
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: SmolLM2-135M."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a landmark model to train further or evaluate, instead of a new one."},
+    )
+    mem_freq: int | None = field(
+        default=None, metadata={"help": "Regular tokens of a block. Default: 63 (paper: 50), for kernels of 64."}
+    )
+    train_context_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a training sequence, landmarks included. Default: 512."}
+    )
+    include_landmark_in_loss: bool | None = field(
+        default=None, metadata={"help": "Whether landmarks are targets. Default: true."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Of the landmark model in training."})
+
+
+@dataclass
+class DataArguments:
+    """Plain text; without a dataset and files, the topics of Python's own documentation."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text file to evaluate on, instead of the dataset's split `validation`."}
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured after training."""
+
+    evaluate: list[str] = field(
+        default_factory=lambda: [BASE, LANDMARK], metadata={"help": f"Models to evaluate: {BASE}, {LANDMARK}."}
+    )
+    perplexity_lengths: list[int] = field(
+        default_factory=lambda: [512, 1024, 2048, 4096, 8192],
+        metadata={"help": "Context lengths for the perplexity of the held-back text."},
+    )
+    passkey_lengths: list[int] = field(
+        default_factory=lambda: [1024, 2048, 4096, 8192], metadata={"help": "Tokens of the pass-key prompts."}
+    )
+    passkey_depths: list[float] = field(
+        default_factory=lambda: [0.1, 0.5, 0.9], metadata={"help": "Where the pass key stands, as shares of the text."}
+    )
+    passkey_trials: list[int] = field(
+        default_factory=lambda: [2],
+        metadata={"help": "Prompts for each length and depth: one number, or one a length."},
+    )
+    cache_top_k: int = field(
+        default=4, metadata={"help": "Blocks that a token and head of the landmark model retrieves."}
+    )
+    retrieval: str = field(
+        default="per_token_and_head", metadata={"help": f"Who shares a choice: {', '.join(RETRIEVALS)}."}
+    )
+    offload_cache_to_cpu: bool = field(default=False, metadata={"help": "Keep the blocks in CPU memory."})
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with the paper's defaults; trains and evaluates unless one of both is asked for."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The paper's, for 15,000 steps of LLaMA-7B."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: dict | str = field(
+        default_factory=lambda: {"num_cycles": 0.4}, metadata={"help": "The cosine ends near a tenth of its height."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Stop training after this time, wherever the schedule is."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into an output_dir that is not empty, without resuming."}
+    )
+
+
+class Trainer(HubTrainerMixin, transformers.Trainer):
+    """Writes the model card of the family."""
+
+
+class TimeLimit(TrainerCallback):
+    """Ends the training after a time."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.end = time.monotonic() + 60 * self.minutes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.monotonic() >= self.end
+
+
+def parse_arguments(
+    arguments: list[str] | None,
+) -> tuple[ModelArguments, DataArguments, EvaluationArguments, ScriptTrainingArguments]:
+    """Parse command line arguments, or the JSON file that is the only one of them.
+
+    Raises:
+        SystemExit: with a message for the user, if they contradict each other.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser((ModelArguments, DataArguments, EvaluationArguments, ScriptTrainingArguments))
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        parsed = parser.parse_json_file(arguments[0])
+    else:
+        parsed = parser.parse_args_into_dataclasses(arguments)
+    training_args = parsed[-1]
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    problem = _problem(*parsed)
+    if problem is not None:
+        parser.error(problem)
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    return parsed
+
+
+def _problem(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    evaluation_args: EvaluationArguments,
+    training_args: ScriptTrainingArguments,
+) -> str | None:
+    """What is wrong with the arguments, if something is."""
+    blocks = {name: value for name, value in vars(model_args).items() if name in BLOCKS and value is not None}
+    if model_args.model_name_or_path is not None and blocks:
+        return f"--{', --'.join(blocks)}: the landmark model of --model_name_or_path has its own"
+    mem_freq, context, _ = {**BLOCKS, **blocks}.values()
+    if context < 2 * (mem_freq + 1):
+        return (
+            f"--train_context_length {context} has no room for two blocks of {mem_freq + 1} tokens (--mem_freq {mem_freq} "
+            "and a landmark), so that no landmark would be learned"
+        )
+    if data_args.dataset_name is not None and data_args.train_file is not None:
+        return "give either --dataset_name or --train_file"
+    if data_args.train_file is not None and data_args.validation_file is None:
+        return "--train_file needs a --validation_file"
+    for name in ("train_file", "validation_file"):
+        path = getattr(data_args, name)
+        if path is not None and not Path(path).is_file():
+            return f"--{name} {path} does not exist"
+    if unknown := set(evaluation_args.evaluate) - {BASE, LANDMARK}:
+        return f"--evaluate takes {BASE} and {LANDMARK}, got {', '.join(sorted(unknown))}"
+    if evaluation_args.retrieval not in RETRIEVALS:
+        return f"--retrieval {evaluation_args.retrieval} is not one of {', '.join(RETRIEVALS)}"
+    if len(evaluation_args.passkey_trials) not in (1, len(evaluation_args.passkey_lengths)):
+        return "--passkey_trials takes one number, or one for each of --passkey_lengths"
+    if not training_args.do_train and LANDMARK in evaluation_args.evaluate and model_args.model_name_or_path is None:
+        return "--do_eval without --do_train needs the --model_name_or_path of a landmark model, or --evaluate base"
+    output = Path(training_args.output_dir)
+    fresh = training_args.do_train and not (training_args.overwrite_output_dir or training_args.resume_from_checkpoint)
+    # The other processes may come here when the first one has begun to write.
+    if fresh and training_args.process_index == 0 and output.is_dir() and any(output.iterdir()):
+        return f"--output_dir {output} is not empty; --overwrite_output_dir trains into it all the same"
+    return None
+
+
+def texts_of(data_args: DataArguments, split: str) -> list[str]:
+    """Texts to train on, or those that are held back."""
+    file = data_args.train_file if split == "train" else data_args.validation_file
+    if data_args.dataset_name is None:
+        return read_texts("train" if split == "train" else "test", file=file)
+    return read_texts(split, data_args.dataset_name, data_args.dataset_config_name, data_args.text_column, file)
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments, base: str
+) -> None:
+    """Make the landmark model of the base, or load one, train it and save it with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path or base)
+    if model_args.model_name_or_path is not None:
+        model = LandmarkForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+    else:
+        model = LandmarkForCausalLM.from_base(
+            base,
+            tokenizer=tokenizer,
+            dtype=torch.float32,
+            **{name: given if (given := getattr(model_args, name)) is not None else BLOCKS[name] for name in BLOCKS},
+        )
+        PartialState().print(model.base_report)
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
+    config = model.config
+    regular = config.train_context_length // config.block_size * config.mem_freq
+    blocks = token_blocks(texts_of(data_args, "train"), tokenizer, regular)
+    PartialState().print(
+        f"{len(blocks):,} sequences of {regular} tokens with a landmark after every {config.mem_freq}"
+    )
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=[{"input_ids": block} for block in blocks],
+        data_collator=LandmarkDataCollator(config, pad_token_id=padding or 0),
+        processing_class=tokenizer,
+        callbacks=[TimeLimit(training_args.max_minutes)] if training_args.max_minutes is not None else [],
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = {**result.metrics, "steps": trainer.state.global_step}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.base}
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    evaluation_args: EvaluationArguments,
+    training_args: ScriptTrainingArguments,
+    base: str,
+) -> None:
+    """Measure the models, each in a file of its own, and report what the folder holds."""
+    output = Path(training_args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    landmark = output if training_args.do_train else model_args.model_name_or_path
+    for name in evaluation_args.evaluate:
+        source = base if name == BASE else landmark
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source).to(training_args.device)
+        held_back = token_blocks(texts_of(data_args, "validation"), tokenizer, 1).flatten()
+        print(f"Evaluating the {name} model")
+        result = {
+            "perplexity": measure_perplexity(model, held_back, evaluation_args),
+            "passkey": [asdict(answer) for answer in measure_passkey(model, tokenizer, evaluation_args).answers],
+        }
+        (output / f"evaluation_{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(output)
+
+
+def measure_perplexity(
+    model: PreTrainedModel, held_back: torch.Tensor, evaluation_args: EvaluationArguments
+) -> dict[int, float]:
+    """Perplexity by context length, as far as the text is long enough."""
+    lengths = [length for length in evaluation_args.perplexity_lengths if length <= len(held_back)]
+    if len(lengths) < len(evaluation_args.perplexity_lengths):
+        print(f"The held-back text has {len(held_back):,} tokens: no perplexity of longer contexts.")
+    if not lengths:
+        return {}
+    if not isinstance(model, LandmarkForCausalLM):
+        return perplexity_by_context(model, held_back, lengths)
+
+    def make_cache() -> LandmarkCache:
+        return LandmarkCache(
+            model.config,
+            top_k=evaluation_args.cache_top_k,
+            retrieval=evaluation_args.retrieval,
+            offload_to_cpu=evaluation_args.offload_cache_to_cpu,
+        )
+
+    return perplexity_by_context(model, held_back, lengths, make_cache, insert_landmarks=True)
+
+
+def measure_passkey(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation_args: EvaluationArguments
+) -> PasskeyResult:
+    memory = {}
+    if isinstance(model, LandmarkForCausalLM):
+        names = ("cache_top_k", "retrieval", "offload_cache_to_cpu")
+        memory = {name: getattr(evaluation_args, name) for name in names}
+    trials = evaluation_args.passkey_trials
+    return passkey_test(
+        model,
+        tokenizer,
+        evaluation_args.passkey_lengths,
+        evaluation_args.passkey_depths,
+        trials[0] if len(trials) == 1 else trials,
+        **memory,
+    )
+
+
+def report(output: Path) -> None:
+    """Print the tables of all models that were evaluated into a folder, and draw the plot."""
+    found = {name: output / f"evaluation_{name}.json" for name in (BASE, LANDMARK)}
+    results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    lengths = sorted({int(length) for result in results.values() for length in result["perplexity"]})
+    if lengths:
+        print("\nPerplexity of the held-back text by context length")
+        print(f"{'tokens':>7}" + "".join(f"{name:>10}" for name in results))
+    for length in lengths:
+        values = (result["perplexity"].get(str(length)) for result in results.values())
+        print(f"{length:>7}" + "".join(f"{'-':>10}" if value is None else f"{value:>10.2f}" for value in values))
+    passkeys = {
+        name: PasskeyResult(tuple(PasskeyAnswer(**answer) for answer in result["passkey"]))
+        for name, result in results.items()
+        if result["passkey"]
+    }
+    for name, result in passkeys.items():
+        print(f"\nPass-key test of the {name} model, right answers by place of the pass key\n{result}")
+    if passkeys:
+        try:
+            plot_passkey(passkeys, output / "passkey.png")
+        except ImportError as error:
+            print(f"\nNo plot: {error}")
+        else:
+            print(f"\nThe plot is in {output / 'passkey.png'}.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    model_args, data_args, evaluation_args, training_args = parse_arguments(arguments)
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="fetching the base"):
+        base = model_args.base or str(smollm2_folder())
+    if training_args.do_train:
+        train(model_args, data_args, training_args, base)
+    if training_args.do_eval and PartialState().is_main_process:
+        evaluate(model_args, data_args, evaluation_args, training_args, base)
+
+
+if __name__ == "__main__":
+    main()
+    # A process that exits with its group open can abort.
+    PartialState().destroy_process_group()
