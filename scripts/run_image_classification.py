@@ -111,11 +111,12 @@ SMALL = {
     "path_ensemble": {
         "image_size": 16,
         "patch_size": 4,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 192,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "ensemble_scale": "channel",
+        "initializer_range": 0.1,
     },
 }
 
