@@ -25,6 +25,9 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 EXTRAS["test"] = EXTRAS["all"] + [
+    "onnx>=1.23",
+    "onnxruntime>=1.32",
+    "onnxscript>=0.7",
     "parameterized",
     "pytest",
     "pytest-xdist",

@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="turn an official checkpoint into a folder for from_pretrained and the Hub",
         description="Turn a checkpoint of a paper's official code into a folder that from_pretrained loads and that can be "
-        "uploaded as it is: weights, configuration, stub and model card. Nothing in the checkpoint may be left over, and "
-        "no parameter of the model may stay unfilled.",
+        "uploaded as it is: weights, configuration, stub and model card, and the image processor of an image classifier. "
+        "Nothing in the checkpoint may be left over, and no parameter of the model may stay unfilled.",
         epilog="example: hf-attn convert sigmoid_attention gala.safetensors --config gala.json --output gala-85m",
         formatter_class=_formatter,
     )
@@ -135,6 +135,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     from .conversion import from_official
     from .hub import write_model_card
+    from .imaging import ImagePreprocessingMixin, image_processor_for
 
     model = from_official(options.slug, options.checkpoint, config)
     if not isinstance(model, PreTrainedModel):
@@ -142,9 +143,18 @@ def _convert(options: argparse.Namespace) -> None:
             f"{options.checkpoint.name} holds a {type(model).__name__}, which is a part of a model and has no folder of its "
             "own. Load it in Python with hf_attn.from_official."
         )
-    for stale in options.output.glob("model*.safetensors*"):
-        stale.unlink()
+    processor = None
+    if isinstance(model.config, ImagePreprocessingMixin):
+        try:
+            processor = image_processor_for(model.config)
+        except ImportError as error:
+            raise CommandError(str(error)) from error
+    for pattern in ("model*.safetensors*", "preprocessor_config.json"):
+        for stale in options.output.glob(pattern):
+            stale.unlink()
     model.save_pretrained(options.output)
+    if processor is not None:
+        processor.save_pretrained(options.output)
     write_model_card(options.output, model)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters is in {options.output}.")
     print(f"Upload it with `hf upload USER/NAME {options.output}`.")

@@ -47,14 +47,18 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
 
     Raises:
         ValueError: if the configuration is not of an image family of this package.
+        ImportError: if torchvision or Pillow is missing.
     """
     from transformers import BitImageProcessor
+    from transformers.utils import is_torchvision_available, is_vision_available
 
     if not isinstance(config, ImagePreprocessingMixin):
         raise ValueError(
             f"{type(config).__name__} does not say how its images are prepared. Use the image processor saved with the "
             "model: `AutoImageProcessor.from_pretrained(...)`."
         )
+    if not (is_torchvision_available() and is_vision_available()):
+        raise ImportError("Image processors need torchvision and Pillow: `pip install 'hf_attn[vision]'`.")
     height, width = config.image_height_width
     image_size = {"height": height, "width": width}
     return BitImageProcessor(

@@ -9,8 +9,8 @@ reparametrised, from the same initial function on the same batches. The encoders
 
     python scripts/sigma_reparam_stability.py --output_dir stability
 
-Some minutes on two cores. Prints a table, writes `results.json`, and draws the curves of loss and attention entropy at the
-highest learning rate in `stability.png`. At the lower learning rate both forms train, the plain one faster: what the
+About 11 minutes on one core. Prints a table, writes `results.json`, and draws the curves of loss and attention entropy at the
+highest learning rate in `stability.png`. At the lower learning rate both forms train about equally well: what the
 reparametrisation brings is the range of learning rates, and attention whose entropy does not collapse.
 """
 

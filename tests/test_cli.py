@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 import hf_attn
 from hf_attn.assets import AssetError
@@ -147,6 +149,46 @@ def test_convert_writes_a_folder_for_the_hub(official, tmp_path, capsys, config)
     assert type(model) is EchoAttForCausalLM and model.config.shared_layers == [1]
     out = capsys.readouterr().out
     assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters is in {output}." in out
+
+
+@pytest.fixture
+def image_command(tmp_path) -> list[str]:
+    """Converts an official checkpoint of an image classifier into `tmp_path / "output"`."""
+    golden = Path(__file__).parent / "goldens" / "activator" / "geglu_only"
+    (tmp_path / "activator.json").write_text(json.dumps(json.loads((golden / "case.json").read_text())["config"]))
+    command = [
+        "convert",
+        "activator",
+        str(golden / "weights.safetensors"),
+        "--config",
+        str(tmp_path / "activator.json"),
+    ]
+    return [*command, "--output", str(tmp_path / "output")]
+
+
+def test_an_image_classifier_runs_in_a_pipeline_right_away(image_command, tmp_path):
+    assert main(image_command) == 0
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    classify = pipeline("image-classification", model=str(tmp_path / "output"))
+    # The values of the official evaluation: no crop, normalisation to -1...1.
+    size = (classify.model.config.image_size,) * 2
+    pixels = torch.tensor(np.asarray(image.resize(size, Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    scores = classify.model(pixels[None] / 127.5 - 1).logits.softmax(-1)
+    best, *_ = classify(image)
+    assert best["score"] == pytest.approx(scores.max().item(), abs=1e-3)
+
+
+def test_overwrite_leaves_no_image_processor_of_an_earlier_model(official, image_command, tmp_path):
+    assert main(image_command) == 0
+    assert convert(official, tmp_path / "output", "--overwrite") == 0
+    assert not (tmp_path / "output" / "preprocessor_config.json").exists()
+
+
+def test_an_image_classifier_needs_torchvision(image_command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
+    assert main(image_command) == 2
+    assert_one_line_of_error(capsys, "pip install 'hf_attn[vision]'")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(official, tmp_path, capsys):

@@ -72,6 +72,40 @@ class _Reparametrise(torch.autograd.Function):
         return matrix.view_as(weight).to(weight.dtype), along.to(gamma.dtype).expand(1), None, None, None
 
 
+class _LinearOfScaledInput(torch.autograd.Function):
+    """`F.linear(x, W_hat, bias)` as `F.linear(gamma / sigma * x, W, bias)`, for an input smaller than W.
+
+    W_hat is never made. Of W only the products and the rank-one part of its gradient remain; the gradient of gamma,
+    `<dL/dW_hat, W> / sigma`, is `<dL/dy W, x> / sigma`.
+    """
+
+    @staticmethod
+    def forward(input, weight, bias, gamma, sigma, left, right):
+        return F.linear(input * (gamma.to(sigma.dtype) / sigma).to(input.dtype), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        input, weight, _, gamma, sigma, left, right = ctx.saved_tensors
+        wide = sigma.dtype
+        scale = gamma.to(wide) / sigma
+        rows, row_gradients = input.reshape(-1, weight.shape[1]), gradient.reshape(-1, weight.shape[0])
+        back = row_gradients @ weight
+        along = torch.dot(back.flatten().to(wide), rows.flatten().to(wide)) / sigma
+        of_weight, of_bias = None, None
+        if ctx.needs_input_grad[1]:
+            of_weight = row_gradients.T @ (rows * scale.to(rows.dtype))
+            of_weight = of_weight.to(wide).addr_(left, right * (-along * scale)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            of_bias = row_gradients.sum(0)
+        of_input = back.mul_(scale.to(back.dtype)).view_as(input)
+        return of_input, of_weight, of_bias, along.to(gamma.dtype).expand(1), None, None, None
+
+
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -141,15 +175,16 @@ class SigmaReparamLayer:
 
         In training mode u moves by the power iteration that this call makes; in eval mode it stays.
         """
+        spectrum = self._next_spectrum()
+        return self.weight if self.stats_only else _Reparametrise.apply(self.weight, self.gamma, *spectrum)
+
+    def _next_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """sigma(W) and the leading left `(out,)` and right `(in,)` singular vector; moves u in training mode."""
         sigma, left, right = self.spectral_norm()
         if self.training and not _in_backward():
             self._u_before = self.u.clone()
             self.u.copy_(right)
-        if self.stats_only:
-            return self.weight
-        if self.track_left:
-            left, right = right, left
-        return _Reparametrise.apply(self.weight, self.gamma, sigma, left, right)
+        return (sigma, right, left) if self.track_left else (sigma, left, right)
 
     @contextmanager
     def plain_weight(self):
@@ -173,7 +208,11 @@ class SigmaReparamLinear(SigmaReparamLayer, nn.Linear):
     """`nn.Linear` with weight `gamma * W / sigma(W)`; extra parameter ``gamma (1,)`` and buffer ``u (in,)``."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.effective_weight(), self.bias)
+        # Autocast reaches the operations of a model, but not those of a function with a backward pass of its own.
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if self.stats_only or autocast or input.numel() >= self.weight.numel():
+            return F.linear(input, self.effective_weight(), self.bias)
+        return _LinearOfScaledInput.apply(input, self.weight, self.bias, self.gamma, *self._next_spectrum())
 
 
 class SigmaReparamConv2d(SigmaReparamLayer, nn.Conv2d):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hf_attn.conversion import ConversionError, Converted, StateDict, read_checkpoint, select_state_dict
+from hf_attn.rotary import half_split
 
 from .configuration_landmark import LandmarkConfig
 from .modeling_landmark import LandmarkForCausalLM
@@ -130,11 +131,6 @@ _GPT_LAYER = {
     "mlp.c_fc.weight": "mlp.up_proj.weight",
     "mlp.c_proj.weight": "mlp.down_proj.weight",
 }
-
-
-def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows within each head from interleaved pairs to halves."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _convert_gpt(official: StateDict, arguments: dict) -> Converted:

@@ -32,8 +32,12 @@ def _check_foldable(layer: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _set_weights(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    dtype = layer.weight.dtype
-    layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+
+def _relu(hidden_states: torch.Tensor, fused: bool) -> torch.Tensor:
+    """ReLU of what nobody else uses; in place in inference only, as backward hooks of modules do not stand it."""
+    return hidden_states.relu_() if fused else hidden_states.relu()
 
 
 def _batch_norm_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,8 +54,20 @@ class SHViTBatchNorm(nn.BatchNorm2d):
         self.initial_weight = initial_weight
 
 
+class SHViTPositionwiseConv(nn.Conv2d):
+    """A 1x1 convolution, for inference, as one matrix product over all positions; channels should be last in memory."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        output = torch.addmm(self.bias, hidden_states.flatten(0, 2), self.weight.flatten(1).T)
+        return output.unflatten(0, hidden_states.shape[:3]).permute(0, 3, 1, 2)
+
+
 class SHViTConvNorm(nn.Module):
-    """Convolution without bias and BatchNorm, or, once fused, the one convolution that both amount to."""
+    """Convolution without bias and BatchNorm, or, once fused, the one linear map that both amount to."""
 
     def __init__(
         self,
@@ -65,9 +81,12 @@ class SHViTConvNorm(nn.Module):
     ):
         super().__init__()
         self.fused = config.fused
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=config.fused
-        )
+        if config.fused and kernel_size == 1:
+            self.conv = SHViTPositionwiseConv(in_channels, out_channels)
+        else:
+            self.conv = nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=config.fused
+            )
         self.norm = nn.Identity()
         if not config.fused:
             self.norm = SHViTBatchNorm(out_channels, config.batch_norm_eps, initial_weight=norm_weight)
@@ -84,7 +103,10 @@ class SHViTConvNorm(nn.Module):
 
     def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Become the convolution with this weight and bias."""
-        _set_weights(self.conv, weight, bias)
+        dtype = self.conv.weight.dtype
+        if self.conv.kernel_size == (1, 1):
+            self.conv = SHViTPositionwiseConv(self.conv.in_channels, self.conv.out_channels)
+        _set_weights(self.conv, weight.to(dtype), bias.to(dtype))
         self.norm = nn.Identity()
         self.fused = True
 
@@ -112,7 +134,7 @@ class SHViTMLP(nn.Module):
         self.fc2 = SHViTConvNorm(config, 2 * hidden_size, hidden_size, norm_weight=0.0)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.fc1(hidden_states).relu())
+        return self.fc2(_relu(self.fc1(hidden_states), self.fc1.fused))
 
 
 class SHViTAttention(nn.Module):
@@ -147,7 +169,7 @@ class SHViTAttention(nn.Module):
         )
         output, weights = attention_interface(self, query, key, value, None, scaling=self.scaling, **kwargs)
         output = output.squeeze(2).transpose(1, 2).reshape(attended.shape)
-        return self.proj(torch.cat([output, untouched], dim=1).relu()), weights
+        return self.proj(torch.cat([output, untouched], dim=1).relu_()), weights
 
 
 class SHViTLayer(GradientCheckpointingLayer):
@@ -195,7 +217,8 @@ class SHViTPatchMerging(nn.Module):
         self.conv3 = SHViTConvNorm(config, hidden_size, out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.conv2(self.conv1(hidden_states).relu()).relu()
+        hidden_states = _relu(self.conv1(hidden_states), self.conv1.fused)
+        hidden_states = _relu(self.conv2(hidden_states), self.conv2.fused)
         return self.conv3(self.squeeze_excitation(hidden_states))
 
 
@@ -255,7 +278,7 @@ class SHViTEmbeddings(nn.Module):
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = self.layers[0](pixel_values)
         for layer in self.layers[1:]:
-            hidden_states = layer(hidden_states.relu())
+            hidden_states = layer(_relu(hidden_states, layer.fused))
         return hidden_states
 
 
@@ -280,7 +303,8 @@ class SHViTClassifier(nn.Module):
 
     def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Become the linear layer with this weight and bias."""
-        _set_weights(self.dense, weight, bias)
+        dtype = self.dense.weight.dtype
+        _set_weights(self.dense, weight.to(dtype), bias.to(dtype))
         self.norm = nn.Identity()
 
 
@@ -363,7 +387,25 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
         for part, weights in [(part, part.fused_weights()) for part in parts]:
             part.fuse(*weights)
         self.config.fused = True
+        self._lay_out_weights()
         return self
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a model, see `transformers.PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.fused:
+            model._lay_out_weights()
+        return loaded
+
+    def _lay_out_weights(self) -> None:
+        """Order the weights of a fused model in memory as the convolutions read them; files have one order only."""
+        for module in self.modules():
+            if isinstance(module, SHViTPositionwiseConv):
+                module.weight.data = module.weight.flatten(1).T.contiguous().T[:, :, None, None]
+            elif isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
 
 
 class SHViTEncoder(SHViTPreTrainedModel):

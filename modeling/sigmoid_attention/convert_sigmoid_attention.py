@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.rotary import half_split, interleaved
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
 from .modeling_sigmoid_attention import SigmoidAttentionForCausalLM, SigmoidCrossAttention
@@ -37,16 +38,6 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         "This is no official layout of sigmoid attention: neither AXLearn's (decoder/emb/token_emb/weight) nor the "
         "simulator's (input_embedding.weight, or kv_proj.weight for cross-attention)."
     )
-
-
-def half_split(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the first dimension within each head from interleaved pairs to halves."""
-    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Inverse of :func:`half_split`."""
-    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 # --- AXLearn -------------------------------------------------------------------------------------------------------

@@ -132,6 +132,31 @@ def test_gradients_are_those_of_the_formula(converged, track_left):
     torch.testing.assert_close(layer.gamma.grad, gamma.grad, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("gamma", [1.7, 0.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])  # the last is larger than the weight
+def test_layer_is_the_linear_map_of_its_effective_weight(shape, bias, gamma):
+    torch.manual_seed(0)
+    layer = SigmaReparamLinear(7, 5, bias=bias).double().eval()
+    nn.init.normal_(layer.u)
+    nn.init.constant_(layer.gamma, gamma)
+    inputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves = [inputs, *layer.parameters()]
+    cotangent = torch.randn(*shape[:-1], 5, dtype=torch.float64)
+
+    output, expected = layer(inputs), nn.functional.linear(inputs, layer.effective_weight(), layer.bias)
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
+    gradients, expected = (torch.autograd.grad(y, leaves, cotangent) for y in (output, expected))
+    torch.testing.assert_close(gradients, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_frozen_weight_has_no_gradient():
+    layer = SigmaReparamLinear(7, 5).requires_grad_(False)
+    inputs = torch.randn(2, 7, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None and all(parameter.grad is None for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_cast_layer_trains_and_keeps_its_spectral_norm(dtype):
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from tests.families import tiny_config
 
 
 pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
 pytest.importorskip("torchvision")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_image_classification.py"
@@ -125,6 +126,15 @@ def test_mixed_batch_has_soft_labels(script, alphas):
     # Labels are mixed as the images are: image i is full of i.
     means = batch["pixel_values"].mean((1, 2, 3))
     torch.testing.assert_close(means, batch["labels"] @ torch.arange(3.0))
+
+
+def test_accuracy_of_the_first_and_of_five(script):
+    logits = torch.tensor([[0.0, 5.0, 1.0, 2.0, 3.0, 4.0]] * 3)
+    metric = script.TopAccuracy(keep_in_memory=True)
+    metric.add_batch(predictions=script.first_classes(logits[:2], None), references=torch.tensor([1, 0]))
+    metric.add_batch(predictions=script.first_classes((logits[2:], logits), None), references=torch.tensor([2]))
+    assert metric.compute() == pytest.approx({"accuracy": 1 / 3, "accuracy_top5": 2 / 3})
+    assert script.first_classes(logits[:, :2], None).tolist() == [[1, 0]] * 3
 
 
 def test_a_checkpoint_is_trained_further_on_other_classes(script, image_folder, tmp_path):

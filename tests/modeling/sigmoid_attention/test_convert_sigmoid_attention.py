@@ -1,4 +1,4 @@
-"""Official checkpoints of sigmoid attention: layouts, the pairing of the rotary embedding, the way back."""
+"""Official checkpoints of sigmoid attention: layouts, and the way back."""
 
 import math
 
@@ -8,11 +8,7 @@ from torch import nn
 
 from hf_attn.conversion import ConversionError, from_official
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
-from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import (
-    half_split,
-    interleaved,
-    to_official,
-)
+from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidAttentionForCausalLM
 
 
@@ -169,31 +165,6 @@ def test_converted_simulator_computes_the_same(position, temperature, fc2_bias):
     with torch.no_grad():
         logits = from_official("sigmoid_attention", official, config=arguments)(ids, attention_mask=mask).logits
         torch.testing.assert_close(logits, simulator_logits(official, arguments, ids, mask), atol=2e-5, rtol=2e-5)
-
-
-def test_half_split_pairs_what_the_official_rotation_pairs():
-    """Scores of interleaved rotation with official rows are those of half-split rotation with our rows."""
-    torch.manual_seed(0)
-    head_dim, width = 8, 16
-    projections = torch.randn(2, 3 * head_dim, width, dtype=torch.float64)
-    states = torch.randn(5, width, dtype=torch.float64)
-    angles = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-    def official(projection):
-        pairs = torch.view_as_complex((states @ projection.T).unflatten(-1, (3, head_dim // 2, 2)))
-        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
-
-    def ours(projection):
-        first, second = (states @ half_split(projection, head_dim).T).unflatten(-1, (3, head_dim)).chunk(2, dim=-1)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    expected, scores = (
-        torch.einsum("ihd,jhd->hij", *(rotate(projection) for projection in projections))
-        for rotate in (official, ours)
-    )
-    torch.testing.assert_close(scores, expected)
-    assert torch.equal(interleaved(half_split(projections[0], head_dim), head_dim), projections[0])
 
 
 @pytest.mark.parametrize(
