@@ -120,7 +120,9 @@ def load_clear_weights(
     return ClearWeightsReport(radius, down_factor, tuple(tensors))
 
 
-def save_clear_weights(transformer: nn.Module, folder: str | Path) -> Path:
+def save_clear_weights(
+    transformer: nn.Module, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """Save what CLEAR trains, with radius and down factor.
 
     `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
@@ -129,6 +131,7 @@ def save_clear_weights(transformer: nn.Module, folder: str | Path) -> Path:
     Args:
         transformer: with CLEAR on all its attention layers, all with the same settings.
         folder: made if it does not exist.
+        state_dict: of the transformer, gathered, where its own parameters are shards of a distributed training.
 
     Returns:
         The file, ``clear.safetensors`` in the folder.
@@ -153,7 +156,11 @@ def save_clear_weights(transformer: nn.Module, folder: str | Path) -> Path:
     radius, down_factor = settings.pop()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous() for name, parameter in _targets(transformer).items()}
+    tensors = _targets(transformer)
+    if state_dict is not None:
+        gathered = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items()}
+        tensors = {name: gathered[name] for name in tensors}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"radius": radius, "down_factor": down_factor})}
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
     return folder / WEIGHTS_NAME
