@@ -7,7 +7,7 @@
 makes a tiny FLUX pipeline, trains it, generates images with it and distils it, all on a CPU in some minutes. It prints the
 student-teacher error on held-back images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
 weights (`clear.safetensors`, for `load_clear_weights`). Started again with the same arguments it continues where it was,
-and ends with the same weights.
+and ends with the same weights. In two processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/...`.
 
 FLUX.1-dev as in the paper, on 4 GPUs, whose memory holds a shard of the student and a whole teacher each:
 
@@ -205,7 +205,11 @@ def make_optimizer(parameters: list[nn.Parameter], options: DistillationArgument
 
 
 class Batches:
-    """Training batches as a function of the step alone, so that a continued run sees what it would have seen."""
+    """Training batches as a function of the step alone, so that a continued run sees what it would have seen.
+
+    Noise belongs to the place of an image in the whole training: more processes or accumulated batches of fewer images
+    each see the same.
+    """
 
     def __init__(self, samples: SampleFolder, count: int, sigmas: torch.Tensor, options, accelerator: Accelerator):
         self.samples, self.count, self.sigmas, self.options = samples, count, sigmas, options
@@ -213,11 +217,19 @@ class Batches:
 
     def get(self, step: int, accumulated: int) -> dict[str, torch.Tensor]:
         batch_size = self.options.batch_size
-        micro_step = step * self.options.gradient_accumulation_steps + accumulated
-        first = (micro_step * self.world + self.rank) * batch_size
-        indices = [self._index(position) for position in range(first, first + batch_size)]
-        generator = torch.Generator().manual_seed(hash((self.options.seed, micro_step, self.rank)) % 2**63)
-        return noisy_batch(self.samples, indices, self.sigmas, generator, self.device)
+        batch = (step * self.options.gradient_accumulation_steps + accumulated) * self.world + self.rank
+        positions = range(batch * batch_size, (batch + 1) * batch_size)
+        indices = [self._index(position) for position in positions]
+        seeds = [(2 * self.options.seed << 32) + position for position in positions]
+        return noisy_batch(self.samples, indices, self.sigmas, seeds, self.device)
+
+    def held_back(self) -> list[dict[str, torch.Tensor]]:
+        indices = torch.arange(self.count, len(self.samples)).split(self.options.batch_size)
+        first = (2 * self.options.seed + 1) << 32
+        return [
+            noisy_batch(self.samples, chosen, self.sigmas, [first + i for i in chosen], self.device)
+            for chosen in (chosen.tolist() for chosen in indices)
+        ]
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self.count)
@@ -225,11 +237,17 @@ class Batches:
         return int(order[place])
 
 
-def noisy_batch(samples: SampleFolder, indices, sigmas, generator: torch.Generator, device) -> dict[str, torch.Tensor]:
+def noisy_batch(
+    samples: SampleFolder, indices: list[int], sigmas: torch.Tensor, seeds: list[int], device
+) -> dict[str, torch.Tensor]:
     """Samples with noise and noise levels, the latter uniform over those of the scheduler."""
     batch = samples.batch(indices)
-    batch["noise"] = torch.randn(batch["latents"].shape, generator=generator).to(batch["latents"].dtype)
-    batch["sigmas"] = sigmas[torch.randint(len(sigmas), (len(indices),), generator=generator)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape, dtype = batch["latents"].shape[1:], batch["latents"].dtype
+    batch["noise"] = torch.stack([torch.randn(shape, generator=generator).to(dtype) for generator in generators])
+    batch["sigmas"] = torch.stack(
+        [sigmas[int(torch.randint(len(sigmas), (), generator=generator))] for generator in generators]
+    )
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -310,11 +328,7 @@ def distil(
 
     count = data.num_samples - data.num_held_back
     batches = Batches(samples, count, sigmas, options, accelerator)
-    generator = torch.Generator().manual_seed(options.seed)
-    held_back = [
-        noisy_batch(samples, list(indices), sigmas, generator, accelerator.device)
-        for indices in torch.arange(count, data.num_samples).split(options.batch_size)
-    ]
+    held_back = batches.held_back()
     progress = tqdm(total=options.max_steps, initial=step, desc="distilling", disable=not accelerator.is_main_process)
     if not curve.rows:
         curve.rows.append({"step": 0, **measure(model, held_back, data.guidance_scale)})

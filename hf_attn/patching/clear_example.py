@@ -1,7 +1,7 @@
 """A FLUX pipeline of half a million parameters that is made here and learns on a CPU: the example of CLEAR's scripts.
 
 It has every part of a real one, tokenizers, text encoders, transformer, VAE and scheduler, and saves and loads like it.
-Its training images are flat colours with a wave across the whole image, whose direction is that of the prompt. Noise hides
+Its training images are flat colours with a faint wave across the whole image, whose direction is that of the prompt. Noise hides
 them from every single token, so the transformer learns to average over the image: local attention changes what it
 computes, as it does in a model that somebody would want to distil.
 """
@@ -153,4 +153,4 @@ def _latents(directions: torch.Tensor, grid: tuple[int, int], generator: torch.G
     angle = (directions * math.pi / len(DIRECTIONS)).view(-1, 1, 1)
     y, x = (torch.linspace(-1, 1, 2 * size) for size in grid)
     wave = torch.sin(3 * (torch.cos(angle) * y[:, None] + torch.sin(angle) * x))
-    return 0.8 * (colour + 0.5 * other * wave[:, None])
+    return 0.8 * (colour + 0.25 * other * wave[:, None])
