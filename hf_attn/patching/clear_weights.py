@@ -7,7 +7,8 @@ say it in their metadata as well.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .clear import apply_clear, clear_processors
+from .clear import apply_clear, clear_processors, remove_clear
 
 
 OFFICIAL_REPOSITORY = "Huage001/CLEAR"
@@ -113,11 +114,32 @@ def load_clear_weights(
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-    for attn in _fused(transformer).values():
-        if hasattr(attn, "unfuse_projections"):  # a fused layer of FLUX would not be fused again
-            attn.unfuse_projections()
-        attn.fuse_projections()
+    _fuse_again(transformer)
     return ClearWeightsReport(radius, down_factor, tuple(tensors))
+
+
+@contextmanager
+def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterator[ClearWeightsReport]:
+    """Within this context a transformer of full attention has CLEAR and weights for it; then it is what it was.
+
+    The replaced weights wait on the CPU: 3.6 GB for FLUX.1 in bfloat16.
+
+    Args:
+        transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel` without CLEAR.
+        weights: what :func:`load_clear_weights` takes, which also says what is raised.
+        **arguments: its further arguments.
+    """
+    if clear_processors(transformer):
+        raise ValueError("The transformer has CLEAR attention already. Call `remove_clear` first.")
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _targets(transformer).items()}
+    try:
+        yield load_clear_weights(transformer, weights, **arguments)
+    finally:
+        remove_clear(transformer)
+        with torch.no_grad():
+            for name, parameter in _targets(transformer).items():
+                parameter.copy_(before[name])
+        _fuse_again(transformer)
 
 
 def save_clear_weights(
@@ -180,6 +202,14 @@ def _fused(transformer: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in transformer.named_modules() if getattr(module, "fused_projections", False)
     }
+
+
+def _fuse_again(transformer: nn.Module) -> None:
+    """Copy changed weights to where layers have them in one piece."""
+    for attn in _fused(transformer).values():
+        if hasattr(attn, "unfuse_projections"):  # a fused layer of FLUX would not be fused again
+            attn.unfuse_projections()
+        attn.fuse_projections()
 
 
 def _refuse_merged(transformer: nn.Module) -> None:
