@@ -76,11 +76,11 @@ class DistillationArguments:
     output_dir: Path = field(metadata={"help": "Folder for everything; continued if it holds the same run."})
     radius: int = field(default=2, metadata={"help": "Of the disc, in tokens (paper: 8, 16, 32)."})
     down_factor: int = field(default=1, metadata={"help": "Side of the pooled cells, 1 for none (paper: 1, 4)."})
-    max_steps: int = field(default=500, metadata={"help": "Optimiser steps (paper: 10000)."})
+    max_steps: int = field(default=300, metadata={"help": "Optimiser steps (paper: 10000)."})
     batch_size: int = field(default=16, metadata={"help": "Images of a process at once (official: 2 on 4 GPUs)."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step (official: 4)."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, or prodigy as in the official code."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Constant (official: 1, of Prodigy)."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Constant (official: 1, of Prodigy)."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Decoupled."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     gradient_checkpointing: bool = field(

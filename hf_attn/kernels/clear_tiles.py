@@ -304,6 +304,35 @@ def clear_attention_tiles(
     return _tiled(query, key, value, shared_key, shared_value, bias, *grid, radius, scaling)[0]
 
 
+def attention_with_logsumexp(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention and the log-sum-exp of its logits.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`.
+        key: `(batch, heads, keys, head_dim)`.
+        value: of the shape of the keys.
+        mask: boolean, broadcast to `(batch, heads, queries, keys)`; None for no mask.
+        scaling: of the logits.
+
+    Returns:
+        Output of the shape of the query, and `(batch, heads, queries)` in float32 or wider.
+    """
+    if query.device.type == "cpu":
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+            bias = bias.expand(-1, -1, query.shape[2], -1)
+        return _attention(query, key, value, attn_mask=bias, scale=scaling)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (scaling * query @ key.transpose(2, 3)).to(wide)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    logsumexp = logits.logsumexp(dim=-1)
+    return torch.exp(logits - logsumexp[..., None]).to(query.dtype) @ value, logsumexp
+
+
 def supports_tiles(query, key, value, **arguments) -> tuple[bool, str]:
     """Whether the tiles can serve a call, and if not, why."""
     if query.device.type != "cpu":

@@ -21,7 +21,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,10 @@ except ImportError as error:
 from ..attention.clear import CLEAR_BACKENDS, check_cells, clear_attention, proportional_scaling
 
 
+if TYPE_CHECKING:
+    from .clear_parallel import Strip
+
+
 #: name of a backend of diffusers' `set_attention_backend` -> ours
 _DIFFUSERS_BACKENDS = {"native": "dense", "flex": "flex"}
 
@@ -48,10 +52,12 @@ class ClearContext(NamedTuple):
     Attributes:
         grid: `(height, width)` of the image in tokens.
         text_mask: boolean `(batch, text)`, False for padding; None if there is none.
+        strip: the rows that this process computes, see :mod:`hf_attn.patching.clear_parallel`; None for all.
     """
 
     grid: tuple[int, int]
     text_mask: torch.Tensor | None
+    strip: "Strip | None" = None
 
 
 class ClearProcessor(nn.Module):
@@ -101,24 +107,24 @@ class ClearProcessor(nn.Module):
             )
         if self._parallel_config is not None:
             raise ValueError("CLEAR does not run under diffusers' context parallelism, which cuts the grid of tokens.")
-        grid, text_mask = context
-        length = query.shape[1]
+        grid, text_mask, strip = context
+        image_length = grid[0] * grid[1]
         if text_length is None:
-            text_length = length - grid[0] * grid[1]
-        scaling = None
+            text_length = query.shape[1] - (image_length if strip is None else strip.num_tokens)
+        scaling = query.shape[-1] ** -0.5
         if proportional:
-            scaling = proportional_scaling(query.shape[-1], length, pooled=self.down_factor > 1)
-        output = clear_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            grid=grid,
-            radius=self.radius,
-            spatial_weight=self.spatial_weight,
-            text_mask=text_mask if text_length else None,
-            scaling=scaling,
-            backend=self._backend(),
-        )
+            scaling = proportional_scaling(query.shape[-1], text_length + image_length, pooled=self.down_factor > 1)
+        tokens = [states.transpose(1, 2) for states in (query, key, value)]
+        arguments = {
+            "radius": self.radius,
+            "text_mask": text_mask if text_length else None,
+            "scaling": scaling,
+            "backend": self._backend(),
+        }
+        if strip is None:
+            output = clear_attention(*tokens, grid=grid, spatial_weight=self.spatial_weight, **arguments)
+        else:
+            output = strip.attend(*tokens, **arguments)
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
     def _backend(self) -> str:
