@@ -97,8 +97,8 @@ def test_it_ends_in_weights_that_have_the_error_of_the_curve(script, tmp_path, c
 
 @pytest.mark.slow
 def test_the_student_learns(script, tmp_path):
-    options = "--num_samples 64 --num_held_back 16 --resolution 16 --teacher_steps 100 --batch_size 8 --max_steps 50"
-    curve = run(script, tmp_path, *options.split(), "--eval_steps", 25, "--checkpoint_steps", 50)
+    options = "--num_samples 64 --num_held_back 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
+    curve = run(script, tmp_path, *options.split(), "--eval_steps", 25, "--checkpoint_steps", 75)
     assert curve[0]["error"] > 0.1 * curve[0]["teacher_power"]
     assert curve[-1]["error"] < 0.6 * curve[0]["error"]
 
