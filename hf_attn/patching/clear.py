@@ -28,6 +28,7 @@ from torch import nn
 
 
 try:
+    import diffusers
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
     from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
     from diffusers.models.embeddings import apply_rotary_emb
@@ -37,6 +38,20 @@ except ImportError as error:
 
 from ..attention.clear import CLEAR_BACKENDS, check_cells, clear_attention, proportional_scaling
 
+
+# Further modules on diffusers take it from here, with the message above.
+__all__ = [
+    "ClearContext",
+    "ClearFluxProcessor",
+    "ClearProcessor",
+    "ClearReport",
+    "ClearSD3Processor",
+    "apply_clear",
+    "clear_processors",
+    "diffusers",
+    "raster_grid",
+    "remove_clear",
+]
 
 if TYPE_CHECKING:
     from .clear_parallel import Strip

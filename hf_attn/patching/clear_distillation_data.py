@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .clear import diffusers
 from .clear_distillation import unpack_latents
 
 
 @torch.no_grad()
 def generate_samples(
-    pipe: FluxPipeline,
+    pipe: "diffusers.FluxPipeline",
     prompts: Sequence[str],
     folder: str | Path,
     *,

@@ -10,12 +10,12 @@ import math
 import string
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from .clear import diffusers
 from .clear_distillation import image_ids, pack_latents, unpack_latents
 
 
@@ -27,7 +27,7 @@ _TEXT_DIM = 32
 _GUIDANCE = 3.5
 
 
-def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> FluxPipeline:
+def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> "diffusers.FluxPipeline":
     """A FLUX pipeline with random weights; its images have twice as many pixels to a side as its grid has tokens.
 
     Args:
@@ -61,7 +61,7 @@ def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> FluxPipeline:
             num_heads=4,
             initializer_factor=1.0,
         )
-        transformer = FluxTransformer2DModel(
+        transformer = diffusers.FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,
             num_single_layers=4,  # the last of them is one whose attention the distillation compares
@@ -72,7 +72,7 @@ def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> FluxPipeline:
             guidance_embeds=True,
             axes_dims_rope=(4, 6, 6),
         )
-        vae = AutoencoderKL(
+        vae = diffusers.AutoencoderKL(
             block_out_channels=(8,),
             latent_channels=4,
             norm_num_groups=1,
@@ -83,8 +83,8 @@ def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> FluxPipeline:
             scaling_factor=1.5,
             shift_factor=0.1,
         )
-        pipe = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        pipe = diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
             vae=vae,
             text_encoder=CLIPTextModel(clip),
             tokenizer=CLIPTokenizer(
@@ -101,7 +101,7 @@ def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> FluxPipeline:
 
 
 def train_tiny_flux(
-    pipe: FluxPipeline, grid: tuple[int, int], steps: int = 300, batch_size: int = 16, seed: int = 0
+    pipe: "diffusers.FluxPipeline", grid: tuple[int, int], steps: int = 300, batch_size: int = 16, seed: int = 0
 ) -> list[float]:
     """Train the transformer of :func:`tiny_flux_pipeline` on its images by flow matching, in place.
 

@@ -12,11 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 from torch import nn
 
-from .clear import clear_processors
+from .clear import clear_processors, diffusers
 from .clear_weights import clear_weights_loaded
 
 
@@ -44,7 +43,7 @@ def ntk_scaled(transformer: nn.Module, factor: float) -> Iterator[None]:
 
 @torch.no_grad()
 def generate_high_resolution(
-    pipe: FluxPipeline,
+    pipe: "diffusers.FluxPipeline",
     prompt: str,
     sizes: Sequence[int | tuple[int, int]] = (1024, 2048, 4096),
     *,
@@ -93,7 +92,7 @@ def generate_high_resolution(
             strength that leaves no step to do.
         FileNotFoundError: if the image to continue from is not in the folder.
     """
-    if not isinstance(pipe, FluxPipeline):
+    if not isinstance(pipe, diffusers.FluxPipeline):
         raise TypeError(f"This recipe is for a FluxPipeline, and this is a {type(pipe).__name__}.")
     stages = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
     local = clear_processors(pipe.transformer)
@@ -144,8 +143,10 @@ def generate_high_resolution(
             image = _keep(images[-1], folder, 0, stages)
         pipe.vae.enable_tiling()
         # The enlarged images are denoised on the schedule that does not depend on their size.
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False)
-        refine = FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, use_dynamic_shifting=False
+        )
+        refine = diffusers.FluxImg2ImgPipeline(**{**pipe.components, "scheduler": scheduler})
         with clear(), ntk_scaled(pipe.transformer, ntk_factor):
             for stage in range(max(1, start_stage), len(stages)):
                 height, width = stages[stage]
@@ -174,7 +175,7 @@ def _check_sizes(stages: list[tuple[int, int]], multiple: int) -> None:
 
 
 @contextmanager
-def _settings_kept(pipe: FluxPipeline) -> Iterator[None]:
+def _settings_kept(pipe: "diffusers.FluxPipeline") -> Iterator[None]:
     """Put back the VAE's tiling and the settings of the progress bar."""
     tiling, progress = pipe.vae.use_tiling, getattr(pipe, "_progress_bar_config", {})
     try:

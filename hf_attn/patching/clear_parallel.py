@@ -22,13 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import distributed, nn
 from torch.nn import functional as F
 
 from ..attention.clear import clear_attention
 from ..kernels.clear_tiles import attention_with_logsumexp, clear_attention_tiles, supports_tiles
-from .clear import ClearContext, clear_processors
+from .clear import ClearContext, clear_processors, diffusers
 
 
 TEXT_QUERIES = ("exact", "averaged")
@@ -229,7 +228,7 @@ def clear_parallel(
             images with too few rows, and with gradients.
         RuntimeError: if there is no process group.
     """
-    if not isinstance(transformer, FluxTransformer2DModel):
+    if not isinstance(transformer, diffusers.FluxTransformer2DModel):
         raise TypeError(
             f"CLEAR runs FLUX transformers on several processes, and this is a {type(transformer).__name__}."
         )

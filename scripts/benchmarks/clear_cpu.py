@@ -58,7 +58,7 @@ def check() -> None:
 
 
 def repeats_of(tokens: int) -> dict[str, int]:
-    return {"repeats": max(3, min(21, 32768 // tokens)), "warmup": int(tokens <= 16384)}
+    return {"repeats": max(3, min(21, 131072 // tokens)), "warmup": int(tokens <= 16384)}
 
 
 class FullAttentionLimit:
