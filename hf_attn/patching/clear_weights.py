@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..catalog import PAPERS
 from .clear import apply_clear, clear_processors, remove_clear
 
 
@@ -147,7 +150,7 @@ def save_clear_weights(
 ) -> Path:
     """Save what CLEAR trains, with radius and down factor.
 
-    `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
+    With a model card, unless the folder has one. `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
     with full attention again. :func:`load_clear_weights` reads the folder or the file.
 
     Args:
@@ -185,7 +188,28 @@ def save_clear_weights(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"radius": radius, "down_factor": down_factor})}
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(_card(folder, transformer, tensors, radius, down_factor), encoding="utf-8")
     return folder / WEIGHTS_NAME
+
+
+def _card(
+    folder: Path, transformer: nn.Module, tensors: dict[str, torch.Tensor], radius: int, down_factor: int
+) -> str:
+    """The model card of saved weights."""
+    paper = PAPERS["clear"]
+    template = resources.files("hf_attn.model_cards").joinpath(f"{paper.slug}.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        name=folder.resolve().name,
+        repo_id=folder,
+        title=paper.title,
+        arxiv=paper.arxiv,
+        model_class=type(transformer).__name__,
+        num_parameters=f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        radius=radius,
+        down_factor=down_factor,
+    )
 
 
 def _targets(transformer: nn.Module) -> dict[str, nn.Parameter]:
