@@ -167,6 +167,28 @@ def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_pat
         run(script, tmp_path / "run", "--max_steps", 1, "--radius", 3)
 
 
+def test_several_runs_share_the_images_of_a_teacher(script, tmp_path, monkeypatch):
+    tiny_flux_pipeline().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("up\n\nleft\n")
+    options = [
+        "--teacher",
+        tmp_path / "teacher",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--data_dir",
+        tmp_path / "data",
+    ]
+    options += ["--max_steps", 1, "--resolution", 32, "--checkpoint_steps", 1]
+    run(script, tmp_path / "one", *options)
+    monkeypatch.setattr(FluxPipeline, "__call__", None)  # nothing is generated again
+    run(script, tmp_path / "two", *options, "--radius", 3)
+    assert len(list((tmp_path / "data" / "samples").iterdir())) == 10
+    assert (tmp_path / "two" / "clear.safetensors").exists() and not (tmp_path / "two" / "data").exists()
+    (tmp_path / "prompts.txt").write_text("down\n")
+    with pytest.raises(SystemExit, match="data holds a run with other settings: prompts"):
+        run(script, tmp_path / "three", *options)
+
+
 def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
     class Module:
         @staticmethod
