@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .clear import diffusers
 from .clear_distillation import unpack_latents
+from .clear_layers import diffusers
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from .clear import diffusers
 from .clear_distillation import image_ids, pack_latents, unpack_latents
+from .clear_layers import diffusers
 
 
 #: pixels to the side of a token: this VAE keeps the resolution, and FLUX packs 2 x 2

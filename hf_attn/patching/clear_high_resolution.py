@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .clear import clear_processors, diffusers
+from .clear import clear_processors
+from .clear_layers import diffusers
 from .clear_weights import clear_weights_loaded
 
 

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from ..attention.clear import clear_attention
 from ..kernels.clear_tiles import attention_with_logsumexp, clear_attention_tiles, supports_tiles
-from .clear import ClearContext, clear_processors, diffusers
+from .clear import clear_processors
+from .clear_layers import ClearContext, diffusers
 
 
 TEXT_QUERIES = ("exact", "averaged")

@@ -5,7 +5,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline
 from PIL import ImageChops
 
-from hf_attn.patching import clear
+from hf_attn.patching import clear_layers
 from hf_attn.patching.clear import apply_clear, clear_processors
 from hf_attn.patching.clear_example import tiny_flux_pipeline
 from hf_attn.patching.clear_high_resolution import generate_high_resolution
@@ -55,8 +55,8 @@ def test_stages_and_what_the_transformer_is_called_with(pipe, monkeypatch, tmp_p
         attended.append(scaling)
         return computed(*arguments, scaling=scaling, **kwargs)
 
-    computed = clear.clear_attention
-    monkeypatch.setattr(clear, "clear_attention", attend)
+    computed = clear_layers.clear_attention
+    monkeypatch.setattr(clear_layers, "clear_attention", attend)
     pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     pipe.scheduler.register_to_config(use_dynamic_shifting=True, shift=3.0)
     path = weights_file(pipe, tmp_path)
@@ -71,7 +71,7 @@ def test_stages_and_what_the_transformer_is_called_with(pipe, monkeypatch, tmp_p
     # The schedule of the official code as diffusers computes it, with a shift of 3 and no dynamic one.
     assert [c["sigma"] for c in refined[:3]] == [0.875, 0.8478, 0.8182]
     assert [c["sigma"] for c in refined[:14]] == [c["sigma"] for c in refined[14:]]
-    scalings = {clear.proportional_scaling(16, 4 + tokens) for tokens in (96, 192)}
+    scalings = {clear_layers.proportional_scaling(16, 4 + tokens) for tokens in (96, 192)}
     assert set(attended) == scalings
 
 
