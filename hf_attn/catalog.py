@@ -393,7 +393,7 @@ _PAPERS = (
         slug="clear",
         title="CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up",
         arxiv="2412.16112",
-        becomes="diffusers attention processors for FLUX and SD3, official weights, distillation losses",
+        becomes="attention processors for FLUX and SD3 of diffusers, distillation, high resolutions, several processes",
         code="Huage001/CLEAR",
         available=True,
     ),

@@ -141,6 +141,24 @@ def distillation_losses(
     )
 
 
+class ClearDistillation(nn.Module):
+    """A student and its teacher as one module whose forward returns the losses, for DDP, FSDP and DeepSpeed to wrap.
+
+    Args:
+        student: FLUX transformer with CLEAR attention.
+        teacher: the same with full attention. It is no submodule: it is neither trained nor sharded nor saved.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        super().__init__()
+        self.student = student
+        self._teacher = [teacher]
+
+    def forward(self, **batch) -> ClearDistillationOutput:
+        """Losses of a batch; the arguments are those of :func:`distillation_losses` after the models."""
+        return distillation_losses(self.student, *self._teacher, **batch)
+
+
 def _with_attention(transformer: nn.Module, names: list[str], inputs: dict) -> tuple[torch.Tensor, dict]:
     """What a transformer predicts, and what its named attention layers return, before any output projection."""
     outputs = {}

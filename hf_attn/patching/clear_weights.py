@@ -7,9 +7,12 @@ say it in their metadata as well.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -17,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .clear import apply_clear, clear_processors
+from ..catalog import PAPERS
+from .clear import apply_clear, clear_processors, remove_clear
 
 
 OFFICIAL_REPOSITORY = "Huage001/CLEAR"
@@ -113,22 +117,46 @@ def load_clear_weights(
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-    for attn in _fused(transformer).values():
-        if hasattr(attn, "unfuse_projections"):  # a fused layer of FLUX would not be fused again
-            attn.unfuse_projections()
-        attn.fuse_projections()
+    _fuse_again(transformer)
     return ClearWeightsReport(radius, down_factor, tuple(tensors))
 
 
-def save_clear_weights(transformer: nn.Module, folder: str | Path) -> Path:
+@contextmanager
+def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterator[ClearWeightsReport]:
+    """Within this context a transformer of full attention has CLEAR and weights for it; then it is what it was.
+
+    The replaced weights wait on the CPU: 3.6 GB for FLUX.1 in bfloat16.
+
+    Args:
+        transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel` without CLEAR.
+        weights: what :func:`load_clear_weights` takes, which also says what is raised.
+        **arguments: its further arguments.
+    """
+    if clear_processors(transformer):
+        raise ValueError("The transformer has CLEAR attention already. Call `remove_clear` first.")
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _targets(transformer).items()}
+    try:
+        yield load_clear_weights(transformer, weights, **arguments)
+    finally:
+        remove_clear(transformer)
+        with torch.no_grad():
+            for name, parameter in _targets(transformer).items():
+                parameter.copy_(before[name])
+        _fuse_again(transformer)
+
+
+def save_clear_weights(
+    transformer: nn.Module, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """Save what CLEAR trains, with radius and down factor.
 
-    `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
+    With a model card, unless the folder has one. `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
     with full attention again. :func:`load_clear_weights` reads the folder or the file.
 
     Args:
         transformer: with CLEAR on all its attention layers, all with the same settings.
         folder: made if it does not exist.
+        state_dict: of the transformer, gathered, where its own parameters are shards of a distributed training.
 
     Returns:
         The file, ``clear.safetensors`` in the folder.
@@ -153,10 +181,35 @@ def save_clear_weights(transformer: nn.Module, folder: str | Path) -> Path:
     radius, down_factor = settings.pop()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous() for name, parameter in _targets(transformer).items()}
+    tensors = _targets(transformer)
+    if state_dict is not None:
+        gathered = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items()}
+        tensors = {name: gathered[name] for name in tensors}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps({"radius": radius, "down_factor": down_factor})}
     save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(_card(folder, transformer, tensors, radius, down_factor), encoding="utf-8")
     return folder / WEIGHTS_NAME
+
+
+def _card(
+    folder: Path, transformer: nn.Module, tensors: dict[str, torch.Tensor], radius: int, down_factor: int
+) -> str:
+    """The model card of saved weights."""
+    paper = PAPERS["clear"]
+    template = resources.files("hf_attn.model_cards").joinpath(f"{paper.slug}.md").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        name=folder.resolve().name,
+        repo_id=folder,
+        title=paper.title,
+        arxiv=paper.arxiv,
+        model_class=type(transformer).__name__,
+        num_parameters=f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
+        radius=radius,
+        down_factor=down_factor,
+    )
 
 
 def _targets(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -173,6 +226,14 @@ def _fused(transformer: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module for name, module in transformer.named_modules() if getattr(module, "fused_projections", False)
     }
+
+
+def _fuse_again(transformer: nn.Module) -> None:
+    """Copy changed weights to where layers have them in one piece."""
+    for attn in _fused(transformer).values():
+        if hasattr(attn, "unfuse_projections"):  # a fused layer of FLUX would not be fused again
+            attn.unfuse_projections()
+        attn.fuse_projections()
 
 
 def _refuse_merged(transformer: nn.Module) -> None:

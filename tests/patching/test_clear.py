@@ -485,7 +485,11 @@ def test_layers_called_alone_and_ip_adapters():
         run(model, inputs, ip_adapter_image_embeds=[torch.randn(1, 4)])
 
 
-def test_without_diffusers_the_extra_is_named():
-    code = "import sys; sys.modules['diffusers'] = None; import hf_attn.patching.clear"
+@pytest.mark.parametrize(
+    "module",
+    ["clear", "clear_weights", "clear_high_resolution", "clear_parallel", "clear_distillation_data", "clear_example"],
+)
+def test_without_diffusers_the_extra_is_named(module):
+    code = f"import sys; sys.modules['diffusers'] = None; import hf_attn.patching.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and "pip install 'hf_attn[diffusers]'" in done.stderr

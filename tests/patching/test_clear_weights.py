@@ -1,14 +1,18 @@
 """CLEAR weights: official layouts, files of our own, and models that hold their weights elsewhere."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from hf_attn.patching import clear_weights
 from hf_attn.patching.clear import apply_clear, clear_processors, remove_clear
 from hf_attn.patching.clear_distillation import freeze_for_distillation
-from hf_attn.patching.clear_weights import load_clear_weights, save_clear_weights
+from hf_attn.patching.clear_weights import clear_weights_loaded, load_clear_weights, save_clear_weights
 
 from .test_clear import MODELS, both, flux_inputs, run, sd3_inputs, tiny_flux, tiny_sd3
 
@@ -80,6 +84,47 @@ def test_a_file_of_our_own(tmp_path, kind, down_factor):
         report = load_clear_weights(other, source)
         assert (report.radius, report.down_factor) == (3, down_factor)
         assert torch.equal(run(other, inputs), run(model, inputs))
+
+
+def test_saved_weights_have_a_model_card(tmp_path):
+    path = save_clear_weights(trained(3, 2)[0], tmp_path / "some-weights")
+    card = ModelCard.load(path.parent / "README.md")
+    assert card.data.library_name == "diffusers" and {"hf_attn", "clear"} <= set(card.data.tags)
+    for fact in ("# some-weights", "FluxTransformer2DModel", "radius 3, down factor 2", "float32", "2412.16112"):
+        assert fact in card.text
+    assert f"{sum(tensor.numel() for tensor in load_file(path).values()):,} parameters" in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    pipe = SimpleNamespace(transformer=tiny_flux())
+    exec(code, {"pipe": pipe})
+    assert clear_processors(pipe.transformer)
+
+    (path.parent / "README.md").write_text("mine")
+    save_clear_weights(trained(3, 2)[0], path.parent)
+    assert (path.parent / "README.md").read_text() == "mine"
+
+
+def test_weights_for_a_while_only(tmp_path):
+    expected, path = official_file(tmp_path)
+    for fused in (False, True):
+        model, inputs = tiny_flux(), flux_inputs()
+        if fused:
+            model.fuse_qkv_projections()
+        before = run(model, inputs)
+        with pytest.raises(KeyboardInterrupt), clear_weights_loaded(model, path) as report:
+            assert report.radius == 2
+            torch.testing.assert_close(run(model, inputs), run(expected, inputs), rtol=1e-4, atol=1e-5)
+            raise KeyboardInterrupt
+        assert torch.equal(run(model, inputs), before) and not clear_processors(model)
+    with pytest.raises(ValueError, match="has CLEAR attention already"), clear_weights_loaded(expected, path):
+        pass
+
+
+def test_gathered_weights_are_saved_in_place_of_the_own_ones(tmp_path):
+    model, tensors = trained()
+    gathered = {name: tensor + 1 for name, tensor in tensors.items()}
+    saved = load_file(save_clear_weights(model, tmp_path, {**model.state_dict(), **gathered}))
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(tensor, gathered[name]) for name, tensor in saved.items())
 
 
 def test_the_second_attention_of_sd3_is_in_the_file(tmp_path):

@@ -1,0 +1,417 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Distil a FLUX transformer into one with CLEAR's local attention (arXiv 2412.16112), on images that it generates itself.
+
+    python scripts/distill_clear.py --output_dir outputs/clear
+
+makes a tiny FLUX pipeline, trains it, generates images with it and distils it, all on a CPU in some minutes. It prints the
+student-teacher error on held-back images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
+weights (`clear.safetensors`, for `load_clear_weights`). The teacher is trained first because with random weights local
+attention hardly changes what it computes; then the error starts at 28% of the mean square of what the teacher predicts, and
+ends 8.5 times lower, after 2 minutes on one core. Started again with the same arguments it continues where it was,
+and ends with the same weights. In two processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 scripts/...`.
+
+FLUX.1-dev as in the paper, on 4 GPUs, whose memory holds a shard of the student and a whole teacher each:
+
+    accelerate launch --config_file scripts/configs/clear_fsdp.yaml scripts/distill_clear.py --output_dir outputs/clear_16 \\
+        --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt --num_samples 10000 --resolution 1024 --radius 16 \\
+        --max_sequence_length 512 --optimizer prodigy --learning_rate 1 --batch_size 2 --gradient_accumulation_steps 4 \\
+        --max_steps 10000 --gradient_checkpointing --eval_steps 250 --checkpoint_steps 500
+
+Losses, trained parameters and noise levels are those of the official code; there is no moving average of weights.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from hf_attn.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.patching.clear import apply_clear
+from hf_attn.patching.clear_distillation import (
+    ClearDistillation,
+    ClearDistillationOutput,
+    compared_attention,
+    freeze_for_distillation,
+)
+from hf_attn.patching.clear_distillation_data import SampleFolder, generate_samples
+from hf_attn.patching.clear_example import DIRECTIONS, PIXELS_OF_A_TOKEN, tiny_flux_pipeline, train_tiny_flux
+from hf_attn.patching.clear_weights import save_clear_weights
+
+
+@dataclass
+class DataArguments:
+    """The teacher, and what it generates to learn from; the defaults are those of the tiny example."""
+
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a FLUX pipeline. Default: a tiny one, trained first."}
+    )
+    prompts: Path | None = field(default=None, metadata={"help": "Text file with a prompt a line; with --teacher."})
+    num_samples: int = field(default=288, metadata={"help": "Images to generate; prompts are repeated as needed."})
+    num_held_back: int = field(default=32, metadata={"help": "Of these, images to measure the error on."})
+    resolution: int = field(default=24, metadata={"help": "Pixels to a side (paper: 1024)."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps of an image."})
+    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance of images and training."})
+    max_sequence_length: int = field(default=4, metadata={"help": "Tokens of text, padded (paper: 512)."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Images generated together."})
+    data_dir: Path | None = field(
+        default=None, metadata={"help": "Folder that keeps the images, for several runs. Default: in output_dir."}
+    )
+    teacher_steps: int = field(default=300, metadata={"help": "Training steps of the tiny teacher."})
+
+
+@dataclass
+class DistillationArguments:
+    """The student and its training; where nothing else is said the defaults are the official code's."""
+
+    output_dir: Path = field(metadata={"help": "Folder for everything; continued if it holds the same run."})
+    radius: int = field(default=2, metadata={"help": "Of the disc, in tokens (paper: 8, 16, 32)."})
+    down_factor: int = field(default=1, metadata={"help": "Side of the pooled cells, 1 for none (paper: 1, 4)."})
+    max_steps: int = field(default=300, metadata={"help": "Optimiser steps (paper: 10000)."})
+    batch_size: int = field(default=16, metadata={"help": "Images of a process at once (official: 2 on 4 GPUs)."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step (official: 4)."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or prodigy as in the official code."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Constant (official: 1, of Prodigy)."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Decoupled."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute blocks again in the backward pass."}
+    )
+    eval_steps: int = field(default=25, metadata={"help": "Steps between two measurements of the error."})
+    checkpoint_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints to continue from."})
+    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+
+
+class Curve:
+    """The measurements so far; part of a checkpoint."""
+
+    def __init__(self):
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = state["rows"]
+
+    def save(self, folder: Path) -> None:
+        (folder / "curve.json").write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, DistillationArguments]:
+    parser = HfArgumentParser((DataArguments, DistillationArguments))
+    data, options = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    if (data.teacher is None) != (data.prompts is None):
+        parser.error("--teacher and --prompts go together: the example has its own")
+    if data.prompts is not None and not data.prompts.is_file():
+        parser.error(f"--prompts: there is no file {data.prompts}")
+    if not 0 < data.num_held_back < data.num_samples:
+        parser.error("--num_held_back must be at least 1 and less than --num_samples")
+    if options.optimizer not in ("adamw", "prodigy"):
+        parser.error(f"--optimizer is adamw or prodigy, not {options.optimizer}")
+    side = (PIXELS_OF_A_TOKEN if data.teacher is None else 16) * options.down_factor
+    if data.resolution % side:
+        parser.error(f"--resolution must be a multiple of {side} pixels, got {data.resolution}")
+    return data, options
+
+
+def settings_of(*groups, without: tuple[str, ...]) -> dict:
+    """What a result depends on, as JSON values."""
+    settings = {name: value for group in groups for name, value in asdict(group).items() if name not in without}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def load_pipeline(data: DataArguments, output: Path, accelerator: Accelerator, seed: int) -> tuple[FluxPipeline, Path]:
+    """The teacher's pipeline and where it is; the tiny one is trained once and kept in the output folder."""
+    if data.teacher is not None:
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        return FluxPipeline.from_pretrained(data.teacher, torch_dtype=dtype), data.teacher
+    folder = output / "teacher"
+    if accelerator.is_main_process and not folder.exists():
+        pipe = tiny_flux_pipeline(seed)
+        side = data.resolution // PIXELS_OF_A_TOKEN
+        train_tiny_flux(pipe, (side, side), data.teacher_steps, seed=seed)
+        part = output / "teacher.part"
+        pipe.save_pretrained(part)
+        part.rename(folder)
+    accelerator.wait_for_everyone()
+    return FluxPipeline.from_pretrained(folder), folder
+
+
+def prepare_samples(data: DataArguments, options: DistillationArguments, accelerator: Accelerator):
+    """Generate what is missing; returns the samples, the noise levels to train on and where the teacher is."""
+    pipe, teacher = load_pipeline(data, options.output_dir, accelerator, options.seed)
+    prompts = DIRECTIONS if data.prompts is None else data.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    prompts = [prompts[i % len(prompts)] for i in range(data.num_samples)]
+    folder = data.data_dir or options.output_dir / "data"
+    # Text encoders and VAE are needed here only; the training loads the transformer alone.
+    pipe.to(accelerator.device)
+    generate_samples(
+        pipe,
+        prompts,
+        folder / "samples",
+        height=data.resolution,
+        width=data.resolution,
+        num_inference_steps=data.num_inference_steps,
+        guidance_scale=data.guidance_scale,
+        max_sequence_length=data.max_sequence_length,
+        batch_size=data.generation_batch_size,
+        seed=options.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    accelerator.wait_for_everyone()
+    # Sampling leaves its own few noise levels in the scheduler.
+    sigmas = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config).sigmas[:1000].clone()
+    return SampleFolder(folder / "samples", data.num_samples), sigmas, teacher
+
+
+def claim_folders(data: DataArguments, options: DistillationArguments, accelerator: Accelerator) -> None:
+    """Make sure that output and data folder belong to this run, or are new."""
+    ignored = ("output_dir", "data_dir", "overwrite_output_dir", "generation_batch_size")
+    settings = settings_of(data, options, without=ignored)
+    settings |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    if data.prompts is not None:
+        settings["prompts"] = hashlib.sha256(data.prompts.read_bytes()).hexdigest()
+    if claim_output_folder(options.output_dir, settings, options.overwrite_output_dir):
+        print(f"Continuing the run in {options.output_dir}.")
+    if data.data_dir is not None:
+        if data.teacher is None:
+            raise OutputFolderError("--data_dir is for images of a --teacher: the tiny one belongs to its run.")
+        names = [name for name in asdict(data) if name not in (*ignored, "num_held_back", "teacher_steps")]
+        claim_output_folder(data.data_dir, {name: settings[name] for name in (*names, "seed")})
+
+
+def make_optimizer(parameters: list[nn.Parameter], options: DistillationArguments) -> torch.optim.Optimizer:
+    arguments = {"lr": options.learning_rate, "betas": (0.9, 0.999), "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **arguments)
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise SystemExit("--optimizer prodigy needs a package: pip install prodigyopt") from error
+    return Prodigy(parameters, **arguments, decouple=True, use_bias_correction=True, safeguard_warmup=True)
+
+
+class Batches:
+    """Training batches as a function of the step alone, so that a continued run sees what it would have seen.
+
+    Noise belongs to the place of an image in the whole training: more processes or accumulated batches of fewer images
+    each see the same.
+    """
+
+    def __init__(self, samples: SampleFolder, count: int, sigmas: torch.Tensor, options, accelerator: Accelerator):
+        self.samples, self.count, self.sigmas, self.options = samples, count, sigmas, options
+        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+
+    def get(self, step: int, accumulated: int) -> dict[str, torch.Tensor]:
+        batch_size = self.options.batch_size
+        batch = (step * self.options.gradient_accumulation_steps + accumulated) * self.world + self.rank
+        positions = range(batch * batch_size, (batch + 1) * batch_size)
+        indices = [self._index(position) for position in positions]
+        seeds = [(2 * self.options.seed << 32) + position for position in positions]
+        return noisy_batch(self.samples, indices, self.sigmas, seeds, self.device)
+
+    def held_back(self) -> list[dict[str, torch.Tensor]]:
+        indices = torch.arange(self.count, len(self.samples)).split(self.options.batch_size)
+        first = (2 * self.options.seed + 1) << 32
+        return [
+            noisy_batch(self.samples, chosen, self.sigmas, [first + i for i in chosen], self.device)
+            for chosen in (chosen.tolist() for chosen in indices)
+        ]
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.options.seed + epoch))
+        return int(order[place])
+
+
+def noisy_batch(
+    samples: SampleFolder, indices: list[int], sigmas: torch.Tensor, seeds: list[int], device
+) -> dict[str, torch.Tensor]:
+    """Samples with noise and noise levels, the latter uniform over those of the scheduler."""
+    batch = samples.batch(indices)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape, dtype = batch["latents"].shape[1:], batch["latents"].dtype
+    batch["noise"] = torch.stack([torch.randn(shape, generator=generator).to(dtype) for generator in generators])
+    batch["sigmas"] = torch.stack(
+        [sigmas[int(torch.randint(len(sigmas), (), generator=generator))] for generator in generators]
+    )
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def measure(model: nn.Module, batches: list[dict], guidance: float) -> dict[str, float]:
+    """Mean losses on the held-back batches, and the mean square of what the teacher predicts.
+
+    Every process measures all of them: shards of a model are computed with by all processes at once.
+    """
+    totals: dict[str, float] = {}
+    count = sum(len(batch["sigmas"]) for batch in batches)
+    for batch in batches:
+        output: ClearDistillationOutput = model(**batch, guidance=guidance)
+        row = {
+            "error": output.prediction_loss,
+            "flow_matching_loss": output.flow_matching_loss,
+            "attention_loss": output.attention_loss,
+            "teacher_power": output.teacher_prediction.float().square().mean(),
+        }
+        for name, value in row.items():
+            totals[name] = totals.get(name, 0.0) + value.item() * len(batch["sigmas"]) / count
+    return totals
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    steps = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Save all that the rest of the run depends on, and drop the checkpoint before."""
+    before = last_checkpoint(folder)
+    part = folder / "part"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # Renamed into place: a checkpoint that has the name of its step is complete.
+        part.rename(folder / f"step_{step}")
+        if before is not None:
+            shutil.rmtree(before)
+    accelerator.wait_for_everyone()
+
+
+def distil(
+    data: DataArguments,
+    options: DistillationArguments,
+    samples: SampleFolder,
+    sigmas: torch.Tensor,
+    teacher_folder: str | Path,
+    accelerator: Accelerator,
+) -> Curve:
+    """Train the student, from the last checkpoint if there is one, and save its weights."""
+    teacher = FluxTransformer2DModel.from_pretrained(teacher_folder, subfolder="transformer").requires_grad_(False)
+    student = copy.deepcopy(teacher).train()
+    teacher.to(accelerator.device, torch.bfloat16 if accelerator.mixed_precision == "bf16" else None).eval()
+    apply_clear(student, options.radius, options.down_factor)
+    trainable = freeze_for_distillation(student)
+    if options.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    accelerator.print(
+        f"{sum(p.numel() for p in trainable.values()):,} of {sum(p.numel() for p in student.parameters()):,} parameters "
+        f"are trained; attention is compared in {', '.join(compared_attention(student)) or 'no layer'}."
+    )
+    if accelerator.distributed_type == "DEEPSPEED":
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+    model, optimizer = accelerator.prepare(
+        ClearDistillation(student, teacher), make_optimizer(list(trainable.values()), options)
+    )
+    curve = Curve()
+    accelerator.register_for_checkpointing(curve)
+    checkpoints, step = options.output_dir / "checkpoints", 0
+    if (found := last_checkpoint(checkpoints)) is not None:
+        accelerator.load_state(str(found))
+        step = int(found.name.removeprefix("step_"))
+
+    count = data.num_samples - data.num_held_back
+    batches = Batches(samples, count, sigmas, options, accelerator)
+    held_back = batches.held_back()
+    progress = tqdm(total=options.max_steps, initial=step, desc="distilling", disable=not accelerator.is_main_process)
+    if not curve.rows:
+        curve.rows.append({"step": 0, **measure(model, held_back, data.guidance_scale)})
+        report(curve, progress, accelerator)
+    while step < options.max_steps:
+        for accumulated in range(options.gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                output = model(**batches.get(step, accumulated), guidance=data.guidance_scale)
+                accelerator.backward(output.loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        step += 1
+        progress.update()
+        if step % options.eval_steps == 0 or step == options.max_steps:
+            curve.rows.append({"step": step, **measure(model, held_back, data.guidance_scale)})
+            report(curve, progress, accelerator)
+        if step % options.checkpoint_steps == 0 or step == options.max_steps:
+            save_checkpoint(accelerator, checkpoints, step)
+    progress.close()
+
+    state_dict = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        unwrapped = accelerator.unwrap_model(model).student
+        gathered = {name.removeprefix("student."): tensor for name, tensor in state_dict.items()}
+        save_clear_weights(unwrapped, options.output_dir, gathered)
+        curve.save(options.output_dir)
+    return curve
+
+
+def report(curve: Curve, progress: tqdm, accelerator: Accelerator) -> None:
+    """One line of the curve."""
+    row, first = curve.rows[-1], curve.rows[0]
+    if not math.isfinite(row["error"]):
+        raise SystemExit(f"The error is {row['error']} after {row['step']} steps: choose a lower --learning_rate.")
+    if accelerator.is_main_process:
+        progress.write(
+            f"step {row['step']:>6}  student-teacher error {row['error']:.5f} ({row['error'] / row['teacher_power']:.1%} of "
+            f"the teacher's power)  {first['error'] / row['error']:.2f} times lower than at first  "
+            f"attention {row['attention_loss']:.5f}  flow matching {row['flow_matching_loss']:.4f}"
+        )
+
+
+def plot(curve: Curve, path: Path) -> None:
+    """Draw the error against the steps, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path.name} is not drawn: pip install matplotlib")
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in curve.rows]
+    axes.plot(steps, [row["error"] for row in curve.rows], marker=".", label="student - teacher")
+    axes.plot(steps, [row["attention_loss"] for row in curve.rows], marker=".", label="attention outputs")
+    axes.axhline(curve.rows[0]["error"] / 5, color="grey", linestyle=":", label="a fifth of the first error")
+    axes.set(yscale="log", xlabel="step", ylabel="mean squared difference", title="Distillation, on held-back images")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
+    """Generate, distil and save; returns the curve."""
+    data, options = parse_arguments(arguments)
+    accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)
+    try:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                claim_folders(data, options, accelerator)
+    except OutputFolderError as error:
+        raise SystemExit(f"distill_clear.py: {error} (--overwrite_output_dir)") from error
+    samples, sigmas, teacher_folder = prepare_samples(data, options, accelerator)
+    curve = distil(data, options, samples, sigmas, teacher_folder, accelerator)
+    if accelerator.is_main_process:
+        plot(curve, options.output_dir / "curve.png")
+        print(f"The weights are in {options.output_dir / 'clear.safetensors'}.")
+    # A process that exits with its group open can abort; ending the training also forgets what was prepared.
+    accelerator.end_training()
+    return curve.rows
+
+
+if __name__ == "__main__":
+    main()
