@@ -287,7 +287,8 @@ def test_stage_two_is_a_plain_trainer(tmp_path):
 
 
 TWO_PROCESSES = """
-import sys, torch
+import gc, sys, torch
+from accelerate import PartialState
 sys.path.insert(0, sys.argv[1])
 from tests.modeling.echo_att.test_distillation_echo_att import *
 
@@ -296,7 +297,11 @@ trainer = make_trainer(sys.argv[2], padded_dataset(), per_device_train_batch_siz
 loss, gradients = first_step(trainer)
 if trainer.is_world_process_zero():
     torch.save((loss, {name.removeprefix("module."): grad for name, grad in gradients.items()}), sys.argv[4])
-trainer.accelerator.end_training()  # a process that exits with its group open can abort
+# A process that exits with its group open, or in use by a model, can abort.
+trainer.accelerator.wait_for_everyone()
+del trainer
+gc.collect()
+PartialState().destroy_process_group()
 """
 
 
