@@ -156,6 +156,12 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self._select(lambda buffer: buffer[indices.to(buffer.device)])
 
 
+def _shape(config: LandmarkConfig) -> dict[str, int]:
+    """What a model and its cache have in common."""
+    names = ("mem_freq", "num_hidden_layers", "num_key_value_heads", "head_dim")
+    return {name: getattr(config, name) for name in names}
+
+
 class LandmarkCache(Cache):
     """Memory of a [`LandmarkForCausalLM`].
 
@@ -202,6 +208,7 @@ class LandmarkCache(Cache):
         if top_k is not None or max_chunk_length is not None:
             self._check_rotary_embedding()
         self.block_size = config.block_size
+        self.shape = _shape(config)
         self.top_k = top_k
         self.retrieval = retrieval
         self.offload_to_cpu = offload_to_cpu
@@ -249,8 +256,20 @@ class LandmarkCache(Cache):
                 "use_cache=False."
             )
 
-    def start(self, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
-        """Called before an input: checks that it continues what is stored."""
+    def start(self, config: LandmarkConfig, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
+        """Called before an input: checks that it continues what is stored.
+
+        Raises:
+            ValueError: for a model of another shape, another batch size, or landmarks that are inserted in one input and not
+                in another.
+        """
+        if (model := _shape(config)) != self.shape:
+            different = [name for name in model if model[name] != self.shape[name]]
+            raise ValueError(
+                "The LandmarkCache belongs to another model: it was made for "
+                f"{', '.join(f'{name}={self.shape[name]}' for name in different)}, and this model has "
+                f"{', '.join(f'{name}={model[name]}' for name in different)}. Make one with LandmarkCache(model.config)."
+            )
         if self.lengths is None:
             self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
             self.is_landmark = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)

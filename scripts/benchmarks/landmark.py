@@ -60,7 +60,7 @@ def filled_cache(system: str, model: PreTrainedModel, context: int, options: arg
     else:
         insertion = Insertion.of(torch.ones(1, context, dtype=torch.bool), config.mem_freq)
         length = insertion.valid.shape[1]
-        cache.start(1, model.device, inserts_landmarks=True)
+        cache.start(config, 1, model.device, inserts_landmarks=True)
         destination = Destination.of(torch.arange(length)[None], length, config.block_size)
     shape = (1, config.num_key_value_heads, length, config.head_dim)
     for index, layer in enumerate(cache.layers):
