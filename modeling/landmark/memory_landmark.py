@@ -100,7 +100,7 @@ class MemoryStep:
     def past(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys (rotated) and values in the cache, `(batch, kv_heads, past_length, head_dim)`."""
         layer = self.cache.layers[layer_idx]
-        keys, values = (states[:, :, : self.past_length].to(layer.device) for states in (layer.keys, layer.values))
+        keys, values = (states.first(self.past_length).to(layer.device) for states in (layer.keys, layer.values))
         return rotate(keys, self.past_places), values
 
     def store(self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -17,7 +17,10 @@ from .memory_landmark import MemoryStep, rotate
 
 
 #: Largest number of elements of retrieved keys that are gathered at once.
-GATHERED_ELEMENTS = 2**24
+GATHERED_ELEMENTS = 2**22
+
+#: How many queries read a block that was fetched.
+TILE = 16
 
 
 def attend_to_memory(
@@ -52,11 +55,9 @@ def attend_to_memory(
         layer.retrieved.append(chosen.numbers)
     gates, inside, block_values = _read_blocks(step, layer, chosen, at_places, scaling)
 
-    row = torch.arange(batch, device=layer.keys.device)[:, None]
-    recent_slots = plan.recent_slots.to(layer.keys.device)
-    recent_key, recent_value = (
-        states[row, :, recent_slots].transpose(1, 2).to(query.device) for states in (layer.keys, layer.values)
-    )
+    row, kv_head = (torch.arange(count, device=query.device) for count in (batch, kv_heads))
+    recent = (row[:, None, None], kv_head[None, :, None], plan.recent_slots[:, None])
+    recent_key, recent_value = (states.read_tokens(*recent).to(query.device) for states in (layer.keys, layer.values))
     local_key = torch.cat([rotate(recent_key, plan.recent_place), key], dim=2)
     local_value = torch.cat([recent_value, value], dim=2)
     local_scores = query.reshape(batch, kv_heads, -1, head_dim) @ local_key.transpose(-1, -2)
@@ -142,38 +143,90 @@ def _read_blocks(
         Scores of their landmarks `(batch, heads, length, top_k)`, weights within each block
         `(batch, heads, length, top_k, mem_freq)`, and values by these weights `(batch, heads, length, top_k, head_dim)`.
     """
-    batch, heads, length, _, head_dim = at_places.shape
-    block, top_k = step.cache.block_size, chosen.slots.shape[-1]
+    _, heads, length, _, head_dim = at_places.shape
     places = chosen.places.expand(-1, heads, length, -1)
     query = at_places.gather(3, places.unsqueeze(-1).expand(-1, -1, -1, -1, head_dim))
 
-    sets = chosen.slots.shape[2]
-    elements = batch * heads * top_k * block * head_dim
-    rows = length if sets == 1 else max(1, GATHERED_ELEMENTS // elements)
-    parts = [
-        _gather_and_read(layer, chosen.slots[:, :, start : start + rows], query[:, :, start : start + rows], block, scaling)
-        for start in range(0, length, rows)
-    ]  # fmt: skip
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    if chosen.slots.shape[2] == 1:
+        return _read_same(layer, chosen.slots, query, scaling)
+    return _read_in_tiles(layer, chosen.slots.expand(-1, heads, -1, -1), query, scaling)
 
 
-def _gather_and_read(
-    layer: LandmarkCacheLayer, slots: torch.Tensor, query: torch.Tensor, block: int, scaling: float
+def _read_same(
+    layer: LandmarkCacheLayer, slots: torch.Tensor, query: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, length = query.shape[:3]
-    kv_heads, store = layer.keys.shape[1], layer.keys.device
-    row = torch.arange(batch, device=store)[:, None, None, None]
-    kv_head = (torch.arange(heads, device=store) // (heads // kv_heads))[None, :, None, None]
-    where = (row, kv_head, slots.expand(-1, heads, -1, -1).to(store))
-    keys, values = (states.unflatten(2, (-1, block))[where].to(query.device) for states in (layer.keys, layer.values))
+    """Read blocks that all queries have in common.
 
-    # A choice that is shared by the queries has one set of blocks for all of them.
-    sets = slots.shape[2]
-    by_set = query.unflatten(2, (sets, length // sets)).transpose(3, 4)
-    scores = (by_set @ keys.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
-    inside = scores[..., :-1].softmax(-1)
-    read = inside.to(query.dtype) @ values[..., :-1, :]
-    return tuple(part.transpose(3, 4).flatten(2, 3) for part in (scores[..., -1], inside.to(query.dtype), read))
+    Args:
+        slots: `(batch, heads or 1, 1, top_k)`.
+        query: what each query is to each of the blocks, `(batch, heads, length, top_k, head_dim)`.
+    """
+    batch, heads = query.shape[:2]
+    row, head = (torch.arange(count, device=slots.device) for count in (batch, heads))
+    where = (row[:, None, None], (head // (heads // layer.keys.shape[1]))[None, :, None], slots[:, :, 0])
+    keys, values = (states.read_blocks(*where).to(query.device) for states in (layer.keys, layer.values))
+    parts = _attend_within(query.transpose(2, 3), keys, values, scaling)
+    return tuple(part.transpose(2, 3) for part in parts)
+
+
+def _read_in_tiles(
+    layer: LandmarkCacheLayer, slots: torch.Tensor, query: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read blocks of which each query has its own.
+
+    Queries that read the same block are put together in tiles of [`TILE`], so that a block is fetched once for each of its
+    tiles and not for each query.
+
+    Args:
+        slots: `(batch, heads, length, top_k)`.
+        query: `(batch, heads, length, top_k, head_dim)`.
+    """
+    batch, heads, length, top_k, head_dim = query.shape
+    kv_heads, block = layer.keys.shape[1], layer.keys.block_size
+    num_slots = layer.landmark_keys.shape[2]
+    row, head = (torch.arange(count, device=slots.device) for count in (batch, heads))
+    kv_row = row[:, None] * kv_heads + head // (heads // kv_heads)
+    block_of = (kv_row[:, :, None, None] * num_slots + slots).flatten()
+
+    order = block_of.argsort()
+    blocks, readers = block_of[order].unique_consecutive(return_counts=True)
+    tiles = (readers + TILE - 1) // TILE
+    # What the first reader of each block is among all readers, and among the places in the tiles.
+    first_reader, first_place = readers.cumsum(0) - readers, (tiles.cumsum(0) - tiles) * TILE
+    rank = torch.arange(len(order), device=slots.device)
+    place = torch.empty_like(order)
+    place[order] = rank + (first_place - first_reader).repeat_interleave(readers)
+    tile_block = blocks.repeat_interleave(tiles)
+
+    tiled = query.new_zeros(len(tile_block) * TILE, head_dim)
+    tiled[place] = query.flatten(0, 3)
+    parts = []
+    pieces = zip(
+        *(
+            t.split(max(1, GATHERED_ELEMENTS // (block * head_dim)))
+            for t in (tile_block, tiled.unflatten(0, (-1, TILE)))
+        ),
+        strict=True,
+    )
+    for numbers, queries in pieces:
+        kv_rows = numbers // num_slots
+        where = (kv_rows // kv_heads, kv_rows % kv_heads, numbers % num_slots)
+        keys, values = (states.read_blocks(*where).to(query.device) for states in (layer.keys, layer.values))
+        parts.append(_attend_within(queries, keys, values, scaling))
+    return tuple(
+        torch.cat(part).flatten(0, 1)[place].unflatten(0, (batch, heads, length, top_k))
+        for part in zip(*parts, strict=True)
+    )
+
+
+def _attend_within(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The landmark's scores, the weights within the block and the values by them, for queries `(..., queries, head_dim)` of
+    blocks `(..., block_size, head_dim)`."""
+    scores = (query @ keys.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    inside = scores[..., :-1].softmax(-1).to(query.dtype)
+    return scores[..., -1], inside, inside @ values[..., :-1, :]
 
 
 def _weights(

@@ -304,16 +304,6 @@ def test_old_blocks_are_forgotten():
     torch.testing.assert_close(logits, logits_of(model, ids, attention_mask=mask), **CLOSE)
 
 
-def test_retrieving_queries_in_pieces_changes_nothing(monkeypatch):
-    model, ids = make_model(), random_ids(2, 60)
-    results = []
-    for elements in (2**24, 1000):
-        monkeypatch.setattr("hf_attn.modeling.landmark.retrieval_landmark.GATHERED_ELEMENTS", elements)
-        memory = LandmarkCache(model.config, top_k=2, max_chunk_length=20)
-        results.append(logits_of(model, ids, past_key_values=memory, insert_landmarks=True))
-    torch.testing.assert_close(*results, **CLOSE)
-
-
 def test_bfloat16_memory():
     model, ids = make_model().bfloat16(), random_ids(2, 60)
     memory = LandmarkCache(model.config, top_k=2)
