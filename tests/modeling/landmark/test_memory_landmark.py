@@ -1,5 +1,7 @@
 """How the memory stores blocks and reads them: the fast ways against the plain ones, and what they hold."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import set_seed
@@ -20,7 +22,9 @@ def filled_layer(blocks: int, rows: int = 2, paged: bool = False):
     layer = LandmarkCache(config, top_k=2, offload_to_cpu=paged).layers[0]
     keys, values = torch.randn(2, rows, 2, blocks * BLOCK, 8)
     layer.lazy_initialization(keys, values)
-    row, slot = (index.flatten() for index in torch.meshgrid(torch.arange(rows), torch.arange(blocks * BLOCK)))
+    row, slot = (
+        index.flatten() for index in torch.meshgrid(torch.arange(rows), torch.arange(blocks * BLOCK), indexing="ij")
+    )
     for store, states in ((layer.keys, keys), (layer.values, values)):
         store.reserve(blocks * BLOCK)
         store.write(row, slot, states[row, :, slot])
@@ -92,7 +96,7 @@ def test_a_page_is_never_copied():
         store.reserve(slots)
         addresses.append([page.data_ptr() for page in store.pages])
     assert [len(pages) for pages in addresses] == [1, 1, 1, 2, 6]
-    assert all(later[: len(earlier)] == earlier for earlier, later in zip(addresses, addresses[1:], strict=False))
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(addresses))
     assert store.shape == (1, 2, 96 * BLOCK, 8) and store.nbytes == 2 * 96 * BLOCK * 8 * 4
 
 
@@ -101,7 +105,7 @@ def working_set(model, blocks: int) -> tuple[int, int]:
     latter."""
     memory = LandmarkCache(model.config, top_k=2, offload_to_cpu=True)
     ids = random_ids(1, blocks * model.config.mem_freq)
-    stored_at_peak = held = peak = 0
+    held = peak = 0
     with torch.profiler.profile(profile_memory=True) as profile:
         for piece in ids.split(2 * model.config.mem_freq, dim=1):
             logits_of(model, piece, past_key_values=memory, insert_landmarks=True, logits_to_keep=1)
@@ -111,7 +115,6 @@ def working_set(model, blocks: int) -> tuple[int, int]:
             peak = max(peak, held)
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in memory.layers)
     landmarks = sum(layer.landmark_keys.nbytes for layer in memory.layers)
-    assert stored > stored_at_peak
     return peak - stored, landmarks
 
 
