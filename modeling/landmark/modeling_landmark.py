@@ -124,7 +124,14 @@ class LandmarkAttention(nn.Module):
 
         if memory is not None and memory.retrieval is not None:
             attn_output, attn_weights = attend_to_memory(
-                memory, self.layer_idx, rotated_query, rotated_key, value_states, is_landmark, self.scaling
+                memory,
+                self.layer_idx,
+                rotated_query,
+                rotated_key,
+                value_states,
+                is_landmark,
+                self.scaling,
+                output_weights=bool(kwargs.get("output_attentions")),
             )
         else:
             all_keys, all_values = rotated_key, value_states

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import set_seed
 
+from hf_attn.attention.landmark import grouped_softmax
 from hf_attn.modeling.landmark import retrieval_landmark, store_landmark
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
@@ -36,12 +37,12 @@ def filled_layer(blocks: int, rows: int = 2, paged: bool = False):
 @pytest.mark.parametrize("blocks", [3, 40], ids="blocks_{}".format)
 @pytest.mark.parametrize("elements", [2**22, 100], ids="elements_{}".format)
 def test_reading_in_tiles_equals_reading_query_by_query(paged, blocks, elements, monkeypatch):
-    """3 blocks have more readers than fit into a tile, and 40 have few; 100 elements are two blocks at once."""
+    """A block has as many readers as fit into a tile, or fewer, or some more; 100 elements are two blocks at once."""
     set_seed(0)
     monkeypatch.setattr(retrieval_landmark, "GATHERED_ELEMENTS", elements)
     layer, _, _ = filled_layer(blocks, paged=paged)
     query, slots = torch.randn(2, 4, 30, 2, 8), torch.randint(blocks, (2, 4, 30, 2))
-    computed = retrieval_landmark._read_in_tiles(layer, slots, query, 0.3)
+    computed = retrieval_landmark._read_in_tiles(layer, slots, query, 0.3, True)
     one_by_one = [
         retrieval_landmark._read_same(layer, slots[:, :, [i]], query[:, :, [i]], 0.3) for i in range(query.shape[2])
     ]
@@ -49,12 +50,27 @@ def test_reading_in_tiles_equals_reading_query_by_query(paged, blocks, elements,
         torch.testing.assert_close(ours, torch.cat(parts, dim=2), msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize(("recent", "length"), [(0, 5), (0, 12), (3, 12), (4, 11), (2, 1)])
+def test_weights_block_by_block_are_the_grouped_softmax(recent, length):
+    set_seed(0)
+    gates, scores = torch.randn(2, 4, length, 2), torch.randn(2, 4, length, recent + length)
+    computed = retrieval_landmark._block_by_block(gates, scores, BLOCK)
+    # A retrieved block is one regular token that a landmark closes.
+    keys = torch.arange(recent + length)
+    flags = torch.cat([torch.tensor([False, True, False, True]), keys % BLOCK == BLOCK - 1])
+    allowed = torch.cat([torch.ones(length, 4, dtype=torch.bool), keys <= keys[recent:, None]], dim=-1)
+    whole = torch.cat([torch.stack([torch.zeros_like(gates), gates], dim=-1).flatten(-2), scores], dim=-1)
+    weights = grouped_softmax(whole, flags.expand(2, -1), allowed)
+    torch.testing.assert_close(computed[0], weights[..., 0:4:2])
+    torch.testing.assert_close(computed[1], weights[..., 4:])
+
+
 @pytest.mark.parametrize("paged", [False, True])
 def test_reading_a_block_is_a_softmax_of_its_regular_tokens(paged):
     set_seed(0)
     layer, keys, values = filled_layer(5, paged=paged)
     query, slots = torch.randn(2, 4, 3, 2, 8), torch.randint(5, (2, 4, 3, 2))
-    gates, inside, read = retrieval_landmark._read_in_tiles(layer, slots, query, 0.3)
+    gates, inside, read = retrieval_landmark._read_in_tiles(layer, slots, query, 0.3, True)
     for row, head, i, k in [(0, 0, 0, 0), (1, 1, 2, 0), (0, 2, 1, 1), (1, 3, 2, 1)]:
         block = slice(slots[row, head, i, k] * BLOCK, (slots[row, head, i, k] + 1) * BLOCK)
         scores = 0.3 * keys[row, head // 2, block] @ query[row, head, i, k]
@@ -123,7 +139,7 @@ def test_the_working_set_of_an_offloaded_memory_is_bounded():
     set_seed(0)
     model = LandmarkForCausalLM(
         LandmarkConfig(
-            vocab_size=40,
+            vocab_size=41,
             hidden_size=64,
             intermediate_size=64,
             num_hidden_layers=2,
