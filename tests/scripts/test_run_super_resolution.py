@@ -12,7 +12,8 @@ import torchvision
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
-from hf_attn.restoration.resize import bicubic_downscale
+from hf_attn.restoration.pairs import low_resolution
+from hf_attn.restoration.resize import crop_to_multiple
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_super_resolution.py"
@@ -128,7 +129,7 @@ def test_a_patch_is_cut_out_of_the_scaled_down_image(script, folder):
     images = script.Images(script.image_files(str(folder)))
     assert [len(image) for image in images] == [3, 3, 3]
     patches = script.Patches(images, 2, 8)
-    whole = script.round_to_8_bits(bicubic_downscale(script.crop_to_multiple(images[0], 2).float() / 255, 2))
+    whole = low_resolution(crop_to_multiple(images[0], 2).float() / 255, 2, "bicubic")
     windows = whole.unfold(1, 8, 1).unfold(2, 8, 1)
     for seed in range(8):
         torch.manual_seed(seed)
@@ -226,7 +227,7 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
     def shrink(high, scale, generator=None):
         return torch.nn.functional.avg_pool2d(high, scale)
 
-    monkeypatch.setattr(script, "degrade", shrink)
+    monkeypatch.setattr("hf_attn.restoration.pairs.degrade", shrink)
     for seed in range(8):
         torch.manual_seed(seed)
         example = patches[0]
