@@ -50,6 +50,7 @@ from hf_attn.assets import read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS, LandmarkCache
 from hf_attn.modeling.landmark.data_landmark import LandmarkDataCollator
+from hf_attn.modeling.landmark.insertion_landmark import check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
 
 
@@ -242,6 +243,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path or base)
     if model_args.model_name_or_path is not None:
         model = LandmarkForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+        check_landmark_token(tokenizer, model.config)
     else:
         model = LandmarkForCausalLM.from_base(
             base,
@@ -298,6 +300,8 @@ def evaluate(
         source = base if name == BASE else landmark
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source).to(training_args.device)
+        if isinstance(model, LandmarkForCausalLM):
+            check_landmark_token(tokenizer, model.config)
         held_back = token_blocks(texts_of(data_args, "validation"), tokenizer, 1).flatten()
         print(f"Evaluating the {name} model")
         result = {

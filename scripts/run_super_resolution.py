@@ -13,11 +13,19 @@ A published size by a published recipe, on a folder of images, and then scale 4 
     torchrun --nproc_per_node 8 scripts/run_super_resolution.py --model_name_or_path hat_x2 --scale 4 --recipe x4_from_x2 \\
         --train_dir DF2K/HR --validation_dir Set5 --per_device_train_batch_size 4 --output_dir hat_x4
 
-Low-resolution images are made as in the papers: MATLAB's bicubic down-scaling, rounded to 8 bits. The evaluation prints
-PSNR and SSIM (Y channel, without a border as wide as the scale) of the averaged weights, and of bicubic enlargement.
+Real photographs: first the distance to sharpened photographs, then the adversarial stage with VGG's perceptual loss:
 
-Left out: the real-world recipe. Its parts are in `hf_attn.restoration.degradation` (second-order degradations, sharpening) and
-`hf_attn.restoration.adversarial` (discriminator, perceptual and adversarial losses); no script trains with them yet.
+    torchrun --nproc_per_node 8 scripts/run_super_resolution.py --model_type hat --variant hat_x4 --recipe real \\
+        --train_dir DF2K/HR --per_device_train_batch_size 4 --output_dir real
+    python -c "import torch, torchvision as t; torch.save(t.models.vgg19(weights='IMAGENET1K_V1').state_dict(), 'vgg19.pth')"
+    torchrun --nproc_per_node 8 scripts/run_super_resolution.py --model_name_or_path real --recipe real_gan \\
+        --perceptual_weights vgg19.pth --train_dir DF2K/HR --per_device_train_batch_size 4 --output_dir real_gan
+
+Low-resolution images are made as in the papers: MATLAB's bicubic down-scaling, rounded to 8 bits, or by the recipes for real
+photographs Real-ESRGAN's second-order degradation. The evaluation prints PSNR and SSIM (Y channel, without a border as wide
+as the scale) of the averaged weights, and of bicubic enlargement.
+
+Left out: the queue from which the published training draws its degraded batches. Here each patch has a degradation of its own.
 """
 
 import difflib
@@ -50,9 +58,11 @@ from transformers.utils import logging
 import hf_attn  # noqa: F401
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.restoration.images import decode_image
-from hf_attn.restoration.metrics import RestorationMetrics, to_uint8
-from hf_attn.restoration.resize import bicubic_downscale, bicubic_resize, crop_to_multiple
+from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
+from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
+from hf_attn.restoration.metrics import RestorationMetrics
+from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
+from hf_attn.restoration.resize import bicubic_resize
 from hf_attn.restoration.warm_start import start_as_interpolation
 from hf_attn.variants import VariantsMixin
 
@@ -72,18 +82,21 @@ SMALL = {
     "growth_channels": 8,
 }
 
-#: name -> (steps, learning rate, steps after which it is halved) of the published trainings, at a total batch of 32
+#: name -> (steps, learning rate, steps after which it is halved) of the published trainings; the first four are at a total
+#: batch of 32
 RECIPES = {
     "scratch": (500_000, 2e-4, (250_000, 400_000, 450_000, 475_000)),
     "x4_from_x2": (250_000, 1e-4, (125_000, 200_000, 225_000, 240_000)),
     "imagenet": (800_000, 2e-4, (300_000, 500_000, 650_000, 700_000, 750_000)),
     "finetune": (250_000, 1e-5, (125_000, 200_000, 225_000, 240_000)),
+    "real": (1_000_000, 1e-4, ()),
+    "real_gan": (400_000, 1e-4, ()),
 }
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-#: low-resolution pixels around a patch that its down-scaling sees: the widened kernel reaches two of them
-CONTEXT = 3
+#: multiple of which the discriminator takes the sides of images
+DISCRIMINATOR_MULTIPLE = 8
 
 
 @dataclass
@@ -130,6 +143,19 @@ class DataArguments:
     patch_size: int = field(
         default=0, metadata={"help": "Side of low-resolution patches; default 64; 16 without a published size."}
     )
+    degradation: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{' or '.join(DEGRADATIONS)}; default bicubic, second_order with the recipes real, real_gan."
+        },
+    )
+    sharpen_targets: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Unsharp masking of what is learnt from (not of what the discriminator sees); default only with the "
+            "recipe real. With real_gan it makes the published `sharper` model."
+        },
+    )
     max_eval_side: int | None = field(
         default=256,
         metadata={"help": "Evaluate on the central crop of this side of larger images; 0 for all of them."},
@@ -144,6 +170,14 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
     )
+    adversarial: bool | None = field(
+        default=None, metadata={"help": "Train against a discriminator; default only with the recipe real_gan."}
+    )
+    perceptual_weights: str | None = field(
+        default=None,
+        metadata={"help": "File of torchvision's VGG19 weights, for a perceptual loss in the adversarial training."},
+    )
+    discriminator_features: int = field(default=64, metadata={"help": "Width of the discriminator's first level."})
     learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 1e-3."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
@@ -196,6 +230,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         raise stop(f"--recipe {training_args.recipe} is not one of {', '.join(RECIPES)}")
     small = model_args.model_type is not None and model_args.variant is None
     data_args.patch_size = data_args.patch_size or (16 if small else 64)
+    _set_up_real_photographs(data_args, training_args)
     if training_args.recipe is not None:
         steps, learning_rate, _ = RECIPES[training_args.recipe]
         training_args.max_steps = training_args.max_steps if training_args.max_steps > 0 else steps
@@ -213,6 +248,23 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     _check_output_dir(training_args)
     return model_args, data_args, training_args
+
+
+def _set_up_real_photographs(data_args: DataArguments, training_args: ScriptTrainingArguments) -> None:
+    """Defaults of the recipes for real photographs, and what contradicts them."""
+    if data_args.degradation is None:
+        data_args.degradation = "second_order" if training_args.recipe in ("real", "real_gan") else "bicubic"
+    if data_args.sharpen_targets is None:
+        data_args.sharpen_targets = training_args.recipe == "real"
+    if training_args.adversarial is None:
+        training_args.adversarial = training_args.recipe == "real_gan"
+    if data_args.degradation not in DEGRADATIONS:
+        raise stop(f"--degradation {data_args.degradation} is not one of {', '.join(DEGRADATIONS)}")
+    if training_args.perceptual_weights is not None:
+        if not training_args.adversarial:
+            raise stop("--perceptual_weights are for the adversarial training (--adversarial true)")
+        if not Path(training_args.perceptual_weights).is_file():
+            raise stop(f"--perceptual_weights {training_args.perceptual_weights} is not a file")
 
 
 def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
@@ -233,29 +285,6 @@ def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
-
-
-class Images(Sequence):
-    """RGB images `(3, height, width)` of 8 bits, read when they are asked for.
-
-    Args:
-        sources: what `decode_image` takes.
-        part: which columns to use: "left" three quarters, "right" quarter, or "all".
-    """
-
-    def __init__(self, sources: Sequence, part: str = "all"):
-        self.sources = sources
-        self.part = part
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        decoded = decode_image(self.sources[index])
-        colour = decoded.colour if decoded.peak == 255 else to_uint8(decoded.colour / decoded.peak)
-        cut = colour.shape[-1] * 3 // 4
-        columns = {"all": slice(None), "left": slice(cut), "right": slice(cut, None)}[self.part]
-        return colour.expand(3, -1, -1)[..., columns]
 
 
 class DatasetColumn(Sequence):
@@ -314,69 +343,6 @@ def load_images(data_args: DataArguments) -> tuple[Images, Images]:
     if validation is None:
         return Images(train, "left"), Images(train, "right")
     return Images(train), Images(validation)
-
-
-class Patches(torch.utils.data.Dataset):
-    """Random patches with flips and quarter turns, in pairs of a low resolution and a high one.
-
-    Args:
-        images: images to cut from.
-        scale: factor between the two.
-        patch_size: side of the low-resolution patch.
-    """
-
-    def __init__(self, images: Images, scale: int, patch_size: int):
-        self.images, self.scale, self.patch_size = images, scale, patch_size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        scale, side = self.scale, self.patch_size
-        image = crop_to_multiple(self.images[index], scale)
-        if min(image.shape[-2:]) < scale * side:
-            raise ValueError(
-                f"Training image {index} is {image.shape[-2]}x{image.shape[-1]}, smaller than patches of {scale * side}. "
-                "Leave it out, or reduce --patch_size."
-            )
-        start = [int(torch.randint(length // scale - side + 1, ())) for length in image.shape[-2:]]
-        before = [min(position, CONTEXT) for position in start]
-        around = [
-            slice(scale * (position - margin), scale * (position + side + CONTEXT))
-            for position, margin in zip(start, before, strict=True)
-        ]
-        high = image[:, around[0], around[1]].float() / 255
-        low = round_to_8_bits(bicubic_downscale(high, scale))
-        low = low[:, before[0] : before[0] + side, before[1] : before[1] + side]
-        corner = [scale * margin for margin in before]
-        high = high[:, corner[0] : corner[0] + scale * side, corner[1] : corner[1] + scale * side]
-        turns, flip = int(torch.randint(4, ())), bool(torch.randint(2, ()))
-        pair = [patch.rot90(turns, (-2, -1)) for patch in (low, high)]
-        low, high = (patch.flip(-1) if flip else patch for patch in pair)
-        return {"pixel_values": low.contiguous(), "labels": high.contiguous()}
-
-
-class WholeImages(torch.utils.data.Dataset):
-    """Images, or their central crops, in pairs of a low resolution and a high one."""
-
-    def __init__(self, images: Images, scale: int, max_side: int | None):
-        self.images, self.scale, self.max_side = images, scale, max_side
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = self.images[index]
-        if self.max_side:
-            height, width = image.shape[-2:]
-            top, left = max(height - self.max_side, 0) // 2, max(width - self.max_side, 0) // 2
-            image = image[:, top : top + self.max_side, left : left + self.max_side]
-        high = crop_to_multiple(image, self.scale).float() / 255
-        return {"pixel_values": round_to_8_bits(bicubic_downscale(high, self.scale)), "labels": high}
-
-
-def round_to_8_bits(images: torch.Tensor) -> torch.Tensor:
-    return to_uint8(images).float() / 255
 
 
 def bicubic_baseline(images: WholeImages, metrics: RestorationMetrics) -> dict[str, float]:
@@ -506,6 +472,25 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
             return super().evaluate(*args, **kwargs)
 
 
+class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
+    """Trains against a discriminator."""
+
+
+def make_adversary(training_args: ScriptTrainingArguments, output_side: int) -> dict[str, torch.nn.Module]:
+    """What `AdversarialTrainer` takes beside the rest."""
+    if output_side % DISCRIMINATOR_MULTIPLE:
+        raise stop(
+            f"the discriminator takes patches whose sides, {output_side}, are multiples of {DISCRIMINATOR_MULTIPLE}; change "
+            "--patch_size"
+        )
+    adversary = {"discriminator": UNetDiscriminator(num_features=training_args.discriminator_features)}
+    if training_args.perceptual_weights is None:
+        logger.warning("No --perceptual_weights: the perceptual loss is left out of the adversarial training.")
+    else:
+        adversary["perceptual_loss"] = PerceptualLoss(training_args.perceptual_weights)
+    return adversary
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data_args, training_args = parse_arguments(arguments)
@@ -516,16 +501,27 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model = make_model(model_args)
     scale = model.config.upscale
     train_images, eval_images = load_images(data_args)
-    eval_pairs = WholeImages(eval_images, scale, data_args.max_eval_side)
+    eval_pairs = WholeImages(eval_images, scale, data_args.max_eval_side, data_args.degradation)
+    patches = Patches(
+        train_images,
+        scale,
+        data_args.patch_size,
+        data_args.degradation,
+        data_args.sharpen_targets,
+        keep_originals=training_args.adversarial,
+    )
     # An epoch has many patches of each image.
-    patches = torch.utils.data.ConcatDataset([Patches(train_images, scale, data_args.patch_size)] * 100)
+    patches = torch.utils.data.ConcatDataset([patches] * 100)
     if training_args.should_log:
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, scale {scale}")
         print(f"{len(train_images)} images to train on, {len(eval_images)} to evaluate on")
 
     metrics = RestorationMetrics(crop_border=scale)
     weight_average = WeightAverage(model, training_args.ema_decay)
-    trainer = Trainer(
+    trainer_class, adversary = Trainer, {}
+    if training_args.adversarial and training_args.do_train:
+        trainer_class, adversary = AdversarialTrainer, make_adversary(training_args, scale * data_args.patch_size)
+    trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=patches if training_args.do_train else None,
@@ -533,6 +529,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         data_collator=default_data_collator,
         compute_metrics=metrics,
         weight_average=weight_average,
+        **adversary,
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

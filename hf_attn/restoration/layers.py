@@ -171,12 +171,20 @@ class WindowAttentionBase(nn.Module):
             `(windows, query_len, num_heads * head_dim)`, and the attention weights if the implementation has them.
         """
         if self.config._attn_implementation == "flex_attention":
-            if query.device.type == "cpu":
-                # Measured with PyTorch 2.14: the compiled kernel writes out of bounds and aborts the process.
-                raise ValueError("flex_attention cannot attend in windows on a CPU; use attn_implementation='sdpa'.")
-            # Only flex_attention looks the bias and the mask up by window; the others broadcast them.
+            # Its kernel for the CPU writes out of bounds with both a bias and a mask (PyTorch 2.14), so that they are one.
+            if attention_mask is not None:
+                position_bias, attention_mask = position_bias + attention_mask, None
+            # It looks the bias up by window; the others broadcast it.
             position_bias = position_bias.expand(len(query), -1, -1, -1)
-            attention_mask = None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)
+            if query.device.type == "cpu":
+                if torch.is_grad_enabled() and query.requires_grad:
+                    raise ValueError(
+                        "flex_attention has no gradients on a CPU: use attn_implementation='sdpa', or torch.no_grad()."
+                    )
+                # Nor is it compiled for lengths that vary; the number of windows may.
+                for states in (query, key, value):
+                    torch._dynamo.mark_static(states, 2)
+                torch._dynamo.mark_static(position_bias, (2, 3))
         elif (
             self.config._attn_implementation == "sdpa"
             and BFLOAT16_IS_SLOW

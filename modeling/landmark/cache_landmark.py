@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_landmark import LandmarkConfig
+from .store_landmark import GROWTH, BlockStore, grown
 
 
 Retrieval = Literal["per_token_and_head", "max_over_tokens", "max_over_heads", "max_over_tokens_and_heads"]
@@ -57,23 +58,12 @@ class Destination:
         return cls(row, column, slot, row[closes], column[closes], slot[closes] // block_size, needed)
 
 
-#: How much larger than needed a full buffer becomes, so that not every token copies it.
-GROWTH = 1.25
-
-
-def _grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
-    """The buffer with more slots in its dimension 2; the old ones keep their content."""
-    larger = buffer.new_zeros(*buffer.shape[:2], slots, *buffer.shape[3:])
-    larger[:, :, : buffer.shape[2]] = buffer
-    return larger
-
-
 class LandmarkCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, and once more the keys of the landmarks.
 
     Attributes:
-        keys, values: `(batch, kv_heads, slots, head_dim)`, keys with the rotary embedding of their offsets within their
-            blocks; on the CPU if they are offloaded.
+        keys, values: by slots, `(batch, kv_heads, slots, head_dim)`, keys with the rotary embedding of their offsets within
+            their blocks; in pages on the CPU if they are offloaded.
         landmark_keys: `(batch, kv_heads, slots of blocks, head_dim)`, on the device of the model.
         retrieved: for each step that retrieved, the numbers of the blocks in ascending order,
             `(batch, heads or 1, queries or 1, top_k)`; -1 where a row has fewer blocks.
@@ -89,15 +79,16 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        store = torch.device("cpu") if self.cache.offload_to_cpu else self.device
-        self.keys = torch.empty_like(key_states[:, :, :0], device=store)
-        self.values = torch.empty_like(value_states[:, :, :0], device=store)
+        paged = self.cache.offload_to_cpu
+        store = torch.device("cpu") if paged else self.device
+        self.keys = BlockStore(key_states, self.cache.block_size, store, paged)
+        self.values = BlockStore(value_states, self.cache.block_size, store, paged)
         self.landmark_keys = torch.empty_like(key_states[:, :, :0])
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, destination: Destination, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[BlockStore, BlockStore]:
         """Store new tokens.
 
         Args:
@@ -107,19 +98,23 @@ class LandmarkCacheLayer(CacheLayerMixin):
         block = self.cache.block_size
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.keys.shape[2]
+        slots = self.landmark_keys.shape[2] * block
         if destination.needed > slots:
-            blocks = -(-max(destination.needed, min(int(GROWTH * slots), self.cache.max_slots)) // block)
-            # One after the other, so that only one of the old buffers is held beside its successor.
-            self.keys = _grown(self.keys, blocks * block)
-            self.values = _grown(self.values, blocks * block)
-            self.landmark_keys = _grown(self.landmark_keys, blocks)
+            slots = max(destination.needed, min(int(GROWTH * slots), self.cache.max_slots))
+            blocks = -(-slots // block)
+            self.landmark_keys = grown(self.landmark_keys, blocks)
+            if not self.cache.offload_to_cpu:
+                # One after the other, so that only one of the old buffers is held beside its successor.
+                self.keys.reserve(blocks * block)
+                self.values.reserve(blocks * block)
+        if self.cache.offload_to_cpu:
+            self.keys.reserve(destination.needed)
+            self.values.reserve(destination.needed)
 
         key_states, value_states = key_states.detach(), value_states.detach()
         row, column, slot = destination.row, destination.column, destination.slot
-        store = self.keys.device
-        self.keys[row.to(store), :, slot.to(store)] = key_states[row, :, column].to(store)
-        self.values[row.to(store), :, slot.to(store)] = value_states[row, :, column].to(store)
+        self.keys.write(row, slot, key_states[row, :, column])
+        self.values.write(row, slot, value_states[row, :, column])
         if len(destination.landmark_row):
             landmarks = key_states[destination.landmark_row, :, destination.landmark_column]
             self.landmark_keys[destination.landmark_row, :, destination.landmark_slot] = landmarks
@@ -144,7 +139,9 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def _select(self, function) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.landmark_keys = map(function, (self.keys, self.values, self.landmark_keys))
+            self.keys.apply(function)
+            self.values.apply(function)
+            self.landmark_keys = function(self.landmark_keys)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
@@ -154,6 +151,12 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(lambda buffer: buffer[indices.to(buffer.device)])
+
+
+def _shape(config: LandmarkConfig) -> dict[str, int]:
+    """What a model and its cache have in common."""
+    names = ("mem_freq", "num_hidden_layers", "num_key_value_heads", "head_dim")
+    return {name: getattr(config, name) for name in names}
 
 
 class LandmarkCache(Cache):
@@ -202,6 +205,7 @@ class LandmarkCache(Cache):
         if top_k is not None or max_chunk_length is not None:
             self._check_rotary_embedding()
         self.block_size = config.block_size
+        self.shape = _shape(config)
         self.top_k = top_k
         self.retrieval = retrieval
         self.offload_to_cpu = offload_to_cpu
@@ -249,8 +253,20 @@ class LandmarkCache(Cache):
                 "use_cache=False."
             )
 
-    def start(self, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
-        """Called before an input: checks that it continues what is stored."""
+    def start(self, config: LandmarkConfig, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
+        """Called before an input: checks that it continues what is stored.
+
+        Raises:
+            ValueError: for a model of another shape, another batch size, or landmarks that are inserted in one input and not
+                in another.
+        """
+        if (model := _shape(config)) != self.shape:
+            different = [name for name in model if model[name] != self.shape[name]]
+            raise ValueError(
+                "The LandmarkCache belongs to another model: it was made for "
+                f"{', '.join(f'{name}={self.shape[name]}' for name in different)}, and this model has "
+                f"{', '.join(f'{name}={model[name]}' for name in different)}. Make one with LandmarkCache(model.config)."
+            )
         if self.lengths is None:
             self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
             self.is_landmark = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)

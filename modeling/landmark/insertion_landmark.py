@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .configuration_landmark import LandmarkConfig
+
 
 #: text of the landmark token
 LANDMARK_TOKEN = "<landmark>"
@@ -22,6 +24,25 @@ def add_landmark_token(tokenizer: PreTrainedTokenizerBase) -> int:
             {"additional_special_tokens": [LANDMARK_TOKEN]}, replace_extra_special_tokens=False
         )
     return tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
+
+
+def check_landmark_token(tokenizer: PreTrainedTokenizerBase, config: LandmarkConfig) -> None:
+    """Check that a tokenizer has the landmark of a model.
+
+    Raises:
+        ValueError: if it has none, or one with another id.
+    """
+    if LANDMARK_TOKEN not in tokenizer.get_vocab():
+        raise ValueError(
+            f"The tokenizer has no {LANDMARK_TOKEN}, which is token {config.landmark_token_id} of the model. Load the "
+            "tokenizer that was saved with the model, or call add_landmark_token(tokenizer)."
+        )
+    found = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
+    if found != config.landmark_token_id:
+        raise ValueError(
+            f"{LANDMARK_TOKEN} is token {found} of the tokenizer and {config.landmark_token_id} of the model, so that they do "
+            "not belong together. Load the tokenizer that was saved with the model."
+        )
 
 
 @dataclass(frozen=True)
@@ -92,4 +113,4 @@ class Insertion:
         return states[row, self.place + self.completes.long() if at_landmarks else self.place]
 
 
-__all__ = ["LANDMARK_TOKEN", "Insertion", "add_landmark_token"]
+__all__ = ["LANDMARK_TOKEN", "Insertion", "add_landmark_token", "check_landmark_token"]

@@ -45,6 +45,7 @@ class RetrievalStep:
         recent_place: of the block that is being filled, `(batch, 1, 1, head_dim)`.
         is_complete: whether every row has a block in each slot, and no fewer blocks than are retrieved.
         is_one_block: whether no query is behind a landmark of the input.
+        is_aligned: whether the rows have equally many tokens in the block that is being filled, and no padding.
     """
 
     top_k: int
@@ -58,6 +59,7 @@ class RetrievalStep:
     recent_place: Tables
     is_complete: bool
     is_one_block: bool
+    is_aligned: bool
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class MemoryStep:
     def past(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys (rotated) and values in the cache, `(batch, kv_heads, past_length, head_dim)`."""
         layer = self.cache.layers[layer_idx]
-        keys, values = (states[:, :, : self.past_length].to(layer.device) for states in (layer.keys, layer.values))
+        keys, values = (states.first(self.past_length).to(layer.device) for states in (layer.keys, layer.values))
         return rotate(keys, self.past_places), values
 
     def store(self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -148,7 +150,7 @@ def begin_step(
     blocks = 0 if cache.top_k is None else int(lengths.max()) // block
     retrieval, all_blocks, past_length, past_places = None, None, 0, None
     if cache.top_k is not None and blocks > cache.top_k:
-        retrieval = _begin_retrieval(cache, rotary_emb, states, is_landmark)
+        retrieval = _begin_retrieval(cache, valid, rotary_emb, states, is_landmark)
     else:
         past_length = int(lengths.max())
         if blocks > 0:
@@ -176,7 +178,7 @@ def begin_step(
 
 
 def _begin_retrieval(
-    cache: LandmarkCache, rotary_emb: nn.Module, states: torch.Tensor, is_landmark: torch.Tensor
+    cache: LandmarkCache, valid: torch.Tensor, rotary_emb: nn.Module, states: torch.Tensor, is_landmark: torch.Tensor
 ) -> RetrievalStep:
     block, top_k = cache.block_size, cache.top_k
     lengths = cache.lengths
@@ -216,4 +218,5 @@ def _begin_retrieval(
         recent_place=tuple(table[:, None] for table in rotary_emb(states, (counts * block)[:, None])),
         is_complete=bool((numbers >= 0).all()) and bool((counts >= top_k).all()),
         is_one_block=not is_landmark[:, :-1].any(),
+        is_aligned=bool(valid.all()) and bool((lengths % block == recent).all()),
     )

@@ -124,7 +124,14 @@ class LandmarkAttention(nn.Module):
 
         if memory is not None and memory.retrieval is not None:
             attn_output, attn_weights = attend_to_memory(
-                memory, self.layer_idx, rotated_query, rotated_key, value_states, is_landmark, self.scaling
+                memory,
+                self.layer_idx,
+                rotated_query,
+                rotated_key,
+                value_states,
+                is_landmark,
+                self.scaling,
+                output_weights=bool(kwargs.get("output_attentions")),
             )
         else:
             all_keys, all_values = rotated_key, value_states
@@ -220,7 +227,7 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
             `hidden_states` and `attentions`, if asked for, include inserted landmarks.
 
         Raises:
-            ValueError: for a cache of another kind or batch size, landmarks in an input that they shall be inserted into,
+            ValueError: for a cache of another kind, model or batch size, landmarks in an input that they shall be inserted into,
                 landmarks at other places than retrieval needs, padding inside a row, or a mask for pairs of tokens with a
                 cache.
         """
@@ -248,7 +255,7 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
         cache = past_key_values
         num_columns = inputs_embeds.shape[1]
         if cache is not None:
-            cache.start(inputs_embeds.shape[0], inputs_embeds.device, insert_landmarks)
+            cache.start(self.config, inputs_embeds.shape[0], inputs_embeds.device, insert_landmarks)
 
         valid = self._valid_tokens(attention_mask, inputs_embeds, cache)
         insertion = None
@@ -257,6 +264,11 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
                 raise ValueError(
                     f"The input holds landmarks (token {self.config.landmark_token_id}) already, and insert_landmarks=True "
                     "(as in `generate`) shall insert them. Remove them."
+                )
+            if self.config.landmark_token_id >= len(self.embed_tokens.weight):
+                raise ValueError(
+                    f"landmark_token_id ({self.config.landmark_token_id}) is not in the vocabulary of "
+                    f"{len(self.embed_tokens.weight)} tokens: it was cut off when the embeddings were resized."
                 )
             seen = None if cache is None else cache.regular_tokens()
             insertion = Insertion.of(valid, self.config.mem_freq, seen)

@@ -55,23 +55,24 @@ def make_cache(system: str, model: PreTrainedModel, options: argparse.Namespace)
 def filled_cache(system: str, model: PreTrainedModel, context: int, options: argparse.Namespace) -> Cache:
     """A cache of random keys and values, as it is after a prompt of `context` tokens."""
     config, cache = model.config, make_cache(system, model, options)
+
+    def random_states(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (1, config.num_key_value_heads, length, config.head_dim)
+        return torch.randn(shape), torch.randn(shape)
+
     if system == FULL:
-        length = context
-    else:
-        insertion = Insertion.of(torch.ones(1, context, dtype=torch.bool), config.mem_freq)
-        length = insertion.valid.shape[1]
-        cache.start(1, model.device, inserts_landmarks=True)
-        destination = Destination.of(torch.arange(length)[None], length, config.block_size)
-    shape = (1, config.num_key_value_heads, length, config.head_dim)
-    for index, layer in enumerate(cache.layers):
-        keys, values = torch.randn(shape), torch.randn(shape)
-        if system == FULL:
-            cache.update(keys, values, index)
-        else:
-            layer.update(keys, values, destination)
-    if system != FULL:
-        cache.append_tokens(insertion.valid, insertion.is_landmark)
-        cache.seen_tokens = context
+        for index in range(config.num_hidden_layers):
+            cache.update(*random_states(context), index)
+        return cache
+    insertion = Insertion.of(torch.ones(1, context, dtype=torch.bool), config.mem_freq)
+    length = insertion.valid.shape[1]
+    cache.start(config, 1, model.device, inserts_landmarks=True)
+    for piece in torch.arange(length).split(cache.max_chunk_length):
+        destination = Destination.of(piece[None], int(piece[-1]) + 1, config.block_size)
+        for layer in cache.layers:
+            layer.update(*random_states(len(piece)), destination)
+    cache.append_tokens(insertion.valid, insertion.is_landmark)
+    cache.seen_tokens = context
     return cache
 
 

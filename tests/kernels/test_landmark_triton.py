@@ -48,6 +48,9 @@ def test_compiles_ahead_of_time(target, head_dim, dtype, mask, monkeypatch):
 def test_reasons_on_the_cpu():
     inputs, arguments = make_call()
     ok, reason = supports_landmark_triton(*inputs, **arguments)
+    assert not ok and "and they are 5 (mem_freq=4); train with mem_freq=63" in reason
+    inputs, arguments = make_call(block=16)
+    ok, reason = supports_landmark_triton(*inputs, **arguments)
     assert not ok and "runs on a GPU" in reason
     ok, reason = supports_landmark_triton(*inputs, **{**arguments, "dropout": 0.5})
     assert not ok and "dropout" in reason

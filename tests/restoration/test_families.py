@@ -1,5 +1,6 @@
 """HAT and DRCT as models: published sizes, any input, losses, implementations, conversion, and what is refused."""
 
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from hf_attn.modeling.hat.configuration_hat import HATConfig
 from hf_attn.modeling.hat.modeling_hat import HATForImageSuperResolution
 from tests.restoration.networks import SMALL_NETWORK, spandrel_network
 
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SHELL = {"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4, "upscale": 2}
 FAMILIES = {
@@ -113,22 +116,27 @@ def test_implementations_agree_in_outputs_and_gradients(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flex_attention_is_refused_on_a_cpu_instead_of_aborting_the_process(family):
+def test_flex_attention_has_no_gradients_on_a_cpu(family):
     model = make_model(family)
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="use attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"use attn_implementation='sdpa', or torch\.no_grad"):
         model(torch.rand(1, 3, 8, 8))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention cannot attend in windows on a CPU")
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex_attention compiles C++")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flex_attention_agrees_on_a_gpu(family):
-    pixel_values = torch.rand(2, 3, 10, 13, device="cuda")
-    model = make_model(family).to("cuda")
-    with torch.no_grad():
-        expected = model(pixel_values).reconstruction
-        model.set_attn_implementation("flex_attention")
-        torch.testing.assert_close(model(pixel_values).reconstruction, expected, atol=1e-4, rtol=1e-4)
+def test_flex_attention_agrees(family, device):
+    """With shifted windows, keys beyond the window, and a number of windows that changes from call to call."""
+    model = make_model(family).to(device)
+    for size in ((10, 13), (8, 8), (21, 5)):
+        pixel_values = torch.rand(2, 3, *size, device=device)
+        with torch.no_grad():
+            model.set_attn_implementation("eager")
+            expected = model(pixel_values).reconstruction
+            model.set_attn_implementation("flex_attention")
+            torch.testing.assert_close(model(pixel_values).reconstruction, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from transformers import AutoModelForImageToImage
 
-from hf_attn.restoration.resize import bicubic_downscale
+from hf_attn.restoration.pairs import low_resolution
+from hf_attn.restoration.resize import crop_to_multiple
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_super_resolution.py"
@@ -127,7 +129,7 @@ def test_a_patch_is_cut_out_of_the_scaled_down_image(script, folder):
     images = script.Images(script.image_files(str(folder)))
     assert [len(image) for image in images] == [3, 3, 3]
     patches = script.Patches(images, 2, 8)
-    whole = script.round_to_8_bits(bicubic_downscale(script.crop_to_multiple(images[0], 2).float() / 255, 2))
+    whole = low_resolution(crop_to_multiple(images[0], 2).float() / 255, 2, "bicubic")
     windows = whole.unfold(1, 8, 1).unfold(2, 8, 1)
     for seed in range(8):
         torch.manual_seed(seed)
@@ -172,3 +174,77 @@ def test_does_not_overwrite(script, folder, tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(SystemExit, match="is not empty"):
         script.main(tiny(folder, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    torch.save(torchvision.models.vgg19().state_dict(), file)
+    return file
+
+
+def test_the_recipes_of_real_photographs_one_after_the_other(script, folder, vgg_file, tmp_path):
+    """Sharpened targets first, then the adversarial stage, interrupted and resumed."""
+    script.main(tiny(folder, tmp_path / "real", "--recipe", "real", "--max_steps", "1", "--patch_size", "8"))
+    more = ("--recipe", "real_gan", "--max_steps", "3", "--discriminator_features", "4", "--save_steps", "2")
+    weights = ("--perceptual_weights", str(vgg_file), "--logging_steps", "1", "--sharpen_targets", "true")
+    stage = ["--model_name_or_path", str(tmp_path / "real"), *arguments(folder, tmp_path / "gan", *more, *weights)]
+    first = script.main(stage)
+    assert first["eval_psnr"] > 5
+    lines = json.loads((tmp_path / "gan" / "trainer_state.json").read_text())["log_history"][:3]
+    assert all(line["discriminator_loss"] > 0 and line["perceptual_loss"] > 0 for line in lines)
+
+    last = torch.load(tmp_path / "gan" / "checkpoint-3" / "discriminator.pt", weights_only=True)
+    script.main([*stage, "--resume_from_checkpoint", str(tmp_path / "gan" / "checkpoint-2")])
+    again = torch.load(tmp_path / "gan" / "checkpoint-3" / "discriminator.pt", weights_only=True)
+    assert {int(state["step"]) for state in again["optimizer"]["state"].values()} == {3}
+    # One step of Adam away, and patches are drawn anew; a fresh discriminator would be far off.
+    torch.testing.assert_close(again["discriminator"], last["discriminator"], atol=1e-3, rtol=0)
+
+
+def test_without_weights_of_vgg_the_log_says_so(script, folder, tmp_path, caplog):
+    more = ("--adversarial", "true", "--discriminator_features", "2", "--max_steps", "1", "--logging_steps", "1")
+    script.logging.enable_propagation()
+    script.main(tiny(folder, tmp_path, *more, "--patch_size", "4"))
+    script.logging.disable_propagation()
+    assert "perceptual loss is left out" in caplog.text
+    line = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][0]
+    assert "adversarial_loss" in line
+    assert "perceptual_loss" not in line
+
+
+def test_patches_of_the_second_order(script, folder, monkeypatch):
+    """The low resolution is made of the photograph, the labels are sharpened, and all are cut at the same place."""
+    images = script.Images(script.image_files(str(folder)))
+    options = {"degradation": "second_order", "sharpen_targets": True, "keep_originals": True}
+    patches = script.Patches(images, 2, 8, **options)
+    degraded = [patches[0]["pixel_values"] for _ in range(2)]
+    assert all(((255 * low - (255 * low).round()).abs() < 1e-3).all() for low in degraded)
+    pairs = script.WholeImages(images, 2, 40, "second_order")
+    torch.testing.assert_close(pairs[0]["pixel_values"], pairs[0]["pixel_values"], atol=0, rtol=0)
+
+    def shrink(high, scale, generator=None):
+        return torch.nn.functional.avg_pool2d(high, scale)
+
+    monkeypatch.setattr("hf_attn.restoration.pairs.degrade", shrink)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        example = patches[0]
+        assert example["labels"].shape == example["originals"].shape == (3, 16, 16)
+        torch.testing.assert_close(example["pixel_values"], shrink(example["originals"], 2))
+        assert (example["labels"] - example["originals"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--degradation", "third_order"], "--degradation third_order is not one of bicubic, second_order"),
+        (["--perceptual_weights", "vgg.pth"], r"are for the adversarial training \(--adversarial true\)"),
+        (["--adversarial", "true", "--perceptual_weights", "vgg.pth"], "vgg.pth is not a file"),
+        (["--adversarial", "true", "--patch_size", "6"], "sides, 12, are multiples of 8; change --patch_size"),
+    ],
+)
+def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(tiny(folder, tmp_path, *more))

@@ -74,7 +74,6 @@ def landmark_tile(is_landmark: torch.Tensor | None, kv_len: int) -> int | None:
 def supports_landmark_triton(query, key, value, *, is_landmark=None, **arguments) -> tuple[bool, str]:
     """Whether :func:`hf_attn.kernels.triton.landmark.landmark_attention_triton` can serve a call, and if not, why."""
     _, reason = supports_landmark_blockwise(query, key, value, is_landmark=is_landmark, **arguments)
-    reason = reason or _reason_not_here(query, value, MAX_LANDMARK_HEAD_DIM)
     if not reason and landmark_tile(is_landmark, key.shape[2]) is None:
         size = landmark_block_size(is_landmark, key.shape[2])
         found = "there is no landmark" if size == key.shape[2] + 1 else f"they are {size} (mem_freq={size - 1})"
@@ -82,4 +81,5 @@ def supports_landmark_triton(query, key, value, *, is_landmark=None, **arguments
             f"its blocks are {', '.join(map(str, LANDMARK_BLOCK_SIZES))} tokens long with the landmark, and {found}; "
             "train with mem_freq=63, for example"
         )
+    reason = reason or _reason_not_here(query, value, MAX_LANDMARK_HEAD_DIM)
     return not reason, reason

@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
-from hf_attn.modeling.landmark.insertion_landmark import Insertion
+from hf_attn.modeling.landmark.insertion_landmark import Insertion, check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import (
     LANDMARK_TOKEN,
     LandmarkCache,
@@ -304,16 +304,6 @@ def test_old_blocks_are_forgotten():
     torch.testing.assert_close(logits, logits_of(model, ids, attention_mask=mask), **CLOSE)
 
 
-def test_retrieving_queries_in_pieces_changes_nothing(monkeypatch):
-    model, ids = make_model(), random_ids(2, 60)
-    results = []
-    for elements in (2**24, 1000):
-        monkeypatch.setattr("hf_attn.modeling.landmark.retrieval_landmark.GATHERED_ELEMENTS", elements)
-        memory = LandmarkCache(model.config, top_k=2, max_chunk_length=20)
-        results.append(logits_of(model, ids, past_key_values=memory, insert_landmarks=True))
-    torch.testing.assert_close(*results, **CLOSE)
-
-
 def test_bfloat16_memory():
     model, ids = make_model().bfloat16(), random_ids(2, 60)
     memory = LandmarkCache(model.config, top_k=2)
@@ -526,6 +516,58 @@ def test_bad_inputs_say_what_is_wrong():
 
 
 @pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"mem_freq": 7}, "made for mem_freq=7, and this model has mem_freq=4"),
+        ({"num_hidden_layers": 3}, "made for num_hidden_layers=3, and this model has num_hidden_layers=2"),
+        (
+            {"num_key_value_heads": 4, "head_dim": 16},
+            "made for num_key_value_heads=4, head_dim=16, and this model has num_key_value_heads=2, head_dim=8",
+        ),
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_model_is_refused(other, message):
+    model, ids = make_model(), random_ids(1, 11)
+    cache = LandmarkCache(LandmarkConfig(**{**SIZES, "mem_freq": FREQ, **other}), top_k=2)
+    with pytest.raises(ValueError, match=message):
+        model(ids, past_key_values=cache, insert_landmarks=True)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_cache_has_its_own_memory_settings():
+    model, ids = make_model(), random_ids(1, 11)
+    with pytest.raises(ValueError, match="no effect with use_cache=False or with past_key_values, which has its own"):
+        model.generate(ids, past_key_values=LandmarkCache(model.config, top_k=2), cache_top_k=3, max_new_tokens=2)
+
+
+def test_padding_inside_a_sequence_is_refused_with_a_memory_too():
+    model, ids = make_model(), random_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[1, 3:5] = 0
+    for arguments in ({"insert_landmarks": True}, {"past_key_values": LandmarkCache(model.config)}):
+        with pytest.raises(ValueError, match="padding inside a row"):
+            model(ids, attention_mask=mask, **arguments)
+    with pytest.raises(ValueError, match="padding inside a row"):
+        model.generate(ids, attention_mask=mask, cache_top_k=2, max_new_tokens=2)
+
+
+def test_a_kernel_that_does_not_have_the_blocks_of_the_model_is_refused():
+    model, ids = make_model(), with_landmarks(random_ids(1, 11))
+    model.set_attn_implementation("landmark_triton")
+    with pytest.raises(ValueError, match=r"blocks are 16, 32, 64, 128 tokens long .* they are 5 \(mem_freq=4\)"):
+        model(ids, use_cache=False)
+
+
+def test_a_landmark_that_was_cut_off_is_missed():
+    model = make_model()
+    model.resize_token_embeddings(VOCAB - 3)
+    with pytest.raises(ValueError, match=r"landmark_token_id \(40\) is not in the vocabulary of 37 tokens"):
+        model.generate(random_ids(1, 11).clamp(max=9), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"landmark_token_id": 40}, r"landmark_token_id \(40\) must be a token of the vocabulary, which has 40"),
@@ -563,6 +605,18 @@ def test_tokenizer():
     assert LANDMARK_TOKEN in tokenizer.all_special_tokens
     assert tokenizer("w3 <landmark> w4")["input_ids"] == [3, VOCAB, 4]
     assert tokenizer.decode([3, VOCAB, 4], skip_special_tokens=True) == "w3 w4"
+
+
+def test_a_tokenizer_without_the_landmark_of_the_model_is_refused():
+    model, tokenizer = make_model(), make_tokenizer()
+    with pytest.raises(ValueError, match="has no <landmark>, which is token 40 of the model"):
+        check_landmark_token(tokenizer, model.config)
+    add_landmark_token(tokenizer)
+    check_landmark_token(tokenizer, model.config)
+    smaller = make_tokenizer(36)
+    add_landmark_token(smaller)
+    with pytest.raises(ValueError, match="<landmark> is token 36 of the tokenizer and 40 of the model"):
+        check_landmark_token(smaller, model.config)
 
 
 def test_a_tokenizer_that_is_smaller_than_the_vocabulary():
