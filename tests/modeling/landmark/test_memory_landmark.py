@@ -168,5 +168,4 @@ def test_the_working_set_of_an_offloaded_memory_is_bounded(monkeypatch):
         reading.append(peak_bytes(lambda ids=ids, arguments=arguments: logits_of(model, ids, **arguments)))
     assert filling[1] - filling[0] <= 2 * (landmarks[1] - landmarks[0])
     scores = model.config.num_attention_heads * 40 * (112 - 48) * 4
-    print(filling, reading, landmarks, scores)
     assert reading[1] - reading[0] <= 3 * scores + landmarks[1]
