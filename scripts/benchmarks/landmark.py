@@ -7,9 +7,9 @@ Batch 1, float32. `decode`: seconds a token after a context, whose keys and valu
 not change the time. The landmark model decodes a whole block, so that the step which adds a landmark has its share; the
 models take turns. The slope is the growth between the shortest context beyond 4096 tokens (or 4096) and the longest.
 `prefill`: seconds for a prompt, once, each in a fresh process. `memory`: the most that a fresh process holds beyond the
-model while the cache is filled, in the pieces in which a prompt is, and 4 tokens are decoded, in MiB; `working` is what of it is not the stored keys and values,
-and `offloaded` a landmark cache with `offload_to_cpu`, whose working set is the part that would be on a GPU (its landmark
-keys, which are there too, are counted with the working set).
+model while the cache is filled, in the pieces in which a prompt is, and 4 tokens are decoded, in MiB; `working` is what of
+it is not the stored keys and values, and `offloaded` a landmark cache with `offload_to_cpu`, whose working set is the part
+that would be on a GPU (its landmark keys, which are there too, are counted with the working set).
 One row again:
 
     python scripts/benchmarks/landmark.py --tasks decode --contexts 4096 32768 --threads 1
