@@ -96,7 +96,11 @@ def prefill(system: str, model: PreTrainedModel, context: int, options: argparse
 
 
 def stored_bytes(cache: Cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of the stored keys and values; slots that were never written take no memory on Linux."""
+    allocated = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    if isinstance(cache, LandmarkCache):
+        return allocated * int(cache.lengths.max()) // cache.layers[0].keys.shape[2]
+    return allocated
 
 
 def run_worker(options: argparse.Namespace) -> None:
