@@ -125,8 +125,10 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def in_fresh_processes(task: str, context: int, systems: tuple[str, ...], options: argparse.Namespace) -> dict:
-    # Freed memory goes back at once, so that the peak is what is held and not what the allocator keeps.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if task == "memory":
+        # Freed memory goes back at once, which takes time, so that the peak is what is held and not what the allocator keeps.
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     shared = ("--threads", options.threads, "--top_k", options.top_k, "--mem_freq", options.mem_freq)
     return {
         system: run_fresh(__file__, "--worker", system, "--tasks", task, "--contexts", context, *shared)
