@@ -170,7 +170,8 @@ class LandmarkCache(Cache):
             `"max_over_tokens_and_heads"`: all heads of all tokens of a chunk.
         max_chunk_length: longest piece of the input, landmarks included, that is processed at once. With `top_k` and
             without this, it is what `config.train_context_length` leaves beside the retrieved blocks.
-        offload_to_cpu: keep the blocks in CPU memory and move only those that are retrieved to the device of the model.
+        offload_to_cpu: keep the blocks in CPU memory, in pages that are never copied, and move only those that are retrieved
+            to the device of the model.
         max_blocks: number of blocks to remember; older ones are forgotten. All if not given. Needs `top_k`.
         record_retrieved: keep the numbers of the retrieved blocks, see [`LandmarkCache.retrieved_blocks`].
 

@@ -20,7 +20,7 @@ from .memory_landmark import MemoryStep, rotate
 GATHERED_ELEMENTS = 2**22
 
 #: How many queries read a block that was fetched: the mean number of its readers within these bounds.
-SMALLEST_TILE, LARGEST_TILE = 8, 64
+SMALLEST_TILE, LARGEST_TILE = 4, 64
 
 
 def attend_to_memory(

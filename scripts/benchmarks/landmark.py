@@ -7,9 +7,9 @@ Batch 1, float32. `decode`: seconds a token after a context, whose keys and valu
 not change the time. The landmark model decodes a whole block, so that the step which adds a landmark has its share; the
 models take turns. The slope is the growth between the shortest context beyond 4096 tokens (or 4096) and the longest.
 `prefill`: seconds for a prompt, once, each in a fresh process. `memory`: the most that a fresh process holds beyond the
-model while the cache is filled and 4 tokens are decoded, in MiB; `working` is what of it is not the stored keys and values,
-and `offloaded` a landmark cache with `offload_to_cpu`, whose working set is the part that would be on a GPU (its landmark
-keys, which are there too, are counted with the working set).
+model while the cache is filled, in the pieces in which a prompt is, and 4 tokens are decoded, in MiB; `working` is what of
+it is not the stored keys and values, and `offloaded` a landmark cache with `offload_to_cpu`, whose working set is the part
+that would be on a GPU (its landmark keys, which are there too, are counted with the working set).
 One row again:
 
     python scripts/benchmarks/landmark.py --tasks decode --contexts 4096 32768 --threads 1
@@ -96,7 +96,11 @@ def prefill(system: str, model: PreTrainedModel, context: int, options: argparse
 
 
 def stored_bytes(cache: Cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of the stored keys and values; slots that were never written take no memory on Linux."""
+    allocated = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    if isinstance(cache, LandmarkCache):
+        return allocated * int(cache.lengths.max()) // cache.layers[0].keys.shape[2]
+    return allocated
 
 
 def run_worker(options: argparse.Namespace) -> None:
@@ -121,8 +125,10 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def in_fresh_processes(task: str, context: int, systems: tuple[str, ...], options: argparse.Namespace) -> dict:
-    # Freed memory goes back at once, so that the peak is what is held and not what the allocator keeps.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if task == "memory":
+        # Freed memory goes back at once, which takes time, so that the peak is what is held and not what the allocator keeps.
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     shared = ("--threads", options.threads, "--top_k", options.top_k, "--mem_freq", options.mem_freq)
     return {
         system: run_fresh(__file__, "--worker", system, "--tasks", task, "--contexts", context, *shared)

@@ -1,5 +1,7 @@
 """The Triton kernels of landmark attention under triton's interpreter; run by `test_landmark_triton.py` in a process of its own."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,6 +34,10 @@ def results(function, inputs, arguments) -> list[torch.Tensor]:
     return [output, *torch.autograd.grad(output, inputs, upstream)]
 
 
+def triton_call(*inputs, scaling, attention_mask=None, block_size=16, **others) -> torch.Tensor:
+    return landmark_attention_triton(*inputs, scaling=scaling, attention_mask=attention_mask, block_size=block_size)
+
+
 def eager(*inputs, **arguments) -> torch.Tensor:
     return landmark_attention_eager(*inputs, **arguments)[0]
 
@@ -46,11 +52,7 @@ def test_as_exact_as_the_specification(call, dtype):
     inputs, arguments = make_call(**call, dtype=dtype)
     assert supports_landmark_triton(*inputs, **arguments) == (True, "")
 
-    def triton(*inputs, scaling, attention_mask=None, **others):
-        return landmark_attention_triton(
-            *inputs, scaling=scaling, attention_mask=attention_mask, block_size=call["block"]
-        )
-
+    triton = partial(triton_call, block_size=call["block"])
     computed, specification = (results(function, inputs, arguments) for function in (triton, eager))
     exact = results(eager, [tensor.detach().double().requires_grad_() for tensor in inputs], arguments)
     for name, ours, theirs, oracle in zip(
@@ -67,6 +69,13 @@ def test_a_query_without_keys_gets_zeros_and_gives_no_gradient():
     assert (output[:, :, 17] == 0).all()
     (gradient,) = torch.autograd.grad(output.sum(), query)
     assert (gradient[:, :, 17] == 0).all() and gradient.isfinite().all()
+
+
+def test_a_single_key_gives_its_query_no_gradient():
+    """Exactly, as in the specification."""
+    inputs, arguments = make_call(q_len=1, kv_len=1)
+    _, grad_query, grad_key, grad_value = results(triton_call, inputs, arguments)
+    assert (grad_query == 0).all() and (grad_key == 0).all() and (grad_value != 0).any()
 
 
 def test_no_queries():

@@ -143,13 +143,14 @@ def _grad_scores(scores, grad_weights, normaliser, correction, BLOCK: tl.constex
     """
     if OWN:
         weights = tl.exp(scores - normaliser[:, None])
-        grad_scores = weights * (grad_weights - correction[:, None])
+        # A weight of one is that of all there is to see, and has no gradient: the difference would be one of rounding.
+        grad_scores = tl.where(weights == 1.0, 0.0, weights * (grad_weights - correction[:, None]))
     else:
         gate, inside = _split(scores, BLOCK)
         gate_weight = tl.exp(gate - normaliser)
         weights = gate_weight[:, None] * inside
         block_correction = tl.sum(inside * grad_weights, 1)
-        grad_gate = gate_weight * (block_correction - correction)
+        grad_gate = tl.where(gate_weight == 1.0, 0.0, gate_weight * (block_correction - correction))
         is_landmark = tl.arange(0, BLOCK)[None, :] == BLOCK - 1
         grad_scores = weights * (grad_weights - block_correction[:, None])
         grad_scores = tl.where(is_landmark, grad_gate[:, None], grad_scores)

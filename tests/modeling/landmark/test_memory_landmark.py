@@ -1,5 +1,6 @@
 """How the memory stores blocks and reads them: the fast ways against the plain ones, and what they hold."""
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -8,11 +9,12 @@ from transformers import set_seed
 
 from hf_attn.attention.landmark import grouped_softmax
 from hf_attn.modeling.landmark import retrieval_landmark, store_landmark
+from hf_attn.modeling.landmark.cache_landmark import Destination
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
 from hf_attn.modeling.landmark.store_landmark import BlockStore
 
-from .test_modeling_landmark import BLOCK, CLOSE, logits_of, make_model, random_ids
+from .test_modeling_landmark import BLOCK, CLOSE, VOCAB, logits_of, make_model, random_ids
 
 
 def filled_layer(blocks: int, rows: int = 2, paged: bool = False):
@@ -116,38 +118,54 @@ def test_a_page_is_never_copied():
     assert store.shape == (1, 2, 96 * BLOCK, 8) and store.nbytes == 2 * 96 * BLOCK * 8 * 4
 
 
-def working_set(model, blocks: int) -> tuple[int, int]:
-    """Bytes that are held at most beyond the stored blocks and landmark keys, while a cache is filled, and bytes of the
-    latter."""
-    memory = LandmarkCache(model.config, top_k=2, offload_to_cpu=True)
-    ids = random_ids(1, blocks * model.config.mem_freq)
+def peak_bytes(function) -> int:
+    """Bytes that are held at most while a function runs, beyond those at its start."""
+    gc.collect()  # a cache and its layers know each other, and what they hold shall not be freed meanwhile
     held = peak = 0
     with torch.profiler.profile(profile_memory=True) as profile:
-        for piece in ids.split(2 * model.config.mem_freq, dim=1):
-            logits_of(model, piece, past_key_values=memory, insert_landmarks=True, logits_to_keep=1)
+        function()
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in memory.layers)
-    landmarks = sum(layer.landmark_keys.nbytes for layer in memory.layers)
-    return peak - stored, landmarks
+    return peak
 
 
-def test_the_working_set_of_an_offloaded_memory_is_bounded():
-    """Four times the text: it grows by the landmarks, one of 64 keys, and by their scores alone."""
+def offloaded_memory(config: LandmarkConfig, blocks: int) -> tuple[LandmarkCache, int]:
+    """An offloaded memory of a model with one layer, filled block by block, and the bytes held at most meanwhile beyond the
+    stored keys and values."""
+    memory, block = LandmarkCache(config, top_k=2, offload_to_cpu=True), config.block_size
+    memory.start(config, 1, torch.device("cpu"), inserts_landmarks=True)
+    layer, (keys, values) = memory.layers[0], torch.randn(2, 1, config.num_key_value_heads, block, config.head_dim)
+
+    def fill() -> None:
+        for number in range(blocks):
+            slots = number * block + torch.arange(block)[None]
+            layer.update(keys, values, Destination.of(slots, (number + 1) * block, block))
+
+    peak = peak_bytes(fill)
+    is_landmark = torch.arange(blocks * block) % block == block - 1
+    memory.append_tokens(torch.ones_like(is_landmark)[None], is_landmark[None])
+    memory.seen_tokens = blocks * config.mem_freq
+    return memory, peak - layer.keys.nbytes - layer.values.nbytes
+
+
+def test_the_working_set_of_an_offloaded_memory_is_bounded(monkeypatch):
+    """Filling holds the old and the new landmark keys of a layer beyond the blocks, and reading grows by the scores of the
+    landmarks (three arrays at once), for a text of more than twice the length."""
+    monkeypatch.setattr(retrieval_landmark, "GATHERED_ELEMENTS", 2**12)
     set_seed(0)
-    model = LandmarkForCausalLM(
-        LandmarkConfig(
-            vocab_size=41,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            mem_freq=63,
-        )
-    ).eval()
-    (short, short_landmarks), (long, long_landmarks) = (working_set(model, blocks) for blocks in (64, 256))
-    print(short, short_landmarks, long, long_landmarks)
-    scores = 2 * 128 * (256 - 64) * 4
-    assert long - short <= 2 * (long_landmarks - short_landmarks) + 6 * scores
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LandmarkForCausalLM(LandmarkConfig(vocab_size=VOCAB + 1, mem_freq=63, **sizes)).eval()
+    filling, reading, landmarks = [], [], []
+    for blocks in (48, 112):
+        memory, working = offloaded_memory(model.config, blocks)
+        arguments = {"past_key_values": memory, "insert_landmarks": True, "logits_to_keep": 1}
+        filling.append(working)
+        landmarks.append(memory.layers[0].landmark_keys.nbytes)
+        # A page and the landmark keys have room for one token more.
+        ids = random_ids(1, 40)
+        reading.append(peak_bytes(lambda ids=ids, arguments=arguments: logits_of(model, ids, **arguments)))
+    assert filling[1] - filling[0] <= 2 * (landmarks[1] - landmarks[0])
+    scores = model.config.num_attention_heads * 40 * (112 - 48) * 4
+    assert reading[1] - reading[0] <= 3 * scores + landmarks[1]
