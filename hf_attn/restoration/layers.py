@@ -17,12 +17,31 @@ from .configuration import ImageRestorationConfig
 #: what is added to the logit of two tokens that the cyclic shift has brought together (not -inf: official weights know it)
 SHIFT_MASK_VALUE = -100.0
 
-#: Whether scaled_dot_product_attention is slower in bfloat16 than in float32: on CPUs without matrix units, by a third to a
-#: half with PyTorch 2.14.
+#: Whether attention and matrix products are slower in bfloat16 than in float32: on CPUs without matrix units, with PyTorch
+#: 2.14 attention by a third to a half and products by 70 to 90 %.
 _CPU = torch.cpu.get_capabilities()
 BFLOAT16_IS_SLOW = _CPU.get("architecture") == "x86_64" and not _CPU.get("amx_bf16")
-#: how many windows have copies in float32 at the same time
+#: how many windows, and how many tokens, have copies in float32 at the same time
 _FLOAT32_WINDOWS = 16
+_FLOAT32_TOKENS = 1024
+
+
+class TokenLinear(nn.Linear):
+    """`nn.Linear` on `(..., features)`, without gradients in float32 where bfloat16 is slow, some tokens at a time."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if (
+            not BFLOAT16_IS_SLOW
+            or torch.is_grad_enabled()
+            or (tokens.device.type, tokens.dtype, self.weight.dtype) != ("cpu", torch.bfloat16, torch.bfloat16)
+        ):
+            return super().forward(tokens)
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        output = tokens.new_empty(*tokens.shape[:-1], self.out_features)
+        parts = (states.flatten(0, -2).split(_FLOAT32_TOKENS) for states in (tokens, output))
+        for source, target in zip(*parts, strict=True):
+            target.copy_(nn.functional.linear(source.float(), weight, bias))
+        return output
 
 
 def pad_to_multiple(pixel_values: torch.Tensor, multiple: int, mode: str = "reflect") -> torch.Tensor:
@@ -138,8 +157,8 @@ class WindowAttentionBase(nn.Module):
         self.scaling = config.qk_scale or self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.relative_position_bias_table = nn.Parameter(torch.zeros(table_side**2, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = TokenLinear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = TokenLinear(dim, dim)
 
     def relative_position_index(self, device: torch.device) -> torch.Tensor:
         """Row of the table for each pair, `(query_len, key_len)`."""
@@ -298,9 +317,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ImageRestorationConfig, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = TokenLinear(dim, hidden_dim)
         self.activation = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = TokenLinear(hidden_dim, dim)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

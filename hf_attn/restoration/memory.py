@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 _MARGIN = 1.3
 #: what libraries keep for themselves once they have run
 _WORKSPACE = 64 * 2**20
+#: Most of what holes in the heap take. Widths that grow from block to block leave holes, until buffers are so large (32 MiB
+#: in glibc) that each has memory of its own.
+_MOST_HOLES = 320 * 10**6
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -49,6 +52,13 @@ def activation_bytes_per_pixel(model: PreTrainedModel) -> float:
     return _MARGIN * size * max(body, head)
 
 
+def activation_bytes(model: PreTrainedModel, pixels: int) -> float:
+    """Peak of the activations of a forward without gradients on so many (padded) pixels, holes in the heap included."""
+    activations = activation_bytes_per_pixel(model) * pixels
+    widths = model.config.block_dims() if hasattr(model.config, "block_dims") else ()
+    return activations + (min(activations, _MOST_HOLES) if len(set(widths)) > 1 else 0)
+
+
 def available_memory(device: torch.device) -> int:
     """Free bytes on a device."""
     if device.type == "cuda":
@@ -86,12 +96,12 @@ def largest_tile(
     """
     window, scale = model.config.window_size, model.config.upscale
     fixed = fixed_bytes(model, height, width, channels, bytes_per_value)
-    per_pixel = activation_bytes_per_pixel(model)
 
     def needed(tile: int, extended: int) -> float:
         # Rows of the result as floating numbers, twice while they are joined.
         band = 2 * 4 * max(channels, 3) * scale**2 * min(extended, height) * width
-        return fixed + band + per_pixel * batch_size * min(extended, height + window) * min(extended, width + window)
+        pixels = batch_size * min(extended, height + window) * min(extended, width + window)
+        return fixed + band + activation_bytes(model, pixels)
 
     def extended(tile: int) -> int:
         return tile + 2 * overlap if blend == "cut" else tile

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from hf_attn.modeling.hat.configuration_hat import HATConfig
 from hf_attn.modeling.hat.modeling_hat import HATOverlappingAttention
 from hf_attn.restoration.configuration import ImageRestorationConfig
 from hf_attn.restoration.layers import (
     SHIFT_MASK_VALUE,
+    TokenLinear,
     WindowAttention,
     merge_windows,
     pad_to_multiple,
@@ -156,3 +158,22 @@ def test_bfloat16_windows_are_attended_to_in_float32_where_that_is_faster(masked
     assert errors[True] < errors[False]
     for ours, expected in zip(gradients[True], gradients[False], strict=True):
         torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_tokens_are_multiplied_in_float32_where_that_is_faster(bias, monkeypatch):
+    linear = TokenLinear(20, 6, bias=bias).to(torch.bfloat16)
+    tokens = torch.randn(3, 900, 20, dtype=torch.bfloat16)
+    exact = nn.functional.linear(tokens.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    products = []
+    monkeypatch.setattr(
+        nn.functional, "linear", lambda *args, real=nn.functional.linear: products.append(1) or real(*args)
+    )
+    for slow, expected in ((False, 1), (True, 3)):
+        monkeypatch.setattr("hf_attn.restoration.layers.BFLOAT16_IS_SLOW", slow)
+        products.clear()
+        with torch.no_grad():
+            output = linear(tokens)
+        torch.testing.assert_close(output, exact.bfloat16(), atol=1e-6, rtol=torch.finfo(torch.bfloat16).eps)
+        assert len(products) == expected
+        assert linear(tokens).requires_grad
