@@ -8,11 +8,11 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .first_pass_sd_rpn import ImageCells, check_base, run_first_pass
+from .first_pass_sd_rpn import FirstPass, check_base, run_first_pass
 from .modeling_sd_rpn import SdRpnModel
 from .overlay_sd_rpn import overlay
 from .prompts_sd_rpn import ImagesLike, PromptLike, encode_prompts, is_chat, pad_token, read_prompt
-from .regions_sd_rpn import Box, Region, llava_regions, qwen_regions
+from .regions_sd_rpn import UNASKED_LEFT_OUT_ABOVE, Box, Region, asked_tokens, llava_regions, qwen_regions
 from .second_pass_sd_rpn import EncodedImage, encode_crops, second_pass_inputs
 
 
@@ -194,13 +194,15 @@ class SdRpnGenerator:
         base = self.base
         inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         features = self._image_features(inputs)
-        cells, maps = self._roi_maps(inputs, features) if features else ([], [])
+        first = self._first_pass(inputs, features) if features else None
+        cells = first.images if features else []
         originals = [image for of_prompt in images for image in of_prompt]
         if len(originals) != len(cells):
             raise ValueError(
                 f"The prompts have the tokens of {len(cells)} images, but {len(originals)} images are given."
             )
 
+        maps, asked = self._roi_maps(first) if features else ([], [])
         regions = [
             self._regions(roi_map, threshold, image.size, masked)
             for roi_map, image in zip(maps, originals, strict=True)
@@ -229,6 +231,11 @@ class SdRpnGenerator:
                 )
             )
         encoded = [EncodedImage.whole(feature, image.grid) for feature, image in zip(features, cells, strict=True)]
+        # An image without a crop is read as the base alone would read it.
+        encoded = [
+            image.keep(tokens) if of_image and tokens is not None else image
+            for image, of_image, tokens in zip(encoded, crops, asked, strict=True)
+        ]
         model_inputs = second_pass_inputs(
             base,
             inputs["input_ids"],
@@ -258,16 +265,32 @@ class SdRpnGenerator:
         pixels = {name: inputs[name] for name in names if name in inputs}
         return list(self.base.get_image_features(**pixels).pooler_output) if pixels else []
 
-    def _roi_maps(self, inputs: dict, features: list[torch.Tensor]) -> tuple[list[ImageCells], list[torch.Tensor]]:
-        """The images as they stand in the prompts, and their maps of probabilities."""
-        first = run_first_pass(
+    def _first_pass(self, inputs: dict, features: list[torch.Tensor]) -> FirstPass:
+        return run_first_pass(
             self.base,
             self.rpn.config.branch_layer,
             **{name: tensor for name, tensor in inputs.items() if name != "pixel_values"},
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
         )
-        logits = self.rpn(**first.rpn_inputs(self.rpn.device, self.rpn.dtype)).logits
-        return first.images, [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)]
+
+    def _roi_maps(self, first: FirstPass) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """The probabilities of each image, and which of its tokens the question looks at; none where that is not asked."""
+        inputs = first.rpn_inputs(self.rpn.device, self.rpn.dtype)
+        asked: list[torch.Tensor | None] = [None] * len(first.images)
+        is_qwen = self.base.config.model_type == "qwen2_5_vl"
+        large = [i for i, image in enumerate(first.images) if is_qwen and image.num_tokens > UNASKED_LEFT_OUT_ABOVE]
+        if large:
+            positions = first.question_positions().to(self.rpn.device)
+            by_query = self.rpn(**inputs, query_positions=positions).logits
+            logits = by_query[:, -1]
+            cells = first.cells_of_images()
+            for i in large:
+                image = first.images[i]
+                behind = positions[image.row] >= image.start + image.num_tokens
+                asked[i] = asked_tokens(by_query[image.row, behind, cells[i]])
+        else:
+            logits = self.rpn(**inputs).logits
+        return [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)], asked
 
     def _regions(
         self, roi_map: torch.Tensor, threshold: float, image_size: tuple[int, int], masked: bool
