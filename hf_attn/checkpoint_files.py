@@ -71,7 +71,7 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
     path = _existing(_found_in_folder(Path(path)))
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
-    return _open_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    return _open_file(path)
 
 
 class LazyTensors(Mapping):
@@ -123,14 +123,18 @@ def _unreadable(path: Path, error: Exception, with_reason: bool = True) -> Conve
     )
 
 
+def _open_file(path: Path) -> Mapping[str, Any]:
+    return _open_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+
+
 def _open_safetensors(path: Path) -> LazyTensors:
     from safetensors import SafetensorError, safe_open
 
     try:
         file = safe_open(path, framework="pt")
+    except PermissionError:
+        raise
     except (SafetensorError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
         raise _unreadable(path, error) from error
     return LazyTensors({name: lambda name=name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
@@ -158,7 +162,7 @@ def _open_shards(index: Path) -> LazyTensors:
                     f"{index.name} says that {name} is in {shard}, which is not in {index.parent}. Download that file too."
                 )
             opened.clear()
-            opened[shard] = open_checkpoint(index.parent / shard)
+            opened[shard] = _open_file(index.parent / shard)
         if name not in opened[shard]:
             raise ConversionError(f"{index.name} says that {name} is in {shard}, but it is not.")
         return opened[shard][name]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .first_pass_sd_rpn import FirstPass, check_base, run_first_pass
+from .first_pass_sd_rpn import ImageCells, check_base, run_first_pass
 from .modeling_sd_rpn import SdRpnModel
 from .overlay_sd_rpn import overlay
 from .prompts_sd_rpn import ImagesLike, PromptLike, encode_prompts, is_chat, pad_token, read_prompt
@@ -91,7 +91,9 @@ class SdRpnGenerator:
         answer.images[0].overlay().save("where.png")
 
     The first pass runs the base's layers up to the branch and the network; the second answers with the tokens of the crop
-    behind those of the image. Without a region the answer is that of the base alone.
+    behind those of the image. Without a region the answer is that of the base alone. With one, Qwen2.5-VL reads of a large image
+    only those tokens again that the question looks at, see
+    :func:`~hf_attn.modeling.sd_rpn.regions_sd_rpn.asked_tokens`.
 
     Args:
         base: LLaVA, LLaVA-Next or Qwen2.5-VL for conditional generation.
@@ -194,15 +196,13 @@ class SdRpnGenerator:
         base = self.base
         inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         features = self._image_features(inputs)
-        first = self._first_pass(inputs, features) if features else None
-        cells = first.images if features else []
+        cells, maps, asked = self._roi_maps(inputs, features) if features else ([], [], [])
         originals = [image for of_prompt in images for image in of_prompt]
         if len(originals) != len(cells):
             raise ValueError(
                 f"The prompts have the tokens of {len(cells)} images, but {len(originals)} images are given."
             )
 
-        maps, asked = self._roi_maps(first) if features else ([], [])
         regions = [
             self._regions(roi_map, threshold, image.size, masked)
             for roi_map, image in zip(maps, originals, strict=True)
@@ -265,23 +265,25 @@ class SdRpnGenerator:
         pixels = {name: inputs[name] for name in names if name in inputs}
         return list(self.base.get_image_features(**pixels).pooler_output) if pixels else []
 
-    def _first_pass(self, inputs: dict, features: list[torch.Tensor]) -> FirstPass:
-        return run_first_pass(
+    def _roi_maps(
+        self, inputs: dict, features: list[torch.Tensor]
+    ) -> tuple[list[ImageCells], list[torch.Tensor], list[torch.Tensor | None]]:
+        """The images as they stand in the prompts, their maps of probabilities, and which of their tokens the question
+        looks at, where only those are read again.
+        """
+        first = run_first_pass(
             self.base,
             self.rpn.config.branch_layer,
             **{name: tensor for name, tensor in inputs.items() if name != "pixel_values"},
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
         )
-
-    def _roi_maps(self, first: FirstPass) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """The probabilities of each image, and which of its tokens the question looks at; none where that is not asked."""
-        inputs = first.rpn_inputs(self.rpn.device, self.rpn.dtype)
+        rpn_inputs = first.rpn_inputs(self.rpn.device, self.rpn.dtype)
         asked: list[torch.Tensor | None] = [None] * len(first.images)
         is_qwen = self.base.config.model_type == "qwen2_5_vl"
         large = [i for i, image in enumerate(first.images) if is_qwen and image.num_tokens > UNASKED_LEFT_OUT_ABOVE]
         if large:
             positions = first.question_positions().to(self.rpn.device)
-            by_query = self.rpn(**inputs, query_positions=positions).logits
+            by_query = self.rpn(**rpn_inputs, query_positions=positions).logits
             logits = by_query[:, -1]
             cells = first.cells_of_images()
             for i in large:
@@ -289,8 +291,8 @@ class SdRpnGenerator:
                 behind = positions[image.row] >= image.start + image.num_tokens
                 asked[i] = asked_tokens(by_query[image.row, behind, cells[i]])
         else:
-            logits = self.rpn(**inputs).logits
-        return [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)], asked
+            logits = self.rpn(**rpn_inputs).logits
+        return first.images, [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)], asked
 
     def _regions(
         self, roi_map: torch.Tensor, threshold: float, image_size: tuple[int, int], masked: bool
