@@ -64,9 +64,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_formatter,
     )
     convert.add_argument("slug", metavar="SLUG", help="the paper, as `hf-attn papers` names it")
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=".safetensors, .pth, .pt or .bin file")
     convert.add_argument(
-        "--config", metavar="FILE", type=Path, help="the official constructor arguments as a JSON or YAML file"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help=".safetensors, .pth, .pt or .bin file, or a folder or index of shards",
+    )
+    convert.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="the official constructor arguments as a JSON or YAML file; config.json in a folder of shards if not given",
     )
     convert.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
     convert.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")

@@ -1,7 +1,6 @@
 """Official checkpoints -> families of this package, strictly: nothing is left over and nothing stays unfilled."""
 
-import pickle
-import re
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .catalog import PAPERS, get_paper
+from .checkpoint_files import INDEX_SUFFIX, ConversionError, LazyTensors, open_checkpoint
 
 
 #: names under which training code keeps the weights in its files; the first that is there is taken, averages before the rest
@@ -41,7 +41,7 @@ class StateDict(Mapping):
     """Read-only official state dict that remembers which keys a converter has taken."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = dict(tensors)
+        self._tensors = tensors
         self.taken: set[str] = set()
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -64,10 +64,6 @@ class StateDict(Mapping):
         return sorted(set(self._tensors) - self.taken)
 
 
-class ConversionError(ValueError):
-    """A checkpoint does not fit: keys are left over, keys are missing, shapes differ, or the file cannot be read."""
-
-
 class OfficialArguments(dict):
     """Official constructor arguments; one that is needed and not there is a :class:`ConversionError`."""
 
@@ -84,44 +80,6 @@ def _names(keys: Iterable[str], limit: int = 12) -> str:
     return ", ".join(keys[:limit]) + more
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.safetensors`` or a PyTorch file (``.pth``, ``.pt``, ``.bin``) without running any code from it.
-
-    Returns:
-        What the file holds: a state dict, or what training code has put around it (see :func:`select_state_dict`).
-
-    Raises:
-        ConversionError: if the file is corrupt, truncated or of another kind, or if its pickle needs more than tensors
-            and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConversionError(f"There is no checkpoint file at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            raise ConversionError(
-                f"{path.name} is refused: besides tensors it holds a reference to {refused[1]}, and following it could run "
-                "code. If you trust its source, load it yourself with `torch.load(..., weights_only=False)` and pass the "
-                "state dict that is in it, or save that to a file."
-            ) from error
-        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
-        raise ConversionError(
-            f"{path.name} cannot be read: it is corrupt, truncated or no checkpoint{reason and f' ({reason})'}."
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ConversionError(f"{path.name} holds a {type(checkpoint).__name__}, not a dictionary of tensors.")
-    return checkpoint
-
-
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values())
 
@@ -134,7 +92,7 @@ def select_state_dict(checkpoint: Mapping[str, Any], source: str = "The checkpoi
     dict itself plain values such as an epoch counter are no weights and are ignored.
 
     Args:
-        checkpoint: what :func:`read_checkpoint` or ``torch.load`` returned.
+        checkpoint: what :func:`~hf_attn.checkpoint_files.read_checkpoint` or ``torch.load`` returned.
         source: what it is, for error messages.
 
     Raises:
@@ -230,6 +188,20 @@ def load_strict(
     return model.eval()
 
 
+def _config_beside(path: Path) -> dict[str, Any]:
+    """``config.json`` in a folder, or beside an index of shards; empty if there is none."""
+    file = (path.parent if path.name.endswith(INDEX_SUFFIX) else path) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{file} must hold a mapping of argument names to values.")
+    return config
+
+
 def from_official(
     slug: str,
     state_dict_or_path: Mapping[str, torch.Tensor] | str | Path,
@@ -240,9 +212,11 @@ def from_official(
     Args:
         slug: the paper, as in the catalogue.
         state_dict_or_path: official state dict, or a ``.safetensors`` or PyTorch file. A dictionary that holds the state
-            dict among other things will do, see :func:`select_state_dict`.
+            dict among other things will do, see :func:`select_state_dict`. Of a checkpoint in shards the folder or the
+            index (``*.index.json``); only the tensors that are needed are read, and files without any need not be there.
         config: official constructor arguments, or the official configuration file's; families that can read them off
-            the shapes of the weights need none.
+            the shapes of the weights need none. If it is not given, ``config.json`` in the folder of shards is
+            read.
 
     Returns:
         The model in eval mode.
@@ -257,8 +231,12 @@ def from_official(
         known = ", ".join(paper.slug for paper in PAPERS.values() if paper.converter)
         raise ValueError(f"{slug} has no converter for official checkpoints. Papers that have one: {known}.")
     if isinstance(state_dict_or_path, str | Path):
-        source = Path(state_dict_or_path).name
-        tensors = select_state_dict(read_checkpoint(state_dict_or_path), source)
+        source = Path(state_dict_or_path).absolute().name
+        tensors = open_checkpoint(state_dict_or_path)
+        if not isinstance(tensors, LazyTensors):
+            tensors = select_state_dict(tensors, source)
+        if config is None:
+            config = _config_beside(Path(state_dict_or_path))
     else:
         source = "The state dict"
         # The parameters of the model are the tensors themselves, and those of the caller are the caller's.

@@ -1,5 +1,6 @@
 """Conversion of official checkpoints: nothing left over, nothing unfilled, nothing run, and files as they come."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from hf_attn.catalog import PAPERS
+from hf_attn.checkpoint_files import open_checkpoint, read_checkpoint
 from hf_attn.conversion import (
     ConversionError,
     StateDict,
     from_official,
     load_strict,
-    read_checkpoint,
     select_state_dict,
 )
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
@@ -303,3 +304,102 @@ def test_a_bare_tensor(tmp_path):
 def test_no_file(tmp_path, name):
     with pytest.raises(ConversionError, match="There is no checkpoint file at"):
         convert(tmp_path / name)
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+INDICES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+
+
+def write_shards(state, folder: Path, suffix: str) -> Path:
+    """Two files, an index and the configuration; returns the index."""
+    names = list(state)
+    weight_map = {}
+    for number, of_shard in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        shard = f"part-{number}{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)(
+            {name: state[name] for name in of_shard}, folder / shard
+        )
+        weight_map |= dict.fromkeys(of_shard, shard)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    index = folder / INDICES[suffix]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", INDICES)
+def test_shards_give_the_same_as_the_state_dict(state, tmp_path, suffix):
+    index = write_shards(state, tmp_path, suffix)
+    assert_holds(convert(index), state)
+    assert_holds(from_official("echo_att", tmp_path), state)
+    assert_holds(from_official("echo_att", str(index)), state)
+
+
+def test_a_folder_with_one_file(state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    assert_holds(convert(tmp_path), state)
+
+
+@pytest.mark.parametrize("suffix", INDICES)
+def test_a_shard_that_is_missing_is_named(state, tmp_path, suffix):
+    index = write_shards(state, tmp_path, suffix)
+    (tmp_path / f"part-2{suffix}").unlink()
+    with pytest.raises(ConversionError, match=rf"is in part-2{suffix}, which is not in .*Download that file too"):
+        convert(index)
+
+
+@pytest.mark.parametrize("suffix", INDICES)
+def test_a_truncated_shard(state, tmp_path, suffix):
+    index = write_shards(state, tmp_path, suffix)
+    shard = tmp_path / f"part-2{suffix}"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ConversionError, match=f"part-2{suffix} cannot be read: it is corrupt, truncated or"):
+        convert(index)
+
+
+def test_a_shard_that_runs_code_is_refused_and_not_run(state, tmp_path):
+    index = write_shards(state, tmp_path, ".bin")
+    torch.save({"more": Attack(tmp_path / "trace")}, tmp_path / "part-1.bin")
+    with pytest.raises(ConversionError, match=r"part-1\.bin is refused"):
+        convert(index)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no index of a sharded checkpoint"),
+        ("[]", "is no index of a sharded checkpoint"),
+        ('{"weight_map": {"lm_head.weight": 1}}', "is no index of a sharded checkpoint"),
+        ('{"weight_map": {"lm_head.weight": "../part-1.safetensors"}}', r"not in its folder: \.\./part-1"),
+        ('{"weight_map": {"lm_head.weight": "model.safetensors.index.json"}}', r"index\.json cannot be read"),
+        ('{"weight_map": {"surprise": "part-1.safetensors"}}', r"surprise is in part-1\.safetensors, but it is not"),
+    ],
+)
+def test_an_index_that_makes_no_sense(state, tmp_path, content, message):
+    index = write_shards(state, tmp_path, ".safetensors")
+    index.write_text(content)
+    with pytest.raises(ConversionError, match=message):
+        convert(index)
+
+
+def test_a_configuration_beside_the_shards_that_is_broken(state, tmp_path):
+    write_shards(state, tmp_path, ".safetensors")
+    for content, message in (("{", "cannot be read"), ("[]", "must hold a mapping")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConversionError, match=message):
+            from_official("echo_att", tmp_path)
+    assert_holds(convert(tmp_path), state)
+
+
+def test_a_tensor_is_read_when_it_is_asked_for(state, tmp_path):
+    """The other file need not even be there."""
+    index = write_shards(state, tmp_path, ".safetensors")
+    (tmp_path / "part-2.safetensors").unlink()
+    tensors = open_checkpoint(index)
+    assert list(tensors) == list(state) and len(tensors) == len(state)
+    first, *_, last = state
+    assert torch.equal(tensors[first], state[first])
+    assert last in tensors
+    with pytest.raises(ConversionError, match=r"part-2\.safetensors"):
+        tensors[last]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict, read_checkpoint, select_state_dict
+from hf_attn.checkpoint_files import read_checkpoint
+from hf_attn.conversion import ConversionError, Converted, StateDict, select_state_dict
 from hf_attn.rotary import half_split
 
 from .configuration_landmark import LandmarkConfig

@@ -45,8 +45,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             state[f"{match[1]}{match[2]}"] = official[name]
     if not {"norm.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight"} <= state.keys():
         raise ConversionError(
-            "The checkpoint has no model.twig_layers with model.twig_norm. If it is in several files, read them all into "
-            "one state dict; if not, it is a base without a region proposal network."
+            "The checkpoint has no model.twig_layers with model.twig_norm. If this is one of several files, name their "
+            "folder; if not, it is a base without a region proposal network."
         )
     _check_options(config)
     dropped = tuple(name for name in official if _NOT_OURS.match(name))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_sd_rpn import SdRpnConfig
+from .modeling_sd_rpn import last_positions
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,40 @@ class FirstPass:
 
     def maps(self, logits: torch.Tensor) -> list[torch.Tensor]:
         """Cut logits `(batch, cells)` of the network into one map `(rows, columns)` for each image."""
-        used = [0] * len(logits)
-        maps = []
+        return [
+            logits[image.row, cells].view(image.grid)
+            for image, cells in zip(self.images, self.cells_of_images(), strict=True)
+        ]
+
+    def cells_of_images(self) -> list[slice]:
+        """Which of the cells of its prompt are those of each image."""
+        used = [0] * len(self.image_mask)
+        cells = []
         for image in self.images:
             begin = used[image.row]
             used[image.row] += image.num_cells
-            maps.append(logits[image.row, begin : begin + image.num_cells].view(image.grid))
-        return maps
+            cells.append(slice(begin, used[image.row]))
+        return cells
+
+    def question_positions(self) -> torch.LongTensor:
+        """Positions `(batch, queries)` of what stands behind the first image of each prompt and is no image itself.
+
+        The last token is the last query of each row; rows with fewer tokens begin with it as well.
+        """
+        batch, sequence = self.image_mask.shape
+        last = last_positions(self.attention_mask, batch, sequence, self.image_mask.device)
+        is_question = self.image_mask.cumsum(dim=1).bool() & (
+            torch.arange(sequence, device=last.device) < last[:, None]
+        )
+        if self.attention_mask is not None:
+            is_question &= self.attention_mask.bool()
+        for image in self.images:
+            is_question[image.row, image.start : image.start + image.num_tokens] = False
+        positions = last[:, None].repeat(1, int(is_question.sum(dim=1).max()) + 1)
+        for row, found in enumerate(is_question):
+            found = found.nonzero()[:, 0]
+            positions[row, positions.shape[1] - 1 - len(found) : -1] = found
+        return positions
 
 
 class _BranchReached(Exception):

@@ -12,7 +12,7 @@ from .first_pass_sd_rpn import ImageCells, check_base, run_first_pass
 from .modeling_sd_rpn import SdRpnModel
 from .overlay_sd_rpn import overlay
 from .prompts_sd_rpn import ImagesLike, PromptLike, encode_prompts, is_chat, pad_token, read_prompt
-from .regions_sd_rpn import Box, Region, llava_regions, qwen_regions
+from .regions_sd_rpn import UNASKED_LEFT_OUT_ABOVE, Box, Region, asked_tokens, llava_regions, qwen_regions
 from .second_pass_sd_rpn import EncodedImage, encode_crops, second_pass_inputs
 
 
@@ -91,7 +91,9 @@ class SdRpnGenerator:
         answer.images[0].overlay().save("where.png")
 
     The first pass runs the base's layers up to the branch and the network; the second answers with the tokens of the crop
-    behind those of the image. Without a region the answer is that of the base alone.
+    behind those of the image. Without a region the answer is that of the base alone. With one, Qwen2.5-VL reads of a large image
+    only those tokens again that the question looks at, see
+    :func:`~hf_attn.modeling.sd_rpn.regions_sd_rpn.asked_tokens`.
 
     Args:
         base: LLaVA, LLaVA-Next or Qwen2.5-VL for conditional generation.
@@ -194,7 +196,7 @@ class SdRpnGenerator:
         base = self.base
         inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
         features = self._image_features(inputs)
-        cells, maps = self._roi_maps(inputs, features) if features else ([], [])
+        cells, maps, asked = self._roi_maps(inputs, features) if features else ([], [], [])
         originals = [image for of_prompt in images for image in of_prompt]
         if len(originals) != len(cells):
             raise ValueError(
@@ -229,6 +231,11 @@ class SdRpnGenerator:
                 )
             )
         encoded = [EncodedImage.whole(feature, image.grid) for feature, image in zip(features, cells, strict=True)]
+        # An image without a crop is read as the base alone would read it.
+        encoded = [
+            image.keep(tokens) if of_image and tokens is not None else image
+            for image, of_image, tokens in zip(encoded, crops, asked, strict=True)
+        ]
         model_inputs = second_pass_inputs(
             base,
             inputs["input_ids"],
@@ -258,16 +265,34 @@ class SdRpnGenerator:
         pixels = {name: inputs[name] for name in names if name in inputs}
         return list(self.base.get_image_features(**pixels).pooler_output) if pixels else []
 
-    def _roi_maps(self, inputs: dict, features: list[torch.Tensor]) -> tuple[list[ImageCells], list[torch.Tensor]]:
-        """The images as they stand in the prompts, and their maps of probabilities."""
+    def _roi_maps(
+        self, inputs: dict, features: list[torch.Tensor]
+    ) -> tuple[list[ImageCells], list[torch.Tensor], list[torch.Tensor | None]]:
+        """The images as they stand in the prompts, their maps of probabilities, and which of their tokens the question
+        looks at, where only those are read again.
+        """
         first = run_first_pass(
             self.base,
             self.rpn.config.branch_layer,
             **{name: tensor for name, tensor in inputs.items() if name != "pixel_values"},
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
         )
-        logits = self.rpn(**first.rpn_inputs(self.rpn.device, self.rpn.dtype)).logits
-        return first.images, [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)]
+        rpn_inputs = first.rpn_inputs(self.rpn.device, self.rpn.dtype)
+        asked: list[torch.Tensor | None] = [None] * len(first.images)
+        is_qwen = self.base.config.model_type == "qwen2_5_vl"
+        large = [i for i, image in enumerate(first.images) if is_qwen and image.num_tokens > UNASKED_LEFT_OUT_ABOVE]
+        if large:
+            positions = first.question_positions().to(self.rpn.device)
+            by_query = self.rpn(**rpn_inputs, query_positions=positions).logits
+            logits = by_query[:, -1]
+            cells = first.cells_of_images()
+            for i in large:
+                image = first.images[i]
+                behind = positions[image.row] >= image.start + image.num_tokens
+                asked[i] = asked_tokens(by_query[image.row, behind, cells[i]])
+        else:
+            logits = self.rpn(**rpn_inputs).logits
+        return first.images, [roi_map.sigmoid().cpu() for roi_map in first.maps(logits)], asked
 
     def _regions(
         self, roi_map: torch.Tensor, threshold: float, image_size: tuple[int, int], masked: bool

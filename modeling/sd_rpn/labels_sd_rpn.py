@@ -137,6 +137,9 @@ def qwen_pseudo_labels(
 def padded_cells(width: int, height: int, grid_size: int) -> torch.Tensor:
     """Which cells lie wholly in the padding of an image that was centred in a square.
 
+    As in the official code, both sides have `(grid_size - n) // 2` of them if the image takes n cells, so that of an odd
+    number of spare cells one counts as image.
+
     Args:
         width, height: size of the image.
         grid_size: cells in a row of the square.

@@ -42,8 +42,9 @@ class SdRpnOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor`, *optional*): mean binary cross-entropy over the cells of the batch that are not ignored.
-        logits (`torch.FloatTensor` of shape `(batch, cells)`): logits of the RoI maps, one for each image token, in order;
-            float32. Rows with fewer image tokens than others are filled up with `-inf`.
+        logits (`torch.FloatTensor` of shape `(batch, cells)`, or `(batch, queries, cells)` if several query positions are
+            given): logits of the RoI maps, one for each image token, in order; float32. Rows with fewer image tokens than
+            others are filled up with `-inf`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -134,16 +135,19 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
                 `(batch or 1, sequence, head_dim)`.
             image_mask: `(batch, sequence)`, true at the image tokens that are cells of a RoI map.
             attention_mask: `(batch, sequence)`, 1 at tokens and 0 at padding.
-            query_positions: `(batch,)`, the token of each prompt that looks for the region; its last token if not given.
+            query_positions: `(batch,)`, the token of each prompt that looks for the region, or `(batch, queries)`, several
+                that have a map each; the last token if not given.
             roi_target_map: labels of the cells: 1 foreground, 0 background, -100 ignored. `(batch, cells)`, filled up with
                 -100 where a row has fewer image tokens, or a list of one map of any shape for each row.
 
         Raises:
-            ValueError: if a row's labels and image tokens differ in number.
+            ValueError: if a row's labels and image tokens differ in number, or if there are labels for several queries.
         """
         batch, sequence = hidden_states.shape[:2]
         if query_positions is None:
             query_positions = last_positions(attention_mask, batch, sequence, hidden_states.device)
+        if roi_target_map is not None and query_positions.ndim > 1:
+            raise ValueError("roi_target_map labels the map of one query; give query_positions of shape (batch,).")
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
         )
@@ -156,16 +160,18 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
 
         image_mask = image_mask.bool()
         rows, positions = image_mask.nonzero(as_tuple=True)
-        flat_logits = self._roi_logits(hidden_states, position_embeddings, query_positions, rows, positions)
         # Cell of each image token in the map of its row.
         cells = (image_mask.cumsum(dim=1) - 1)[rows, positions]
-        width = int(image_mask.sum(dim=1).max())
-        logits = flat_logits.new_full((batch, width), -torch.inf).index_put((rows, cells), flat_logits)
+        logits = self._roi_logits(
+            hidden_states, position_embeddings, query_positions.view(batch, -1), rows, positions, cells
+        )
+        if query_positions.ndim == 1:
+            logits = logits[:, 0]
 
         loss = None
         if roi_target_map is not None:
             labels = _pad_labels(roi_target_map, image_mask.sum(dim=1).tolist(), logits.device)
-            loss = roi_loss(flat_logits, labels[rows, cells])
+            loss = roi_loss(logits[rows, cells], labels[rows, cells])
         return SdRpnOutput(loss=loss, logits=logits)
 
     def _roi_logits(
@@ -175,26 +181,39 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         query_positions: torch.Tensor,
         rows: torch.Tensor,
         positions: torch.Tensor,
+        cells: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits `(image tokens of the batch,)`: token `positions[i]` of prompt `rows[i]` against the query of that prompt."""
+        """Logits `(batch, queries, cells)`, `-inf` where a prompt has no such cell.
+
+        Args:
+            hidden_states, position_embeddings: see :meth:`forward`.
+            query_positions: `(batch, queries)`.
+            rows, positions, cells: `(image tokens of the batch,)`: token `positions[i]` of prompt `rows[i]` is cell
+                `cells[i]` of its map.
+        """
         layer = self.layers[-1]
         attention = layer.self_attn
-        every_row = torch.arange(len(hidden_states), device=hidden_states.device)
+        batch = len(hidden_states)
 
         def heads_of(projection: nn.Linear, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             states = projection(layer.input_layernorm(hidden_states[row, position]))
-            states = states.view(len(row), 1, states.shape[-1] // attention.head_dim, attention.head_dim)
+            states = states.unflatten(-1, (states.shape[-1] // attention.head_dim, attention.head_dim))
             if not self.config.use_rope:
-                return states[:, 0]
-            cos, sin = (
-                table.expand(len(hidden_states), -1, -1)[row, position][:, None] for table in position_embeddings
-            )
-            return apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=2)[0][:, 0]
+                return states
+            cos, sin = (table.expand(batch, -1, -1)[row, position] for table in position_embeddings)
+            return apply_rotary_pos_emb(states, states, cos, sin, unsqueeze_dim=-2)[0]
 
-        query = heads_of(attention.q_proj, every_row, query_positions)
-        key = heads_of(attention.k_proj, rows, positions).repeat_interleave(attention.num_key_value_groups, dim=1)
-        products = (query[rows].float() * key.float()).sum(dim=-1)
-        return products.mean(dim=1) * attention.scaling if self.config.multi_head else products.sum(dim=1)
+        query = heads_of(attention.q_proj, torch.arange(batch, device=rows.device)[:, None], query_positions).float()
+        key_of_token = heads_of(attention.k_proj, rows, positions).float()
+        key_of_token = key_of_token.repeat_interleave(attention.num_key_value_groups, dim=1)
+        counts = rows.bincount(minlength=batch)
+        width = int(counts.max())
+        key = key_of_token.new_zeros(batch, width, *key_of_token.shape[1:]).index_put((rows, cells), key_of_token)
+        logits = torch.einsum("bqhd,bkhd->bqk", query, key)
+        if self.config.multi_head:
+            logits = logits / query.shape[2] * attention.scaling
+        is_cell = torch.arange(width, device=rows.device) < counts[:, None]
+        return logits.masked_fill(~is_cell[:, None], -torch.inf)
 
     # --- from a base ------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,10 @@ MIN_AREA = 4
 MAX_AREA_FRACTION = 225 / 576
 #: from this number of image tokens on, Qwen2.5-VL's maps have artefacts at their upper left border
 BORDER_ARTEFACTS_ABOVE = 768
+#: above this number of image tokens, Qwen2.5-VL reads again only those that the question looks at
+UNASKED_LEFT_OUT_ABOVE = 1024
+#: probability that at least one token of the question has to see in an image token that is read again
+MIN_ASKED = 0.01
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,17 @@ def qwen_regions(roi_map: torch.Tensor, threshold: float, image_size: tuple[int,
     box = scaled_to_image(grid_box, (rows, columns), image_size)
     x0, y0, x1, y1 = grid_box
     return [Region(box, grid_box, binary[y0:y1, x0:x1])] if _has_pixels(box) else []
+
+
+def asked_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Which tokens of a large image Qwen2.5-VL reads again, `(tokens,)`: those that some token of the question looks at.
+
+    Args:
+        logits: `(queries, tokens)`, of the RoI map of each token of the question. All are read again if there is none.
+    """
+    if len(logits) == 0:
+        return torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    return logits.amax(dim=0).sigmoid() > MIN_ASKED
 
 
 def _has_pixels(box: Box) -> bool:

@@ -1,6 +1,7 @@
 """The pipeline `focused-image-text-to-text`."""
 
 import pytest
+from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
 from hf_attn.modeling.sd_rpn.generation_sd_rpn import FocusedImage, SdRpnGenerator
@@ -93,9 +94,17 @@ def test_loads_by_folders(kind, tmp_path):
     tiny_base(kind).save_pretrained(tmp_path / "base")
     tiny_processor(kind).save_pretrained(tmp_path / "base")
     tiny_rpn(kind).save_pretrained(tmp_path / "rpn")
+    picture(100, 70).save(tmp_path / "image.png")
+
     pipe = pipeline(TASK, model=str(tmp_path / "base"), rpn=str(tmp_path / "rpn"), device="cpu")
-    image = picture(100, 70)
-    assert [pipe(image, text="What?", **OPTIONS)["generated_text"]] == expected(kind, "What?", image)
+    streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = pipe(str(tmp_path / "image.png"), text="What?", streamer=streamer, **OPTIONS)
+    assert [answer["generated_text"]] == expected(kind, "What?", picture(100, 70)) == ["".join(streamer)]
+
+    answer["images"][0].overlay().save(tmp_path / "where.png")
+    with Image.open(tmp_path / "where.png") as saved:
+        assert saved.size == (100, 70)
+        assert saved.getpixel(answer["images"][0].boxes[0][:2]) == (0, 255, 90)
 
 
 def test_parameters_of_the_constructor_hold_for_every_call(kind):

@@ -1,12 +1,15 @@
 """Official checkpoints: complete, filled and pruned ones, of LLaVA and of Qwen2.5-VL."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel
 
 from hf_attn import from_official
+from hf_attn.cli import main
 from hf_attn.conversion import ConversionError, StateDict
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
 from hf_attn.modeling.sd_rpn.convert_sd_rpn import convert_official
@@ -60,6 +63,48 @@ def test_it_ships_the_network_alone(case):
     )
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {f"model.twig_{name}" for name in trainable} == set(case.info["params_with_gradient"])
+
+
+@pytest.fixture
+def shards(case, tmp_path) -> Path:
+    """A folder as on the Hub: the network in the second file, the rest of the base in the first."""
+    parts = {
+        f"model-0000{number}-of-00002.safetensors": {
+            name: tensor for name, tensor in case.weights.items() if ("twig" in name) == (number == 2)
+        }
+        for number in (1, 2)
+    }
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for shard, tensors in parts.items():
+        save_file(tensors, folder / shard)
+    weight_map = {name: shard for shard, tensors in parts.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(case.config))
+    return folder
+
+
+def convert(checkpoint: Path, output: Path) -> int:
+    return main(["convert", "sd_rpn", str(checkpoint), "--output", str(output)])
+
+
+def test_a_sharded_checkpoint_is_converted_by_command(case, shards, tmp_path):
+    expected = from_official("sd_rpn", case.weights, config=case.config).state_dict()
+    # Nothing is needed of the base.
+    (shards / "model-00001-of-00002.safetensors").unlink()
+    for number, checkpoint in enumerate((shards, shards / "model.safetensors.index.json")):
+        assert convert(checkpoint, tmp_path / f"rpn{number}") == 0
+        state = AutoModel.from_pretrained(tmp_path / f"rpn{number}").state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_shard_with_the_network_has_to_be_there(shards, tmp_path, capsys):
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    assert convert(shards, tmp_path / "rpn") == 2
+    error = capsys.readouterr().err
+    assert "is in model-00002-of-00002.safetensors, which is not in" in error and "Download that file too" in error
+    assert not (tmp_path / "rpn").exists()
 
 
 def official_shapes(config: SdRpnConfig) -> dict[str, torch.Tensor]:

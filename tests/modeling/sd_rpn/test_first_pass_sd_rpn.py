@@ -157,3 +157,21 @@ def test_a_network_for_another_base_is_refused(fields):
     )
     with pytest.raises(ValueError, match=r"is for a llava.*the/base.*; the base is a llava with 7 layers of width 32"):
         check_base(config, tiny_base("llava"))
+
+
+def test_questions_stand_behind_the_first_image():
+    """Two prompts, one with two images and padding, and one without an image."""
+    kind = "qwen2_5_vl"
+    processor, config = tiny_processor(kind), tiny_base(kind).config
+    given = [("Which?", [picture(60, 60), picture(60, 60)]), ("A longer question?", picture(60, 60)), ("Hello", None)]
+    prompts = [read_prompt(processor, text, image) for text, image in given]
+    inputs = encode_prompts(processor, config, prompts)
+    positions = run_first_pass(tiny_base(kind), BRANCH, **inputs).question_positions()
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != config.image_token_id)
+    last = inputs["input_ids"].shape[1] - 1
+    for row in range(2):
+        start = int((inputs["input_ids"][row] == config.image_token_id).int().argmax())
+        expected = [position for position in range(start, last + 1) if is_text[row, position]]
+        padding = positions.shape[1] - len(expected)
+        assert positions[row].tolist() == [last] * padding + expected
+    assert positions[2].tolist() == [last] * positions.shape[1]

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer, set_seed
 
+from hf_attn.modeling.sd_rpn import generation_sd_rpn
+from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass
 from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnOutput
 from hf_attn.modeling.sd_rpn.prompts_sd_rpn import encode_prompts, pad_to_square, read_prompt
 
 from .tiny import (
@@ -159,6 +162,80 @@ def test_qwen_s_positions_are_those_of_the_whole_crop():
     assert torch.equal(positions[3, first : first + len(kept)], begin + kept % columns)
     assert positions[1, first + len(kept)] == begin + max(rows, columns)
     assert torch.equal(positions[0], torch.arange(len(ids)))
+
+
+def hardly_looking(generator: SdRpnGenerator) -> SdRpnGenerator:
+    """With probabilities that for many tokens are next to nothing, whatever the query."""
+    generator.rpn.register_forward_hook(lambda rpn, arguments, output: SdRpnOutput(logits=output.logits * 3 - 15))
+    return generator
+
+
+def test_qwen_reads_again_what_the_question_looks_at(monkeypatch):
+    """Of a large image; what stays has the place that it has among all tokens."""
+    generator = hardly_looking(make_generator("qwen2_5_vl"))
+    read = read_prompt(generator.processor, "What?", square())
+    first = run_first_pass(
+        generator.base, BRANCH, **encode_prompts(generator.processor, generator.base.config, [read])
+    )
+    (image,) = first.images
+    end = image.start + image.num_tokens
+    with torch.no_grad():
+        by_query = [
+            generator.rpn(**first.rpn_inputs(), query_positions=torch.tensor([position])).logits[0]
+            for position in range(end, first.hidden_states.shape[1])
+        ]
+    asked = torch.stack(by_query).amax(0).sigmoid() > 0.01
+    assert 0 < int(asked.sum()) < len(asked)
+
+    whole = generator.prepare("What?", square(), threshold=-0.5)
+    monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", len(asked))
+    at_the_limit = generator.prepare("What?", square(), threshold=-0.5).model_inputs
+    monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", len(asked) - 1)
+    left_out = generator.prepare("What?", square(), threshold=-0.5)
+
+    for name in ("input_ids", "position_ids"):
+        assert torch.equal(at_the_limit[name], whole.model_inputs[name])
+    torch.testing.assert_close(left_out.images[0][0].roi_map, whole.images[0][0].roi_map)
+    assert left_out.images[0][0].boxes == whole.images[0][0].boxes != []
+    kept = torch.ones(whole.model_inputs["input_ids"].shape[1], dtype=torch.bool)
+    kept[image.start : end] = asked
+    inputs = left_out.model_inputs
+    assert torch.equal(inputs["input_ids"], whole.model_inputs["input_ids"][:, kept])
+    assert torch.equal(inputs["position_ids"][1:], whole.model_inputs["position_ids"][1:, :, kept])
+    assert torch.equal(inputs["position_ids"][0, 0], torch.arange(int(kept.sum())))
+    (all_tokens, crop), (stayed, same_crop) = (
+        focused.model_inputs["mm_encoder_outputs"]["image"].pooler_output for focused in (whole, left_out)
+    )
+    assert torch.equal(stayed, all_tokens[asked]) and torch.equal(same_crop, crop)
+    assert generator.base.generate(**inputs, **GREEDY).shape[1] == int(kept.sum()) + GREEDY["max_new_tokens"]
+
+
+def test_without_a_crop_a_large_image_is_read_as_a_whole(monkeypatch):
+    monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", 1)
+    expected = plain_tokens("qwen2_5_vl", ["What?"], [square()])
+    assert tokens(make_generator("qwen2_5_vl", NONE), "What?", square()) == expected
+    focused = make_generator("qwen2_5_vl", ONE).prepare("What?", square(), threshold=0.4)
+    assert len(focused.model_inputs["mm_encoder_outputs"]["image"].pooler_output[0]) == 4
+
+
+def test_a_batch_with_large_images_answers_as_its_prompts_alone(monkeypatch):
+    """Two images in a prompt, of which the second is small, and prompts of different lengths."""
+    monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", 20)
+    generator = hardly_looking(make_generator("qwen2_5_vl"))
+    prompts = ["Do they differ?", "What?", "Hello"]
+    images = [[square(0), picture(112, 112)], square(1), None]
+    together = tokens(generator, prompts, images, threshold=-0.5)
+    alone = [tokens(generator, *one, threshold=-0.5)[0] for one in zip(prompts, images, strict=True)]
+    assert together == alone
+    features = generator.prepare(prompts, images, threshold=-0.5).model_inputs["mm_encoder_outputs"]["image"]
+    sizes = [len(tensor) for tensor in features.pooler_output[::2]]
+    assert sizes[0] < GRID**2 and sizes[1] == 16 and sizes[2] < GRID**2
+
+
+def test_llava_reads_every_token_of_a_large_image(monkeypatch):
+    monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", 1)
+    focused = hardly_looking(make_generator("llava")).prepare("What?", square(), threshold=-0.5)
+    assert len(focused.model_inputs["mm_encoder_outputs"]["image"].pooler_output[0]) == GRID**2
 
 
 def test_features_of_the_kept_tokens_enter(kind):

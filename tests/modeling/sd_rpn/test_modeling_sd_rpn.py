@@ -180,6 +180,20 @@ def test_left_padding_does_not_matter():
     torch.testing.assert_close(model(**padded).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_several_queries_have_the_maps_they_have_alone():
+    model = small_model()
+    inputs = inputs_for(model.config)
+    inputs["image_mask"][1, 3:] = False
+    positions = torch.tensor([[6, 8, 7], [4, 5, 4]])
+    with torch.no_grad():
+        together = model(**inputs, query_positions=positions).logits
+        alone = [model(**inputs, query_positions=column).logits for column in positions.unbind(1)]
+    assert together.shape == (2, 3, 5)
+    torch.testing.assert_close(together, torch.stack(alone, 1))
+    with pytest.raises(ValueError, match=r"labels the map of one query"):
+        model(**inputs, query_positions=positions, roi_target_map=torch.zeros(2, 5))
+
+
 def test_eager_and_sdpa_agree():
     model = small_model()
     inputs = inputs_for(model.config)

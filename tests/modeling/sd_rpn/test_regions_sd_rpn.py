@@ -8,6 +8,7 @@ from torchvision.transforms.functional import gaussian_blur
 from hf_attn.modeling.sd_rpn.regions_sd_rpn import (
     Region,
     above_threshold,
+    asked_tokens,
     blur,
     connected_components,
     extent,
@@ -177,6 +178,13 @@ def test_the_border_of_large_maps_is_cleared():
     small = blob((24, 24), (10, 10, 14, 14))
     small[0, 0] = 1.0
     assert qwen_regions(small, 0.15, (784, 784))[0].grid_box[:2] == (0, 0)
+
+
+def test_a_token_stays_if_one_query_looks_at_it():
+    """0.01 is a logit of -4.595."""
+    logits = torch.tensor([[-9.0, -4.59, -9.0, 3.0], [-4.6, -9.0, -9.0, -9.0]])
+    assert asked_tokens(logits).tolist() == [False, True, False, True]
+    assert asked_tokens(torch.zeros(0, 4)).all()
 
 
 def test_a_region_of_no_pixels_is_none():

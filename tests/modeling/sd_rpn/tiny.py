@@ -185,13 +185,15 @@ def blob(grid: tuple[int, int], *boxes: tuple[int, int, int, int], value: float 
 
 
 def force_maps(rpn: SdRpnModel, *maps: torch.Tensor) -> None:
-    """Let a network answer with these maps, one for each image of a batch, whatever it is given."""
+    """Let a network answer with these maps, one for each image of a batch, whatever else it is given."""
 
-    def forward(image_mask, **inputs):
+    def forward(image_mask, query_positions=None, **inputs):
         logits = torch.full(image_mask.shape, -torch.inf)
         flat = torch.cat([roi_map.flatten() for roi_map in maps]).logit()
         for row, cells in enumerate(flat.split(image_mask.sum(dim=1).tolist())):
             logits[row, : len(cells)] = cells
+        if query_positions is not None:
+            logits = logits[:, None].expand(-1, query_positions.shape[1], -1)
         return SdRpnOutput(logits=logits)
 
     rpn.forward = forward
