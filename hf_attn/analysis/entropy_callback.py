@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..figures import new_figure
 from .entropy import attention_entropy, entropy_lower_bound
 from .recording import eager_attention
 
@@ -143,12 +144,9 @@ class AttentionEntropyCallback(TrainerCallback):
         Raises:
             ImportError: if matplotlib (the extra `plot`) is not installed.
         """
-        try:
-            from matplotlib import colormaps
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(7, 4)
+        from matplotlib import colormaps  # there, or the line above has said so
+
         axes = figure.add_subplot()
         steps = [entry["step"] for entry in self.history]
         num_layers = len(self.history[0]["entropy"])

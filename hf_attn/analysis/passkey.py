@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..figures import new_figure
+
 
 INSTRUCTION = "Somewhere in the following text a pass key is mentioned. Remember it, you will be asked for it.\n"
 FILLER = "The grass is green. The sky is blue. The sea is deep. The road goes on, and it comes back again. "
@@ -178,12 +180,7 @@ def plot_passkey(results: Mapping[str, PasskeyResult], path: str | Path) -> None
     Raises:
         ImportError: if matplotlib (the extra `plot`) is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     markers = "osD^v"
     for index, (name, lengths, shares) in enumerate(_lines(results)):

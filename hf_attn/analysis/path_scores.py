@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
+from ..figures import new_figure
+
 
 @dataclass(frozen=True)
 class PathScores:
@@ -60,13 +62,8 @@ class PathScores:
         Raises:
             ImportError: if matplotlib (the extra `plot`) is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
-
         positions = list(range(len(self.names)))
-        figure = Figure(figsize=(max(6, 0.45 * len(positions) + 2), 6.5), layout="constrained")
+        figure = new_figure(max(6, 0.45 * len(positions) + 2), 6.5)
         upper, lower = figure.subplots(2, sharex=True)
         upper.bar(positions, [100 * value for value in self.alone.tolist()], color="tab:blue", label="path alone")
         upper.axhline(100 * self.ensemble, color="black", linestyle="--", linewidth=1, label="ensemble")

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..figures import new_figure
 from .recording import eager_attention
 
 
@@ -156,12 +157,7 @@ class AttentionSimilarity:
         Raises:
             ImportError: if matplotlib (the extra `plot`) is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
-
-        figure = Figure(figsize=(7, 6), layout="constrained")
+        figure = new_figure(7, 6)
         axes = figure.add_subplot()
         image = axes.imshow(self.similarity.numpy(), cmap="viridis", vmin=0, vmax=1, origin="lower")
         figure.colorbar(image, ax=axes, label="cosine similarity of attention maps")

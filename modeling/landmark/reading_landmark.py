@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from hf_attn.figures import new_figure
+
 from .cache_landmark import LandmarkCache
 
 
@@ -54,14 +56,9 @@ def plot_reading(
         ImportError: if matplotlib (the extra `plot`) is not installed.
         ValueError: as of [`reading_counts`].
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plotting needs matplotlib: `pip install 'hf_attn[plot]'`.") from error
-
     counts = reading_counts(cache, row, last_steps)
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     image = axes.imshow(100 * share.numpy(), aspect="auto", origin="lower", cmap="viridis", vmin=0)
     figure.colorbar(image, ax=axes, label="share of a layer's retrievals (%)")
