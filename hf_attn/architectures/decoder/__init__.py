@@ -44,8 +44,8 @@ What can be replaced:
   `has_queries_and_keys = False` the mixer has values only (`cached_values`).
 - `Mixer.cache_kind`: `None` for keys and values, `ValueLayer`, `StateLayer`, or a subclass with `in_place_of`.
 - `Mixer.mask_kind`: a mask of pairs, or `"padding"`, see [`Mixer`].
-- `DecoderModel.make_norm`, `make_rotary_embedding` (`None`: no rotary embedding), `embed_positions` (what is added to the
-  embeddings), `layer_arguments` (what all layers share), `mask_arguments`, `mask_functions`, `run_layers`.
+- `DecoderModel.make_embedding`, `make_norm`, `make_rotary_embedding` (`None`: no rotary embedding), `embed_positions` (what
+  is added to the embeddings), `layer_arguments` (what all layers share), `mask_arguments`, `mask_functions`, `run_layers`.
 - `_init_weights` on the family's `PreTrainedModel`. A family whose attention is not softmax also takes `OwnAttentionMixin`
   there, before `DecoderPreTrainedModel`.
 - `FromLlamaMixin.dropped_from_base`, `new_to_base`, `state_from_base`, `takes_sliding_windows`.

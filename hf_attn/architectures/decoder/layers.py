@@ -21,12 +21,19 @@ from .cache import cache_values, takes_cache
 from .configuration import DecoderConfig
 
 
-def make_norm(config: DecoderConfig, size: int | None = None) -> nn.Module:
-    """The norm that a configuration names, over `size` channels, `hidden_size` if not given."""
+def make_norm(config: DecoderConfig, size: int | None = None, eps: float | None = None) -> nn.Module:
+    """The norm that a configuration names.
+
+    Args:
+        config: says which.
+        size: number of channels, `hidden_size` if not given.
+        eps: `rms_norm_eps` if not given.
+    """
     size = config.hidden_size if size is None else size
+    eps = config.rms_norm_eps if eps is None else eps
     if config.norm_type == "layer_norm":
-        return nn.LayerNorm(size, eps=config.rms_norm_eps, bias=config.norm_bias)
-    return LlamaRMSNorm(size, eps=config.rms_norm_eps)
+        return nn.LayerNorm(size, eps=eps, bias=config.norm_bias)
+    return LlamaRMSNorm(size, eps=eps)
 
 
 class PlainMLP(nn.Module):

@@ -38,6 +38,11 @@ class DecoderPreTrainedModel(HubModelMixin, LlamaPreTrainedModel):
         # accelerate compares names of classes
         cls._no_split_modules = [cls.layer_class.__name__]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for the attention interface in the file of the family; it is in this package.
+        return True
+
 
 class DecoderModel(DecoderPreTrainedModel):
     """The decoder without a head."""
@@ -53,7 +58,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = self.make_embedding(config)
         self.layers = nn.ModuleList(
             [self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -61,6 +66,10 @@ class DecoderModel(DecoderPreTrainedModel):
         self.rotary_emb = self.make_rotary_embedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_embedding(self, config: DecoderConfig) -> nn.Embedding:
+        """The embedding of tokens; as in transformers, that of the padding token is zero and not trained."""
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     def make_norm(self, config: DecoderConfig) -> nn.Module:
         """The norm after the last layer."""
