@@ -27,7 +27,6 @@ from hf_attn.architectures.decoder import (
     FromLlamaMixin,
     Mixer,
     StateLayer,
-    ValueLayer,
     takes_cache,
 )
 from hf_attn.architectures.encoder import EncoderForMaskedLM, EncoderModel
@@ -64,10 +63,11 @@ class RunningMean(Mixer):
         return total / count.clamp(min=1), None
 
 
-class FirstToken(DecoderAttention):
-    """Values of earlier tokens with weights that depend on the distance only."""
+class ValuesOnly(DecoderAttention):
+    """The mean of the values that a token sees."""
 
-    cache_kind, has_queries_and_keys = ValueLayer, False
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx, has_queries_and_keys=False)
 
     @takes_cache
     def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
@@ -86,7 +86,7 @@ class NoMixing(Mixer):
         return hidden_states, None
 
 
-MIXERS = {"attention": DecoderAttention, "mean": RunningMean, "values": FirstToken, "none": NoMixing}
+MIXERS = {"attention": DecoderAttention, "mean": RunningMean, "values": ValuesOnly, "none": NoMixing}
 
 
 class ToyLayer(DecoderLayer):

@@ -29,9 +29,10 @@ class FromLlamaMixin(FromBaseMixin):
         """
         config_class = cls.config_class
         model_type = base_config.model_type
-        if model_type not in BASES and model_type != config_class.model_type:
+        supported = (*BASES, config_class.model_type)
+        if model_type not in supported:
             raise ValueError(
-                f"{cls.__name__} cannot be made from a {model_type!r} model. Supported bases: {', '.join(BASES)}."
+                f"{cls.__name__} cannot be made from a {model_type!r} model. Supported bases: {', '.join(supported)}."
             )
         fields = config_class.__dataclass_fields__
         values = {name: value for name, value in base_config.to_dict().items() if name in fields}

@@ -1,6 +1,6 @@
 """Parts of a decoder or encoder layer that families replace: the mixer, the feed-forward block, the norms."""
 
-from typing import ClassVar
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .cache import cache_values, takes_cache
+from .cache import ValueLayer, cache_values, takes_cache
 from .configuration import DecoderConfig
 
 
@@ -60,7 +60,7 @@ class Mixer(nn.Module):
             the padding of the input, or `None` if there is none.
     """
 
-    cache_kind: ClassVar[type | None] = None
+    cache_kind: type | None = None
     mask_kind: str = "full_attention"
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
@@ -73,17 +73,21 @@ class DecoderAttention(Mixer):
     """Attention with grouped heads, rotary embedding if the model has one, and a cache.
 
     Families replace one of its steps: the projections (`queries_and_keys`, `values`), what computes the output
-    (`attend`), or the attention function behind it (`eager_attention_forward`).
+    (`attend`), or the attention function behind it (`attention_function`, `eager_attention_forward`).
+
+    Args:
+        config: configuration of the model.
+        layer_idx: number of the layer, from 0.
+        has_queries_and_keys: whether the mixer has queries and keys of its own. Without them it keeps values only.
     """
 
     #: what computes `attn_implementation="eager"`
     eager_attention_forward = staticmethod(eager_attention_forward)
 
-    #: whether the mixer has queries and keys of its own
-    has_queries_and_keys: bool = True
-
-    def __init__(self, config: DecoderConfig, layer_idx: int):
+    def __init__(self, config: DecoderConfig, layer_idx: int, has_queries_and_keys: bool = True):
         super().__init__(config, layer_idx)
+        if not has_queries_and_keys:
+            self.cache_kind = ValueLayer
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -95,7 +99,7 @@ class DecoderAttention(Mixer):
         query_size, key_value_size = (
             heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
-        if self.has_queries_and_keys:
+        if has_queries_and_keys:
             self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
             self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
             if config.qk_norm:
@@ -150,8 +154,12 @@ class DecoderAttention(Mixer):
         return self.heads(self.v_proj, hidden_states)
 
     def cached_values(self, value_states: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """All values, for a mixer whose `cache_kind` is `ValueLayer`."""
+        """All values, for a mixer without keys; the input's are added to the cache."""
         return value_states if cache is None else cache_values(cache, value_states, self.layer_idx)
+
+    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
+        """The function, with transformers' attention signature, that the configuration names."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention_forward)
 
     def attend(
         self,
@@ -162,12 +170,9 @@ class DecoderAttention(Mixer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output `(batch, length, heads, head_dim)` of the attention function of the configuration, and its weights."""
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.eager_attention_forward
-        )
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
-        return attention_interface(
+        return self.attention_function(query_states, key_states)(
             self,
             query_states,
             key_states,
