@@ -7,10 +7,12 @@ highest, whatever the length of the text.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -128,8 +130,9 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         """Run the decoder. The arguments are those of transformers' `LlamaModel.forward`, and
 
         Args:
-            cache: a [`LandmarkCache`]. What is beyond its `max_chunk_length` is processed in pieces. With a filled
-                cache `position_ids` are not looked at: it counts the tokens of each row.
+            position_ids: with a cache, or where landmarks are inserted, the model counts the tokens of each row, and these
+                are not needed; others are refused.
+            cache: a [`LandmarkCache`]. What is beyond its `max_chunk_length` is processed in pieces.
             is_landmark: boolean `(batch, sequence)`, which tokens are landmarks; found by their id if not given. Needed only
                 with `inputs_embeds`.
             insert_landmarks: the input has no landmarks; insert one after every `mem_freq` tokens of each row, padding not
@@ -141,8 +144,8 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
 
         Raises:
             ValueError: for a cache of another kind, model or batch size, landmarks in an input that they shall be inserted into,
-                landmarks at other places than retrieval needs, padding inside a row, or a mask for pairs of tokens with a
-                cache.
+                landmarks at other places than retrieval needs, padding inside a row, a mask for pairs of tokens with a cache,
+                or positions that the model cannot use.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -168,6 +171,8 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
             cache.start(self.config, inputs_embeds.shape[0], inputs_embeds.device, insert_landmarks)
 
         valid = self._valid_tokens(attention_mask, inputs_embeds, cache)
+        if position_ids is not None and (cache is not None or insert_landmarks):
+            _check_positions(position_ids, valid, cache, insert_landmarks)
         insertion = None
         if insert_landmarks:
             if is_landmark.any():
@@ -194,14 +199,14 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
                 f"The input ({length} tokens) is processed in pieces of {chunk}, and their attention weights are over "
                 "different keys. Ask for them with a larger max_chunk_length or in pieces of your own."
             )
-        outputs = []
-        for start in range(0, length, chunk) if length else ():
-            piece = slice(start, start + chunk)
+        outputs, is_one_piece = [], chunk >= length
+        for start in (0,) if is_one_piece else range(0, length, chunk):
+            piece = slice(start, None if is_one_piece else start + chunk)
             outputs.append(
                 self._forward_piece(
                     inputs_embeds[:, piece],
-                    attention_mask=attention_mask if chunk >= length else None,
-                    position_ids=position_ids if chunk >= length else None,
+                    attention_mask=attention_mask if is_one_piece else None,
+                    position_ids=position_ids if is_one_piece else None,
                     valid=valid[:, piece],
                     is_landmark=is_landmark[:, piece],
                     cache=cache,
@@ -283,6 +288,33 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
 
 
+def _check_positions(
+    position_ids: torch.Tensor, valid: torch.Tensor, cache: LandmarkCache | None, insert_landmarks: bool
+) -> None:
+    """Check that the caller's positions are those that the model counts; before the first input they may be shifted, which
+    changes nothing.
+
+    Args:
+        position_ids: `(batch or 1, length)`, of the caller's tokens.
+        valid: `(batch, length)`.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    counted = valid.cumsum(-1) - 1
+    is_first = cache is None or cache.seen_tokens == 0
+    if not is_first:
+        counted = counted + (cache.regular_tokens() if insert_landmarks else cache.lengths)[:, None]
+    shift = position_ids.to(counted.device) - counted
+    first = valid.long().argmax(-1, keepdim=True)
+    expected = shift.gather(1, first) if is_first else torch.zeros_like(shift)
+    if bool(((shift != expected) & valid).any()):
+        raise ValueError(
+            "position_ids are not those of consecutive tokens, from the end of the cache on. Inserted landmarks and the memory "
+            "count the tokens of each row, padding left out: leave position_ids out, and give every sequence a row of its own."
+        )
+
+
 def _joined(outputs: list[BaseModelOutputWithPast]) -> BaseModelOutputWithPast:
     """The outputs of consecutive pieces of an input as one."""
     joined = BaseModelOutputWithPast(last_hidden_state=torch.cat([o.last_hidden_state for o in outputs], dim=1))
@@ -307,6 +339,17 @@ class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCau
         """Inputs of a step of `generate`: plain tokens, between which the model inserts landmarks."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return {**inputs, "insert_landmarks": True}
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                # It calls the model itself, with the prompt left out and a memory of its own.
+                processor.model = partial(self, insert_landmarks=True)
+                memory = (kwargs.get("model_kwargs") or {}).get(CACHE)
+                if isinstance(memory, LandmarkCache):
+                    processor.unconditional_context[CACHE] = memory.new(self.config)
+        return processors
 
     def generate(
         self,
