@@ -239,7 +239,7 @@ def test_states_refuse_what_they_cannot_serve():
     cache = model(ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="without an assistant"):
         cache.crop(-1)
-    with pytest.raises(ValueError, match="old name"):
+    with pytest.raises(ValueError, match="past_key_values"):
         model.model(ids, cache=cache, past_key_values=cache)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DummyLayer, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 #: How the installed transformers calls the cache among the arguments of models and layers, and in outputs. Before 5.24 it
@@ -20,11 +21,14 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Decorates a method with an argument `cache` so that it takes the cache under its old name, `past_key_values`, too.
+    """Decorates a method with an argument `cache` so that it takes the cache under its old name, `past_key_values`, too. Where
+    transformers has the new name, the old one warns, as it does there.
 
     Raises:
         ValueError: in a call with both.
     """
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache", raise_if_both_names=True)(forward)
 
     @wraps(forward)
     def with_either_name(self, *args, **kwargs):
