@@ -242,5 +242,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, LlamaForCausalLM):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # `generate` makes masks by what the cache is, before the first forward.
         if isinstance(model_kwargs.get(CACHE), Cache):
-            adopt_cache(model_kwargs[CACHE], (layer.self_attn for layer in self.model.layers))
+            layers = self.model.layers[: self.config.num_hidden_layers]
+            adopt_cache(model_kwargs[CACHE], (layer.self_attn for layer in layers))
         return result
