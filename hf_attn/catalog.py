@@ -479,6 +479,17 @@ _PAPERS = (
         arxiv="1911.08415",
         becomes="time-series family and forecasting pipeline",
         code="zhengchuanpan/GMAN",
+        available=True,
+        families=(
+            Family(
+                model_type="gman",
+                config="GMANConfig",
+                models={"AutoModel": "GMANModel", "AutoModelForTimeSeriesPrediction": "GMANForPrediction"},
+                peft=("q_proj", "k_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        extra="traffic",
     ),
     Paper(
         slug="oat",

@@ -43,14 +43,14 @@ _PORT = (
     (r"\._fully_connected\.", ".output."),
     (r"\._batch_norm\.", ".bn."),
     (r"\._conv2d\.", "."),
-    (r"\.(q|k|v|spatial|temporal)\._conv2ds\.0\.", r".\1."),
+    (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\._conv2ds\.0\.", r".\1."),
     (r"\._conv2ds\.", "."),
 )
 _BOTH = (
     (r"\.([01])\.bn\.", lambda match: f".norm{int(match[1]) + 1}."),
     (r"\.([01])\.(weight|bias)$", lambda match: f".fc{int(match[1]) + 1}.{match[2]}"),
-    (r"\.(q|k|v|spatial|temporal)\.bn\.", r".\1_norm."),
-    (r"\.(q|k|v|spatial|temporal)\.(weight|bias)$", r".\1_proj.\2"),
+    (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.bn\.", r".\1_norm."),
+    (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.(weight|bias)$", r".\1_proj.\2"),
 )
 #: official arguments that the shapes of the weights repeat
 _SHAPE_ARGUMENTS = {

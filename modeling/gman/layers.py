@@ -32,6 +32,13 @@ def batch_norm(config: GMANConfig, channels: int, activated: bool = True) -> nn.
     return GMANBatchNorm(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
 
+def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
+    """Set the share of a batch in the running statistics of all batch normalisations of a GMAN."""
+    for module in model.modules():
+        if isinstance(module, GMANBatchNorm):
+            module.momentum = momentum
+
+
 class GMANMLP(nn.Module):
     """`W2 ReLU(BN(W1 x + b1)) + b2`.
 
