@@ -30,7 +30,7 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             groups, and groups to each other. By default every sensor attends to all sensors, as in the official code.
         output_dropout (`float`): dropout before each of the two output layers.
         spatial_embedding_dim (`int`, *optional*): width of the vectors that tell the sensors apart; that of the model if not given.
-        linear_bias (`bool`): biases in the linear layers.
+        embedding_bias (`bool`): biases in the layers that embed sensors and steps.
         attention_scaling (`float`, *optional*): factor of the attention logits, `head_dim ** -0.5` if not given.
         attention_output_layers (`int`): layers after the heads of an attention: 2, or 1 as in the PyTorch ports.
         batch_norm_everywhere (`bool`): batch normalisation after every linear layer, as in the PyTorch ports, and not only
@@ -85,7 +85,7 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     group_size: int | None = None
     output_dropout: float | int = 0.0
     spatial_embedding_dim: int | None = None
-    linear_bias: bool = True
+    embedding_bias: bool = True
     attention_scaling: float | int | None = None
     attention_output_layers: int = 2
     batch_norm_everywhere: bool = False

@@ -130,7 +130,7 @@ def _port_fields(config: Mapping) -> dict:
         "head_dim": config["K"],
         "attention_scaling": config["d"] ** -0.5,
         "causal": config["mask"],
-        "linear_bias": config.get("use_bias", True),
+        "embedding_bias": config.get("use_bias", True),
         "batch_norm_momentum": config.get("bn_decay", 0.1),
         "batch_norm_everywhere": True,
         "batch_norm_eps": 1e-5,

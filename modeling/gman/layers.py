@@ -17,11 +17,23 @@ class GMANBatchNorm(nn.BatchNorm1d):
         rows = hidden_states.reshape(-1, self.num_features)
         if not self.training:
             return super().forward(rows).view_as(hidden_states)
-        kept_variance = self.running_var * (1 - self.momentum)
-        normalised = super().forward(rows)
+        # A copy: autograd keeps what it is given, and must not see it change.
+        variance = self.running_var.clone()
+        normalised = nn.functional.batch_norm(
+            rows,
+            self.running_mean,
+            variance,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
         with torch.no_grad():
-            biased = (self.running_var - kept_variance) * ((rows.shape[0] - 1) / rows.shape[0])
-            self.running_var.copy_(kept_variance + biased)
+            self.num_batches_tracked.add_(1)
+            # `variance` holds the unbiased one of the batch, which is too large by n / (n - 1).
+            shrinkage = (rows.shape[0] - 1) / rows.shape[0]
+            self.running_var.mul_((1 - self.momentum) * (1 - shrinkage)).add_(variance, alpha=shrinkage)
         return normalised.view_as(hidden_states)
 
 
@@ -48,17 +60,24 @@ class GMANMLP(nn.Module):
         out_features: width of the output.
         num_layers: 1 for the first layer alone.
         dropout: probability of dropping an input of each layer.
+        bias: whether the layers have biases.
     """
 
     def __init__(
-        self, config: GMANConfig, in_features: int, out_features: int, num_layers: int = 2, dropout: float = 0.0
+        self,
+        config: GMANConfig,
+        in_features: int,
+        out_features: int,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        bias: bool = True,
     ):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.fc1 = nn.Linear(in_features, config.hidden_size, bias=config.linear_bias)
+        self.fc1 = nn.Linear(in_features, config.hidden_size, bias=bias)
         self.norm1 = batch_norm(config, config.hidden_size)
         if num_layers == 2:
-            self.fc2 = nn.Linear(config.hidden_size, out_features, bias=config.linear_bias)
+            self.fc2 = nn.Linear(config.hidden_size, out_features, bias=bias)
             self.norm2 = batch_norm(config, out_features, activated=False)
         else:
             self.fc2 = self.norm2 = nn.Identity()
@@ -77,8 +96,9 @@ class GMANEmbeddings(nn.Module):
         super().__init__()
         self.steps_per_day = config.steps_per_day
         self.wrap = config.wrap_time_features
-        self.spatial = GMANMLP(config, config.spatial_embedding_dim, config.hidden_size)
-        self.temporal = GMANMLP(config, 7 + config.steps_per_day, config.hidden_size)
+        width, bias = config.hidden_size, config.embedding_bias
+        self.spatial = GMANMLP(config, config.spatial_embedding_dim, width, bias=bias)
+        self.temporal = GMANMLP(config, 7 + config.steps_per_day, width, bias=bias)
 
     def forward(self, spatial_embedding: torch.Tensor, time_features: torch.Tensor) -> torch.Tensor:
         """Embed sensors and steps.
@@ -111,7 +131,7 @@ class GMANGatedFusion(nn.Module):
         width = config.hidden_size
         self.spatial_proj = nn.Linear(width, width, bias=False)
         self.spatial_norm = batch_norm(config, width, activated=False)
-        self.temporal_proj = nn.Linear(width, width, bias=config.linear_bias)
+        self.temporal_proj = nn.Linear(width, width)
         self.temporal_norm = batch_norm(config, width, activated=False)
         self.gate = nn.Sigmoid()
         self.output = GMANMLP(config, width, width)

@@ -90,7 +90,7 @@ class GMANAttention(nn.Module):
         self.scaling = config.head_dim**-0.5 if scaling is None else float(scaling)
         width = config.hidden_size
         for name in ("q", "k", "v"):
-            setattr(self, f"{name}_proj", nn.Linear(in_features, width, bias=config.linear_bias))
+            setattr(self, f"{name}_proj", nn.Linear(in_features, width))
             setattr(self, f"{name}_norm", batch_norm(config, width))
         self.output = GMANMLP(config, width, width, num_layers=config.attention_output_layers)
 
@@ -209,7 +209,7 @@ class GMANGroupSpatialAttention(GMANAttention):
         self.num_groups = -(-config.num_nodes // config.group_size)
         width = config.hidden_size
         for name in ("q", "k", "v"):
-            setattr(self, f"group_{name}_proj", nn.Linear(width, width, bias=config.linear_bias))
+            setattr(self, f"group_{name}_proj", nn.Linear(width, width))
             setattr(self, f"group_{name}_norm", batch_norm(config, width))
         self.register_buffer("node_permutation", torch.arange(config.num_nodes))
 
