@@ -551,6 +551,12 @@ TASKS = (
         type="multimodal",
         default_model=("llava-hf/llava-1.5-7b-hf", "main"),
     ),
+    Task(
+        name="traffic-forecasting",
+        pipeline="TrafficForecastingPipeline",
+        auto_class="AutoModelForTimeSeriesPrediction",
+        type="multimodal",
+    ),
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words

@@ -83,7 +83,7 @@ class GMANMLP(nn.Module):
             self.fc2 = self.norm2 = nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.norm1(self.fc1(self.dropout(hidden_states))).relu()
+        hidden_states = self.norm1(self.fc1(self.dropout(hidden_states))).relu_()
         if isinstance(self.fc2, nn.Identity):
             return hidden_states
         return self.norm2(self.fc2(self.dropout(hidden_states)))

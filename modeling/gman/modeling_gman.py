@@ -99,9 +99,9 @@ class GMANAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `(..., hidden_size)`, the heads side by side."""
         return (
-            self.q_norm(self.q_proj(query_states)).relu(),
-            self.k_norm(self.k_proj(key_states)).relu(),
-            self.v_norm(self.v_proj(value_states)).relu(),
+            self.q_norm(self.q_proj(query_states)).relu_(),
+            self.k_norm(self.k_proj(key_states)).relu_(),
+            self.v_norm(self.v_proj(value_states)).relu_(),
         )
 
     def attend(
@@ -236,7 +236,7 @@ class GMANGroupSpatialAttention(GMANAttention):
 
         pooled = local.masked_fill(~is_sensor[..., None], -torch.inf).amax(dim=3)
         heads = (
-            self.split_heads(norm(projection(pooled)).relu()).flatten(0, 1)
+            self.split_heads(norm(projection(pooled)).relu_()).flatten(0, 1)
             for projection, norm in (
                 (self.group_q_proj, self.group_q_norm),
                 (self.group_k_proj, self.group_k_norm),

@@ -3,6 +3,7 @@
 import unittest
 
 import torch
+from transformers.testing_utils import torch_device
 
 from hf_attn.modeling.gman.configuration_gman import GMANConfig
 from tests.batteries.upstream import UpstreamModelTests, common
@@ -10,6 +11,14 @@ from tests.batteries.upstream import UpstreamModelTests, common
 
 class GMANUpstreamTest(UpstreamModelTests, unittest.TestCase):
     model_type = "gman"
+    skipped = {
+        "test_attention_outputs": "the attentions are of three kinds, each with a field of its own; test_gman.py tests them",
+        "test_hidden_states_output": "encoder and decoder have hidden states of unlike lengths; test_gman.py tests them",
+        "test_init_weights_can_init_buffers": "the vectors of the sensors start random, as in no model of upstream",
+        "test_model_get_set_embeddings": "there are no token embeddings",
+        "test_eager_matches_sdpa_inference*": "upstream feeds past_values alone; the goldens compare eager with sdpa",
+    }
+    has_attentions = False
 
     def get_config(self):
         return GMANConfig.from_variant("tiny")
@@ -27,5 +36,5 @@ class GMANUpstreamTest(UpstreamModelTests, unittest.TestCase):
 
     def get_labels(self, model_class, inputs):
         config = self.get_config()
-        shape = (self.batch_size, config.prediction_length, config.num_nodes)
-        return {"labels": 1 + common.floats_tensor(shape)} if model_class.__name__ == "GMANForPrediction" else {}
+        labels = torch.ones(self.batch_size, config.prediction_length, config.num_nodes, device=torch_device)
+        return {"labels": labels} if model_class.__name__ == "GMANForPrediction" else {}
