@@ -128,21 +128,22 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
     parser = HfArgumentParser((DataArguments, ModelArguments, ScriptTrainingArguments))
     # The epochs default to what suits the data, which the base class must not see as None.
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    synthetic = not any(argument.split("=")[0] == "--data_file" for argument in arguments)
+    given = {argument.split("=")[0] for argument in arguments}
     for name, for_synthetic, otherwise in (("--learning_rate", "3e-3", "1e-3"), ("--num_train_epochs", "5", "1000")):
-        if not any(argument.split("=")[0] == name for argument in arguments):
-            arguments += [name, for_synthetic if synthetic else otherwise]
+        if name not in given:
+            arguments += [name, otherwise if "--data_file" in given else for_synthetic]
     data_args, model_args, training_args = parser.parse_args_into_dataclasses(arguments)
 
     def fail(message: str):
         raise SystemExit(f"run_traffic.py: {message}")
 
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+    # An evaluation in each epoch sets `do_eval`, so that it does not tell what was asked for.
+    if not given & {"--do_train", "--do_eval", "--do_predict"}:
         training_args.do_train = training_args.do_eval = True
     if model_args.model_name_or_path is not None:
-        given = [name for name, value in vars(model_args).items() if value is not None and name != "model_name_or_path"]
-        if given:
-            fail(f"--model_name_or_path has its own {', '.join(given)}; leave them out")
+        others = [name for name, value in vars(model_args).items() if value is not None and name != "model_name_or_path"]
+        if others:
+            fail(f"--model_name_or_path has its own {', '.join(others)}; leave them out")
         if data_args.adjacency_file or data_args.spatial_embedding_file:
             fail("--model_name_or_path has its own vectors of the sensors; leave the files of the graph out")
     elif data_args.data_file is not None and (data_args.adjacency_file is None) == (

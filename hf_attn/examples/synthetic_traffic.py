@@ -62,9 +62,9 @@ def synthetic_traffic(
     transition = 0.95 * (0.6 * identity + 0.3 * upstream + 0.1 * downstream)
 
     index = pd.date_range("2023-01-02", periods=days * steps_per_day, freq=pd.Timedelta(days=1) / steps_per_day)
-    hour = (index.hour + index.minute / 60 + index.second / 3600).to_numpy()[:, None]
+    hour = ((index - index.normalize()) / pd.Timedelta(hours=1)).to_numpy()[:, None]
     morning, evening = rng.uniform(0.5, 1, (2, num_sensors))
-    load = np.where(index.dayofweek < 5, 1.0, 0.3)[:, None]
+    load = np.where(index.day_of_week.to_numpy() < 5, 1.0, 0.3)[:, None]
     rush = 18 * morning * np.exp(-((hour - 8) ** 2)) + 22 * evening * np.exp(-(((hour - 17.5) / 1.2) ** 2))
     profile = 62 - load * rush
 

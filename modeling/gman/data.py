@@ -145,8 +145,10 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
 
 def time_features(index: "pd.DatetimeIndex", steps_per_day: int) -> np.ndarray:
     """Day of week (Monday is 0) and time slot of the day by local time, `(len(index), 2)` integers."""
-    seconds = index.hour * 3600 + index.minute * 60 + index.second
-    return np.stack([index.dayofweek, seconds * steps_per_day // 86400], axis=1).astype(np.int64)
+    day, hour, minute, second = (
+        np.asarray(part, np.int64) for part in (index.day_of_week, index.hour, index.minute, index.second)
+    )
+    return np.stack([day, (hour * 3600 + minute * 60 + second) * steps_per_day // 86400], axis=1)
 
 
 def order_sensors(table: "pd.DataFrame", sensor_ids: Sequence[str], what: str = "The table") -> "pd.DataFrame":

@@ -15,6 +15,7 @@ class GMANUpstreamTest(UpstreamModelTests, unittest.TestCase):
         "test_attention_outputs": "the attentions are of three kinds, each with a field of its own; test_gman.py tests them",
         "test_hidden_states_output": "encoder and decoder have hidden states of unlike lengths; test_gman.py tests them",
         "test_init_weights_can_init_buffers": "the vectors of the sensors start random, as in no model of upstream",
+        "test_resize_tokens_embeddings": "there are no token embeddings",
         "test_model_get_set_embeddings": "there are no token embeddings",
         "test_eager_matches_sdpa_inference*": "upstream feeds past_values alone; the goldens compare eager with sdpa",
     }
