@@ -103,7 +103,9 @@ class TrafficForecastingPipeline(Pipeline):
         result = {"values": outputs.prediction_outputs[0], "timestamps": timestamps, "names": names}
         if return_sensor_attention:
             # (heads, steps, from, to) of each block.
-            result["shares"] = torch.stack([maps[0].float().mean((0, 1)) for maps in outputs.spatial_attentions]).mean(0)
+            result["shares"] = torch.stack([maps[0].float().mean((0, 1)) for maps in outputs.spatial_attentions]).mean(
+                0
+            )
         return result
 
     def postprocess(self, outputs: dict, sensors: list[str] | None = None) -> "pd.DataFrame | dict[str, pd.DataFrame]":

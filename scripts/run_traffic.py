@@ -59,7 +59,8 @@ class DataArguments:
         metadata={"help": "Road graph: lines `from to weight`, a matrix, or .npy; indices are those of the columns."},
     )
     spatial_embedding_file: str | None = field(
-        default=None, metadata={"help": "Vectors of the sensors, as node2vec writes them, instead of those of the graph."}
+        default=None,
+        metadata={"help": "Vectors of the sensors, as node2vec writes them, instead of those of the graph."},
     )
     steps_per_day: int | None = field(
         default=None, metadata={"help": "Time steps of a day. Default: from the distance of the rows."}
@@ -82,7 +83,9 @@ class ModelArguments:
         default=None, metadata={"help": f"Published size: {', '.join(VARIANTS)}.", "choices": VARIANTS}
     )
     context_length: int | None = field(default=None, metadata={"help": "History steps. Default: 12; 6 if synthetic."})
-    prediction_length: int | None = field(default=None, metadata={"help": "Future steps. Default: 12; 6 if synthetic."})
+    prediction_length: int | None = field(
+        default=None, metadata={"help": "Future steps. Default: 12; 6 if synthetic."}
+    )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks of encoder and decoder."})
     num_attention_heads: int | None = field(default=None, metadata={"help": "Heads."})
     head_dim: int | None = field(default=None, metadata={"help": "Width of a head."})
@@ -141,7 +144,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
     if not given & {"--do_train", "--do_eval", "--do_predict"}:
         training_args.do_train = training_args.do_eval = True
     if model_args.model_name_or_path is not None:
-        others = [name for name, value in vars(model_args).items() if value is not None and name != "model_name_or_path"]
+        others = [
+            name for name, value in vars(model_args).items() if value is not None and name != "model_name_or_path"
+        ]
         if others:
             fail(f"--model_name_or_path has its own {', '.join(others)}; leave them out")
         if data_args.adjacency_file or data_args.spatial_embedding_file:
@@ -175,7 +180,13 @@ def make_model(
     """A model for the sensors of the table, with the vectors that their graph gives them."""
     if model_args.model_name_or_path is not None:
         return GMANForPrediction.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
-    fields = {"num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 4, "context_length": 6, "prediction_length": 6}
+    fields = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 4,
+        "context_length": 6,
+        "prediction_length": 6,
+    }
     fields = fields if synthetic is not None and model_args.variant is None else {}
     chosen = {name: value for name, value in vars(model_args).items() if value is not None}
     variant = chosen.pop("variant", "gman_paper")
@@ -257,7 +268,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         {max(1, config.prediction_length // 4), max(1, config.prediction_length // 2), config.prediction_length}
     )
     if any(not 1 <= horizon <= config.prediction_length for horizon in horizons):
-        raise SystemExit(f"run_traffic.py: --horizons must be between 1 and {config.prediction_length}, got {horizons}")
+        raise SystemExit(
+            f"run_traffic.py: --horizons must be between 1 and {config.prediction_length}, got {horizons}"
+        )
     if training_args.should_log:
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {config.num_nodes} sensors")
         print(", ".join(f"{name}: {len(part):,} windows" for name, part in windows.items()))
@@ -280,7 +293,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         predictions = trainer.predict(windows["test"])
         null_value = config.null_value
         forecasts = {"GMAN": predictions.predictions, **baselines(parts, config)}
-        errors = {name: forecast_errors(values, predictions.label_ids, null_value) for name, values in forecasts.items()}
+        errors = {
+            name: forecast_errors(values, predictions.label_ids, null_value) for name, values in forecasts.items()
+        }
         for name, values in errors["GMAN"].items():
             metrics |= {f"test_{name}_step_{horizon}": float(values[horizon - 1]) for horizon in horizons}
             metrics[f"test_{name}"] = float(values[-1])

@@ -10,7 +10,12 @@ from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
 
-_PORT = {"batch_norm_everywhere": True, "attention_output_layers": 1, "batch_norm_eps": 1e-5, "wrap_time_features": True}
+_PORT = {
+    "batch_norm_everywhere": True,
+    "attention_output_layers": 1,
+    "batch_norm_eps": 1e-5,
+    "wrap_time_features": True,
+}
 
 
 @strict

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
 
 from .configuration_gman import GMANConfig
 from .graph import read_spatial_embedding
@@ -52,13 +52,6 @@ _BOTH = (
     (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.bn\.", r".\1_norm."),
     (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.(weight|bias)$", r".\1_proj.\2"),
 )
-#: official arguments that the shapes of the weights repeat
-_SHAPE_ARGUMENTS = {
-    "steps_per_day": "steps_per_day",
-    "num_nodes": "num_nodes",
-    "num_blocks": "num_hidden_layers",
-    "L": "num_hidden_layers",
-}
 _NO_WEIGHTS = ("spatial_embedding",)
 
 
@@ -69,7 +62,7 @@ def our_name(name: str, port: bool = False) -> str:
     return name
 
 
-def convert_official(official: StateDict, config: dict) -> Converted:
+def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
     """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
@@ -99,9 +92,10 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         raise ConversionError(f"spatial_embedding must be (nodes, width), got {tuple(embedding.shape)}.")
     state["gman.spatial_embedding"] = embedding
     shapes = _shapes(state)
-    for argument, field in _SHAPE_ARGUMENTS.items():
-        if config.get(argument, shapes[field]) != shapes[field]:
-            raise ConversionError(f"The weights are those of {argument}={shapes[field]}, the configuration says {config[argument]}.")
+    blocks = {"L" if port else "num_blocks": shapes["num_hidden_layers"]}
+    config.agree(num_nodes=shapes["num_nodes"], steps_per_day=shapes["steps_per_day"], **blocks)
+    # What the numbers of a training step were made with.
+    config.leave("train_mode_bn_decay")
     fields = _port_fields(config) if port else _official_fields(config)
     return Converted(GMANForPrediction, GMANConfig(**fields, **shapes), state)
 
@@ -109,7 +103,15 @@ def convert_official(official: StateDict, config: dict) -> Converted:
 def _official_fields(config: Mapping) -> dict:
     optional = {
         name: config[name]
-        for name in ("causal", "batch_norm_eps", "value_mean", "value_std", "output_dropout", "null_value", "sensor_ids")
+        for name in (
+            "causal",
+            "batch_norm_eps",
+            "value_mean",
+            "value_std",
+            "output_dropout",
+            "null_value",
+            "sensor_ids",
+        )
         if name in config
     }
     return {

@@ -55,7 +55,9 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
 
     if not isinstance(table.index, pd.DatetimeIndex):
         if pd.api.types.is_numeric_dtype(table.index):
-            raise ValueError(f"{name} must have timestamps as its index (first column), got numbers: {table.index[:3].tolist()}.")
+            raise ValueError(
+                f"{name} must have timestamps as its index (first column), got numbers: {table.index[:3].tolist()}."
+            )
         try:
             table = table.set_axis(pd.to_datetime(table.index), axis=0)
         except (ValueError, TypeError) as error:
@@ -111,7 +113,9 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
         raise ValueError("The table has no rows.")
     if time_zone is not None:
         if index.tz is not None:
-            raise ValueError(f"time_zone={time_zone!r} was given, but the timestamps have a zone already ({index.tz}).")
+            raise ValueError(
+                f"time_zone={time_zone!r} was given, but the timestamps have a zone already ({index.tz})."
+            )
         try:
             index = index.tz_localize(time_zone, ambiguous="infer")
         except ValueError as error:

@@ -152,9 +152,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     if arguments.measure_peak:
         training = arguments.modes == ["train"]
-        measure_peak(
-            arguments.parts[0], arguments.nodes[0], arguments.batch_size, training, arguments.measure_peak
-        )
+        measure_peak(arguments.parts[0], arguments.nodes[0], arguments.batch_size, training, arguments.measure_peak)
         return
 
     rows = []

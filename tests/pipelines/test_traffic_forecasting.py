@@ -122,7 +122,8 @@ def test_bad_tables(pipe, table, spoil, message):
 def test_daylight_saving(pipe, table):
     # 01:55 is followed by 03:00.
     local = table.set_axis(
-        pd.date_range(end="2024-03-10 03:10", periods=40, freq="5min", tz="America/Los_Angeles").tz_localize(None), axis=0
+        pd.date_range(end="2024-03-10 03:10", periods=40, freq="5min", tz="America/Los_Angeles").tz_localize(None),
+        axis=0,
     )
     forecast = pipe(local, time_zone="America/Los_Angeles")
     assert str(forecast.index[0]) == "2024-03-10 03:15:00-07:00"

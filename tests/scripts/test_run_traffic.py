@@ -36,12 +36,16 @@ def test_the_synthetic_network_is_learned(tmp_path, capsys):
 def files(tmp_path):
     """Two days of four sensors, with their vectors in another order and their graph."""
     index = pd.date_range("2012-03-01", periods=192, freq="15min")
-    table = pd.DataFrame(np.random.default_rng(0).uniform(20, 70, (192, 4)), index, ["773869", "767541", "767542", "717447"])
+    table = pd.DataFrame(
+        np.random.default_rng(0).uniform(20, 70, (192, 4)), index, ["773869", "767541", "767542", "717447"]
+    )
     table.iloc[50] = 0
     table.to_hdf(tmp_path / "speed.h5", key="df")
     rows = ["4 64", *(f"{node} " + " ".join(["0.5", str(node), *["0"] * 62]) for node in (2, 0, 3, 1))]
     (tmp_path / "SE.txt").write_text("\n".join(rows))
-    (tmp_path / "Adj.txt").write_text("\n".join(f"{i} {j} {float(abs(i - j) < 2)}" for i in range(4) for j in range(4)))
+    (tmp_path / "Adj.txt").write_text(
+        "\n".join(f"{i} {j} {float(abs(i - j) < 2)}" for i in range(4) for j in range(4))
+    )
     return tmp_path
 
 
@@ -56,14 +60,12 @@ def test_files_of_the_published_layout(files):
     assert set(metrics) >= {"test_mae", "test_rmse", "test_mape", "test_mae_step_3"}
     model = GMANForPrediction.from_pretrained(files / "out")
     config = model.config
-    assert config.steps_per_day == 96 and list(config.sensor_ids)[0] == "773869" and config.num_hidden_layers == 1
+    assert config.steps_per_day == 96 and config.sensor_ids[0] == "773869" and config.num_hidden_layers == 1
     assert model.gman.spatial_embedding[:, 1].tolist() == [0, 1, 2, 3]
     assert 20 < config.value_mean < 70
 
-    again = run_traffic.main(
-        ["--model_name_or_path", str(files / "out"), "--data_file", str(files / "speed.h5"), "--do_eval"]
-        + ["--output_dir", str(files / "again"), *QUIET]
-    )
+    data = ("--data_file", str(files / "speed.h5"), "--output_dir", str(files / "again"))
+    again = run_traffic.main(["--model_name_or_path", str(files / "out"), *data, "--do_eval", *QUIET])
     assert again["test_mae"] == pytest.approx(metrics["test_mae"], rel=1e-5)
 
 
@@ -78,7 +80,7 @@ def test_a_graph_gives_the_vectors(files):
     [
         ((), "give one of --adjacency_file and --spatial_embedding_file"),
         (("--adjacency_file", "nothing.txt"), "no file nothing.txt"),
-        (("--adjacency_file", "{files}/SE.txt"), "must hold lines"),
+        (("--adjacency_file", "{files}/SE.txt"), "line 2: 65 numbers instead of 2"),
         (("--adjacency_file", "{files}/Adj.txt", "--horizons", "7"), "--horizons must be between 1 and 3"),
         (("--adjacency_file", "{files}/Adj.txt", "--context_length", "200"), "too few for a window"),
         (("--model_name_or_path", "x"), "has its own"),

@@ -31,7 +31,9 @@ def port_network(**arguments):
     return module.GMAN(**arguments)
 
 
-@pytest.mark.parametrize(("heads", "width", "mask", "bias"), [(2, 5, False, True), (5, 2, False, False), (3, 3, True, False)])
+@pytest.mark.parametrize(
+    ("heads", "width", "mask", "bias"), [(2, 5, False, True), (5, 2, False, False), (3, 3, True, False)]
+)
 def test_the_port(heads, width, mask, bias):
     """Its `split(K)` makes d heads of width K."""
     torch.manual_seed(0)
@@ -65,7 +67,7 @@ def test_what_does_not_fit(case):
     config = {**case.config, "spatial_embedding": case.input("spatial_embedding")}
     with pytest.raises(ConversionError, match="Pass `spatial_embedding`"):
         from_official("gman", case.weights, config=case.config)
-    with pytest.raises(ConversionError, match="steps_per_day=24, the configuration says 288"):
+    with pytest.raises(ConversionError, match="steps_per_day=24, but the configuration says 288"):
         from_official("gman", case.weights, config={**config, "steps_per_day": 288})
     with pytest.raises(ConversionError, match=r"ste\.te\.9\.weight|temporal\.9"):
         from_official("gman", {**case.weights, "ste.te.9.weight": torch.zeros(1)}, config=config)

@@ -36,7 +36,10 @@ class TestTables:
 
     def test_sensors_are_named_by_strings(self):
         index = pd.date_range("2017-01-01", periods=2, freq="5min")
-        assert list(read_table(pd.DataFrame([[1, 2], [3, 4]], index, [773869, 767541])).columns) == ["773869", "767541"]
+        assert list(read_table(pd.DataFrame([[1, 2], [3, 4]], index, [773869, 767541])).columns) == [
+            "773869",
+            "767541",
+        ]
 
     @pytest.mark.parametrize(
         ("spoil", "message"),

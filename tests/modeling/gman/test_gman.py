@@ -236,7 +236,10 @@ class TestGroups:
         local = [attend(*(states[:, :, group] for states in (query, key, value))) for group in groups]
         pooled = torch.stack([states.amax(dim=2) for states in local], dim=2)
         between = attend(
-            *(getattr(attention, f"group_{n}_norm")(getattr(attention, f"group_{n}_proj")(pooled)).relu() for n in "qkv")
+            *(
+                getattr(attention, f"group_{n}_norm")(getattr(attention, f"group_{n}_proj")(pooled)).relu()
+                for n in "qkv"
+            )
         )
         for index, group in enumerate(groups):
             torch.testing.assert_close(output[:, :, group], local[index] + between[:, :, [index]])
