@@ -90,7 +90,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     embedding = torch.as_tensor(embedding, dtype=torch.float32)
     if embedding.ndim != 2:
         raise ConversionError(f"spatial_embedding must be (nodes, width), got {tuple(embedding.shape)}.")
-    state["gman.spatial_embedding"] = embedding
+    state["gman.embeddings.spatial_embedding"] = embedding
     shapes = _shapes(state)
     blocks = {"L" if port else "num_blocks": shapes["num_hidden_layers"]}
     config.agree(num_nodes=shapes["num_nodes"], steps_per_day=shapes["steps_per_day"], **blocks)
@@ -148,7 +148,7 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict:
     if temporal not in state:
         raise ConversionError(f"This is no GMAN checkpoint: nothing in it corresponds to {temporal}.")
     layers = [int(match[1]) for name in state if (match := re.match(r"gman\.encoder\.(\d+)\.", name))]
-    nodes, width = state["gman.spatial_embedding"].shape
+    nodes, width = state["gman.embeddings.spatial_embedding"].shape
     return {
         "num_nodes": nodes,
         "spatial_embedding_dim": width,

@@ -96,25 +96,18 @@ class GMANEmbeddings(nn.Module):
         super().__init__()
         self.steps_per_day = config.steps_per_day
         self.wrap = config.wrap_time_features
+        self.register_buffer("spatial_embedding", torch.zeros(config.num_nodes, config.spatial_embedding_dim))
         width, bias = config.hidden_size, config.embedding_bias
         self.spatial = GMANMLP(config, config.spatial_embedding_dim, width, bias=bias)
         self.temporal = GMANMLP(config, 7 + config.steps_per_day, width, bias=bias)
 
-    def forward(self, spatial_embedding: torch.Tensor, time_features: torch.Tensor) -> torch.Tensor:
-        """Embed sensors and steps.
-
-        Args:
-            spatial_embedding: `(nodes, spatial_embedding_dim)`.
-            time_features: `(batch, steps, 2)`, day of week and slot of day.
-
-        Returns:
-            `(batch, steps, nodes, hidden_size)`.
-        """
+    def forward(self, time_features: torch.Tensor) -> torch.Tensor:
+        """Day of week and slot of day, `(batch, steps, 2)` -> `(batch, steps, nodes, hidden_size)`."""
         of_time = torch.cat(
             [self._one_hot(time_features[..., 0], 7), self._one_hot(time_features[..., 1], self.steps_per_day)], dim=-1
         )
-        of_time = self.temporal(of_time.to(spatial_embedding.dtype))
-        return self.spatial(spatial_embedding) + of_time[:, :, None]
+        of_time = self.temporal(of_time.to(self.spatial_embedding.dtype))
+        return self.spatial(self.spatial_embedding) + of_time[:, :, None]
 
     def _one_hot(self, index: torch.Tensor, size: int) -> torch.Tensor:
         if self.wrap:

@@ -124,7 +124,10 @@ class GMANAttention(nn.Module):
         Returns:
             `(batch, q_len, heads, head_dim)`, and weights `(batch, heads, q_len, kv_len)` if asked for.
         """
-        implementation = "eager" if output_attentions else self.config._attn_implementation
+        implementation = self.config._attn_implementation
+        # Neither weights nor empty batches are for `sdpa`.
+        if output_attentions or query.shape[0] == 0:
+            implementation = "eager"
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if implementation == "eager":
             mask = self._additive_mask(query, key, attention_mask)
@@ -331,7 +334,7 @@ class GMANPreTrainedModel(HubModelMixin, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, GMANGroupSpatialAttention):
             init.copy_(module.node_permutation, torch.randperm(len(module.node_permutation)))
-        elif isinstance(module, GMANModel):
+        elif isinstance(module, GMANEmbeddings):
             init.normal_(module.spatial_embedding)
         else:
             super()._init_weights(module)
@@ -340,13 +343,13 @@ class GMANPreTrainedModel(HubModelMixin, PreTrainedModel):
 class GMANModel(GMANPreTrainedModel):
     """GMAN without the output layers.
 
-    The vectors that tell the sensors apart are the buffer `spatial_embedding`, `(num_nodes, spatial_embedding_dim)`, which is
-    saved with the model and not trained. They are random until [`~GMANModel.set_spatial_embedding`] gives them a meaning.
+    The vectors that tell the sensors apart are the buffer `embeddings.spatial_embedding`, `(num_nodes, spatial_embedding_dim)`,
+    which is saved with the model and not trained. They are random until [`~GMANModel.set_spatial_embedding`] gives them a
+    meaning.
     """
 
     def __init__(self, config: GMANConfig):
         super().__init__(config)
-        self.register_buffer("spatial_embedding", torch.zeros(config.num_nodes, config.spatial_embedding_dim))
         self.input_projection = GMANMLP(config, 1, config.hidden_size)
         self.embeddings = GMANEmbeddings(config)
         self.encoder = nn.ModuleList([GMANBlock(config) for _ in range(config.num_hidden_layers)])
@@ -360,15 +363,17 @@ class GMANModel(GMANPreTrainedModel):
         Raises:
             ValueError: if the shape is not `(num_nodes, spatial_embedding_dim)` or a value is not finite.
         """
-        spatial_embedding = torch.as_tensor(spatial_embedding)
-        if spatial_embedding.shape != self.spatial_embedding.shape:
+        spatial_embedding, buffer = torch.as_tensor(spatial_embedding), self.embeddings.spatial_embedding
+        if spatial_embedding.shape != buffer.shape:
             raise ValueError(
-                f"The spatial embedding must be (num_nodes, spatial_embedding_dim) = {tuple(self.spatial_embedding.shape)}, "
-                f"got {tuple(spatial_embedding.shape)}."
+                f"The spatial embedding must be (num_nodes, spatial_embedding_dim) = {tuple(buffer.shape)}, got "
+                f"{tuple(spatial_embedding.shape)}."
             )
+        if buffer.is_meta:
+            raise ValueError("The spatial embedding is offloaded; set it before the model is dispatched.")
         if not spatial_embedding.isfinite().all():
             raise ValueError("The spatial embedding has values that are not finite.")
-        self.spatial_embedding.copy_(spatial_embedding)
+        buffer.copy_(spatial_embedding)
 
     @can_return_tuple
     def forward(
@@ -405,7 +410,7 @@ class GMANModel(GMANPreTrainedModel):
         past_values = past_values.masked_fill(~is_observed, missing)
         past_values = ((past_values - self.config.value_mean) / self.config.value_std).to(self.dtype)
 
-        embeddings = self.embeddings(self.spatial_embedding, time_features)
+        embeddings = self.embeddings(time_features)
         past_embeddings, future_embeddings = embeddings.split(
             [self.config.context_length, self.config.prediction_length], dim=1
         )

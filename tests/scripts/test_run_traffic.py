@@ -61,7 +61,7 @@ def test_files_of_the_published_layout(files):
     model = GMANForPrediction.from_pretrained(files / "out")
     config = model.config
     assert config.steps_per_day == 96 and config.sensor_ids[0] == "773869" and config.num_hidden_layers == 1
-    assert model.gman.spatial_embedding[:, 1].tolist() == [0, 1, 2, 3]
+    assert model.gman.embeddings.spatial_embedding[:, 1].tolist() == [0, 1, 2, 3]
     assert 20 < config.value_mean < 70
 
     data = ("--data_file", str(files / "speed.h5"), "--output_dir", str(files / "again"))
@@ -71,7 +71,7 @@ def test_files_of_the_published_layout(files):
 
 def test_a_graph_gives_the_vectors(files):
     run_traffic.main(arguments(files, "--adjacency_file", str(files / "Adj.txt"), "--group_size", "2"))
-    embedding = GMANForPrediction.from_pretrained(files / "out").gman.spatial_embedding
+    embedding = GMANForPrediction.from_pretrained(files / "out").gman.embeddings.spatial_embedding
     assert (embedding[:, :3].abs().sum(0) > 0).all() and (embedding[:, 3:] == 0).all()
 
 

@@ -60,7 +60,7 @@ def test_the_vectors_of_the_sensors_come_from_a_file(case, tmp_path):
     file = tmp_path / "SE.txt"
     file.write_text("\n".join([f"{len(embedding)} {embedding.shape[1]}", *lines[::-1]]))
     model = from_official("gman", case.weights, config={**case.config, "spatial_embedding": str(file)})
-    assert torch.equal(model.gman.spatial_embedding, embedding)
+    assert torch.equal(model.gman.embeddings.spatial_embedding, embedding)
 
 
 def test_what_does_not_fit(case):

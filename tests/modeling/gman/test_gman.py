@@ -74,7 +74,7 @@ def test_a_permutation_of_the_sensors_permutes_the_forecast(implementation):
     batch = inputs(model.config, dtype=torch.float64)
     before = model(**batch).prediction_outputs
     order = torch.randperm(model.config.num_nodes)
-    model.set_spatial_embedding(model.gman.spatial_embedding[order])
+    model.set_spatial_embedding(model.gman.embeddings.spatial_embedding[order])
     after = model(**{**batch, "past_values": batch["past_values"][..., order]}).prediction_outputs
     # `eager` takes its softmax in float32.
     atol = 1e-11 if implementation == "sdpa" else 1e-3
