@@ -425,8 +425,18 @@ _PAPERS = (
         slug="oat",
         title="OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
         arxiv="2407.13335",
-        becomes="scanpath family and pipeline",
+        becomes="scanpath family with generation, image processor, pipeline, metrics",
         code="HKUST-NISL/oat_eccv24",
+        available=True,
+        families=(
+            Family(
+                model_type="oat",
+                config="OATConfig",
+                models={"AutoModel": "OATModel"},
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
     ),
     Paper(
         slug="random_feature_attention",
