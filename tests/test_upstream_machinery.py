@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hf_attn.catalog import families
-from tests import transformers_sources
-from tests.upstream import UpstreamCausalLMTests, UpstreamImageTests, common
+from tests.batteries import transformers_sources
+from tests.batteries.upstream import UpstreamCausalLMTests, UpstreamImageTests, common
 
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_report_tells_what_ran_and_why_not(tmp_path):
         import unittest
 
         from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-        from tests.upstream import UpstreamCausalLMTests
+        from tests.batteries.upstream import UpstreamCausalLMTests
 
 
         class WrittenTest(UpstreamCausalLMTests, unittest.TestCase):
