@@ -491,7 +491,11 @@ _PAPERS = (
             Family(
                 model_type="oat",
                 config="OATConfig",
-                models={"AutoModel": "OATModel"},
+                models={
+                    "AutoModel": "OATModel",
+                    "AutoModelForScanpathPrediction": "OATForScanpathPrediction",
+                },
+                processors={"AutoImageProcessor": "OATImageProcessor"},
                 peft=("q_proj", "v_proj"),
             ),
         ),
@@ -550,10 +554,16 @@ TASKS = (
         type="multimodal",
         default_model=("llava-hf/llava-1.5-7b-hf", "main"),
     ),
+    Task(
+        name="scanpath-prediction",
+        pipeline="ScanpathPredictionPipeline",
+        auto_class="AutoModelForScanpathPrediction",
+        type="image",
+    ),
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
-OWN_AUTO_CLASSES: dict[str, str] = {}
+OWN_AUTO_CLASSES: dict[str, str] = {"AutoModelForScanpathPrediction": "scanpath prediction"}
 
 #: slug -> paper, in the order of the README table.
 PAPERS: dict[str, Paper] = {paper.slug: paper for paper in _PAPERS}

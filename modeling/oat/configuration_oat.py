@@ -5,7 +5,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hf_attn.hub import HubConfigMixin
-from hf_attn.variants import VariantsMixin
+from hf_attn.architectures.variants import VariantsMixin
 
 
 #: frequencies of the sinusoidal position codes, in the words of the official code
@@ -49,7 +49,7 @@ class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             calls `"original"`, `"exp1"`, `"exp2"` and `"linear"`.
         position_sigma (`float`): width of the Gaussian, in cells.
         position_alpha (`float`): exponent or factor of the frequencies of `"exp1"`, `"exp2"` and `"linear"`.
-        max_scanpath_length (`int`): fixations after which `generate` stops if it is not told otherwise, those of the longest
+        max_scanpath_length (`int`): ids after which `generate` stops if it is not told otherwise, those of the longest
             scanpath that the model was trained on.
     """
 

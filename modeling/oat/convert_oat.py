@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_attn.conversion import Converted, ConversionError, StateDict
+from hf_attn.checkpoints.official import Converted, StateDict
 
 from .configuration_oat import SINUSOIDS, OATConfig
 from .modeling_oat import OATForScanpathPrediction
@@ -28,7 +28,7 @@ _PYRAMIDS = {160: 2, 672: 3, 2720: 4}
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: state dict of a Lightning checkpoint, keys with or without `model.`.

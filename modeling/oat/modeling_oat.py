@@ -510,8 +510,8 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
 
         Args:
             inputs: `pixel_values`.
-            generation_config: as usual. Without a length, there or here, at most `config.max_scanpath_length` fixations and EOS
-                are generated.
+            generation_config: as usual. Without a length, there or here, at most `config.max_scanpath_length` ids are
+                generated.
             kwargs: `target_index`, `object_positions` and `object_mask`, and the arguments of `generate`.
 
         Returns:
@@ -539,7 +539,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         given = generation_config or self.generation_config
         lengths = ("max_length", "max_new_tokens")
         if all(kwargs.get(name) is None and getattr(given, name) is None for name in lengths):
-            kwargs["max_new_tokens"] = self.config.max_scanpath_length + 1
+            kwargs["max_new_tokens"] = self.config.max_scanpath_length
         if kwargs.get("do_sample", given.do_sample) and given.top_k is None:
             kwargs.setdefault("top_k", 0)
         return super().generate(inputs, generation_config, **kwargs)

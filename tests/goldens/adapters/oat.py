@@ -1,8 +1,17 @@
 """OAT: the network with teacher forcing, its greedy scanpaths, and the metrics."""
 
+import numpy as np
 import torch
 
-from hf_attn.conversion import from_official
+from hf_attn.analysis.scanpaths import (
+    behaviour,
+    behavioural_distance,
+    edit_distance,
+    multimatch,
+    object_similarity,
+    sequence_score,
+)
+from hf_attn.checkpoints.official import from_official
 
 from ..case import Case
 from ..tools import recorded
@@ -57,3 +66,25 @@ def _strip(generated: torch.Tensor, num_objects: int, length: int) -> torch.Tens
     longest = (scanpaths >= 0).sum(1).max().item()
     scanpaths = scanpaths[:, :longest]
     return torch.nn.functional.pad(scanpaths, (0, max(0, length - longest)), value=-1)
+
+
+def _metrics(case: Case) -> dict[str, torch.Tensor]:
+    pairs = {name: [row[row >= 0].tolist() for row in case.input(name)] for name in ("pred", "truth")}
+    pairs = list(zip(pairs["pred"], pairs["truth"], strict=True))
+    targets = case.input("target").tolist()
+    points = zip(case.input("pred_xy").numpy(), case.input("truth_xy").numpy(), pairs, strict=True)
+    screen = tuple(case.config["screen"])
+    similarities = [multimatch(a[: len(pred)], b[: len(truth)], screen) for a, b, (pred, truth) in points]
+    model, people = (
+        [behaviour(pair[index], target) for pair, target in zip(pairs, targets, strict=True)] for index in (0, 1)
+    )
+    found = {
+        "sequence_score": [sequence_score(*pair) for pair in pairs],
+        "edit_distance": [float(edit_distance(*pair)) for pair in pairs],
+        "behaviour_pred": np.array(model),
+        "behaviour_truth": np.array(people),
+        "delta": [behavioural_distance(model, people)],
+        "multimatch": np.array(similarities),
+        "sim": [object_similarity(case.input("probabilities").numpy(), case.input("next_object").numpy())],
+    }
+    return {name: torch.as_tensor(np.asarray(values)).float() for name, values in found.items()}
