@@ -48,9 +48,7 @@ def check_scenes(
     if target_index.shape != (batch_size,):
         raise ValueError(f"target_index must be ({batch_size},), one a scene, got shape {tuple(target_index.shape)}.")
     if object_mask is not None and object_mask.shape != (batch_size, num_objects):
-        raise ValueError(
-            f"object_mask must be ({batch_size}, {num_objects}), got shape {tuple(object_mask.shape)}."
-        )
+        raise ValueError(f"object_mask must be ({batch_size}, {num_objects}), got shape {tuple(object_mask.shape)}.")
     if object_positions is None:
         if num_objects != config.num_objects:
             raise ValueError(

@@ -4,8 +4,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hf_attn.hub import HubConfigMixin
 from hf_attn.architectures.variants import VariantsMixin
+from hf_attn.hub import HubConfigMixin
 
 
 #: frequencies of the sinusoidal position codes, in the words of the official code

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hf_attn.checkpoints.files import ConversionError
 from hf_attn.checkpoints.official import Converted, StateDict
 
 from .configuration_oat import SINUSOIDS, OATConfig
@@ -17,7 +18,10 @@ _NORMS = {
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
     "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
 }
-_ATTENTIONS = {"encoder": {"self_attn": "self_attn"}, "decoder": {"self_attn": "self_attn", "multihead_attn": "encoder_attn"}}
+_ATTENTIONS = {
+    "encoder": {"self_attn": "self_attn"},
+    "decoder": {"self_attn": "self_attn", "multihead_attn": "encoder_attn"},
+}
 _CONVOLUTIONS = {"cnn1.0": "conv1", "cnn2.0": "conv2", "fc": "projection"}
 #: a linear layer that no forward pass calls, and a sinusoid that is recomputed
 _UNUSED = ("LinearEmbedding.", "onedpositional_encoding.")
@@ -86,7 +90,9 @@ class _Weights:
 def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
     version = config.get("CA_version", 3 if weights.count("cross_attentions.{}.encode_fc.weight") else 0)
     if version not in (0, 3):
-        raise ConversionError(f"CA_version={version!r} is not known; the official code has 0 (linear) and 3 (object attention).")
+        raise ConversionError(
+            f"CA_version={version!r} is not known; the official code has 0 (linear) and 3 (object attention)."
+        )
     fields = {
         f"{side}_layers": weights.count(f"{official}.layers.{{}}.linear1.weight") for side, official in _SIDES.items()
     }
@@ -105,9 +111,19 @@ def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
     }
     for name, official in given.items():
         if name in fields and config.get(official, fields[name]) != fields[name]:
-            raise ConversionError(f"The configuration says {official}={config[official]!r}, the weights say {fields[name]}.")
+            raise ConversionError(
+                f"The configuration says {official}={config[official]!r}, the weights say {fields[name]}."
+            )
     fields["num_rows"], fields["num_columns"] = _grid(weights, config)
-    defaults = {"nhead": 4, "CA_dk": 512, "crop_height": 150, "crop_width": 93, "pe_sigma": 2.0, "alpha": 1.0, "max_len": 54}
+    defaults = {
+        "nhead": 4,
+        "CA_dk": 512,
+        "crop_height": 150,
+        "crop_width": 93,
+        "pe_sigma": 2.0,
+        "alpha": 1.0,
+        "max_len": 54,
+    }
     names = {
         "nhead": "num_attention_heads",
         "CA_dk": "pointer_scaling_dim",
@@ -125,7 +141,7 @@ def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
         raise ConversionError(
             f"functionChoice={function!r} has no counterpart here; known: learned, {', '.join(SINUSOIDS)}."
         )
-    if str(config.get("changeX", None)) in ("True", "False"):
+    if str(config.get("changeX")) in ("True", "False"):
         raise ConversionError("changeX moves rows or columns by fractions, which has no counterpart here.")
     fields["position_encoding"] = "gaussian" if function == "learned" else function
     if function == "learned":
@@ -163,7 +179,9 @@ def _given_table(config: dict) -> torch.Tensor:
             raise ConversionError(f"{path} is no .npy file of numbers: {error}") from error
     table = torch.as_tensor(table)
     if table.ndim != 2 or not table.is_floating_point():
-        raise ConversionError(f"The position table must be (positions, width) numbers, got {list(table.shape)} {table.dtype}.")
+        raise ConversionError(
+            f"The position table must be (positions, width) numbers, got {list(table.shape)} {table.dtype}."
+        )
     return table.float()
 
 

@@ -52,7 +52,9 @@ def draw_scanpath(
         _arrow(draw, begin, end, 0 if index == 0 else radius, radius, colour, line)
     font = ImageFont.load_default(size=1.1 * radius)
     for number, (x, y) in enumerate(points, start=1):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline=TEXT, width=max(1, line // 2))
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), fill=colour, outline=TEXT, width=max(1, line // 2)
+        )
         draw.text((x, y), str(number), fill=TEXT, font=font, anchor="mm")
     return picture
 
@@ -79,4 +81,7 @@ def _arrow(draw, begin, end, begin_gap: float, end_gap: float, colour, line: int
     head = 4 * line
     neck = (tip[0] - head * x, tip[1] - head * y)
     draw.line((*tail, *neck), fill=colour, width=line)
-    draw.polygon([tip, (neck[0] - head / 2 * y, neck[1] + head / 2 * x), (neck[0] + head / 2 * y, neck[1] - head / 2 * x)], fill=colour)
+    draw.polygon(
+        [tip, (neck[0] - head / 2 * y, neck[1] + head / 2 * x), (neck[0] + head / 2 * y, neck[1] - head / 2 * x)],
+        fill=colour,
+    )

@@ -30,7 +30,9 @@ def check_boxes(boxes: torch.Tensor | Sequence, height: int, width: int) -> torc
     outside = (rounded < 0).any(1) | (rounded[:, 2] > width) | (rounded[:, 3] > height)
     if outside.any():
         index = _first(outside)
-        raise ValueError(f"Box {index}, {boxes[index].tolist()}, is not inside the image of {width} x {height} pixels.")
+        raise ValueError(
+            f"Box {index}, {boxes[index].tolist()}, is not inside the image of {width} x {height} pixels."
+        )
     overlap = box_iou(rounded, rounded).triu(diagonal=1)
     if overlap.max() > MAX_OVERLAP:
         first, second = divmod(overlap.argmax().item(), len(boxes))
@@ -64,9 +66,7 @@ def reading_order(boxes: torch.Tensor, row_height: int) -> torch.Tensor:
     return torch.tensor([index for *_, index in sorted(keys)])
 
 
-def grid_positions(
-    boxes: torch.Tensor, grid: tuple[int, int] | None = None, row_height: int = 10
-) -> torch.Tensor:
+def grid_positions(boxes: torch.Tensor, grid: tuple[int, int] | None = None, row_height: int = 10) -> torch.Tensor:
     """Row and column of each object.
 
     Args:
@@ -145,7 +145,5 @@ def grid_boxes(rows: int, columns: int, height: int, width: int) -> torch.Tensor
     """Boxes of a grid that covers an image, row by row."""
     ys = torch.linspace(0, height, rows + 1).round().long()
     xs = torch.linspace(0, width, columns + 1).round().long()
-    boxes = [
-        [xs[column], ys[row], xs[column + 1], ys[row + 1]] for row in range(rows) for column in range(columns)
-    ]
+    boxes = [[xs[column], ys[row], xs[column + 1], ys[row + 1]] for row in range(rows) for column in range(columns)]
     return torch.tensor(boxes)

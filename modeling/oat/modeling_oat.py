@@ -89,7 +89,7 @@ class OATPositionCode(nn.Module):
     def __init__(self, config: OATConfig):
         super().__init__()
         self.width = config.hidden_size // 2
-        self.table = nn.Buffer(torch.empty(config.position_table_shape))
+        self.table = nn.Buffer(torch.empty(config.position_table_shape).copy_(position_table(config)))
 
     def forward(self, positions: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
         """Codes of positions `(..., 2)` with flags `(...)`; those just beyond the table are zero."""
@@ -120,7 +120,7 @@ class OATCrossAttention(BartAttention):
         """
         queries = hidden_states.reshape(key_value_states.shape[0], -1, hidden_states.shape[-1])
         output, weights = super().forward(queries, key_value_states=key_value_states, **kwargs)
-        if weights is not None:
+        if weights is not None and len(queries) != len(hidden_states):
             weights = weights.unflatten(2, (-1, hidden_states.shape[1])).transpose(1, 2).flatten(0, 1)
         return output.view_as(hidden_states), weights
 
@@ -382,7 +382,9 @@ class OATModel(OATPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         """Encode scenes and decode scanpaths; see [`OATForScanpathPrediction.forward`] for the arguments."""
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(pixel_values, target_index, object_positions, object_mask, **kwargs)
+            encoder_outputs = self.encoder(
+                pixel_values, target_index, object_positions, object_mask, return_dict=True, **kwargs
+            )
         if decoder_input_ids is None:
             # A scanpath that has not begun.
             num_tokens = encoder_outputs.token_embeddings.shape[1]
@@ -396,6 +398,7 @@ class OATModel(OATPreTrainedModel):
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -461,7 +464,9 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
             encoder-decoder.
         """
         if encoder_outputs is None:
-            encoder_outputs = self.oat.encoder(pixel_values, target_index, object_positions, object_mask, **kwargs)
+            encoder_outputs = self.oat.encoder(
+                pixel_values, target_index, object_positions, object_mask, return_dict=True, **kwargs
+            )
         num_objects = encoder_outputs.last_hidden_state.shape[1] - 1
         if labels is not None:
             check_labels(labels, num_objects, encoder_outputs.token_mask)
@@ -473,6 +478,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         if isinstance(self.head, OATPointerHead):

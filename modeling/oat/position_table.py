@@ -12,7 +12,7 @@ def gaussian_table(num_positions: int, width: int, sigma: float) -> torch.Tensor
 
     The official code fits them with Adam to cos(W_i, W_j) = exp(-(i - j)^2 / (2 sigma^2)). The cosines of unit vectors are their
     Gram matrix, so an eigendecomposition of the target gives them at once, and exactly if `width >= num_positions`; in a random
-    basis, as the official codes are.
+    basis, as the official codes are, but always the same one.
 
     Args:
         num_positions: number of codes.
@@ -27,7 +27,8 @@ def gaussian_table(num_positions: int, width: int, sigma: float) -> torch.Tensor
     eigenvalues, eigenvectors = torch.linalg.eigh(cosines)
     rank = min(num_positions, width)
     vectors = eigenvectors[:, -rank:] * eigenvalues[-rank:].clamp(min=0).sqrt()
-    basis = torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, device="cpu")).Q
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64, device="cpu")).Q
     codes = torch.nn.functional.normalize(vectors @ basis.T, dim=-1) * math.sqrt(width)
     return codes.float()
 

@@ -79,7 +79,9 @@ class OATImageProcessor(BaseImageProcessor):
             raise ValueError(f"OATImageProcessor makes PyTorch tensors (return_tensors='pt'), got {return_tensors!r}.")
         if not isinstance(images, list | tuple):
             images, boxes = [images], [boxes]
-            target_index, target_boxes, fixations = ([x] if x is not None else None for x in (target_index, target_boxes, fixations))
+            target_index, target_boxes, fixations = (
+                [x] if x is not None else None for x in (target_index, target_boxes, fixations)
+            )
         if not images:
             raise ValueError("There are no images.")
         if (target_index is None) == (target_boxes is None):
@@ -106,7 +108,9 @@ class OATImageProcessor(BaseImageProcessor):
             target_index = object_of_box(target_boxes, boxes)
         target_index = int(target_index)
         if not 0 <= target_index < len(boxes):
-            raise ValueError(f"target_index {target_index} is no object: there are {len(boxes)} boxes, counted from 0.")
+            raise ValueError(
+                f"target_index {target_index} is no object: there are {len(boxes)} boxes, counted from 0."
+            )
         scene = {
             "pixel_values": self.crop(pixels, boxes),
             "target_index": torch.tensor(target_index),

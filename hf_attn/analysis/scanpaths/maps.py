@@ -19,7 +19,9 @@ def object_similarity(probabilities: np.ndarray, next_objects: np.ndarray) -> fl
     if not len(next_objects):
         raise ValueError("SIM needs at least one step.")
     if next_objects.min() < 0 or next_objects.max() >= probabilities.shape[1]:
-        raise ValueError(f"The next objects must be below the number of classes ({probabilities.shape[1]}) and not negative.")
+        raise ValueError(
+            f"The next objects must be below the number of classes ({probabilities.shape[1]}) and not negative."
+        )
     return float(np.take_along_axis(probabilities, next_objects[:, None].astype(int), axis=1).mean())
 
 
@@ -64,5 +66,7 @@ def _cells(fixations: np.ndarray | Sequence, screen: tuple[int, int]) -> np.ndar
         raise ValueError("There are no fixations.")
     outside = (points < 0).any(1) | (points >= np.asarray(screen)).any(1)
     if outside.any():
-        raise ValueError(f"The fixation {tuple(points[outside][0].tolist())} is not on the screen of {screen[0]} x {screen[1]}.")
+        raise ValueError(
+            f"The fixation {tuple(points[outside][0].tolist())} is not on the screen of {screen[0]} x {screen[1]}."
+        )
     return points
