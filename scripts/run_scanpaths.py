@@ -54,8 +54,8 @@ from hf_attn.modeling.oat.trials import ScanpathDataset, Trial, split_by_image, 
 
 #: a model from scratch for the generated shelves
 SMALL = {
-    "crop_height": 32,
-    "crop_width": 32,
+    "crop_height": 24,
+    "crop_width": 24,
     "pyramid_levels": 2,
     "hidden_size": 96,
     "encoder_layers": 2,
@@ -89,7 +89,7 @@ class DataArguments:
     )
     image_dir: str | None = field(default=None, metadata={"help": "Folder of the images of either data set."})
     trials: str | None = field(default=None, metadata={"help": "JSON lines of your own, see above."})
-    num_images: int = field(default=600, metadata={"help": "Number of generated shelves."})
+    num_images: int = field(default=500, metadata={"help": "Number of generated shelves."})
     searches: int = field(default=4, metadata={"help": "Simulated searches on each."})
     num_samples: int = field(default=20, metadata={"help": "Sampled scanpaths a test image; the paper has 100."})
     num_pictures: int = field(default=4, metadata={"help": "Test images to draw."})

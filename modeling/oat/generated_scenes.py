@@ -12,9 +12,9 @@ from .trials import Trial
 class SceneGenerator:
     """Draws shelves and simulates how people search on them.
 
-    A search starts at the centre. The next fixation is drawn from the other objects with a probability proportional to
-    exp(`likeness` * s - d^2 / 8), where s is the likeness of the object's colour to that of the target, from 0 to 1, and d the
-    distance in cells; it ends at the target.
+    A search starts at the centre. The next fixation is drawn with a probability proportional to exp(`likeness` * s - d^2 / 8), where
+    s is the likeness of the object's colour to that of the target, from 0 to 1, and d the distance in cells; times `return_weight`
+    for objects that have been looked at. It ends at the target.
 
     Args:
         rows: rows of the shelf.
@@ -22,14 +22,16 @@ class SceneGenerator:
         cell: side of an object in pixels.
         colours: number of colours; several objects have one of them.
         likeness: how much the colour guides the search.
+        return_weight: how readily objects are looked at again, from 0 (never) to 1 (as others).
         max_length: fixations after which a search is given up.
     """
 
     rows: int = 4
     columns: int = 6
-    cell: int = 32
+    cell: int = 24
     colours: int = 6
-    likeness: float = 5.0
+    likeness: float = 8.0
+    return_weight: float = 0.3
     max_length: int = 24
 
     def trials(self, num_images: int, searches: int, seed: int) -> list[Trial]:
@@ -67,8 +69,7 @@ class SceneGenerator:
         while len(scanpath) < self.max_length and last != target:
             logits = self.likeness * likeness - ((cells - place) ** 2).sum(1) / 8
             weights = np.exp(logits - logits.max())
-            if last >= 0:
-                weights[last] = 0
+            weights[scanpath] *= self.return_weight
             last = int(generator.choice(len(colours), p=weights / weights.sum()))
             place = cells[last]
             scanpath.append(last)
