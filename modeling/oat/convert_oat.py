@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_attn.checkpoints.files import ConversionError
-from hf_attn.checkpoints.official import Converted, StateDict
+from hf_attn.checkpoints.official import Converted, OfficialArguments, StateDict
 
 from .configuration_oat import SINUSOIDS, OATConfig
 from .modeling_oat import OATForScanpathPrediction
@@ -31,7 +31,7 @@ _GRIDS = {86: (6, 14), 29: (3, 9), 24: (2, 11)}
 _PYRAMIDS = {160: 2, 672: 3, 2720: 4}
 
 
-def convert_official(official: StateDict, config: dict) -> Converted:
+def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
     """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
@@ -87,7 +87,7 @@ class _Weights:
         return number
 
 
-def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
+def _fields(weights: _Weights, config: OfficialArguments) -> dict[str, Any]:
     version = config.get("CA_version", 3 if weights.count("cross_attentions.{}.encode_fc.weight") else 0)
     if version not in (0, 3):
         raise ConversionError(
@@ -102,18 +102,16 @@ def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
     fields["pyramid_levels"] = config.get("spp", _PYRAMIDS.get(features, 0))
     if version == 3:
         fields["num_pointer_heads"] = weights.count("cross_attentions.{}.encode_fc.weight")
-    given = {
-        "encoder_layers": "num_encoder_layers",
-        "decoder_layers": "num_decoder_layers",
-        "hidden_size": "emb_size",
-        "intermediate_size": "dim_feedforward",
-        "num_pointer_heads": "CA_head",
-    }
-    for name, official in given.items():
-        if name in fields and config.get(official, fields[name]) != fields[name]:
-            raise ConversionError(
-                f"The configuration says {official}={config[official]!r}, the weights say {fields[name]}."
-            )
+    config.agree(
+        num_encoder_layers=fields["encoder_layers"],
+        num_decoder_layers=fields["decoder_layers"],
+        emb_size=hidden_size,
+        dim_feedforward=intermediate_size,
+    )
+    if version == 3:
+        config.agree(CA_head=fields["num_pointer_heads"])
+    # Dropout, sizes of what is not used, and, without object attention, its settings.
+    config.leave("dropout", "tgt_vocab_size", "input_dimension", "CA_head")
     fields["num_rows"], fields["num_columns"] = _grid(weights, config)
     defaults = {
         "nhead": 4,
@@ -136,6 +134,7 @@ def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
     fields |= {names[official]: config.get(official, default) for official, default in defaults.items()}
     if config.get("max_len") is None:
         fields["max_scanpath_length"] = defaults["max_len"]
+    config.leave("pe_table", "PE_path")
     function = config.get("functionChoice", "learned")
     if function != "learned" and function not in SINUSOIDS:
         raise ConversionError(
@@ -150,7 +149,7 @@ def _fields(weights: _Weights, config: dict) -> dict[str, Any]:
     return fields
 
 
-def _grid(weights: _Weights, config: dict) -> tuple[int, int]:
+def _grid(weights: _Weights, config: OfficialArguments) -> tuple[int, int]:
     if "rows" in config and "cols" in config:
         return config["rows"], config["cols"]
     classes = weights["generator.weight"].shape[0] if "generator.weight" in weights else None
@@ -159,7 +158,7 @@ def _grid(weights: _Weights, config: dict) -> tuple[int, int]:
     return _GRIDS[classes]
 
 
-def _given_table(config: dict) -> torch.Tensor:
+def _given_table(config: OfficialArguments) -> torch.Tensor:
     """The position table that is given beside the checkpoint."""
     table = config.get("pe_table")
     if table is None and config.get("PE_path") is None:
@@ -185,7 +184,7 @@ def _given_table(config: dict) -> torch.Tensor:
     return table.float()
 
 
-def _table(config: dict, own_config: OATConfig) -> torch.Tensor:
+def _table(config: OfficialArguments, own_config: OATConfig) -> torch.Tensor:
     if own_config.position_encoding != "gaussian":
         return position_table(own_config)
     table = _given_table(config)

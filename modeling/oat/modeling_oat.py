@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import DynamicLayer
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import (
@@ -25,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_attn.hub import HubModelMixin
 
+from .caches import new_cache, prepare_cache
 from .checks import check_labels, check_scenes
 from .configuration_oat import OATConfig
 from .position_table import position_table
@@ -96,16 +96,6 @@ class OATPositionCode(nn.Module):
         table = nn.functional.pad(self.table, (0, 0, 0, 1))
         rows, columns = positions.unbind(-1)
         return torch.cat([table[rows], table[columns], table[flags]], dim=-1)[..., : self.width]
-
-
-class OATSceneLayer(DynamicLayer):
-    """Keys and values of the encoded scenes, one row a scene, however many scanpaths are drawn of each."""
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Nothing moves: the beams of a scene change places among themselves."""
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Nothing is repeated."""
 
 
 class OATCrossAttention(BartAttention):
@@ -312,7 +302,7 @@ class OATDecoder(OATPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         encoder_outputs: OATEncoderOutput | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -324,10 +314,10 @@ class OATDecoder(OATPreTrainedModel):
         """
         scenes = encoder_outputs.last_hidden_state
         num_scenes, hidden_size = scenes.shape[0], scenes.shape[-1]
-        if past_key_values is None and use_cache:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        if past_key_values is not None and not any(past_key_values.is_updated.values()):
-            past_key_values.cross_attention_cache = Cache(layer_class_to_replicate=OATSceneLayer)
+        if past_key_values is not None:
+            prepare_cache(past_key_values)
+        elif use_cache:
+            past_key_values = new_cache()
         self_attention_cache = None if past_key_values is None else past_key_values.self_attention_cache
 
         in_scenes = input_ids.reshape(num_scenes, -1, 1)
@@ -376,7 +366,7 @@ class OATModel(OATPreTrainedModel):
         object_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         encoder_outputs: OATEncoderOutput | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqModelOutput:
@@ -439,7 +429,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         encoder_outputs: OATEncoderOutput | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],

@@ -34,7 +34,13 @@ def test_a_scanpath_is_like_itself():
 
 @pytest.mark.parametrize(
     ("a", "b", "score", "edits"),
-    [([1, 2, 3], [1, 3], 2 / 3, 1), ([1, 2], [3, 4, 5], 0, 3), ([], [1, 2], 0, 2), ([], [], 1, 0), ([1, 2], [2, 1], 0.5, 2)],
+    [
+        ([1, 2, 3], [1, 3], 2 / 3, 1),
+        ([1, 2], [3, 4, 5], 0, 3),
+        ([], [1, 2], 0, 2),
+        ([], [], 1, 0),
+        ([1, 2], [2, 1], 0.5, 2),
+    ],
 )
 def test_sequences(a, b, score, edits):
     assert sequence_score(a, b) == sequence_score(b, a) == pytest.approx(score)

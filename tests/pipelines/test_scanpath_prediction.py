@@ -102,5 +102,5 @@ def test_bad_input(pipe, image, arguments, message):
 
 
 def test_model_as_an_object_needs_its_processor(pipe):
-    with pytest.raises(Exception, match="image.processor"):
+    with pytest.raises(Exception, match=r"image.processor"):
         pipeline("scanpath-prediction", model=pipe.model)

@@ -67,8 +67,9 @@ def test_keys_without_prefix(weights, table):
         ({"pe_table": torch.zeros(3, 5)}, "need .3, 4."),
         ({"functionChoice": "original_update"}, "original_update"),
         ({"CA_version": 2}, "CA_version=2"),
-        ({"emb_size": 32}, "emb_size=32, the weights say 24"),
+        ({"emb_size": 32}, "emb_size=24, but the configuration says 32"),
         ({"changeX": "True"}, "changeX"),
+        ({"CA_heads": 2}, "CA_heads"),
     ],
 )
 def test_what_does_not_fit(weights, table, change, message):
@@ -84,8 +85,8 @@ def test_grid_is_needed_unless_it_is_a_published_one(weights, table):
 
 def test_left_over_and_missing_keys(weights, table):
     config = CASE.config | {"pe_table": table}
-    with pytest.raises(ConversionError, match="extra.weight"):
+    with pytest.raises(ConversionError, match=r"extra\.weight"):
         from_official("oat", weights | {"model.extra.weight": torch.zeros(1)}, config=config)
     del weights["model.transformer_decoder.layers.1.norm3.bias"]
-    with pytest.raises(ConversionError, match="norm3.bias"):
+    with pytest.raises(ConversionError, match=r"norm3\.bias"):
         from_official("oat", weights, config=config)

@@ -7,7 +7,14 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from hf_attn import OATConfig
-from hf_attn.modeling.oat.layout import check_boxes, grid_boxes, grid_positions, object_of_box, objects_at, reading_order
+from hf_attn.modeling.oat.layout import (
+    check_boxes,
+    grid_boxes,
+    grid_positions,
+    object_of_box,
+    objects_at,
+    reading_order,
+)
 from hf_attn.modeling.oat.processing_oat import OATImageProcessor
 
 

@@ -49,13 +49,13 @@ def test_book_covers_with_boxes(amazon):
     assert [trial.scanpath for trial in trials] == [[0, 1], [1]]
     boxes["1.jpg"][0][0] = -5
     (amazon / "boxes.json").write_text(json.dumps(boxes))
-    with pytest.raises(ValueError, match="1.jpg: Box 0"):
+    with pytest.raises(ValueError, match=r"1\.jpg: Box 0"):
         read_amazon(amazon / "Amazon.json", amazon, amazon / "boxes.json")
 
 
 def test_incomplete_annotations(amazon):
     (amazon / "Amazon.json").write_text(json.dumps({"1.jpg": {"fixations": {}}}))
-    with pytest.raises(ValueError, match="1.jpg has no 'size'"):
+    with pytest.raises(ValueError, match=r"1\.jpg has no 'size'"):
         read_amazon(amazon / "Amazon.json", amazon)
     (amazon / "Amazon.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
@@ -103,7 +103,12 @@ def test_bad_tables(tmp_path, old, new, message):
 def test_trials_of_ones_own(tmp_path):
     save_image(tmp_path, "a.png", (30, 20))
     lines = [
-        {"image": "a.png", "boxes": [[0, 0, 10, 20], [10, 0, 30, 20]], "target_index": 1, "fixations": [[2, 2], [20, 5]]},
+        {
+            "image": "a.png",
+            "boxes": [[0, 0, 10, 20], [10, 0, 30, 20]],
+            "target_index": 1,
+            "fixations": [[2, 2], [20, 5]],
+        },
         {"image": "a.png", "grid": [2, 3], "size": [30, 20], "target_index": 5, "scanpath": [0, 5]},
     ]
     file = tmp_path / "trials.jsonl"
