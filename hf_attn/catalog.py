@@ -500,6 +500,8 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={"ScanpathMetrics": "analysis.scanpaths"},
+        extra="vision",
     ),
     Paper(
         slug="random_feature_attention",

@@ -9,7 +9,7 @@ cross-attention for all samples, and caches the decoder. The peers compute the s
 - `one by one`: the official way, a batch of one scanpath, images of objects and prefix included; one scanpath is timed, and its time
   multiplied by the number of samples.
 
-`encoding` is the time of one pass of the encoder.
+`encoding` is the time of one pass of the encoder. Times are the least of several, measured in turns.
 
     OMP_NUM_THREADS=1 python scripts/benchmarks/oat.py --json oat.json
 """
@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, print_table, write_json
+from _common import alternating_times, print_table, write_json
 
 from hf_attn.modeling.oat.configuration_oat import OATConfig
 from hf_attn.modeling.oat.modeling_oat import OATEncoderOutput, OATForScanpathPrediction
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         "together": lambda: sample_together(model, scene, options.num_samples, options.steps),
         "one scanpath": lambda: sample_one(model, scene, options.steps),
     }
-    seconds = alternating_medians(callables, options.repeats)
+    seconds = {name: min(times) for name, times in alternating_times(callables, options.repeats).items()}
     one_by_one = options.num_samples * seconds["one scanpath"]
     row = {
         "objects": config.num_objects,
