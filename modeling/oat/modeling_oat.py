@@ -328,12 +328,8 @@ class OATDecoder(OATPreTrainedModel):
         hidden_states = embeddings + sinusoidal_code(steps, hidden_size).to(embeddings.dtype)
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=None,
-            past_key_values=self_attention_cache,
-        )
+        # By position here and below: transformers 5.24 calls the cache by another name.
+        causal_mask = create_causal_mask(self.config, hidden_states, None, self_attention_cache)
         scene_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states.reshape(num_scenes, -1, hidden_size),
@@ -341,7 +337,6 @@ class OATDecoder(OATPreTrainedModel):
             encoder_hidden_states=scenes,
         )
         for layer in self.layers[: self.config.decoder_layers]:
-            # By position: transformers 5.24 calls the cache by another name.
             hidden_states = layer(hidden_states, causal_mask, scenes, scene_mask, past_key_values, use_cache, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
