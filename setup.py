@@ -31,6 +31,7 @@ EXTRAS["test"] = (
     EXTRAS["all"]
     + EXTRAS["docs"]
     + [
+        "multimatch-gaze>=0.1.3",
         "onnx>=1.23",
         "onnxruntime>=1.32",
         "onnxscript>=0.7",
