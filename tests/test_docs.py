@@ -23,10 +23,9 @@ from transformers import (
 
 from hf_attn import hub
 from hf_attn.catalog import PAPERS, find_family
-
-from .families import tiny_model
-from .hub_server import HubServer
-from .modeling.sd_rpn.tiny import tiny_base, tiny_processor
+from tests.batteries.families import tiny_model
+from tests.batteries.hub_server import HubServer
+from tests.modeling.sd_rpn.tiny import tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parent.parent

@@ -101,6 +101,7 @@ def test_import_alone_imports_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "numpy"} & set(loaded)
     assert {name for name in loaded if name.startswith("hf_attn.")} == {
         "hf_attn._import_hooks",
+        "hf_attn._moved",
         "hf_attn.catalog",
         "hf_attn.registration",
     }
