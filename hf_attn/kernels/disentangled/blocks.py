@@ -1,7 +1,7 @@
-"""Disentangled attention by SDPA with the position terms as a bias, made for one block of queries at a time.
+"""Disentangled attention by SDPA with the position terms as a bias.
 
-For inference the bias of a block is never gathered pair by pair where that can be avoided: rows of the table are repeated in
-the order of distance, and with the keys reversed the term of the queries is a strided view of that.
+For inference the bias is made piece by piece and not gathered pair by pair: where rows of the table follow the distance, a
+product of tokens with rows holds the bias of its pairs along its diagonals, which is a strided view.
 """
 
 import torch
@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from .eager import masked_out, position_scores
 
 
-BLOCK = 128
-#: elements of one block's bias that are worked on together; they should stay in the cache of a core
+#: queries (in a short text queries or keys) whose position terms are made together
+BLOCK, SHORT_BLOCK = 128, 64
+#: elements of a bias that are worked on together; they should stay in the cache of a core
 CHUNK = 1 << 18
+#: longest text whose bias is made at once for each head
+SHORT = 1024
 
 
 def dense_disentangled(
@@ -53,7 +56,7 @@ def blockwise_disentangled(
         key: of the same shape.
         value: of the same shape.
         position_key: `(heads, number of rows, head_dim)` or none.
-        position_query: `(heads, number of rows, head_dim)` or none.
+        position_query: `(heads, number of rows, head_dim)` or none; not both are none.
         rows: row of every distance from 1 - length to length - 1, ascending, `(2 * length - 1,)`.
         attention_mask: boolean, `(batch, 1, 1 or length, length)` or none.
         scaling: factor of all terms.
@@ -61,65 +64,95 @@ def blockwise_disentangled(
     Returns:
         `(batch, heads, length, head_dim)`.
     """
-    batch, heads, length, head_dim = query.shape
-    consecutive = rows.shape[0] == (position_key if position_key is not None else position_query).shape[1]
+    batch, heads, length, _ = query.shape
     if position_key is not None:
         position_key = position_key * scaling
     if position_query is not None:
         position_query = position_query * scaling
-    # With descending keys both the row of a pair and its place in memory grow with query and key: views need that.
-    key, value = key.flip(2), value.flip(2)
-    attention_mask = None if attention_mask is None else attention_mask.flip(-1)
+    number_of_rows = (position_key if position_key is not None else position_query).shape[1]
+    is_short = number_of_rows == rows.shape[0] and length <= SHORT
+    if is_short:
+        attend, at_once = _attend_short, length * length
+        position_key = None if position_key is None else position_key.flip(1)
+    else:
+        attend, at_once = _attend_long, min(BLOCK, length) * length
+        # With descending keys both the row of a pair and its place in memory grow with query and key: views need that.
+        key, value = key.flip(2), value.flip(2)
+        attention_mask = None if attention_mask is None else attention_mask.flip(-1)
     output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    block = min(BLOCK, length)
-    head_step = max(1, min(heads, CHUNK // (block * length)))
-    batch_step = max(1, CHUNK // (heads * block * length))
-    for b in _slices(batch, batch_step):
-        mask = attention_mask if attention_mask is None else attention_mask[b]
-        for h in _slices(heads, head_step):
-            keys, values = key[b, h], value[b, h]
-            of_keys = None if position_query is None else position_query[h] @ keys.transpose(-1, -2)
-            for q in _slices(length, block):
-                queries = query[b, h, q]
-                terms = []
-                if position_key is not None:
-                    terms.append(_of_queries(queries, position_key[h], rows, q.start, length, consecutive))
-                if of_keys is not None:
-                    terms.append(_of_keys(of_keys, queries.shape[2], rows, q.start, consecutive))
-                # SDPA on a CPU takes a bias in float32 whatever the dtype of the queries.
-                bias = terms[0].float() if query.dtype != torch.float64 else terms[0]
-                bias = bias + terms[1] if len(terms) == 2 else bias
-                if mask is not None:
-                    bias = masked_out(bias, mask if mask.shape[2] == 1 else mask[:, :, q])
-                output[b, h, q] = F.scaled_dot_product_attention(
-                    queries, keys, values, attn_mask=bias, scale=scaling
-                )
+    for b in _slices(batch, CHUNK // (heads * at_once)):
+        mask = None if attention_mask is None else attention_mask[b]
+        for h in _slices(heads, CHUNK // at_once):
+            of_heads = (None if table is None else table[h] for table in (position_key, position_query))
+            attend(query[b, h], key[b, h], value[b, h], *of_heads, rows, mask, scaling, output[b, h])
     return output
 
 
 def _slices(size: int, step: int) -> list[slice]:
+    step = max(1, step)
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _of_queries(queries, position_key, rows, start: int, length: int, consecutive: bool) -> torch.Tensor:
-    """Term of the queries `start, start + 1, ...` and the keys in descending order, `(batch, heads, queries, length)`."""
+def _wide(query: torch.Tensor) -> torch.dtype:
+    # SDPA on a CPU takes a bias in float32 whatever the dtype of the queries; elsewhere the two have to be the same.
+    return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
+
+
+def _attend_short(query, key, value, position_key, position_query, rows, mask, scaling, output) -> None:
+    """A text in which every distance has a row of its own; the rows of position_key are in descending order here."""
+    length = query.shape[2]
+    bias = query.new_empty(*query.shape[:2], length, length, dtype=_wide(query))
+    for block in _slices(length, SHORT_BLOCK):
+        # The distances of these tokens to all others, whichever way they are counted.
+        distances = slice(length - block.stop, 2 * length - 1 - block.start)
+        if position_key is not None:
+            bias[:, :, block] = _diagonals(query[:, :, block] @ position_key[:, distances].transpose(-1, -2), length)
+    for block in _slices(length, SHORT_BLOCK):
+        distances = slice(length - block.stop, 2 * length - 1 - block.start)
+        if position_query is not None:
+            term = _diagonals(key[:, :, block] @ position_query[:, distances].transpose(-1, -2), length).transpose(2, 3)
+            if position_key is None:
+                bias[..., block] = term
+            else:
+                bias[..., block] += term
+    output.copy_(
+        F.scaled_dot_product_attention(query, key, value, attn_mask=masked_out(bias, mask), scale=scaling)
+    )
+
+
+def _diagonals(by_distance: torch.Tensor, length: int) -> torch.Tensor:
+    """`(..., tokens, distances)` -> `(..., tokens, length)`: the window of distances moves back by one with every token."""
+    tokens, distances = by_distance.shape[-2:]
+    strides = (*by_distance.stride()[:2], distances - 1, 1)
+    return by_distance.as_strided((*by_distance.shape[:2], tokens, length), strides, tokens - 1)
+
+
+def _attend_long(query, key, value, position_key, position_query, rows, mask, scaling, output) -> None:
+    """A text of any length, by blocks of queries; keys, values and the mask are in descending order here."""
+    length = query.shape[2]
+    of_keys = None if position_query is None else position_query @ key.transpose(-1, -2)
+    for block in _slices(length, BLOCK):
+        queries = query[:, :, block]
+        bias = None
+        if position_key is not None:
+            bias = _of_queries(queries, position_key, rows[block.start : block.stop + length - 1], length).to(_wide(query))
+        if of_keys is not None:
+            index = rows.unfold(0, length, 1)[block]
+            term = of_keys.gather(2, index.expand(*of_keys.shape[:2], -1, -1))
+            bias = term.to(_wide(query)) if bias is None else bias + term
+        if mask is not None:
+            bias = masked_out(bias, mask if mask.shape[2] == 1 else mask[:, :, block])
+        output[:, :, block] = F.scaled_dot_product_attention(queries, key, value, attn_mask=bias, scale=scaling)
+
+
+def _of_queries(queries, position_key, rows, length: int) -> torch.Tensor:
+    """Term of a block of queries and the keys in descending order, `(batch, heads, queries, length)`.
+
+    Args:
+        rows: of the distances from the first query and the last key up, `(queries + length - 1,)`.
+    """
     size = queries.shape[2]
-    distances = slice(start, start + size + length - 1)
-    if consecutive:
-        by_distance = position_key[:, distances] @ queries.transpose(-1, -2)
-    else:
-        by_distance = (position_key @ queries.transpose(-1, -2)).index_select(2, rows[distances])
+    by_distance = (position_key @ queries.transpose(-1, -2)).index_select(2, rows)
     # (distance, query) -> (query, key): one query on is one row and one column on, one key on is one row on
     shape = (*by_distance.shape[:2], size, length)
     return by_distance.as_strided(shape, (*by_distance.stride()[:2], size + 1, size))
-
-
-def _of_keys(of_keys, size: int, rows, start: int, consecutive: bool) -> torch.Tensor:
-    """Term of the keys, `(batch, heads, queries, length)`, from `of_keys` `(batch, heads, rows, length)`."""
-    length = of_keys.shape[-1]
-    if consecutive:
-        shape = (*of_keys.shape[:2], size, length)
-        strides = (*of_keys.stride()[:2], length, length + 1)
-        return of_keys.as_strided(shape, strides, of_keys.storage_offset() + start * length)
-    index = rows.unfold(0, length, 1)[start : start + size]
-    return of_keys.gather(2, index.expand(*of_keys.shape[:2], -1, -1))

@@ -25,7 +25,7 @@ def flex_disentangled(
     Args:
         index: as there, or the row of every distance from 1 - kv_len to q_len - 1, `(q_len + kv_len - 1,)`.
 
-    On a CPU FlexAttention has gradients only when it is not compiled, and it is not compiled there.
+    On a CPU FlexAttention has no gradients, and is compiled only as a part of a compiled model.
     """
     of_queries = None if position_key is None else query @ (position_key * scaling).transpose(-1, -2)
     of_keys = None if position_query is None else key @ (position_query * scaling).transpose(-1, -2)

@@ -75,6 +75,8 @@ def _run_torch(call: AttentionCall) -> torch.Tensor:
 def _flex_serves(call: AttentionCall) -> tuple[bool, str]:
     if call.dropout:
         return False, "FlexAttention has no dropout (attention_probs_dropout_prob = 0 trains without)"
+    if call.query.device.type == "cpu" and call.needs_gradients:
+        return False, "FlexAttention has no gradients on a CPU"
     return True, ""
 
 
