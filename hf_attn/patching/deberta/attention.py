@@ -23,16 +23,15 @@ class FastSelfAttention(nn.Module):
         position_projections: cache of the projected positions.
     """
 
-    def make_fast(self, implementation: str, hf_compat: bool) -> None:
-        """Set what a module that has just become an object of this class is missing."""
-        self.implementation = implementation
+    def make_fast(self, hf_compat: bool) -> None:
+        """Set what a module of transformers that has just become an object of this class is missing."""
         self.hf_compat = hf_compat
         self.position_projections = PositionProjections()
         # Here and not in `forward`: a graph that is captured there cannot look into a cache.
         self._rows_by_distance = rows_by_distance(*self._table_arguments) if self.relative_attention else None
 
     def make_plain(self) -> None:
-        """Remove what :meth:`make_fast` has set."""
+        """Remove what makes the module fast, before it changes its class back."""
         for name in ("implementation", "hf_compat", "position_projections", "_rows_by_distance"):
             delattr(self, name)
 
@@ -81,8 +80,8 @@ class FastSelfAttention(nn.Module):
             Output `(batch, q_len, hidden_size)`, and weights `(batch, heads, q_len, length)` or none.
 
         Raises:
-            ValueError: for texts of length 0; if there are as many queries as keys neither given nor implied by
-                `relative_pos`; or if the implementation that was asked for cannot serve the call.
+            ValueError: for texts of length 0; if there are not as many queries as keys and no `relative_pos`; or if the
+                implementation that was asked for cannot serve the call.
         """
         if hidden_states.shape[1] == 0:
             raise ValueError("The texts of this batch have length 0; a text needs one token at least.")
@@ -155,6 +154,10 @@ class FastSelfAttention(nn.Module):
             raise ValueError(f"relative_pos has 2 to 4 dimensions, got {relative_pos.ndim}.")
         pairs = relative_pos[:, 0] if relative_pos.ndim == 4 else relative_pos
         return lambda: (pairs.to(device).long() + self.span).clamp(0, 2 * self.span - 1)
+
+    def buckets_of(self, distance: torch.Tensor) -> torch.Tensor:
+        """`relative_pos` for distances, query position minus key position, of any shape."""
+        return rows_of_pairs(distance, self._rows_by_distance) - self.span
 
     # The cache checks by itself whether it fits. What follows only frees it at once.
 

@@ -39,7 +39,8 @@ def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) 
             found.append(module)
     for module in found:
         module.__class__ = FAST_ATTENTION[type(module)]
-        module.make_fast(implementation, hf_compat)
+        module.implementation = implementation
+        module.make_fast(hf_compat)
     return found
 
 
