@@ -71,9 +71,8 @@ class DebertaEMDEncoder(FastDebertaV2Encoder):
         table = self.get_rel_embedding()
         all_hidden_states, all_attentions = [hidden_states], []
         for index, layer in enumerate(self.layer[: self.config.num_hidden_layers if num_layers is None else num_layers]):
-            hidden_states, weights = layer(
-                hidden_states, mask, rel_embeddings=table, output_attentions=output_attentions
-            )
+            # By position: reentrant checkpointing follows gradients of positional arguments only.
+            hidden_states, weights = layer(hidden_states, mask, None, None, table, output_attentions)
             if index == 0 and self.conv is not None:
                 hidden_states = self.conv(embeddings, hidden_states, token_mask)
             all_hidden_states.append(hidden_states)
@@ -351,9 +350,7 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
         steps = []
         for _ in range(2):
             if query_states.shape[1]:
-                query_states = layer(
-                    hidden_states, mask, query_states=query_states, relative_pos=relative_pos, rel_embeddings=table
-                )[0]
+                query_states = layer(hidden_states, mask, query_states, relative_pos, table)[0]
             steps.append(query_states if chosen is None else query_states[chosen])
         return tuple(steps) if output_steps else steps[-1]
 
