@@ -10,7 +10,7 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
 
 from .configuration_deberta import DebertaEMDConfig
 from .modeling_deberta import DebertaEMDForMaskedLM
@@ -45,9 +45,33 @@ _V2_ONLY = {
     "conv_groups": 1,
     "embedding_size": None,
 }
+#: arguments of heads, training and bookkeeping, which a configuration may have for any of the models
+_OTHER = (
+    "_name_or_path",
+    "architectures",
+    "cls_dropout",
+    "drop_out",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "label2id",
+    "legacy",
+    "model_type",
+    "num_labels",
+    "pooler_dropout",
+    "pooler_hidden_act",
+    "pooler_hidden_size",
+    "pooling",
+    "torch_dtype",
+    "transformers_version",
+    "vat_init_perturbation",
+    "vat_lambda",
+    "vat_learning_rate",
+    "vat_loss_fn",
+)
 
 
-def convert_official(official: StateDict, config: dict) -> Converted:
+def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
     """Convert; see :func:`hf_attn.from_official`.
 
     Args:
@@ -80,7 +104,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     return Converted(DebertaEMDForMaskedLM, DebertaEMDConfig(**arguments), state)
 
 
-def _arguments(official: StateDict, config: dict) -> dict:
+def _arguments(official: StateDict, config: OfficialArguments) -> dict:
+    config.leave(*_OTHER, "num_hidden_layers")
     arguments = {name: config[name] for name in _SAME if name in config}
     arguments |= {name: config.get(name, default) for name, default in _V2_ONLY.items()}
     heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -89,7 +114,7 @@ def _arguments(official: StateDict, config: dict) -> dict:
             f"attention_head_size {config['attention_head_size']} times {heads} heads is not hidden_size {width}: not supported."
         )
     arguments["pad_token_id"] = config.get("padding_idx", config.get("pad_token_id", 0))
-    # The generator of v3 has half the layers that its configuration, which is the discriminator's, says.
+    # Not from num_hidden_layers: the generator of v3 has half the layers of the configuration beside it, the discriminator's.
     layers = {int(match[1]) for name in official if (match := re.match(r"deberta\.encoder\.layer\.(\d+)\.", name))}
     if not layers:
         raise ConversionError("The checkpoint has no layers under deberta.encoder.layer: it is no DeBERTa.")
@@ -121,7 +146,7 @@ def _split_projections(state: dict[str, torch.Tensor], num_heads: int) -> dict[s
     return split
 
 
-def _convert_classifier(official: StateDict, config: dict, arguments: dict, fused: bool) -> Converted:
+def _convert_classifier(official: StateDict, config: OfficialArguments, arguments: dict, fused: bool) -> Converted:
     arguments |= {
         "num_labels": config.get("num_labels", official["classifier.weight"].shape[0]),
         "cls_dropout": config.get("drop_out", config.get("cls_dropout")),

@@ -138,11 +138,11 @@ class DebertaEMDModel(DebertaEMDPreTrainedModel, DebertaV2Model):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        if input_ids is not None:
-            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         given = input_ids if input_ids is not None else inputs_embeds
         if given.shape[1] == 0:
             raise ValueError("The texts of this batch have length 0; a text needs one token at least.")
+        if input_ids is not None and len(input_ids):
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         limit = self.config.max_position_embeddings
         if self.config.position_biased_input and given.shape[1] > limit:
             raise ValueError(f"A text has {given.shape[1]} tokens, and there are {limit} positions. Truncate it.")
