@@ -22,7 +22,10 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
-    "deberta-cuda": ["disentangled-flash>=1.1; platform_system == 'Linux'", "flashdeberta>=0.0.8; platform_system == 'Linux'"],
+    "deberta-cuda": [
+        "disentangled-flash>=1.1; platform_system == 'Linux'",
+        "flashdeberta>=0.0.8; platform_system == 'Linux'",
+    ],
 }
 
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

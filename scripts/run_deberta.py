@@ -50,10 +50,15 @@ class ScriptArguments:
     """What to train on what."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A DebertaEMDForMaskedLM to continue; a small one from random weights if not given."}
+        default=None,
+        metadata={"help": "A DebertaEMDForMaskedLM to continue; a small one from random weights if not given."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "Text file, a document a line, in the place of the prose."})
-    vocab_size: int = field(default=3000, metadata={"help": "Vocabulary of the tokenizer of a model from random weights."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Text file, a document a line, in the place of the prose."}
+    )
+    vocab_size: int = field(
+        default=3000, metadata={"help": "Vocabulary of the tokenizer of a model from random weights."}
+    )
     hidden_size: int = field(default=144, metadata={"help": "Width of a model from random weights."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Layers of a model from random weights."})
     block_size: int = field(default=80, metadata={"help": "Tokens of a sequence."})
@@ -136,9 +141,7 @@ def make_sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_s
         for start in range(0, len(ids), room):
             piece = ids[start : start + room]
             if len(piece) > 3:
-                sequences.append(
-                    {"input_ids": [tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]}
-                )
+                sequences.append({"input_ids": [tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]})
     return sequences
 
 
@@ -194,7 +197,9 @@ def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict
     )
     fill = pipeline("fill-mask", model=training.output_dir)
     for text in ("The list of [MASK] is empty.", "If the argument is [MASK], an exception is raised."):
-        guesses = ", ".join(repr(guess["token_str"]) for guess in fill(text.replace("[MASK]", tokenizer.mask_token))[:4])
+        guesses = ", ".join(
+            repr(guess["token_str"]) for guess in fill(text.replace("[MASK]", tokenizer.mask_token))[:4]
+        )
         print(f"{text}  ->  {guesses}")
     return metrics
 
@@ -209,7 +214,9 @@ def make_topics(arguments: ScriptArguments, tokenizer: PreTrainedTokenizerBase) 
     return [row for number, row in enumerate(rows) if number % 4], rows[::4]
 
 
-def finetune(arguments: ScriptArguments, training: PretrainingArguments, sift_lambda: float, seed: int) -> dict[str, float]:
+def finetune(
+    arguments: ScriptArguments, training: PretrainingArguments, sift_lambda: float, seed: int
+) -> dict[str, float]:
     """Fine-tune the encoder that :func:`pretrain` has saved; returns accuracy and seconds."""
     tokenizer = AutoTokenizer.from_pretrained(training.output_dir)
     train, test = make_topics(arguments, tokenizer)

@@ -82,7 +82,10 @@ class DataCollatorForNGramMasking:
                     text[position] = int(torch.randint(len(self.tokenizer), ()))
             labels.append(targets)
         batch = self.tokenizer.pad(
-            {"input_ids": texts}, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt", return_attention_mask=True
+            {"input_ids": texts},
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors="pt",
+            return_attention_mask=True,
         )
         length = batch["input_ids"].shape[1]
         before = self.tokenizer.padding_side == "left"

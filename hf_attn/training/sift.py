@@ -76,9 +76,7 @@ def find_embedding_norm(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is not exactly one `embeddings.LayerNorm`, as DeBERTa, BERT and their kin have it.
     """
-    found = [
-        module for name, module in model.named_modules() if f".{name}".endswith(".embeddings.LayerNorm")
-    ]
+    found = [module for name, module in model.named_modules() if f".{name}".endswith(".embeddings.LayerNorm")]
     if len(found) != 1:
         raise ValueError(
             f"SiFT perturbs the input of `embeddings.LayerNorm`, and {type(model).__name__} has {len(found)} of them; it "
@@ -204,7 +202,11 @@ class SiFTTrainerMixin:
     ):
         if sift_inner_loss not in _INNER_LOSSES:
             raise ValueError(f"sift_inner_loss is one of {', '.join(_INNER_LOSSES)}; got {sift_inner_loss!r}.")
-        for name, value in {"sift_lambda": sift_lambda, "sift_learning_rate": sift_learning_rate, "sift_sigma": sift_sigma}.items():
+        for name, value in {
+            "sift_lambda": sift_lambda,
+            "sift_learning_rate": sift_learning_rate,
+            "sift_sigma": sift_sigma,
+        }.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
         super().__init__(*args, **kwargs)

@@ -66,11 +66,15 @@ class DebertaEMDEncoder(FastDebertaV2Encoder):
             num_layers: how many layers to run; all if not given.
         """
         embeddings = hidden_states
-        token_mask = attention_mask if attention_mask.ndim == 2 else (attention_mask.sum(-2) > 0).to(attention_mask.dtype)
+        token_mask = (
+            attention_mask if attention_mask.ndim == 2 else (attention_mask.sum(-2) > 0).to(attention_mask.dtype)
+        )
         mask = self.get_attention_mask(attention_mask)
         table = self.get_rel_embedding()
         all_hidden_states, all_attentions = [hidden_states], []
-        for index, layer in enumerate(self.layer[: self.config.num_hidden_layers if num_layers is None else num_layers]):
+        for index, layer in enumerate(
+            self.layer[: self.config.num_hidden_layers if num_layers is None else num_layers]
+        ):
             # By position: reentrant checkpointing follows gradients of positional arguments only.
             hidden_states, weights = layer(hidden_states, mask, None, None, table, output_attentions)
             if index == 0 and self.conv is not None:
@@ -158,7 +162,9 @@ class DebertaEMDModel(DebertaEMDPreTrainedModel, DebertaV2Model):
         return self.encoder(
             embeddings,
             attention_mask,
-            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
             num_layers=num_layers,
         )
@@ -344,7 +350,9 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
             chosen = torch.arange(order.shape[1], device=order.device) < counts[:, None]
             rows = order[..., None]
             query_states = query_states.gather(1, rows.expand(-1, -1, query_states.shape[-1]))
-            relative_pos = layer.attention.self.buckets_of(rows - positions) if self.config.relative_attention else None
+            relative_pos = (
+                layer.attention.self.buckets_of(rows - positions) if self.config.relative_attention else None
+            )
             if mask is not None and mask.shape[2] > 1:
                 mask = mask.gather(2, rows[:, None].expand(-1, -1, -1, length))
         steps = []

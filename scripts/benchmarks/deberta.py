@@ -87,10 +87,10 @@ def measure_models(repeats: int, lengths, num_layers: int) -> list[dict]:
     models, rows = make_models(num_layers), []
     for length in lengths:
         ids = torch.randint(1, 1000, (1, length), generator=torch.Generator().manual_seed(0))
-        infer = {name: torch.no_grad()(lambda model=model: model(ids)) for name, model in models.items()}
+        infer = {name: torch.no_grad()(lambda model=model, ids=ids: model(ids)) for name, model in models.items()}
         rows.append(_row("model", length, 1, cpu_seconds(infer, repeats if length < 2048 else 1)))
 
-        def step(model):
+        def step(model, ids=ids):
             model.train()
             model(ids).last_hidden_state.square().mean().backward()
             model.zero_grad()
@@ -110,14 +110,23 @@ def _row(what: str, length: int, batch: int, seconds: dict[str, float], target: 
 
 
 def measure_memory(length: int) -> dict:
-    peaks = {name: run_fresh(__file__, "--peak-of", name, "--lengths", length)["peak"] for name in ("transformers", "fast")}
+    peaks = {
+        name: run_fresh(__file__, "--peak-of", name, "--lengths", length)["peak"] for name in ("transformers", "fast")
+    }
     ratio = peaks["fast"] / peaks["transformers"]
-    return {"length": length, **{f"{k} MB": v / 2**20 for k, v in peaks.items()}, "ratio": ratio, "at most": MEMORY_TARGET}
+    return {
+        "length": length,
+        **{f"{k} MB": v / 2**20 for k, v in peaks.items()},
+        "ratio": ratio,
+        "at most": MEMORY_TARGET,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("attention", "model", "memory"), nargs="*", default=["attention", "model", "memory"])
+    parser.add_argument(
+        "--part", choices=("attention", "model", "memory"), nargs="*", default=["attention", "model", "memory"]
+    )
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=9)

@@ -291,7 +291,9 @@ def test_peft(first):
         apply_fast_attention(model)
         with torch.no_grad():
             states(model, batch)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query_proj", "key_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["query_proj", "key_proj"], init_lora_weights=False)
+    )
     adapted.eval()
     if first == "adapter":
         apply_fast_attention(adapted)
@@ -386,7 +388,9 @@ def test_buckets_of_the_published_models():
 
 def test_no_deberta():
     with pytest.raises(ValueError, match="BertModel is no DeBERTa"):
-        apply_fast_attention(BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)))
+        apply_fast_attention(
+            BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+        )
 
 
 def test_patched_twice_and_removed_twice():

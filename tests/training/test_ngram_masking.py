@@ -67,7 +67,11 @@ def test_bad_input(tokenizer):
         DataCollatorForNGramMasking(tokenizer)([{"input_ids": []}])
     with pytest.raises(ValueError, match="no texts"):
         DataCollatorForNGramMasking(tokenizer)([])
-    for arguments in ({"mlm_probability": 0.0}, {"max_ngram": 0}, {"mask_replace_prob": 0.9, "random_replace_prob": 0.2}):
+    for arguments in (
+        {"mlm_probability": 0.0},
+        {"max_ngram": 0},
+        {"mask_replace_prob": 0.9, "random_replace_prob": 0.2},
+    ):
         with pytest.raises(ValueError):
             DataCollatorForNGramMasking(tokenizer, **arguments)
     unmasked = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]")

@@ -3,8 +3,15 @@
 import pytest
 import torch
 import transformers
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, DebertaV2ForTokenClassification, GPT2Config
-from transformers import GPT2ForSequenceClassification, TrainingArguments, default_data_collator
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DebertaV2ForTokenClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_attn import SiFTTrainerMixin, apply_fast_attention
 from hf_attn.training.sift import sift_loss
@@ -34,9 +41,16 @@ def train(tmp_path, model_class, labels, num_labels, trainer_class=SiFTTrainer, 
     apply_fast_attention(model)
     rows = [{"input_ids": torch.randint(1, 40, (8,)).tolist(), "labels": label} for label in labels]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", save_strategy="no", disable_tqdm=True
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
     )
-    trainer = trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator, **sift)
+    trainer = trainer_class(
+        model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=default_data_collator, **sift
+    )
     loss = trainer.train().training_loss
     return loss, trainer.evaluate()["eval_loss"], {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -86,5 +100,5 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="must not be negative"):
         train(tmp_path, *TASKS["classification"], sift_lambda=-1.0)
     gpt = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
-    with pytest.raises(ValueError, match="embeddings.LayerNorm"):
+    with pytest.raises(ValueError, match=r"embeddings\.LayerNorm"):
         SiFTTrainer(gpt, TrainingArguments(str(tmp_path), report_to="none"))

@@ -110,14 +110,14 @@ def _attend_short(query, key, value, position_key, position_query, rows, mask, s
     for block in _slices(length, SHORT_BLOCK):
         distances = slice(length - block.stop, 2 * length - 1 - block.start)
         if position_query is not None:
-            term = _diagonals(key[:, :, block] @ position_query[:, distances].transpose(-1, -2), length).transpose(2, 3)
+            term = _diagonals(key[:, :, block] @ position_query[:, distances].transpose(-1, -2), length).transpose(
+                2, 3
+            )
             if position_key is None:
                 bias[..., block] = term
             else:
                 bias[..., block] += term
-    output.copy_(
-        F.scaled_dot_product_attention(query, key, value, attn_mask=masked_out(bias, mask), scale=scaling)
-    )
+    output.copy_(F.scaled_dot_product_attention(query, key, value, attn_mask=masked_out(bias, mask), scale=scaling))
 
 
 def _diagonals(by_distance: torch.Tensor, length: int) -> torch.Tensor:
@@ -135,7 +135,9 @@ def _attend_long(query, key, value, position_key, position_query, rows, mask, sc
         queries = query[:, :, block]
         bias = None
         if position_key is not None:
-            bias = _of_queries(queries, position_key, rows[block.start : block.stop + length - 1], length).to(_wide(query))
+            bias = _of_queries(queries, position_key, rows[block.start : block.stop + length - 1], length).to(
+                _wide(query)
+            )
         if of_keys is not None:
             index = rows.unfold(0, length, 1)[block]
             term = of_keys.gather(2, index.expand(*of_keys.shape[:2], -1, -1))

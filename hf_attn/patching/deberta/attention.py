@@ -121,7 +121,9 @@ class FastSelfAttention(nn.Module):
         if relative_pos is not None:
             index = self._given_index(relative_pos, query.device)
         elif query.shape[2] != length:
-            raise ValueError(f"{query.shape[2]} queries and {length} keys need relative_pos, the distances of their pairs.")
+            raise ValueError(
+                f"{query.shape[2]} queries and {length} keys need relative_pos, the distances of their pairs."
+            )
         elif is_capturing_graph():
 
             def index():
@@ -228,7 +230,9 @@ class FastEncoder(nn.Module):
 
     def get_attention_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(batch, 1, 1, length)` of a mask of tokens, `(batch, 1, q_len, length)` of a mask of pairs."""
-        return attention_mask[:, None, None] if attention_mask.ndim <= 2 else super().get_attention_mask(attention_mask)
+        return (
+            attention_mask[:, None, None] if attention_mask.ndim <= 2 else super().get_attention_mask(attention_mask)
+        )
 
     def get_rel_pos(self, hidden_states, query_states=None, relative_pos=None):
         """What was given: without it the attention knows the distances."""

@@ -35,7 +35,9 @@ def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) 
             if unknown:
                 raise ValueError(f"pos_att_type {', '.join(unknown)} is not supported; there are {', '.join(_TERMS)}.")
             if getattr(module, "talking_head", False):
-                raise ValueError("talking_head mixes the heads of all scores, which the fast attention never has at once.")
+                raise ValueError(
+                    "talking_head mixes the heads of all scores, which the fast attention never has at once."
+                )
             found.append(module)
     for module in found:
         module.__class__ = FAST_ATTENTION[type(module)]
@@ -44,9 +46,7 @@ def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) 
     return found
 
 
-def apply_fast_attention(
-    model: nn.Module, implementation: str = "auto", hf_compat: bool = False
-) -> tuple[str, ...]:
+def apply_fast_attention(model: nn.Module, implementation: str = "auto", hf_compat: bool = False) -> tuple[str, ...]:
     """Make the attention of a DeBERTa fast, in place.
 
     Parameters and their names stay, so a saved model is an ordinary DeBERTa. The outputs of real tokens are those of

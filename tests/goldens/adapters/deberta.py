@@ -24,9 +24,7 @@ def _masked_lm(case: Case) -> dict[str, torch.Tensor]:
         way = f"@{implementation}"
         layer, base = model.deberta.encoder.layer[0], model.deberta
         with recorded({"embeddings": base.embeddings, "context": layer.attention.self}) as seen:
-            weights = model(
-                input_ids, attention_mask=mask, output_attentions=True, output_hidden_states=True
-            )
+            weights = model(input_ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
         output = model(input_ids, attention_mask=mask, labels=labels)
         losses = torch.nn.functional.cross_entropy(output.logits, labels[labels != -100], reduction="none")
         losses.sum().backward()

@@ -70,11 +70,13 @@ def test_encoder_of_a_converted_checkpoint_is_that_of_transformers(version):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
         # transformers decodes the last state, without absolute positions: quite other scores
         ours, theirs = (m(input_ids, attention_mask=mask).logits[mask.bool()] for m in (model, expected))
-        assert (ours - theirs).abs().max() > 0.5
+        assert (ours - theirs).abs().max() > 0.1 * theirs.std()
 
 
 @pytest.mark.parametrize("implementation", ("eager", "sdpa", "flex_attention"))
-@pytest.mark.parametrize("overrides", ({}, {"conv_kernel_size": 3}, {"num_hidden_layers": 1}, {"position_biased_input": True}))
+@pytest.mark.parametrize(
+    "overrides", ({}, {"conv_kernel_size": 3}, {"num_hidden_layers": 1}, {"position_biased_input": True})
+)
 def test_decoding_masked_positions_only_is_exact(implementation, overrides):
     model = make_model(**overrides)
     model.set_attn_implementation(implementation)
@@ -168,7 +170,7 @@ def test_published_sizes(variant, backbone):
 
 def test_discriminator_names_the_generator_file():
     state = official_state(3) | {"mask_predictions.dense.weight": torch.zeros(32, 32)}
-    with pytest.raises(ConversionError, match="pytorch_model.generator.bin"):
+    with pytest.raises(ConversionError, match=r"pytorch_model\.generator\.bin"):
         from_official("deberta", state, config=V3)
 
 
@@ -190,7 +192,7 @@ def test_labels_out_of_range_and_texts_too_long():
     labels[0, 1] = 99
     with pytest.raises(ValueError, match="Label 99 is no token"):
         model(input_ids, attention_mask=mask, labels=labels)
-    with pytest.raises(ValueError, match="65 tokens.*64 positions"):
+    with pytest.raises(ValueError, match=r"65 tokens.*64 positions"):
         model(torch.ones(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="length 0"):
         model(torch.zeros(1, 0, dtype=torch.long))
