@@ -15,7 +15,7 @@ BLOCK, SHORT_BLOCK = 128, 64
 #: elements of a bias that are worked on together; they should stay in the cache of a core
 CHUNK = 1 << 18
 #: longest text whose bias is made at once for each head
-SHORT = 1024
+SHORT = 512
 
 
 def dense_disentangled(
@@ -69,13 +69,13 @@ def blockwise_disentangled(
         position_key = position_key * scaling
     if position_query is not None:
         position_query = position_query * scaling
-    number_of_rows = (position_key if position_key is not None else position_query).shape[1]
-    is_short = number_of_rows == rows.shape[0] and length <= SHORT
-    if is_short:
-        attend, at_once = _attend_short, length * length
-        position_key = None if position_key is None else position_key.flip(1)
+    if length <= SHORT:
+        attend, at_once, table_rows = _attend_short, length * length, ()
+        # One row for each distance, in the order in which the tokens of a block meet them.
+        position_key = None if position_key is None else position_key.index_select(1, rows.flip(0))
+        position_query = None if position_query is None else position_query.index_select(1, rows)
     else:
-        attend, at_once = _attend_long, min(BLOCK, length) * length
+        attend, at_once, table_rows = _attend_long, min(BLOCK, length) * length, (rows,)
         # With descending keys both the row of a pair and its place in memory grow with query and key: views need that.
         key, value = key.flip(2), value.flip(2)
         attention_mask = None if attention_mask is None else attention_mask.flip(-1)
@@ -84,7 +84,7 @@ def blockwise_disentangled(
         mask = None if attention_mask is None else attention_mask[b]
         for h in _slices(heads, CHUNK // at_once):
             of_heads = (None if table is None else table[h] for table in (position_key, position_query))
-            attend(query[b, h], key[b, h], value[b, h], *of_heads, rows, mask, scaling, output[b, h])
+            attend(query[b, h], key[b, h], value[b, h], *of_heads, *table_rows, mask, scaling, output[b, h])
     return output
 
 
@@ -98,8 +98,8 @@ def _wide(query: torch.Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
 
 
-def _attend_short(query, key, value, position_key, position_query, rows, mask, scaling, output) -> None:
-    """A text in which every distance has a row of its own; the rows of position_key are in descending order here."""
+def _attend_short(query, key, value, position_key, position_query, mask, scaling, output) -> None:
+    """A short text; position_key has a row for each distance, the largest first, position_query the smallest first."""
     length = query.shape[2]
     bias = query.new_empty(*query.shape[:2], length, length, dtype=_wide(query))
     for block in _slices(length, SHORT_BLOCK):
