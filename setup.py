@@ -23,6 +23,10 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
+    "deberta-cuda": [
+        "disentangled-flash>=1.1; platform_system == 'Linux'",
+        "flashdeberta>=0.0.8; platform_system == 'Linux'",
+    ],
 }
 
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -230,6 +230,23 @@ _PAPERS = (
         arxiv="2006.03654",
         becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
         code="microsoft/DeBERTa",
+        available=True,
+        families=(
+            Family(
+                model_type="deberta_emd",
+                config="DebertaEMDConfig",
+                models={"AutoModel": "DebertaEMDModel", "AutoModelForMaskedLM": "DebertaEMDForMaskedLM"},
+                folder="deberta",
+                peft=("query_proj", "key_proj", "value_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "apply_fast_attention": "patching.deberta",
+            "remove_fast_attention": "patching.deberta",
+            "SiFTTrainerMixin": "training.sift",
+            "DataCollatorForNGramMasking": "training.ngram_masking",
+        },
     ),
     Paper(
         slug="pooling_attention",
