@@ -23,13 +23,14 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
-    "deberta-cuda": [
-        "disentangled-flash>=1.1; platform_system == 'Linux'",
-        "flashdeberta>=0.0.8; platform_system == 'Linux'",
-    ],
 }
 
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# CUDA packages, which an installation of everything on another machine cannot use
+EXTRAS["deberta-cuda"] = [
+    "disentangled-flash>=1.1; platform_system == 'Linux'",
+    "flashdeberta>=0.0.8; platform_system == 'Linux'",
+]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
 EXTRAS["test"] = (
     EXTRAS["all"]
