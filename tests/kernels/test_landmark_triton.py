@@ -4,10 +4,11 @@ They have not been run on a GPU by these tests.
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from hf_attn.kernels.triton_support import supports_landmark_triton
+from hf_attn.kernels.landmark.call import check_triton
 
 from .processes import ROOT, run_interpreted
 from .test_landmark_blockwise import make_call
@@ -42,11 +43,7 @@ def test_compiles_ahead_of_time(target, head_dim, dtype, mask, monkeypatch):
 
 
 def test_reasons_on_the_cpu():
-    inputs, arguments = make_call()
-    ok, reason = supports_landmark_triton(*inputs, **arguments)
-    assert not ok and "and they are 5 (mem_freq=4); train with mem_freq=63" in reason
-    inputs, arguments = make_call(block=16)
-    ok, reason = supports_landmark_triton(*inputs, **arguments)
-    assert not ok and "runs on a GPU" in reason
-    ok, reason = supports_landmark_triton(*inputs, **{**arguments, "dropout": 0.5})
-    assert not ok and "dropout" in reason
+    call = make_call()
+    assert "runs on a GPU" in check_triton(call).reason
+    assert call.block_size is None, "it has looked for landmarks, which waits for the device, before it had to"
+    assert "dropout" in check_triton(replace(call, dropout=0.5)).reason

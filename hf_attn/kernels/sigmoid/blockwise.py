@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .arguments import reason_not_fused
+from .call import BACKWARD_SCHEMA, FORWARD_SCHEMA, SigmoidCall, SigmoidOperands
 
 
 # Found by measurement. A block of weights stays in the L2 cache of one core (1 MiB in float32) together with the keys and
@@ -42,22 +42,15 @@ class _Blocks:
     heads of one key/value head share their products: the rows of a block are ``(position, query head of the group)``.
     """
 
-    def __init__(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        offset,
-    ):
+    def __init__(self, operands: SigmoidOperands):
+        query, key, value, attention_mask, head_bias, alibi_slopes = operands[:6]
         self.query, self.key, self.value = query, key, value
-        self.scaling, self.is_causal, self.sliding_window, self.offset = scaling, is_causal, sliding_window, offset
+        self.scaling, self.is_causal, self.sliding_window = (
+            operands.scaling,
+            operands.is_causal,
+            operands.sliding_window,
+        )
+        self.offset, bias = operands.query_offset, operands.bias
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.batch, heads, self.q_len, self.head_dim = query.shape
         self.kv_heads, self.kv_len = key.shape[1], key.shape[2]
@@ -71,7 +64,7 @@ class _Blocks:
         self.mask_blocks = {}
         self.position_masks = {}
 
-        self.has_edges = is_causal or sliding_window is not None
+        self.has_edges = operands.is_causal or operands.sliding_window is not None
         self.few_rows = few_rows = self.q_len * self.groups <= FEW_ROWS
         # Bias and key mask become further columns of query and key, so that the product already holds them.
         self.multiplies_in_bfloat16 = False
@@ -282,33 +275,11 @@ class _Blocks:
 # The inner loops accumulate into small contiguous buffers: only these go through the batched product of the BLAS library.
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise", mutates_args=())
-def _blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
-) -> torch.Tensor:
-    blocks = _Blocks(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
+@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise", mutates_args=(), schema=FORWARD_SCHEMA)
+def _blockwise(*operands) -> torch.Tensor:
+    operands = SigmoidOperands(*operands)
+    query, _, value = operands[:3]
+    blocks = _Blocks(operands)
     blocks.multiplies_in_bfloat16 = blocks.few_rows and query.dtype == torch.bfloat16
     output = _new_output(query, value)
     buffer = blocks.new_buffer()
@@ -345,34 +316,11 @@ def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise_backward", mutates_args=())
-def _blockwise_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = _Blocks(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
+@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _blockwise_backward(grad_output: torch.Tensor, *operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    operands = SigmoidOperands(*operands)
+    query, key, value = operands[:3]
+    blocks = _Blocks(operands)
     head_dim = query.shape[-1]
     grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     buffer, grad_buffer = blocks.new_buffer(), blocks.new_buffer()
@@ -399,7 +347,7 @@ def _blockwise_backward(
                 grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
                 grad_keys[:, columns].add_(torch.bmm(grad_logits.transpose(1, 2), queries[..., :head_dim]))
             target = grad_query_rows[:, :, positions]
-            target.copy_(grad_queries.mul_(scaling).view(target.shape))
+            target.copy_(grad_queries.mul_(operands.scaling).view(target.shape))
         for gradient, accumulated in ((grad_key, grad_keys), (grad_value, grad_values)):
             target = gradient[batches, heads]
             target.copy_(accumulated.view(target.shape))
@@ -412,88 +360,27 @@ def _(grad_output, query, key, value, *arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scaling, ctx.bias, ctx.is_causal, ctx.sliding_window, ctx.query_offset = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
 
 
 def _backward(ctx, grad_output):
-    gradients = _blockwise_backward(
-        grad_output,
-        *ctx.saved_tensors,
-        ctx.scaling,
-        ctx.bias,
-        ctx.is_causal,
-        ctx.sliding_window,
-        ctx.query_offset,
-    )
+    gradients = _blockwise_backward(grad_output, *ctx.saved_tensors, *ctx.numbers)
     return *gradients, *(None,) * 8
 
 
 _blockwise.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sigmoid_attention_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | None = None,
-) -> torch.Tensor:
+def sigmoid_attention_blockwise(call: SigmoidCall) -> torch.Tensor:
     """Sigmoid attention with memory linear in the sequence lengths, forward and backward, on any device.
 
-    The arguments are those of :func:`hf_attn.attention.sigmoid.sigmoid_attention_eager`; query, key and value get
-    gradients. Blocks that causality, window or mask forbid altogether are not computed.
+    Query, key and value get gradients. Blocks that causality, window or mask forbid altogether are not computed.
+
+    Args:
+        call: one that :func:`hf_attn.kernels.sigmoid.call.check_blockwise` does not refuse.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query.
     """
-    is_tensor = isinstance(bias, torch.Tensor)
-    return _blockwise(
-        query,
-        key,
-        value,
-        attention_mask,
-        bias if is_tensor else None,
-        alibi_slopes,
-        scaling,
-        0.0 if is_tensor else bias,
-        is_causal,
-        sliding_window,
-        key.shape[2] - query.shape[2] if query_offset is None else query_offset,
-    )
-
-
-def supports_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | torch.Tensor | None = None,
-    dropout: float = 0.0,
-    output_weights: bool = False,
-) -> tuple[bool, str]:
-    """Whether :func:`sigmoid_attention_blockwise` can serve a call, and if not, why."""
-    reason = reason_not_fused(
-        query,
-        key,
-        value,
-        bias=bias,
-        attention_mask=attention_mask,
-        alibi_slopes=alibi_slopes,
-        query_offset=query_offset,
-        dropout=dropout,
-        output_weights=output_weights,
-    )
-    return not reason, reason
+    return _blockwise(*call.operands())
