@@ -55,7 +55,7 @@ class AttentionFunction:
     @property
     def names(self) -> tuple[str, ...]:
         """What a user may pass as ``attn_implementation``."""
-        return (self.automatic, *map(self.name_of, self.implementations))
+        return tuple(dict.fromkeys((self.automatic, *map(self.name_of, self.implementations))))
 
     def implementation(self, name: str) -> Implementation | None:
         """The implementation that a name pins, None for the automatic one.
