@@ -103,7 +103,7 @@ class OfficialArguments(Mapping):
         return name in self._arguments
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self._arguments[name] if name in self else default
 
     def __iter__(self):
         return iter(self._arguments)
