@@ -162,6 +162,7 @@ class _ClearAttention(AttentionFunction):
 
 CLEAR = _ClearAttention(
     name="clear",
+    call=ClearCall,
     implementations=(
         Implementation("tiles", _tiles, check_tiles),
         Implementation("flex", _flex, check_flex, gpu_kernel=True),

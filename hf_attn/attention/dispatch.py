@@ -39,11 +39,13 @@ class AttentionFunction:
 
     Attributes:
         name: of the function.
-        implementations: in order of preference; the last one serves every call.
+        implementations: in order of preference; the last one serves every call, and is the specification of the others.
+        call: class of its calls.
     """
 
     name: str
     implementations: tuple[Implementation, ...]
+    call: type[AttentionCall] = AttentionCall
 
     #: what a user passes to leave the choice to this class
     automatic = "auto"

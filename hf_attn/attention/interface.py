@@ -6,8 +6,8 @@ which implementation computes it.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,20 +27,26 @@ def no_arguments(module: nn.Module, kwargs: dict) -> dict:
     return {}
 
 
+def no_fields(heads: int, kv_len: int) -> dict:
+    """The example of such a mechanism."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Mechanism(AttentionFunction):
     """An attention mechanism that models use by name.
 
     Attributes:
-        call: class of its calls.
         arguments: ``(module, keyword arguments of the call) -> further fields of the call``. Takes what it serves out of
             the keyword arguments, and so decides what is refused.
         mask_function: creates the mask in the form that the implementations take.
+        examples: name -> ``(heads, kv_len) -> further fields of a call`` with two rows; what
+            :mod:`hf_attn.attention.conformance` compares the implementations on.
     """
 
-    call: type[AttentionCall] = AttentionCall
     arguments: Callable[[nn.Module, dict], dict] = no_arguments
     mask_function: Callable = sdpa_mask
+    examples: Mapping[str, Callable[[int, int], dict]] = field(default_factory=lambda: {"plain": no_fields})
 
     @property
     def automatic(self) -> str:

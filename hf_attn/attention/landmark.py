@@ -167,4 +167,12 @@ LANDMARK = Mechanism(
     ),
     call=LandmarkCall,
     arguments=_arguments,
+    examples={
+        "plain": lambda heads, kv_len: {},
+        "regular": lambda heads, kv_len: {"is_landmark": (torch.arange(kv_len) % 6 == 5).expand(2, -1)},
+        "regular_16": lambda heads, kv_len: {"is_landmark": (torch.arange(kv_len) % 16 == 15).expand(2, -1)},
+        "anywhere": lambda heads, kv_len: {
+            "is_landmark": torch.rand(2, kv_len, generator=torch.Generator().manual_seed(5)) < 0.2
+        },
+    },
 )

@@ -176,4 +176,8 @@ SIGMOID = Mechanism(
     ),
     call=SigmoidCall,
     arguments=_arguments,
+    examples={
+        "plain": lambda heads, kv_len: {"bias": -1.5},
+        "alibi": lambda heads, kv_len: {"bias": -1.5, "alibi_slopes": torch.linspace(0.1, 0.6, heads)},
+    },
 )

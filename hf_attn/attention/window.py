@@ -85,9 +85,10 @@ class _WindowAttention(AttentionFunction):
 
 WINDOW = _WindowAttention(
     name="window",
+    call=WindowCall,
     implementations=(
         Implementation("sdpa", _sdpa),
-        Implementation("flex_attention", _flex, _check_flex),
+        Implementation("flex_attention", _flex, _check_flex, gpu_kernel=True),
         Implementation("eager", window_attention_eager),
     ),
 )
