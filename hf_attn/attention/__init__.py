@@ -10,7 +10,9 @@ from .sigmoid import SIGMOID
 MECHANISMS: tuple[Mechanism, ...] = (SIGMOID, LANDMARK)
 
 __all__ = [
+    "LANDMARK",
     "MECHANISMS",
+    "SIGMOID",
     "AttentionCall",
     "AttentionFunction",
     "Implementation",

@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.device not in range(torch.cuda.device_count()):
         raise CommandError(f"There is no GPU {options.device}; there are {torch.cuda.device_count()}, counted from 0.")
-    check(torch.device("cuda", options.device), torch.cuda.get_device_name(options.device), options.seconds)
+    if not check(torch.device("cuda", options.device), torch.cuda.get_device_name(options.device), options.seconds):
+        sys.exit(1)
 
 
 def check(device, device_name: str, seconds: float, **choice) -> bool:
