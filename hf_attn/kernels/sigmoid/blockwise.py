@@ -8,15 +8,16 @@ FlashSigmoid):
 
     dV = P^T dO;  dP = dO V^T;  dS = P (1 - P) dP;  dQ = scaling * dS K;  dK = scaling * dS^T Q
 
-Logits and sigmoid are float32 for bfloat16 and float16 input. So are the products: on CPUs without matrix units for
-these dtypes that is also the fastest way, except for the few rows of a decoding step, where converting the keys would
-take longer than the product. There the products of bfloat16 input are bfloat16, as those of the specification are.
+Logits and sigmoid are float32 for bfloat16 and float16 input. The products of bfloat16 input are bfloat16, as those of the
+specification are, on devices that have instructions for them; elsewhere they are float32, which is faster there, except for
+the few rows of a decoding step, where converting the keys would take longer than the product.
 """
 
 from collections.abc import Iterator
 
 import torch
 
+from .. import bfloat16_cpu
 from .call import BACKWARD_SCHEMA, FORWARD_SCHEMA, SigmoidCall, SigmoidOperands
 
 
@@ -66,16 +67,25 @@ class _Blocks:
 
         self.has_edges = operands.is_causal or operands.sliding_window is not None
         self.few_rows = few_rows = self.q_len * self.groups <= FEW_ROWS
+        self.multiplies_in_bfloat16 = query.dtype == torch.bfloat16 and (
+            few_rows or query.device.type != "cpu" or not bfloat16_cpu.PRODUCTS_ARE_SLOW
+        )
         # Bias and key mask become further columns of query and key, so that the product already holds them.
-        self.multiplies_in_bfloat16 = False
         has_bias = head_bias is not None or bias != 0
-        self.folds_bias = not few_rows and has_bias
-        self.folds_mask = not few_rows and self.mask is not None and self.mask.shape[1:4] == (1, 1, 1)
-        self.copies_keys = not few_rows and (self.folds_bias or self.folds_mask or self.dtype != query.dtype)
+        folds = not few_rows and not self.multiplies_in_bfloat16
+        self.folds_bias = folds and has_bias
+        self.folds_mask = folds and self.mask is not None and self.mask.shape[1:4] == (1, 1, 1)
+        self.copies_keys = folds and (self.folds_bias or self.folds_mask or self.dtype != query.dtype)
+        if self.multiplies_in_bfloat16 and head_bias is None:
+            self.bias = query.new_full((), bias, dtype=self.dtype)
 
-        self.is_plain = (
-            self.folds_bias >= has_bias and self.slopes is None and (self.mask is None or self.folds_mask)
-        ) and not self.has_edges
+        self.adds_bias = has_bias and not self.folds_bias and not self.multiplies_in_bfloat16
+        self.is_plain = not (
+            self.adds_bias
+            or self.slopes is not None
+            or (self.mask is not None and not self.folds_mask)
+            or self.has_edges
+        )
 
         rows = BLOCK_ROWS
         if self.has_edges:
@@ -126,6 +136,12 @@ class _Blocks:
     def _prepare(self):
         """Operands of the products for the current pairs; the scaling goes into the query."""
         rows = self.rows_of(self.query)
+        self.operands = {}
+        if self.multiplies_in_bfloat16:
+            self.keys, self.values = self.columns_of(self.key), self.columns_of(self.value)
+            # scaled afterwards, which saves a rounding
+            self.scaled_query = rows.reshape(len(self.keys), -1, self.head_dim)
+            return
         width = self.head_dim + self.folds_bias + self.folds_mask
         scaled = rows.new_empty(*rows.shape[:-1], width, dtype=self.dtype)
         torch.mul(rows.to(self.dtype), self.scaling, out=scaled[..., : self.head_dim])
@@ -143,12 +159,9 @@ class _Blocks:
             by_pair = keys.view(*rows.shape[:2], *keys.shape[1:])
             by_pair[..., -1] = mask.clamp_min_(torch.finfo(self.dtype).min)[:, :, 0, 0]
         self.scaled_query = scaled.view(keys.shape[0], -1, width)
-        if self.multiplies_in_bfloat16:  # scaled afterwards, which saves a rounding
-            self.scaled_query = rows.reshape(self.scaled_query.shape)
         self.keys, self.values = keys, self.columns_of(self.value)
         if not self.few_rows:
             self.values = self.values.to(self.dtype)
-        self.operands = {}
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask as a new tensor that is added to logits, ``-inf`` where masked."""
@@ -247,16 +260,18 @@ class _Blocks:
             return None
         pairs, rows, kv_len = queries.shape[0], queries.shape[1], keys.shape[1]
         weights = buffer[: pairs * rows * kv_len].view(pairs, rows, kv_len)
-        if keys.dtype == self.dtype:
-            torch.bmm(queries, keys.transpose(1, 2), out=weights)
-        else:
-            weights.copy_(torch.bmm(queries, keys.transpose(1, 2))).mul_(self.scaling)
-        if self.is_plain:
-            return weights.sigmoid_()
         by_group = weights.view(
             self.batches.stop - self.batches.start, -1, positions.stop - positions.start, self.groups, kv_len
         )
-        if not self.folds_bias:
+        if self.multiplies_in_bfloat16:
+            weights.copy_(torch.bmm(queries, keys.transpose(1, 2)))
+            bias = self.bias if self.bias.dim() == 0 else self.bias[:, self.heads]
+            torch.add(bias, by_group, alpha=self.scaling, out=by_group)
+        else:
+            torch.bmm(queries, keys.transpose(1, 2), out=weights)
+        if self.is_plain:
+            return weights.sigmoid_()
+        if self.adds_bias:
             by_group.add_(self.bias[:, self.heads] if isinstance(self.bias, torch.Tensor) else self.bias)
         if self.slopes is not None:
             slopes = self.slopes[self.batches if self.slopes.shape[0] > 1 else slice(None), self.heads]
@@ -280,7 +295,6 @@ def _blockwise(*operands) -> torch.Tensor:
     operands = SigmoidOperands(*operands)
     query, _, value = operands[:3]
     blocks = _Blocks(operands)
-    blocks.multiplies_in_bfloat16 = blocks.few_rows and query.dtype == torch.bfloat16
     output = _new_output(query, value)
     buffer = blocks.new_buffer()
     rows = blocks.block_positions * blocks.groups
@@ -323,31 +337,38 @@ def _blockwise_backward(grad_output: torch.Tensor, *operands) -> tuple[torch.Ten
     blocks = _Blocks(operands)
     head_dim = query.shape[-1]
     grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-    buffer, grad_buffer = blocks.new_buffer(), blocks.new_buffer()
+    buffer = blocks.new_buffer()
+    grad_buffer = torch.empty_like(buffer, dtype=torch.bfloat16 if blocks.multiplies_in_bfloat16 else None)
     for batches, heads in blocks.pairs():
-        grad_rows = blocks.rows_of(grad_output).to(blocks.dtype).flatten(2, 3).flatten(0, 1)
+        dtype = torch.bfloat16 if blocks.multiplies_in_bfloat16 else blocks.dtype
+        grad_rows = blocks.rows_of(grad_output).to(dtype).flatten(2, 3).flatten(0, 1)
         grad_query_rows = blocks.rows_of(grad_query)
         grad_keys = torch.zeros_like(blocks.columns_of(key), dtype=blocks.dtype)
         grad_values = torch.zeros_like(blocks.columns_of(value), dtype=blocks.dtype)
         for positions in blocks.position_blocks():
             queries = blocks.queries_of(positions)
             grad_block = grad_rows[:, positions.start * blocks.groups : positions.stop * blocks.groups]
-            grad_queries = queries.new_zeros(*queries.shape[:2], head_dim)
+            grad_queries = grad_keys.new_zeros(*queries.shape[:2], head_dim)
             for columns in blocks.column_blocks(positions):
                 keys, values = blocks.operands_of(columns)
                 weights = blocks.weights(queries, keys, positions, columns, buffer)
                 if weights is None:
                     continue
-                grad_values[:, columns].add_(torch.bmm(weights.transpose(1, 2), grad_block))
+                grad_values[:, columns].add_(torch.bmm(weights.transpose(1, 2).to(dtype), grad_block))
                 grad_weights = grad_buffer[: weights.numel()].view(weights.shape)
                 torch.bmm(grad_block, values.transpose(1, 2), out=grad_weights)
                 grad_logits = torch.ops.aten.sigmoid_backward.grad_input(
                     grad_weights, weights, grad_input=grad_weights
                 )
-                grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
+                if dtype == blocks.dtype:
+                    grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
+                else:
+                    grad_queries.add_(torch.bmm(grad_logits, keys))
                 grad_keys[:, columns].add_(torch.bmm(grad_logits.transpose(1, 2), queries[..., :head_dim]))
             target = grad_query_rows[:, :, positions]
             target.copy_(grad_queries.mul_(operands.scaling).view(target.shape))
+        if blocks.multiplies_in_bfloat16:  # else the queries were scaled
+            grad_keys.mul_(operands.scaling)
         for gradient, accumulated in ((grad_key, grad_keys), (grad_value, grad_values)):
             target = gradient[batches, heads]
             target.copy_(accumulated.view(target.shape))
