@@ -29,5 +29,7 @@ class ActivatorUpstreamTest(UpstreamImageTests, unittest.TestCase):
 class ActivatorGegluOnlyUpstreamTest(ActivatorUpstreamTest):
     """Without the MLP."""
 
+    is_further_configuration = True
+
     def get_config(self):
         return tiny_config(use_mlp=False)

@@ -26,6 +26,7 @@ class HATAbsoluteEmbeddingsUpstreamTest(UpstreamRestorationTests, unittest.TestC
     """The options that no published model uses."""
 
     model_type = "hat"
+    is_further_configuration = True
 
     def get_config(self):
         return HATConfig(
