@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attn.attention.interface import uses_attention
 from hf_attn.attention.sigmoid import SigmoidCall, sigmoid_attention_eager
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import (
@@ -187,6 +188,10 @@ def test_attention_of_another_kind_is_refused(name):
 
 
 # --- masks and positions -------------------------------------------------------------------------------------------
+
+
+def test_it_goes_through_the_attention_interface():
+    uses_attention(tiny_model("sigmoid_eager"), "sigmoid_eager")
 
 
 @pytest.mark.parametrize("position", POSITIONS)
