@@ -21,6 +21,7 @@ EXTRAS = {
     "train": ["datasets>=4", "evaluate>=0.4", "scikit-image", "scikit-learn"],
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
+    "traffic": ["pandas>=2.2", "scipy", "tables"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 

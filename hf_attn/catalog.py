@@ -479,6 +479,17 @@ _PAPERS = (
         arxiv="1911.08415",
         becomes="time-series family and forecasting pipeline",
         code="zhengchuanpan/GMAN",
+        available=True,
+        families=(
+            Family(
+                model_type="gman",
+                config="GMANConfig",
+                models={"AutoModel": "GMANModel", "AutoModelForTimeSeriesPrediction": "GMANForPrediction"},
+                peft=("q_proj", "k_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        extra="traffic",
     ),
     Paper(
         slug="oat",
@@ -539,6 +550,12 @@ TASKS = (
         auto_class="AutoModelForImageTextToText",
         type="multimodal",
         default_model=("llava-hf/llava-1.5-7b-hf", "main"),
+    ),
+    Task(
+        name="traffic-forecasting",
+        pipeline="TrafficForecastingPipeline",
+        auto_class="AutoModelForTimeSeriesPrediction",
+        type="multimodal",
     ),
 )
 
