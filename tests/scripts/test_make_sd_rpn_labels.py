@@ -192,6 +192,11 @@ def test_official_files_need_no_model(script, images, tmp_path):
         ((), "exactly one of --dataset_name, --json_file, --official_file, --question"),
         (("--question", "What?", "--dataset_name", "x"), "exactly one of"),
         (("--question", "What?"), "need --image_folder"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
+            "--max_samples must be at least 1, got 0",
+        ),
+        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
         (("--question", "What?", "--image_folder", "{images}", "--batch_size", 0), "batch_size must be at least 1"),
