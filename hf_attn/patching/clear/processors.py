@@ -38,7 +38,7 @@ class ImagePart(Protocol):
 
     num_tokens: int
 
-    def attend(self, query, key, value, *, radius, text_mask, scaling, backend) -> torch.Tensor:
+    def attend(self, query, key, value, *, radius, text_mask, scaling, attn_implementation) -> torch.Tensor:
         """CLEAR attention of the text and this part to the text and the whole image."""
 
 
@@ -62,7 +62,7 @@ class ClearProcessor(nn.Module):
     Attributes:
         radius: of the disc, in tokens.
         down_factor: side of the cells of pooled keys, 1 for none.
-        backend: name of an implementation of :func:`hf_attn.attention.clear.clear_attention`.
+        attn_implementation: name of an implementation of :func:`hf_attn.attention.clear.clear_attention`.
         replaced: the processor that was there before.
         spatial_weight: weights of the tokens of a cell `(1, 1, 1, d, 1, d, 1)`, trainable; None without pooled keys.
     """
@@ -71,9 +71,10 @@ class ClearProcessor(nn.Module):
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, radius: int, down_factor: int, backend: str, replaced: object, like: torch.Tensor):
+    def __init__(self, radius: int, down_factor: int, attn_implementation: str, replaced: object, like: torch.Tensor):
         super().__init__()
-        self.radius, self.down_factor, self.backend, self.replaced = radius, down_factor, backend, replaced
+        self.radius, self.down_factor, self.replaced = radius, down_factor, replaced
+        self.attn_implementation = attn_implementation
         weight = None
         if down_factor > 1:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
@@ -81,7 +82,9 @@ class ClearProcessor(nn.Module):
         self.register_parameter("spatial_weight", weight)
 
     def extra_repr(self) -> str:
-        return f"radius={self.radius}, down_factor={self.down_factor}, backend={self.backend!r}"
+        return (
+            f"radius={self.radius}, down_factor={self.down_factor}, attn_implementation={self.attn_implementation!r}"
+        )
 
     def forward(self) -> torch.Tensor:
         """The spatial weight. Offloading brings weights for the time of a module's `forward`, and takes them away again."""
@@ -124,7 +127,7 @@ class ClearProcessor(nn.Module):
             "radius": self.radius,
             "text_mask": text_mask if text_length else None,
             "scaling": scaling,
-            "backend": self._backend(),
+            "attn_implementation": self._implementation(),
         }
         if strip is None:
             output = clear_attention(*tokens, grid=grid, spatial_weight=spatial_weight, **arguments)
@@ -132,15 +135,15 @@ class ClearProcessor(nn.Module):
             output = strip.attend(*tokens, **arguments)
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
-    def _backend(self) -> str:
+    def _implementation(self) -> str:
         if self._attention_backend is None:
-            return self.backend
+            return self.attn_implementation
         name = getattr(self._attention_backend, "value", self._attention_backend)
         if name not in _DIFFUSERS_BACKENDS:
             raise ValueError(
                 f"The attention backend {name!r} of diffusers computes full attention. With CLEAR use "
-                f"{' or '.join(map(repr, _DIFFUSERS_BACKENDS))}, or `reset_attention_backend()` and the `backend` of "
-                "`apply_clear`."
+                f"{' or '.join(map(repr, _DIFFUSERS_BACKENDS))}, or `reset_attention_backend()` and the "
+                "`attn_implementation` of `apply_clear`."
             )
         return _DIFFUSERS_BACKENDS[name]
 

@@ -110,7 +110,7 @@ def test_weights_of_a_quantised_transformer_are_out_of_reach(tmp_path, dtype):
 def test_autocast(kind, backend):
     make, inputs = MODELS[kind]
     model, inputs = make(), inputs(23, 24, text_length=300)  # so many tokens that "auto" takes tiles
-    apply_clear(model, 3, backend=backend)
+    apply_clear(model, 3, attn_implementation=backend)
     expected = run(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         output = run(model, inputs)
