@@ -132,6 +132,8 @@ _PAPERS = (
         doors={
             "apply_sigma_reparam": "patching.sigma_reparam",
             "fold_sigma_reparam": "patching.sigma_reparam",
+            "refresh_sigma_reparam": "patching.sigma_reparam",
+            "bypassed_layers": "patching.sigma_reparam",
             "AttentionEntropyCallback": "analysis.entropy_callback",
         },
     ),

@@ -20,14 +20,14 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         config: arguments of timm's `VisionTransformer` (`img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`,
             `mlp_ratio`, `num_classes`), of `SNLinear` or `SNConv2d`, or of `SpeechTransformerBlock`.
     """
-    if "cls_token" in official:
+    if "patch_embed.proj.weight" in official:
         return _convert_vit(official, config)
     if "params.wf.kernel" in official:
         return _convert_speech_block(official, config)
     if "weight" in official:
         return _convert_layer(official, config)
     raise ConversionError(
-        "This is no official layout of sigma-reparam: neither a vision transformer (cls_token), nor a layer (weight), nor "
+        "This is no official layout of sigma-reparam: neither a vision transformer (patch_embed.proj.weight), nor a layer (weight), nor "
         "a Flax speech block (params.wf.kernel)."
     )
 
@@ -57,6 +57,9 @@ _VIT_NAMES = (
 )
 
 
+_POOLING = {"token": "token", "avg": "mean"}
+
+
 def _convert_vit(official: StateDict, arguments: dict) -> Converted:
     config = SigmaReparamViTConfig(
         image_size=arguments["img_size"],
@@ -68,8 +71,9 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         num_channels=arguments.get("in_chans", 3),
         qkv_bias=arguments.get("qkv_bias", True),
         num_labels=arguments["num_classes"],
+        use_class_token=arguments.get("class_token", True),
+        pooling=_POOLING.get(arguments.get("global_pool", "token"), arguments.get("global_pool")),
     )
-    arguments.leave("class_token", "global_pool")
     state, dropped = {}, []
     for name in official:
         if _is_duplicate(name):

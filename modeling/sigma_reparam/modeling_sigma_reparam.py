@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.beit.modeling_beit import BeitDropPath
 from transformers.models.vit.modeling_vit import (
@@ -21,7 +21,7 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.hub import HubModelMixin
@@ -43,6 +43,38 @@ class SigmaReparamViTEmbeddings(ViTEmbeddings):
             plain.in_channels, plain.out_channels, kernel_size=plain.kernel_size, stride=plain.stride
         )
         self.patch_embeddings.projection.init_multiplier = config.patch_embedding_init_multiplier
+        if not config.use_class_token:
+            self.cls_token = None
+            self.position_embeddings = nn.Parameter(self.position_embeddings.detach()[:, 1:].clone())
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """Tokens of images; without a class token those of the patches alone. Arguments as of [`ViTModel`]."""
+        if self.cls_token is not None:
+            return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        if bool_masked_pos is not None:
+            raise ValueError("This model has no mask token: bool_masked_pos is not supported.")
+        height, width = pixel_values.shape[-2:]
+        positions = self.position_embeddings
+        if (height, width) != tuple(self.image_size):
+            if not interpolate_pos_encoding:
+                raise ValueError(
+                    f"Images are {height} x {width}, and the model is for {self.image_size[0]} x {self.image_size[1]}. Resize them, "
+                    "or pass interpolate_pos_encoding=True."
+                )
+            patch = self.patch_embeddings.patch_size
+            grid, new_grid = (
+                [side // p for side, p in zip(size, patch, strict=True)] for size in (self.image_size, (height, width))
+            )
+            positions = nn.functional.interpolate(
+                positions.unflatten(1, grid).permute(0, 3, 1, 2), size=new_grid, mode="bicubic", align_corners=False
+            )
+            positions = positions.flatten(2).transpose(1, 2)
+        return self.dropout(self.patch_embeddings(pixel_values) + positions)
 
 
 class SigmaReparamViTAttention(ViTAttention):
@@ -100,6 +132,9 @@ class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        if isinstance(module, SigmaReparamViTEmbeddings) and module.cls_token is None:
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            return
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             super()._init_weights(module)
             return
@@ -153,7 +188,7 @@ class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
 
 
 class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTForImageClassification):
-    """The encoder with a classifier on its first token."""
+    """The encoder with a classifier on its class token, or on the mean of its other tokens."""
 
     def __init__(self, config: SigmaReparamViTConfig):
         ViTPreTrainedModel.__init__(self, config)
@@ -163,6 +198,35 @@ class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTF
             _linear_class(config)(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         )
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `(batch, num_channels, height, width)`, normalised.
+            labels: `(batch,)` class indices, or for regression `(batch,)` or `(batch, num_labels)`.
+            interpolate_pos_encoding: resize the position embeddings for images of another size than `image_size`.
+            attention_mask: `(batch, tokens)`, 0 for tokens that no other may see.
+        """
+        outputs = self.vit(pixel_values, interpolate_pos_encoding, attention_mask, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if self.config.pooling == "token":
+            pooled = hidden_states[:, 0]
+        else:
+            pooled = hidden_states[:, int(self.config.use_class_token) :].mean(dim=1)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 __all__ = ["SigmaReparamViTForImageClassification", "SigmaReparamViTModel", "SigmaReparamViTPreTrainedModel"]
