@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..layers import eager_attention_forward
 from .configuration import ImageRestorationConfig
 
 
@@ -112,28 +113,6 @@ def shift_mask(window_size: int, shift_size: int, last_row: bool, last_column: b
     columns = (wrapped & last_column)[None, :].expand(window_size, -1).flatten()
     apart = (rows[:, None] != rows) | (columns[:, None] != columns)
     return (apart * SHIFT_MASK_VALUE).to(like.dtype)[None, None]
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scaling Q K^T + position bias + mask) V, the specification of the windows' attention."""
-    logits = scaling * query @ key.transpose(-2, -1)
-    if position_bias is not None:
-        logits = logits + position_bias
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class WindowAttentionBase(nn.Module):
@@ -324,23 +303,6 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of an image with probability `rate` at training and scales the kept ones."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return hidden_states
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * hidden_states.new_empty(shape).bernoulli_(1 - self.rate).div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
 
 
 class PixelShuffleReconstruction(nn.Module):
