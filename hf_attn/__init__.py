@@ -8,27 +8,20 @@ it is first needed. The classes of the families, and the functions of the papers
 """
 
 from . import _moved
-from .catalog import OWN_AUTO_CLASSES, class_references
+from .catalog import public_names
 from .registration import load, register
 
 
 __version__ = "0.1.0"
 
-#: public name -> ``package.module.name``
-_PUBLIC = {
-    "PAPERS": "hf_attn.catalog.PAPERS",
-    "from_official": "hf_attn.checkpoints.official.from_official",
-    "uses_attention": "hf_attn.attention.uses_attention",
-    **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
-    **class_references(),
-}
+_REFERENCES = public_names()
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_REFERENCES]
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
-        return load(_PUBLIC[name])
+    if name in _REFERENCES:
+        return load(_REFERENCES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

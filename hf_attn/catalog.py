@@ -545,6 +545,14 @@ TASKS = (
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
 OWN_AUTO_CLASSES: dict[str, str] = {}
 
+#: what belongs to no paper: public name -> ``package.module.name``
+PACKAGE_DOORS: dict[str, str] = {
+    "PAPERS": "hf_attn.catalog.PAPERS",
+    "from_official": "hf_attn.checkpoints.official.from_official",
+    "uses_attention": "hf_attn.attention.interface.uses_attention",
+    **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
+}
+
 #: slug -> paper, in the order of the README table.
 PAPERS: dict[str, Paper] = {paper.slug: paper for paper in _PAPERS}
 
@@ -565,16 +573,23 @@ def families() -> tuple[Family, ...]:
     return tuple(family for paper in _PAPERS for family in paper.families)
 
 
-def class_references() -> dict[str, str]:
-    """Name of a class of a family, or of a door of a paper -> ``package.module.name``."""
+def paper_references(paper: Paper) -> dict[str, str]:
+    """Name of each class of the families, and of each door of a paper -> ``package.module.name``."""
     references = {}
-    for family in families():
+    for family in paper.families:
         references[family.config] = family.config_reference
         references.update({name: family.model_reference(auto_class) for auto_class, name in family.models.items()})
         references.update({name: family.processor_reference(auto) for auto, name in family.processors.items()})
-    for paper in _PAPERS:
-        references.update({name: f"hf_attn.{module}.{name}" for name, module in paper.doors.items()})
+    references.update({name: f"hf_attn.{module}.{name}" for name, module in paper.doors.items()})
     return references
+
+
+def public_names() -> dict[str, str]:
+    """Everything that can be imported from ``hf_attn`` -> ``package.module.name``."""
+    names = dict(PACKAGE_DOORS)
+    for paper in _PAPERS:
+        names.update(paper_references(paper))
+    return names
 
 
 def find_family(model_type: str) -> tuple[Paper, Family]:
