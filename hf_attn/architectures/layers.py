@@ -1,6 +1,6 @@
 """Layers that several families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -109,6 +109,19 @@ class ChannelsLastDepthwiseConv(nn.Conv2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def refuse_free_size_in_export(sides: Iterable[int], reason: str) -> None:
+    """Raise `ValueError` where a model that depends on the size of the image is exported with a size left free.
+
+    Args:
+        sides: height and width of the map; symbols if they are free.
+        reason: why the exported graph would be of one size only, as a sentence.
+    """
+    if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in sides):
+        raise ValueError(
+            f"This model cannot be exported with a free height and width. {reason} Export it for one size."
+        )
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:

@@ -31,6 +31,7 @@ from hf_attn.architectures.layers import (
     check_pixel_values,
     eager_attention_forward,
     make_layer_scale,
+    refuse_free_size_in_export,
     scaled,
 )
 from hf_attn.architectures.staged_vision.modeling import (
@@ -199,11 +200,11 @@ class BiFormerRoutingAttention(BiFormerAttention):
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         if self.config.layout != "stl_nchw":
             return to_regions(hidden_states, region_size).mean(dim=1).unflatten(0, (-1, self.n_win**2))
-        if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in region_size):
-            raise ValueError(
-                "The layout 'stl_nchw' cannot be exported with a free height and width: its regions are means over windows "
-                "whose size follows the image, and an exported pooling has a constant window. Export it for one size."
-            )
+        refuse_free_size_in_export(
+            region_size,
+            "In the layout 'stl_nchw' regions are means over windows whose size follows the image, and an exported pooling has "
+            "a constant window.",
+        )
         means = nn.functional.avg_pool2d(
             hidden_states.permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
         )

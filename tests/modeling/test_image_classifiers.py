@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, AutoModelForImageToImage
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin, image_processor_for
 from hf_attn.catalog import families
@@ -76,6 +76,22 @@ def test_greyscale_images(model_type):
     pixel_values = image_processor_for(config)(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (1, 1, config.image_size, config.image_size)
     assert torch.isfinite(model(pixel_values).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [("biformer", {"layout": "stl_nchw", "topks": [1, 3, -1], "before_attn_dwconv": 0}), ("hat", {}), ("drct", {})],
+)
+def test_what_depends_on_the_size_is_not_exported_with_a_free_size(model_type, overrides):
+    config = tiny_config(model_type, **overrides)
+    main_class = AutoModelForImageClassification if model_type == "biformer" else AutoModelForImageToImage
+    model = main_class.from_config(config).eval()
+    free = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    images = torch.randn(1, 3, 64, 96)
+    with pytest.raises(
+        Exception, match=r"cannot be exported with a free height and width\. .* Export it for one size"
+    ):
+        torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": free}, strict=False)
 
 
 #: family -> (the size to trace with, three others)

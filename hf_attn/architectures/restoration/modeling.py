@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.hub import HubModelMixin
 
-from ..layers import check_pixel_values, drop_path_rates
+from ..layers import check_pixel_values, drop_path_rates, refuse_free_size_in_export
 from .configuration import ImageRestorationConfig
 from .layers import PixelShuffleReconstruction, WindowAttentionBase, pad_to_multiple
 
@@ -130,6 +130,9 @@ class ImageRestorationModelMixin:
             `(batch_size * windows, num_heads, window_size**2, key_length)`.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
+        refuse_free_size_in_export(
+            pixel_values.shape[2:], "How its map is cut into shifted windows depends on the size of the image."
+        )
         pixel_values = pad_to_multiple(pixel_values, self._padded_multiple(pixel_values))
         mean = image_mean(self.config, pixel_values)
         pixel_values = (pixel_values - mean) * self.config.img_range
