@@ -3,7 +3,7 @@
 import re
 
 from hf_attn.architectures.imaging import published_labels
-from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
 
 from .configuration_biformer import NUM_FULL_ATTENTION_HEADS, BiFormerConfig
 from .modeling_biformer import (
@@ -79,7 +79,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     return Converted(BiFormerBackbone if is_backbone else BiFormerForImageClassification, family_config, state)
 
 
-def _convert_attention(official: StateDict, config: dict) -> Converted:
+def _convert_attention(official: StateDict, config: OfficialArguments) -> Converted:
     """Convert an attention module by itself; ours take maps whose channels are last."""
     _refuse(config)
     weight = official[next(name for name in _ATTENTION if name in official)]
@@ -94,6 +94,9 @@ def _convert_attention(official: StateDict, config: dict) -> Converted:
                 f"Full attention has {NUM_FULL_ATTENTION_HEADS} heads in every BiFormer, got num_heads={num_heads}."
             )
         topk = -1 if is_nchw or "lepe.weight" not in official else -2
+    side_dwconv = official["lepe.weight"].shape[-1] if "lepe.weight" in official else 0
+    config.agree(side_dwconv=side_dwconv, qkv_bias=not is_full)
+    config.leave("attn_backend", "attn_drop", "proj_drop")
     mode = config.get("kv_downsample_mode", "identity")
     family_config = BiFormerConfig(
         layout="stl_nchw" if is_nchw else "biformer",
@@ -104,7 +107,7 @@ def _convert_attention(official: StateDict, config: dict) -> Converted:
         topks=[topk],
         head_dim=qk_dim // num_heads,
         qk_dims=[qk_dim],
-        side_dwconv=official["lepe.weight"].shape[-1] if "lepe.weight" in official else 0,
+        side_dwconv=side_dwconv,
         auto_pad=config.get("auto_pad", False),
         kv_pool=None if mode == "identity" else mode,
         kv_per_wins=[config.get("kv_per_win", 4)],

@@ -74,7 +74,7 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         qkv_bias=arguments.get("qkv_bias", True),
         num_labels=arguments["num_classes"],
     )
-    arguments.leave("class_token", "global_pool")
+    arguments.agree(class_token="cls_token" in official)
     state, dropped = {}, []
     for name in official:
         if _is_duplicate(name):
