@@ -166,12 +166,15 @@ def _config(official: StateDict, config: dict) -> BiFormerConfig:
     if "downsample_layers.0.0.weight" not in official:
         raise ConversionError("This is no checkpoint of BiFormer: it has no downsample_layers.0.0.weight.")
     layout = _layout(official)
-    labels = published_labels(official["head.weight"].shape[0] if "head.weight" in official else 0)
+    num_labels = official["head.weight"].shape[0] if "head.weight" in official else 0
+    labels = published_labels(num_labels)
     if not config:
         return BiFormerConfig.from_variant(_variant(official, layout), **labels)
     _refuse(config)
 
-    config.agree(num_classes=labels.get("num_labels", config.get("num_classes")))
+    if "extra_norms.0.weight" not in official:
+        config.agree(num_classes=num_labels)
+    config.leave("num_classes")
     # The norms are those of the layout; representation_size is not used by the official code.
     config.leave("norm_layer", "qk_scale", "use_checkpoint_stages", "representation_size", "pretrained")
     # Pooling is an option of the first layout, where it is on by default.

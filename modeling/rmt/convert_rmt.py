@@ -136,7 +136,7 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
         in_chans=num_channels, embed_dims=hidden_sizes, depths=depths, mlp_ratios=mlp_ratios, layerscales=layerscales
     )
     if is_classifier:
-        config.agree(num_classes=official["head.weight"].shape[0], projection=official["proj.weight"].shape[0])
+        config.agree(num_classes=num_labels, projection=official["proj.weight"].shape[0])
     # Switches of the training, and the options of dense prediction, whose weights say the same.
     config.leave(
         "num_classes", "projection", "norm_layer", "use_checkpoints", "patch_norm", "token_label", "out_indices"
