@@ -35,6 +35,7 @@ from hf_attn.attention.family import OwnAttentionMixin
 from hf_attn.attention.landmark import LANDMARK
 from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
+from hf_attn.kernels.landmark.call import landmark_block_size
 
 from .cache import LandmarkCache
 from .configuration_landmark import LandmarkConfig
@@ -359,6 +360,10 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
                 position_ids=position_ids,
             )
 
+        # Found out once for all layers: it waits for the device.
+        block_size = None
+        if not torch.compiler.is_compiling():
+            block_size = landmark_block_size(keys_are_landmarks, keys_are_landmarks.shape[1])
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for decoder_layer in self.layers:
@@ -366,6 +371,7 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 is_landmark=keys_are_landmarks,
+                landmark_block_size=block_size,
                 attention_mask=mask,
                 memory=memory,
                 **kwargs,

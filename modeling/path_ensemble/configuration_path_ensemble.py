@@ -14,7 +14,7 @@ from hf_attn.hub import HubConfigMixin
 
 
 @strict
-class PathEnsembleConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, ViTConfig):
+class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin, ViTConfig):
     r"""Configuration of a [`PathEnsembleForImageClassification`] (arXiv 2308.06548).
 
     Args:

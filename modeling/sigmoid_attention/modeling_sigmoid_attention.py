@@ -27,7 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.attention.family import OwnAttentionMixin
-from hf_attn.attention.sigmoid import SIGMOID, alibi_slopes, sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SIGMOID, SigmoidCall, alibi_slopes, sigmoid_attention_eager
 from hf_attn.hub import HubModelMixin
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
@@ -409,7 +409,7 @@ class SigmoidCrossAttention(nn.Module):
             query, key = self._rotate(query), self._rotate(key)
         mask = None if key_mask is None else key_mask[:, None, None, :].bool()
         output, weights = sigmoid_attention_eager(
-            query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask
+            SigmoidCall(query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask)
         )
         return self.o_proj(output.transpose(1, 2).flatten(-2)), weights
 
