@@ -6,6 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.ranges import COUNT, FINITE, POSITIVE, RATE, SIZE, Range
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -68,15 +69,35 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         "gman_port_1": {"num_hidden_layers": 1, **_PORT},
         "gman_port_3": {"num_hidden_layers": 3, **_PORT},
         "gman_port_5": {"num_hidden_layers": 5, **_PORT},
-        "tiny": {
-            "num_nodes": 6,
-            "context_length": 5,
-            "prediction_length": 4,
-            "steps_per_day": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "head_dim": 4,
-        },
+    }
+    tiny = {
+        "num_nodes": 6,
+        "context_length": 5,
+        "prediction_length": 4,
+        "steps_per_day": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+    }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "num_nodes",
+                "context_length",
+                "prediction_length",
+                "steps_per_day",
+                "group_size",
+                "spatial_embedding_dim",
+            ),
+            SIZE,
+        ),
+        "output_dropout": RATE,
+        "attention_scaling": POSITIVE,
+        "attention_output_layers": COUNT,
+        "batch_norm_momentum": Range(above=0, at_most=1),
+        "value_mean": FINITE,
+        "value_std": POSITIVE,
+        "null_value": FINITE,
     }
 
     num_nodes: int = 325
