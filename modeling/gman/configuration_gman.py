@@ -135,17 +135,6 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        for name in (
-            "context_length",
-            "prediction_length",
-            "steps_per_day",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "head_dim",
-            "spatial_embedding_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.num_nodes < 2:
             raise ValueError(
                 f"num_nodes must be at least 2, because the sensors are normalised as a batch; got {self.num_nodes}."
@@ -157,8 +146,6 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
                 f"group_size must be between 1 and num_nodes ({self.num_nodes}), got {self.group_size}. Without groups it "
                 "is None."
             )
-        if self.value_std <= 0:
-            raise ValueError(f"value_std must be positive, got {self.value_std}.")
         if self.sensor_ids is not None:
             if len(self.sensor_ids) != self.num_nodes:
                 raise ValueError(f"{len(self.sensor_ids)} sensor_ids were given for num_nodes={self.num_nodes}.")

@@ -159,8 +159,6 @@ class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             raise ValueError(
                 f"position_encoding must be one of {', '.join(POSITION_ENCODINGS)}, got {self.position_encoding!r}."
             )
-        if self.position_sigma <= 0:
-            raise ValueError(f"position_sigma must be positive, got {self.position_sigma}.")
         if min(self.crop_height, self.crop_width) < self.smallest_crop:
             raise ValueError(
                 f"Images of {self.crop_height} x {self.crop_width} are too small for the object encoder, which needs at least "
