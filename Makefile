@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format docs quickstart clean
+.PHONY: help install test test-lowest lint format docs quickstart clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## create .venv with the package (editable) and every extra
 
@@ -27,6 +27,12 @@ $(INSTALLED): setup.py pyproject.toml Makefile
 test: $(INSTALLED) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# The lowest version of transformers that setup.py allows, beside the newest in .venv; what can tell them apart is run.
+LOWEST := 5.23.0
+test-lowest: $(INSTALLED) ## run the tests of registration, Hub, generation and goldens on the lowest supported transformers
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
+	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_registration.py tests/test_hub.py tests/goldens tests/attention tests/modeling/echo_att tests/modeling/landmark tests/modeling/sigmoid_attention $(ARGS)
+
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,7 +41,7 @@ format: $(INSTALLED) ## apply style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write the table of papers in README.md from the catalogue
+docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue, and build the site into build/site
 	$(BIN)/python scripts/make_docs.py
 
 quickstart: $(INSTALLED) ## distil SmolLM2-135M into an EchoAtt model, end to end, into outputs/quickstart

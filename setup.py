@@ -23,21 +23,27 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
+
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = EXTRAS["all"] + [
-    "onnx>=1.23",
-    "onnxruntime>=1.32",
-    "onnxscript>=0.7",
-    "parameterized",
-    "pytest",
-    "pytest-xdist",
-    "ruff>=0.17,<0.18",
-    "scikit-image",
-    "setuptools>=77",
-    "spandrel",
-    "timm",
-    "wheel",
-]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
+EXTRAS["test"] = (
+    EXTRAS["all"]
+    + EXTRAS["docs"]
+    + [
+        "onnx>=1.23",
+        "onnxruntime>=1.32",
+        "onnxscript>=0.7",
+        "parameterized",
+        "pytest",
+        "pytest-xdist",
+        "ruff>=0.17,<0.18",
+        "scikit-image",
+        "setuptools>=77",
+        "spandrel",
+        "timm",
+        "wheel",
+    ]
+)
 
 
 def packages() -> list[str]:

@@ -1,11 +1,11 @@
 """The catalogue: one declarative entry for each paper, plain data, imported by everything and importing nothing heavy.
 
-Registration, conversion, Hub stubs, PEFT defaults, the command line, the README table and the test battery are all
-driven by it. A class is named by the convention of the package, ``hf_attn.modeling.<folder>.modeling_<folder>.<Class>``
-and ``hf_attn.modeling.<folder>.configuration_<folder>.<Class>``, and is imported only when somebody needs it.
+Registration, conversion, Hub stubs, PEFT defaults, the command line, the documentation and the test battery are all
+driven by it. A class is named by the convention of the package: ``hf_attn.modeling.<folder>.<kind>_<folder>.<Class>``,
+where the kind is ``configuration``, ``modeling`` or ``processing``. It is imported only when somebody needs it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,14 @@ class Family:
     Attributes:
         model_type: the key in ``config.json``.
         config: name of the configuration class.
-        models: name of the Auto class -> name of the model class.
+        models: name of the Auto class -> name of the model class. A name that transformers does not have
+            (``AutoModelForScanpathPrediction``) becomes an Auto class of this package.
         folder: folder in ``modeling/``; defaults to the model type.
         peft: PEFT defaults: the transformers model type whose target modules fit this family as well, or the names
             of the linear layers to adapt.
+        processors: name of the Auto class (``AutoProcessor``, ``AutoImageProcessor``, ``AutoFeatureExtractor``,
+            ``AutoTokenizer``) -> name of the class in ``processing_<folder>``.
+        compares: whether the family, a causal language model, takes part in ``hf-attn compare``.
     """
 
     model_type: str
@@ -26,15 +30,22 @@ class Family:
     models: dict[str, str]
     folder: str = ""
     peft: str | tuple[str, ...] = ()
+    processors: dict[str, str] = field(default_factory=dict)
+    compares: bool = False
+
+    def _reference(self, kind: str, name: str) -> str:
+        folder = self.folder or self.model_type
+        return f"hf_attn.modeling.{folder}.{kind}_{folder}.{name}"
 
     @property
     def config_reference(self) -> str:
-        folder = self.folder or self.model_type
-        return f"hf_attn.modeling.{folder}.configuration_{folder}.{self.config}"
+        return self._reference("configuration", self.config)
 
     def model_reference(self, auto_class: str) -> str:
-        folder = self.folder or self.model_type
-        return f"hf_attn.modeling.{folder}.modeling_{folder}.{self.models[auto_class]}"
+        return self._reference("modeling", self.models[auto_class])
+
+    def processor_reference(self, auto_class: str) -> str:
+        return self._reference("processing", self.processors[auto_class])
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,10 @@ class Paper:
         available: whether it can be used; everything else in the entry is empty until it can.
         families: configuration/model pairs.
         attention: names for ``attn_implementation``.
-        converter: whether :func:`hf_attn.conversion.from_official` reads the official checkpoints.
+        converter: whether :func:`hf_attn.from_official` reads the official checkpoints.
+        doors: public functions and classes of the paper, beside its families: name -> module below ``hf_attn``.
+        extra: extra of the package that the paper needs.
+        note: what a user has to know about the paper itself, such as a withdrawal.
     """
 
     slug: str
@@ -62,6 +76,9 @@ class Paper:
     families: tuple[Family, ...] = ()
     attention: tuple[str, ...] = ()
     converter: bool = False
+    doors: dict[str, str] = field(default_factory=dict)
+    extra: str = ""
+    note: str = ""
 
     @property
     def status(self) -> str:
@@ -86,6 +103,7 @@ _PAPERS = (
                 config="SigmoidAttentionConfig",
                 models={"AutoModel": "SigmoidAttentionModel", "AutoModelForCausalLM": "SigmoidAttentionForCausalLM"},
                 peft="llama",
+                compares=True,
             ),
         ),
         attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
@@ -111,6 +129,11 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={
+            "apply_sigma_reparam": "patching.sigma_reparam",
+            "fold_sigma_reparam": "patching.sigma_reparam",
+            "AttentionEntropyCallback": "analysis.entropy_callback",
+        },
     ),
     Paper(
         slug="landmark",
@@ -125,10 +148,15 @@ _PAPERS = (
                 config="LandmarkConfig",
                 models={"AutoModel": "LandmarkModel", "AutoModelForCausalLM": "LandmarkForCausalLM"},
                 peft="llama",
+                compares=True,
             ),
         ),
         attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
         converter=True,
+        doors={
+            "passkey_test": "analysis.passkey",
+            "plot_reading": "modeling.landmark.reading",
+        },
     ),
     Paper(
         slug="echo_att",
@@ -142,9 +170,14 @@ _PAPERS = (
                 config="EchoAttConfig",
                 models={"AutoModel": "EchoAttModel", "AutoModelForCausalLM": "EchoAttForCausalLM"},
                 peft="llama",
+                compares=True,
             ),
         ),
         converter=True,
+        doors={
+            "attention_similarity": "analysis.similarity",
+            "AttentionSimilarity": "analysis.similarity",
+        },
     ),
     Paper(
         slug="deconstructing_attention",
@@ -232,6 +265,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="shvit",
@@ -253,6 +287,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="biformer",
@@ -274,6 +309,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="rmt",
@@ -295,6 +331,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="ninformer",
@@ -315,6 +352,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="activator",
@@ -335,6 +373,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="path_ensemble",
@@ -354,6 +393,11 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={
+            "path_scores": "analysis.path_scores",
+            "PathScores": "analysis.path_scores",
+        },
+        extra="vision",
     ),
     Paper(
         slug="hat",
@@ -371,6 +415,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="drct",
@@ -388,6 +433,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        extra="vision",
     ),
     Paper(
         slug="clear",
@@ -396,6 +442,15 @@ _PAPERS = (
         becomes="attention processors for FLUX and SD3 of diffusers, distillation, high resolutions, several processes",
         code="Huage001/CLEAR",
         available=True,
+        doors={
+            "apply_clear": "patching.clear",
+            "remove_clear": "patching.clear",
+            "clear_parallel": "patching.clear.parallel",
+            "load_clear_weights": "patching.clear.weights",
+            "save_clear_weights": "patching.clear.weights",
+            "generate_high_resolution": "patching.clear.high_resolution",
+        },
+        extra="diffusers",
     ),
     Paper(
         slug="sd_rpn",
@@ -413,6 +468,10 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={
+            "SdRpnGenerator": "modeling.sd_rpn.generation",
+        },
+        extra="vision",
     ),
     Paper(
         slug="gman",
@@ -483,6 +542,17 @@ TASKS = (
     ),
 )
 
+#: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
+OWN_AUTO_CLASSES: dict[str, str] = {}
+
+#: what belongs to no paper: public name -> ``package.module.name``
+PACKAGE_DOORS: dict[str, str] = {
+    "PAPERS": "hf_attn.catalog.PAPERS",
+    "from_official": "hf_attn.checkpoints.official.from_official",
+    "uses_attention": "hf_attn.attention.interface.uses_attention",
+    **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
+}
+
 #: slug -> paper, in the order of the README table.
 PAPERS: dict[str, Paper] = {paper.slug: paper for paper in _PAPERS}
 
@@ -503,13 +573,23 @@ def families() -> tuple[Family, ...]:
     return tuple(family for paper in _PAPERS for family in paper.families)
 
 
-def class_references() -> dict[str, str]:
-    """Name of a configuration or model class -> ``package.module.Class``."""
+def paper_references(paper: Paper) -> dict[str, str]:
+    """Name of each class of the families, and of each door of a paper -> ``package.module.name``."""
     references = {}
-    for family in families():
+    for family in paper.families:
         references[family.config] = family.config_reference
         references.update({name: family.model_reference(auto_class) for auto_class, name in family.models.items()})
+        references.update({name: family.processor_reference(auto) for auto, name in family.processors.items()})
+    references.update({name: f"hf_attn.{module}.{name}" for name, module in paper.doors.items()})
     return references
+
+
+def public_names() -> dict[str, str]:
+    """Everything that can be imported from ``hf_attn`` -> ``package.module.name``."""
+    names = dict(PACKAGE_DOORS)
+    for paper in _PAPERS:
+        names.update(paper_references(paper))
+    return names
 
 
 def find_family(model_type: str) -> tuple[Paper, Family]:

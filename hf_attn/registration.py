@@ -8,13 +8,13 @@ transformers' own ``register`` methods take classes, and so would import every m
 up. ``_extra_content`` is the one private name of transformers that registration leans on.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 from ._import_hooks import when_imported
-from .catalog import TASKS, families
+from .catalog import OWN_AUTO_CLASSES, TASKS, families
 
 
 def load(reference: str) -> type:
@@ -34,19 +34,27 @@ class LazyContent(dict):
         content: entries that exist already.
         references: key -> ``package.module.Class``.
         keys_are_classes: whether the keys are such references too (model mappings are keyed by config class).
+        as_value: makes the value of an entry of its class; the class itself if not given.
     """
 
-    def __init__(self, content: dict, references: dict[str, str], keys_are_classes: bool):
+    def __init__(
+        self,
+        content: dict,
+        references: dict[str, str],
+        keys_are_classes: bool,
+        as_value: Callable[[type], object] | None = None,
+    ):
         super().__init__(content)
         self._references = dict(references)
         self._keys_are_classes = keys_are_classes
+        self._as_value = as_value or (lambda found: found)
 
     def _resolve(self, name: str) -> None:
         reference = self._references.get(name)
         if reference is None:  # another thread was faster
             return
         key = load(name) if self._keys_are_classes else name
-        super().setdefault(key, load(reference))
+        super().setdefault(key, self._as_value(load(reference)))
         self._references.pop(name, None)
 
     def _resolve_all(self) -> None:
@@ -92,13 +100,13 @@ class LazyContent(dict):
         return super().items()
 
 
-def _fill(mapping, references: dict[str, str], keys_are_classes: bool) -> None:
+def _fill(mapping, references: dict[str, str], keys_are_classes: bool = True, as_value=None) -> None:
     if not isinstance(getattr(mapping, "_extra_content", None), dict):
         raise RuntimeError(
             "hf_attn cannot register its families: this version of transformers keeps registered classes elsewhere than "
             "in `_extra_content`. Install the version range that hf_attn asks for (see its requirements)."
         )
-    mapping._extra_content = LazyContent(mapping._extra_content, references, keys_are_classes)
+    mapping._extra_content = LazyContent(mapping._extra_content, references, keys_are_classes, as_value)
 
 
 def _register_configs(module: ModuleType) -> None:
@@ -109,14 +117,36 @@ def _register_configs(module: ModuleType) -> None:
     )
 
 
+def fill_model_mapping(auto_class: type) -> None:
+    """Register with an Auto class the models of all families that name it."""
+    name = auto_class.__name__
+    references = {
+        family.config_reference: family.model_reference(name) for family in families() if name in family.models
+    }
+    _fill(auto_class._model_mapping, references)
+
+
 def _register_models(module: ModuleType) -> None:
-    for auto_class in sorted({name for family in families() for name in family.models}):
+    for name in sorted({name for family in families() for name in family.models} - set(OWN_AUTO_CLASSES)):
+        fill_model_mapping(getattr(module, name))
+
+
+def _by_backend(image_processor_class: type) -> dict[str, type]:
+    from transformers.image_processing_backends import PilBackend
+
+    return {"pil" if issubclass(image_processor_class, PilBackend) else "torchvision": image_processor_class}
+
+
+def _register_processors(auto_class: str, mapping: str, as_value=None) -> Callable[[ModuleType], None]:
+    def register_processors(module: ModuleType) -> None:
         references = {
-            family.config_reference: family.model_reference(auto_class)
+            family.config_reference: family.processor_reference(auto_class)
             for family in families()
-            if auto_class in family.models
+            if auto_class in family.processors
         }
-        _fill(getattr(module, auto_class)._model_mapping, references, keys_are_classes=True)
+        _fill(getattr(module, mapping), references, as_value=as_value)
+
+    return register_processors
 
 
 def _register_attention(module: ModuleType) -> None:
@@ -134,7 +164,8 @@ def _register_attention(module: ModuleType) -> None:
 def _register_pipelines(module: ModuleType) -> None:
     # `register_pipeline` takes a class, and marks it as code that has to travel with every saved pipeline.
     for task in TASKS:
-        entry = {"impl": task.pipeline_reference, "pt": (load(f"transformers.{task.auto_class}"),), "type": task.type}
+        package = "hf_attn.auto" if task.auto_class in OWN_AUTO_CLASSES else "transformers"
+        entry = {"impl": task.pipeline_reference, "pt": (load(f"{package}.{task.auto_class}"),), "type": task.type}
         if task.default_model is not None:
             entry["default"] = {"model": task.default_model}
         module.PIPELINE_REGISTRY.supported_tasks[task.name] = entry
@@ -160,7 +191,7 @@ def _register_peft_targets(module: ModuleType) -> None:
 
 
 def _register_sigma_reparam_loading(module: ModuleType) -> None:
-    from .patching.sigma_reparam_loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
+    from .patching.sigma_reparam.loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
 
     module.register_quantization_config(METHOD)(SigmaReparamLoading)
     module.register_quantizer(METHOD)(SigmaReparamLoader)
@@ -171,6 +202,16 @@ def register() -> None:
     """Register everything in the catalogue, by ``import hf_attn``; a reload does not do it again."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
+    auto = "transformers.models.auto"
+    when_imported(f"{auto}.processing_auto", _register_processors("AutoProcessor", "PROCESSOR_MAPPING"))
+    when_imported(
+        f"{auto}.image_processing_auto",
+        _register_processors("AutoImageProcessor", "IMAGE_PROCESSOR_MAPPING", _by_backend),
+    )
+    when_imported(
+        f"{auto}.feature_extraction_auto", _register_processors("AutoFeatureExtractor", "FEATURE_EXTRACTOR_MAPPING")
+    )
+    when_imported(f"{auto}.tokenization_auto", _register_processors("AutoTokenizer", "TOKENIZER_MAPPING"))
     when_imported("transformers.modeling_utils", _register_attention)
     when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
     when_imported("transformers.pipelines", _register_pipelines)

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import GenerationConfig, Pipeline
 
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import FocusedAnswer, SdRpnGenerator
+from hf_attn.modeling.sd_rpn.generation import FocusedAnswer, SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
-from hf_attn.modeling.sd_rpn.prompts_sd_rpn import is_chat
+from hf_attn.modeling.sd_rpn.prompts import is_chat
 
 
 class FocusedImageTextToTextPipeline(Pipeline):
@@ -26,7 +26,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
     given too.
 
     Each result is a dictionary: `input_text`; `generated_text`, without the prompt, a list if `num_return_sequences` asks
-    for several; and `images`, a [`~hf_attn.modeling.sd_rpn.generation_sd_rpn.FocusedImage`] with the RoI map, the boxes and
+    for several; and `images`, a [`~hf_attn.modeling.sd_rpn.generation.FocusedImage`] with the RoI map, the boxes and
     the crops for each image.
 
     Parameters, for the call or the constructor:

@@ -6,8 +6,9 @@ import torch
 from transformers import Pipeline
 from transformers.utils import logging
 
-from hf_attn.restoration import memory, tiling
-from hf_attn.restoration.configuration import ImageRestorationConfig
+from hf_attn.architectures.restoration import memory
+from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
+from hf_attn.restoration import tiling
 from hf_attn.restoration.images import DecodedImage, decode_image, encode_image, resize_alpha
 
 

@@ -37,17 +37,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from hf_attn.output_folder import OutputFolderError, claim_output_folder
 from hf_attn.patching.clear import apply_clear
-from hf_attn.patching.clear_distillation import (
+from hf_attn.patching.clear.distillation import (
     ClearDistillation,
     ClearDistillationOutput,
     compared_attention,
     freeze_for_distillation,
 )
-from hf_attn.patching.clear_distillation_data import SampleFolder, generate_samples
-from hf_attn.patching.clear_example import DIRECTIONS, PIXELS_OF_A_TOKEN, tiny_flux_pipeline, train_tiny_flux
-from hf_attn.patching.clear_weights import save_clear_weights
+from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
+from hf_attn.patching.clear.example import DIRECTIONS, PIXELS_OF_A_TOKEN, tiny_flux_pipeline, train_tiny_flux
+from hf_attn.patching.clear.weights import save_clear_weights
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
 @dataclass

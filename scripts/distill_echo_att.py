@@ -40,12 +40,12 @@ from transformers import (
 )
 
 from hf_attn.analysis import attention_similarity
-from hf_attn.assets import read_texts, smollm2_folder, token_blocks
+from hf_attn.examples.assets import read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer, check_teacher
+from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer, check_teacher
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-from hf_attn.output_folder import OutputFolderError, claim_output_folder
-from hf_attn.staged_training import train_stage
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training.stages import train_stage
 
 
 @dataclass

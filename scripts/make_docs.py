@@ -1,20 +1,43 @@
-"""Write the table of papers in README.md from the catalogue (`make docs`)."""
+"""Write what README.md and docs/ take from the catalogue, and build the site with mkdocs.
 
+python scripts/make_docs.py            # write, then build into build/site
+python scripts/make_docs.py --no-build # write only
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from hf_attn.catalog import PAPERS
+from hf_attn.catalog import PACKAGE_DOORS, PAPERS, Paper, paper_references
 
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
 
 
-def papers_table() -> str:
-    """The catalogue as a Markdown table, available papers first."""
-    lines = ["| | paper | becomes | status |", "|---|---|---|---|"]
-    for paper in sorted(PAPERS.values(), key=lambda paper: not paper.available):
-        link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
-        lines.append(f"| `{paper.slug}` | {link} | {paper.becomes} | {paper.status} |")
+def _row(paper: Paper, pages: str) -> str:
+    title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
+    note = f" ({paper.note})" if paper.note else ""
+    slug = f"[`{paper.slug}`]({pages}{paper.slug}.md)" if paper.available else f"`{paper.slug}`"
+    return f"| {slug} | {title} | {paper.becomes}{note} |"
+
+
+def papers_table(pages: str) -> str:
+    """The available papers as a Markdown table; planned ones, if there are any, are folded away.
+
+    Args:
+        pages: path to the folder of the papers' pages, with a slash at its end, or empty.
+    """
+    header = ["| | paper | becomes |", "|---|---|---|"]
+    available = [_row(paper, pages) for paper in PAPERS.values() if paper.available]
+    planned = [_row(paper, pages) for paper in PAPERS.values() if not paper.available]
+    lines = [*header, *available]
+    if planned:
+        lines += ["", f"<details><summary>{len(planned)} planned papers</summary>", ""]
+        lines += [*header, *planned, "", "</details>"]
     return "\n".join(lines)
 
 
@@ -24,8 +47,63 @@ def with_papers_table(readme: str) -> str:
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"README.md must hold the lines {START} and {END}.")
-    return f"{before}{START}\n{papers_table()}\n{END}{after}"
+    return f"{before}{START}\n{papers_table('docs/papers/')}\n{END}{after}"
+
+
+def _reference(paper: Paper) -> str:
+    return _page(paper.slug, f"[The paper's page](../papers/{paper.slug}.md)", paper_references(paper).values())
+
+
+def _page(title: str, text: str, references) -> str:
+    return "\n\n".join([f"# {title}", text, *(f"::: {reference}" for reference in references)]) + "\n"
+
+
+def generated_pages() -> dict[str, str]:
+    """Path below `docs/` -> text of each page that is written from the catalogue."""
+    documented = [paper for paper in PAPERS.values() if paper.available]
+    pages = {
+        "papers/index.md": f"# Papers\n\n{papers_table('')}\n",
+        "reference/index.md": "# Reference\n\n"
+        + "Everything here can be imported from `hf_attn`.\n\n"
+        + "- [The package](package.md)\n"
+        + "".join(f"- [`{paper.slug}`]({paper.slug}.md)\n" for paper in documented),
+        "reference/package.md": _page("The package", "What belongs to no paper.", PACKAGE_DOORS.values()),
+    }
+    return pages | {f"reference/{paper.slug}.md": _reference(paper) for paper in documented}
+
+
+def write() -> None:
+    """Write the table of README.md and the generated pages."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_papers_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, text in generated_pages().items():
+        path = ROOT / "docs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def build() -> int:
+    """Build the site; warnings are errors. Returns the exit code of mkdocs."""
+    # The reference is read from the sources, which lie in three folders of the repository, in the shape of the package.
+    package = ROOT / "build" / "reference" / "hf_attn"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    for source in [*(ROOT / "hf_attn").iterdir(), ROOT / "modeling", ROOT / "pipelines"]:
+        (package / source.name).symlink_to(source)
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    ).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-build", action="store_true", help="write the pages, do not build the site")
+    options = parser.parse_args()
+    write()
+    return 0 if options.no_build else build()
 
 
 if __name__ == "__main__":
-    README.write_text(with_papers_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(main())

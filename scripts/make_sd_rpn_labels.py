@@ -34,16 +34,16 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import AttentionRecipe, attention_recipe
-from hf_attn.modeling.sd_rpn.labelling_sd_rpn import BOX_REQUEST, SHORT_ANSWER, label_images
-from hf_attn.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.modeling.sd_rpn.labels.answer_attention import AttentionRecipe, attention_recipe
+from hf_attn.modeling.sd_rpn.labels.labelling import BOX_REQUEST, SHORT_ANSWER, label_images
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
 try:
     import datasets
     from PIL import Image
 
-    from hf_attn.modeling.sd_rpn.dataset_sd_rpn import label_features, official_labels
+    from hf_attn.modeling.sd_rpn.labels.dataset import label_features, official_labels
 except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"

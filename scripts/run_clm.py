@@ -47,8 +47,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import hf_attn
-from hf_attn.assets import load_texts
 from hf_attn.catalog import families
+from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
 

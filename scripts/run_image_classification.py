@@ -42,9 +42,9 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_attn
+from hf_attn.architectures.imaging import image_processor_for
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.imaging import image_processor_for
 
 
 try:

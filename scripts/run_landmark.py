@@ -46,11 +46,11 @@ from transformers import (
 
 from hf_attn.analysis.context_perplexity import perplexity_by_context
 from hf_attn.analysis.passkey import PasskeyAnswer, PasskeyResult, passkey_test, plot_passkey
-from hf_attn.assets import read_texts, smollm2_folder, token_blocks
+from hf_attn.examples.assets import read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS, LandmarkCache
-from hf_attn.modeling.landmark.data_landmark import LandmarkDataCollator
-from hf_attn.modeling.landmark.insertion_landmark import check_landmark_token
+from hf_attn.modeling.landmark.cache import RETRIEVALS, LandmarkCache
+from hf_attn.modeling.landmark.data import LandmarkDataCollator
+from hf_attn.modeling.landmark.insertion import check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
 
 

@@ -56,6 +56,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import hf_attn  # noqa: F401
+from hf_attn.architectures.restoration.warm_start import start_as_interpolation
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
@@ -63,8 +65,6 @@ from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
 from hf_attn.restoration.metrics import RestorationMetrics
 from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
 from hf_attn.restoration.resize import bicubic_resize
-from hf_attn.restoration.warm_start import start_as_interpolation
-from hf_attn.variants import VariantsMixin
 
 
 logger = logging.get_logger("run_super_resolution")

@@ -39,14 +39,14 @@ from transformers import (
 )
 
 from hf_attn.hub import write_model_card
-from hf_attn.modeling.sd_rpn.evaluation_sd_rpn import box_iou
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import FocusedImage, SdRpnGenerator
+from hf_attn.modeling.sd_rpn.evaluation import box_iou
+from hf_attn.modeling.sd_rpn.generation import FocusedImage, SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
-from hf_attn.modeling.sd_rpn.planted_sd_rpn import PlantedSquares, tiny_llava
-from hf_attn.modeling.sd_rpn.regions_sd_rpn import Box, llava_regions
-from hf_attn.modeling.sd_rpn.training_sd_rpn import RoiCollator, SdRpnTrainer
-from hf_attn.output_folder import OutputFolderError, claim_output_folder
-from hf_attn.staged_training import train_stage
+from hf_attn.modeling.sd_rpn.planted import PlantedSquares, tiny_llava
+from hf_attn.modeling.sd_rpn.regions import Box, llava_regions
+from hf_attn.modeling.sd_rpn.training import RoiCollator, SdRpnTrainer
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training.stages import train_stage
 
 
 try:

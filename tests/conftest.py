@@ -34,7 +34,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         # The same classes inherit tests of our own.
-        if item.get_closest_marker("upstream") and item.function.__module__ != "tests.generation":
+        if item.get_closest_marker("upstream") and item.function.__module__ != "tests.batteries.generation":
             item.user_properties.append((FAMILY, item.cls.model_type))
 
 

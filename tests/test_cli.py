@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, pipeline
 
 import hf_attn
-from hf_attn.assets import AssetError
 from hf_attn.catalog import PAPERS
 from hf_attn.cli import main
+from hf_attn.examples.assets import AssetError
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidCrossAttention
-from hf_attn.output_folder import OutputFolderError
+from hf_attn.training.output_folder import OutputFolderError
 
 
 ARGUMENTS = {
@@ -299,14 +299,14 @@ def test_a_part_of_a_model_has_no_folder(official, tmp_path, capsys):
 def test_quickstart_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     fake = SimpleNamespace(quickstart=lambda *arguments, **options: calls.append((arguments, options)))
-    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", fake)
+    monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", fake)
     assert main(["quickstart", "--steps", "3", "--output", str(tmp_path)]) == 0
     assert main(["quickstart"]) == 0
     assert calls == [((tmp_path,), {"steps": 3}), ((Path("outputs/quickstart"),), {})]
 
 
 def test_quickstart_takes_these_options():
-    from hf_attn.quickstart import quickstart
+    from hf_attn.examples.quickstart import quickstart
 
     inspect.signature(quickstart).bind(Path("output"), steps=3)
 
@@ -316,7 +316,7 @@ def test_what_stops_the_quickstart_is_one_line(monkeypatch, capsys, error):
     def fail(output):
         raise error("It is not there.\nDo this.")
 
-    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", SimpleNamespace(quickstart=fail))
+    monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", SimpleNamespace(quickstart=fail))
     assert main(["quickstart"]) == 2
     assert_one_line_of_error(capsys, "It is not there. Do this.")
 
@@ -325,5 +325,5 @@ def test_an_interrupted_quickstart_has_its_own_exit_code(monkeypatch):
     def interrupt(output):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "hf_attn.quickstart", SimpleNamespace(quickstart=interrupt))
+    monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", SimpleNamespace(quickstart=interrupt))
     assert main(["quickstart"]) == 130

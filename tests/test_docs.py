@@ -3,11 +3,8 @@
 import copy
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,21 +18,29 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import hf_attn
 from hf_attn import hub
 from hf_attn.catalog import PAPERS, find_family
-
-from .families import tiny_model
-from .hub_server import HubServer
-from .modeling.sd_rpn.tiny import tiny_base, tiny_processor
+from tests.batteries.families import tiny_model
+from tests.batteries.fork_server import ForkServer
+from tests.batteries.hub_server import HubServer
+from tests.modeling.sd_rpn.tiny import tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 
 
 def code_blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
+
+
+PAGES_WITH_CODE = [name for name, text in PAGES.items() if code_blocks(text, "python")]
 
 
 @pytest.fixture
@@ -50,12 +55,27 @@ def test_the_table_of_papers_is_that_of_the_catalogue(docs_script):
     assert docs_script.with_papers_table(README) == README, "README.md is out of date: run `make docs`"
 
 
-def test_the_table_has_a_row_for_each_paper_with_its_status(docs_script):
-    rows = docs_script.papers_table().splitlines()[2:]
+def test_the_generated_pages_are_those_of_the_catalogue(docs_script):
+    for name, text in docs_script.generated_pages().items():
+        assert PAGES[f"docs/{name}"] == text, f"docs/{name} is out of date: run `make docs`"
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    reference = "".join(text for name, text in PAGES.items() if name.startswith("docs/reference/"))
+    documented = {line.rpartition(".")[2] for line in re.findall(r"^::: (.+)$", reference, re.MULTILINE)}
+    assert documented == set(hf_attn.__all__) - {"__version__"}
+
+
+def test_the_table_has_a_row_for_each_paper(docs_script):
+    rows = [line for line in docs_script.papers_table("docs/papers/").splitlines() if "arxiv.org" in line]
     assert len(rows) == len(PAPERS) == 29
     for paper in PAPERS.values():
         (row,) = (row for row in rows if f"`{paper.slug}`" in row)
-        assert row.endswith("| available |" if paper.available else "| planned |")
+        assert (f"docs/papers/{paper.slug}.md" in row) == paper.available
+
+
+def test_readme_can_be_read_in_one_go():
+    assert len(README.splitlines()) <= 200
 
 
 def test_a_readme_without_markers_is_refused(docs_script):
@@ -73,7 +93,7 @@ def test_links_and_files_exist(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_make_targets_exist(name):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"`make ([a-z]+)", DOCUMENTS[name]))
     assert named and named <= targets
 
@@ -119,39 +139,39 @@ def small_llava(folder: Path) -> None:
     tiny_processor("llava").save_pretrained(folder)
 
 
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs(tmp_path):
-    stand_ins = {
-        "HuggingFaceTB/SmolLM2-135M": small_llama,
-        "google/vit-base-patch16-224": small_vit,
-        "llava-hf/llava-1.5-7b-hf": small_llava,
-    }
-    work = tmp_path / "work"
-    work.mkdir()
-    golden = ROOT / "tests" / "goldens" / "sigmoid_attention" / "gala_tiny"
-    shutil.copy(golden / "weights.safetensors", work / "gala.safetensors")
-    case = json.loads((golden / "case.json").read_text())
-    (work / "gala.json").write_text(json.dumps(case["config"]))
+STAND_INS = {
+    "HuggingFaceTB/SmolLM2-135M": small_llama,
+    "google/vit-base-patch16-224": small_vit,
+    "llava-hf/llava-1.5-7b-hf": small_llava,
+}
+#: what the pages import again and again
+LIBRARIES = ("torch", "torchvision", "transformers", "hf_attn", "peft", "datasets", "matplotlib.figure")
 
-    blocks = code_blocks(README, "python")
-    assert len(blocks) >= 5
+
+@pytest.fixture(scope="module")
+def hub_server(tmp_path_factory):
+    """A Hub that holds small models under the names that the pages use."""
     with HubServer() as server:
-        for name, save in stand_ins.items():
-            save(tmp_path / name)
-            files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-            server.repositories[name] = files
-        done = subprocess.run(
-            [sys.executable, "-c", "\n".join(blocks)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "home")},
-            cwd=work,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        assert server.unknown == []
-        pushed = server.repositories["your-name/student"]
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
-    assert b"base_model: HuggingFaceTB/SmolLM2-135M" in pushed["README.md"]
-    assert b"## The mechanism" in pushed["README.md"]
-    assert (work / "student" / "README.md").is_file()
+        for name, save in STAND_INS.items():
+            folder = tmp_path_factory.mktemp("stand_in")
+            save(folder)
+            server.repositories[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fork_server(hub_server, tmp_path_factory):
+    environment = {"OMP_NUM_THREADS": "1", **hub_server.environment(tmp_path_factory.mktemp("home"))}
+    with ForkServer(LIBRARIES, environment=environment) as server:
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("pages")
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
+def test_the_python_of_a_page_runs_from_its_first_line(page, fork_server, hub_server, tmp_path):
+    golden = ROOT / "tests" / "goldens" / "sigmoid_attention" / "gala_tiny"
+    shutil.copy(golden / "weights.safetensors", tmp_path / "gala.safetensors")
+    (tmp_path / "gala.json").write_text(json.dumps(json.loads((golden / "case.json").read_text())["config"]))
+    fork_server.run("\n".join(code_blocks(PAGES[page], "python")), tmp_path)
+    assert hub_server.unknown == []

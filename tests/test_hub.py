@@ -27,9 +27,8 @@ from hf_attn.catalog import PAPERS, families, find_family
 from hf_attn.hub import STUB_NAME, HubConfigMixin, HubTrainerMixin, auto_map, model_card, write_model_card, write_stub
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from hf_attn.registration import load
-
-from .families import main_auto_class, tiny_model
-from .hub_server import HubServer
+from tests.batteries.families import main_auto_class, tiny_model
+from tests.batteries.hub_server import HubServer
 
 
 FAMILIES = {family.model_type: family for family in families()}

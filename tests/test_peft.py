@@ -9,8 +9,7 @@ import torch
 from transformers import set_seed
 
 from hf_attn.catalog import Family, families
-
-from .families import tiny_model
+from tests.batteries.families import tiny_model
 
 
 peft = pytest.importorskip("peft")

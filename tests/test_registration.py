@@ -1,7 +1,6 @@
 """What `import hf_attn` registers, and what it does not import; fresh processes, in every order that users import in."""
 
 import copy
-import json
 import pickle
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import hf_attn
 from hf_attn.catalog import PAPERS, families
 from hf_attn.registration import LazyContent, load
+from tests.batteries.fork_server import ForkServer
 
 
 FAMILIES = families()
@@ -36,38 +36,6 @@ HEAVY = (
 )
 
 
-#: runs code given on standard input in a fork; all that is loaded beforehand is what neither we nor transformers own
-FORK_SERVER = """
-import json, os, sys, traceback
-for name in ("torch", "torchvision", "scipy.optimize", "sklearn.metrics", "accelerate", "PIL.Image", "tokenizers"):
-    try:
-        __import__(name)
-    except ImportError:
-        pass
-assert "hf_attn" not in sys.modules
-for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
-    del sys.modules[name]
-for line in sys.stdin:
-    read, write = os.pipe()
-    if os.fork() == 0:
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        try:
-            exec(json.loads(line), {"__name__": "__main__"})
-            sys.stdout.flush()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    os.close(write)
-    with open(read) as pipe:
-        output = pipe.read()
-    _, status = os.wait()
-    print(json.dumps([status, output]), flush=True)
-"""
-
-
 def run(code: str) -> str:
     """Run Python code in a fresh process and return what it prints."""
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -77,20 +45,10 @@ def run(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def run_quickly():
-    """Like :func:`run`, in a process that has imported torch already, but neither transformers nor us."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", FORK_SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def run(code: str) -> str:
-        print(json.dumps(textwrap.dedent(code)), file=server.stdin, flush=True)
-        status, output = json.loads(server.stdout.readline())
-        assert status == 0, output
-        return output.strip()
-
-    yield run
-    server.stdin.close()
-    assert server.wait() == 0
+    """Like :func:`run`, in a process that has imported what neither we nor transformers own."""
+    libraries = ("torch", "torchvision", "scipy.optimize", "sklearn.metrics", "accelerate", "PIL.Image", "tokenizers")
+    with ForkServer(libraries, forget=("transformers",)) as server:
+        yield server.run
 
 
 # --- what is not imported ---------------------------------------------------------------------------------------------
@@ -101,6 +59,7 @@ def test_import_alone_imports_neither_torch_nor_transformers():
     assert not {"torch", "transformers", "numpy"} & set(loaded)
     assert {name for name in loaded if name.startswith("hf_attn.")} == {
         "hf_attn._import_hooks",
+        "hf_attn._moved",
         "hf_attn.catalog",
         "hf_attn.registration",
     }

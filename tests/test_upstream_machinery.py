@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hf_attn.catalog import families
-from tests import transformers_sources
-from tests.upstream import UpstreamCausalLMTests, UpstreamImageTests, common
+from tests.batteries import transformers_sources
+from tests.batteries.upstream import UpstreamCausalLMTests, UpstreamImageTests, common
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def test_every_family_has_its_upstream_tests():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "modeling").rglob("test_*.py"))
     for family in families():
         assert f'model_type = "{family.model_type}"' in sources, (
-            f"{family.model_type} has no test class: see the example in tests/upstream.py."
+            f"{family.model_type} has no test class: see the example in tests/batteries/upstream.py."
         )
 
 
@@ -91,7 +91,9 @@ def test_without_the_sources_a_desk_skips_and_ci_fails(ci, monkeypatch):
     transformers_sources.try_to_fetch.cache_clear()
     try:
         for _ in range(2):  # as two test files import it
-            spec = importlib.util.spec_from_file_location("tests.upstream_again", ROOT / "tests" / "upstream.py")
+            spec = importlib.util.spec_from_file_location(
+                "tests.batteries.upstream_again", ROOT / "tests" / "batteries" / "upstream.py"
+            )
             expected = transformers_sources.CannotFetch if ci else pytest.skip.Exception
             with pytest.raises(expected, match="no network"):
                 spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -141,7 +143,7 @@ def test_report_tells_what_ran_and_why_not(tmp_path):
         import unittest
 
         from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-        from tests.upstream import UpstreamCausalLMTests
+        from tests.batteries.upstream import UpstreamCausalLMTests
 
 
         class WrittenTest(UpstreamCausalLMTests, unittest.TestCase):

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..figures import new_figure
 from .entropy import attention_entropy, entropy_lower_bound
+from .figures import new_figure
 from .recording import eager_attention
 
 

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
-from ..figures import new_figure
+from .figures import new_figure
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..figures import new_figure
+from .figures import new_figure
 from .recording import eager_attention
 
 

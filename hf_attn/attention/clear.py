@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
-from ..kernels.clear_flex import clear_attention_flex, supports_flex
-from ..kernels.clear_tiles import clear_attention_tiles, supports_tiles
+from ..kernels.clear.flex import clear_attention_flex, supports_flex
+from ..kernels.clear.tiles import clear_attention_tiles, supports_tiles
 from .interface import Implementation
 
 

@@ -16,8 +16,8 @@ Rows sum to one, unless a block without tokens takes its share. Under a causal m
 import torch
 from torch import nn
 
-from ..kernels.landmark_blockwise import landmark_attention_blockwise, supports_landmark_blockwise
-from ..kernels.triton import landmark_tile, supports_landmark_triton
+from ..kernels.landmark.blockwise import landmark_attention_blockwise, supports_landmark_blockwise
+from ..kernels.triton_support import landmark_tile, supports_landmark_triton
 from .interface import Implementation, Mechanism
 
 
@@ -172,7 +172,7 @@ def _landmark_attention_torch(query, key, value, *, dropout, output_weights, **a
 def _landmark_attention_triton(
     query, key, value, *, is_landmark, is_causal, sliding_window, dropout, output_weights, **arguments
 ):
-    from ..kernels.triton.landmark import landmark_attention_triton
+    from ..kernels.landmark.triton import landmark_attention_triton
 
     block_size = landmark_tile(is_landmark, key.shape[2])
     return landmark_attention_triton(query, key, value, block_size=block_size, **arguments), None

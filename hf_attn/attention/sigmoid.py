@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..kernels.sigmoid_blockwise import sigmoid_attention_blockwise, supports_blockwise
+from ..kernels.sigmoid.blockwise import sigmoid_attention_blockwise, supports_blockwise
 from .interface import Implementation, Mechanism
 
 
@@ -138,13 +138,13 @@ def _supports_eager(query, key, value, **arguments) -> tuple[bool, str]:
 
 
 def _sigmoid_attention_triton(query, key, value, **arguments):
-    from ..kernels.triton.sigmoid import sigmoid_attention_triton
+    from ..kernels.sigmoid.triton import sigmoid_attention_triton
 
     return sigmoid_attention_triton(query, key, value, **arguments)
 
 
 def _supports_triton(query, key, value, **arguments) -> tuple[bool, str]:
-    from ..kernels.triton import supports_sigmoid_triton
+    from ..kernels.triton_support import supports_sigmoid_triton
 
     return supports_sigmoid_triton(query, key, value, **arguments)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .layers import mirror
+from ..architectures.restoration.layers import mirror
 
 
 Range = tuple[float, float]

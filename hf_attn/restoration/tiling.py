@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .layers import pad_to_multiple
+from ..architectures.restoration.layers import pad_to_multiple
 
 
 BLENDS = ("cut", "mean", "feather")
@@ -114,7 +114,7 @@ def restore_bands(
         tile_overlap: overlap of the tiles.
         blend: `"cut"` extends each tile and cuts the extension off the result, `"mean"` averages overlapping tiles,
             `"feather"` averages them with weights that fall linearly towards the borders of a tile.
-        padding: mode of :func:`~hf_attn.restoration.layers.pad_to_multiple`.
+        padding: mode of :func:`~hf_attn.architectures.restoration.layers.pad_to_multiple`.
         batch_size: how many neighbouring tiles of one shape go through the network at once.
         prepare: turns a batch of tiles into what `restore` takes.
         on_tile: called with the number of tiles that have just been done.

@@ -4,9 +4,9 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
-from hf_attn.imaging import ImagePreprocessingMixin
-from hf_attn.variants import VariantsMixin
 
 
 @strict

@@ -1,6 +1,6 @@
 """Checkpoints of the official code, `activator.py` and `activator_only_GEGLU.py` (its authors publish no weights)."""
 
-from hf_attn.conversion import Converted, StateDict
+from hf_attn.checkpoints.official import Converted, StateDict
 
 from .configuration_activator import ActivatorConfig
 from .modeling_activator import ActivatorForImageClassification
@@ -18,7 +18,7 @@ _MLP = {"ffn.net.0": "mlp.fc1", "ffn.net.3": "mlp.fc2"}
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official state dict of either class; its keys tell whether the blocks have an MLP.

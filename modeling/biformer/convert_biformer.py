@@ -2,7 +2,7 @@
 
 import re
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_biformer import BiFormerConfig
 from .modeling_biformer import BiFormerBackbone, BiFormerForImageClassification
@@ -36,7 +36,7 @@ _REFUSED = {"qk_scale": (None,), "pe": (None,), "param_attention": ("qkvo",), "d
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official state dict, or a training checkpoint that holds it under `model`. With `extra_norms` it is that

@@ -3,7 +3,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from hf_attn.restoration.configuration import ImageRestorationConfig
+from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
 
 
 _DRCT_L = {"depths": [6] * 12, "num_heads": [6] * 12}
@@ -14,7 +14,7 @@ class DRCTConfig(ImageRestorationConfig):
     r"""Configuration of a [`DRCTForImageSuperResolution`]; the defaults are DRCT x4.
 
     The fields of the shell (`embed_dim`, `num_heads`, `window_size`, `upscale`...) are those of
-    [`~hf_attn.restoration.configuration.ImageRestorationConfig`]. A group has five blocks whatever its entry in `depths`,
+    [`~hf_attn.architectures.restoration.configuration.ImageRestorationConfig`]. A group has five blocks whatever its entry in `depths`,
     which only shapes the schedule of the stochastic depth.
 
     Args:

@@ -6,8 +6,8 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
-from hf_attn.variants import VariantsMixin
 
 
 _TINYLLAMA = {

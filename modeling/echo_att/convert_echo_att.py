@@ -3,7 +3,7 @@
 There is no official checkpoint; this is the layout of the weights of the paper's models as one would publish them.
 """
 
-from hf_attn.conversion import Converted, StateDict
+from hf_attn.checkpoints.official import Converted, StateDict
 
 from .configuration_echo_att import EchoAttConfig
 from .modeling_echo_att import EchoAttForCausalLM
@@ -14,7 +14,7 @@ TEACHER_PREFIX = "teacher_only."
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: Llama key names, with or without a `model.` prefix of the head-less part as transformers writes them.

@@ -37,7 +37,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_attn.base_transfer import FromBaseMixin
+from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
 
 from .configuration_echo_att import EchoAttConfig

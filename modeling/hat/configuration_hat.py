@@ -3,7 +3,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from hf_attn.restoration.configuration import ImageRestorationConfig
+from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
 
 
 _HAT_S = {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}
@@ -15,7 +15,7 @@ class HATConfig(ImageRestorationConfig):
     r"""Configuration of a [`HATForImageSuperResolution`]; the defaults are HAT x4.
 
     The fields of the shell (`embed_dim`, `depths`, `window_size`, `upscale`...) are those of
-    [`~hf_attn.restoration.configuration.ImageRestorationConfig`].
+    [`~hf_attn.architectures.restoration.configuration.ImageRestorationConfig`].
 
     Args:
         compress_ratio (`int`): the convolutions of the channel attention block work on `embed_dim // compress_ratio`.

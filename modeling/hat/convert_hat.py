@@ -2,8 +2,14 @@
 
 import math
 
-from hf_attn.conversion import Converted, StateDict
-from hf_attn.restoration.conversion import checkpoint_weights, given_fields, rename, shape_of, shell_fields
+from hf_attn.architectures.restoration.converting import (
+    checkpoint_weights,
+    given_fields,
+    rename,
+    shape_of,
+    shell_fields,
+)
+from hf_attn.checkpoints.official import Converted, StateDict
 
 from .configuration_hat import HATConfig
 from .modeling_hat import HATForImageSuperResolution
@@ -33,7 +39,7 @@ _OWN = {name: name for name in ("compress_ratio", "squeeze_factor", "conv_scale"
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: `params_ema` or `params` of a checkpoint file, or the state dict itself.

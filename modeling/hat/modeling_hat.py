@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_attn.restoration.layers import (
+from hf_attn.architectures.restoration.layers import (
     MLP,
     DropPath,
     WindowAttention,
@@ -13,7 +13,7 @@ from hf_attn.restoration.layers import (
     merge_windows,
     partition_windows,
 )
-from hf_attn.restoration.modeling import (
+from hf_attn.architectures.restoration.modeling import (
     ForImageSuperResolutionMixin,
     ImageRestorationModelMixin,
     ImageRestorationPreTrainedModel,

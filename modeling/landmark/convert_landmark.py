@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from hf_attn.checkpoint_files import read_checkpoint
-from hf_attn.conversion import ConversionError, Converted, StateDict, select_state_dict
-from hf_attn.rotary import half_split
+from hf_attn.architectures.rotary import half_split
+from hf_attn.checkpoints.files import read_checkpoint
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict, select_state_dict
 
 from .configuration_landmark import LandmarkConfig
 from .modeling_landmark import LandmarkForCausalLM
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either of the official layouts; see :func:`hf_attn.conversion.from_official`.
+    """Convert either of the official layouts; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official weights.

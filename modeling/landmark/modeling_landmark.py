@@ -33,14 +33,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.attention.family import OwnAttentionMixin
 from hf_attn.attention.landmark import LANDMARK
-from hf_attn.base_transfer import FromBaseMixin
+from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
 
-from .cache_landmark import LandmarkCache
+from .cache import LandmarkCache
 from .configuration_landmark import LandmarkConfig
-from .insertion_landmark import LANDMARK_TOKEN, Insertion, add_landmark_token
-from .memory_landmark import MemoryStep, begin_step, rotate
-from .retrieval_landmark import attend_to_memory
+from .insertion import LANDMARK_TOKEN, Insertion, add_landmark_token
+from .memory import MemoryStep, begin_step, rotate
+from .retrieval import attend_to_memory
 
 
 eager_attention_forward = LANDMARK.attention_function("landmark_eager")

@@ -1,6 +1,6 @@
 """Checkpoints of the official code, `ninformer.py` (its authors publish no weights)."""
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_ninformer import NiNformerConfig
 from .modeling_ninformer import NiNformerForImageClassification
@@ -22,7 +22,7 @@ _BLOCK = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official state dict.

@@ -4,11 +4,11 @@ from dataclasses import fields
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_path_ensemble import PathEnsembleConfig
 from .modeling_path_ensemble import PathEnsembleForImageClassification
-from .timm_path_ensemble import state_from_timm
+from .timm import state_from_timm
 
 
 #: constructor argument of timm's VisionTransformer -> field of the configuration
@@ -27,7 +27,7 @@ _TIMM_ARGUMENTS = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: state dict of a ViT or DeiT of transformers, under the names that it has in memory, or of timm's

@@ -27,12 +27,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_attn.base_transfer import FromBaseMixin
+from hf_attn.architectures.layers import check_pixel_values
+from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
-from hf_attn.layers import check_pixel_values
 
 from .configuration_path_ensemble import PathEnsembleConfig
-from .timm_path_ensemble import fields_from_timm, fields_from_timm_wrapper, is_timm_model, state_from_timm
+from .timm import fields_from_timm, fields_from_timm_wrapper, is_timm_model, state_from_timm
 
 
 @dataclass

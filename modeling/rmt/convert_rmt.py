@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_rmt import RMTConfig
 from .modeling_rmt import RMTAttention, RMTBackbone, RMTForImageClassification, RMTRelativePositions
@@ -49,7 +49,7 @@ def our_name(name: str) -> str:
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert any of the layouts; see :func:`hf_attn.conversion.from_official`.
+    """Convert any of the layouts; see :func:`hf_attn.checkpoints.official.from_official`.
 
     The released files hold two sets of weights, `model` and `model_ema`. The numbers that the authors report for S, B and L
     are those of `model_ema`, for T those of `model`: pass `torch.load(file)["model_ema"]`.

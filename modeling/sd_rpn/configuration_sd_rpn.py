@@ -4,8 +4,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
-from hf_attn.variants import VariantsMixin
 
 
 #: task -> threshold of the RoI map; "default" is for any other task

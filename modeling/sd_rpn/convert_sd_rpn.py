@@ -5,7 +5,7 @@ They hold the base as well, whose weights equal those of the public base; only t
 
 import re
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_sd_rpn import SdRpnConfig
 from .modeling_sd_rpn import SdRpnModel
@@ -28,7 +28,7 @@ _PUBLISHED_OPTIONS = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: state dict of a LLaVA or Qwen2.5-VL fork: `model.twig_layers.*` and `model.twig_norm`, with any part of the

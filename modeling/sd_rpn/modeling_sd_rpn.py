@@ -26,7 +26,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from hf_attn.base_transfer import FromBaseMixin
+from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
 
 from .configuration_sd_rpn import SdRpnConfig

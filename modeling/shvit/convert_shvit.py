@@ -2,7 +2,7 @@
 
 import re
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_shvit import SHViTConfig
 from .modeling_shvit import SHViTForImageClassification
@@ -54,7 +54,7 @@ def our_name(name: str) -> str:
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either layout; see :func:`hf_attn.conversion.from_official`.
+    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: weights in either layout.

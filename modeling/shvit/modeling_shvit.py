@@ -18,8 +18,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_attn.architectures.layers import check_pixel_values, eager_attention_forward
 from hf_attn.hub import HubModelMixin
-from hf_attn.layers import check_pixel_values, eager_attention_forward
 
 from .configuration_shvit import SHViTConfig
 

@@ -4,16 +4,16 @@ import re
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLinear
 
 from .configuration_sigma_reparam import SigmaReparamViTConfig
 from .modeling_sigma_reparam import SigmaReparamViTForImageClassification
-from .modeling_sigma_reparam_speech import PROJECTION_GROUPS, SigmaReparamSpeechBlock
+from .speech import PROJECTION_GROUPS, SigmaReparamSpeechBlock
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.conversion.from_official`.
+    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official names.

@@ -7,8 +7,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
-from hf_attn.variants import VariantsMixin
 
 
 #: where AXLearn's models differ from the defaults besides their size

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
-from hf_attn.rotary import half_split, interleaved
+from hf_attn.architectures.rotary import half_split, interleaved
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
 from .modeling_sigmoid_attention import SigmoidAttentionForCausalLM, SigmoidCrossAttention
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert any of the official layouts; see :func:`hf_attn.conversion.from_official`.
+    """Convert any of the official layouts; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: official weights.

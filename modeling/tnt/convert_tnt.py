@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from hf_attn.conversion import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_tnt import TNTConfig
 from .modeling_tnt import TNTForImageClassification, TNTModel
@@ -67,7 +67,7 @@ def our_name(name: str, timm: bool = False) -> str:
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either layout; see :func:`hf_attn.conversion.from_official`.
+    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
         official: weights in either layout. `outer_tokens`, which the official code has and never uses, is dropped.

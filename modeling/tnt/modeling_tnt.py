@@ -16,8 +16,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from hf_attn.architectures.layers import DropPath, check_pixel_values, drop_path_rates, eager_attention_forward
 from hf_attn.hub import HubModelMixin
-from hf_attn.layers import DropPath, check_pixel_values, drop_path_rates, eager_attention_forward
 
 from .configuration_tnt import TNTConfig
 

@@ -136,7 +136,7 @@ def transformer_rows(arguments: argparse.Namespace) -> list[dict]:
     from diffusers import FluxTransformer2DModel
 
     from hf_attn.patching.clear import apply_clear, remove_clear
-    from hf_attn.patching.clear_distillation import image_ids
+    from hf_attn.patching.clear.distillation import image_ids
 
     torch.manual_seed(0)
     model = FluxTransformer2DModel(

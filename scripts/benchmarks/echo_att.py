@@ -17,7 +17,7 @@ import torch
 from _common import alternating_medians, print_table, write_json
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from hf_attn.assets import smollm2_folder
+from hf_attn.examples.assets import smollm2_folder
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM, evenly_shared_layers
 
 

@@ -26,9 +26,9 @@ import torch
 from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
-from hf_attn.assets import smollm2_folder
-from hf_attn.modeling.landmark.cache_landmark import Destination
-from hf_attn.modeling.landmark.insertion_landmark import Insertion
+from hf_attn.examples.assets import smollm2_folder
+from hf_attn.modeling.landmark.cache import Destination
+from hf_attn.modeling.landmark.insertion import Insertion
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
 
 

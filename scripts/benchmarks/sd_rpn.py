@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.first_pass import run_first_pass
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel, SdRpnOutput
 
 

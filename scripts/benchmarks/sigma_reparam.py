@@ -17,7 +17,7 @@ import torch
 from _common import alternating_medians, print_table, write_json
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_attn.assets import smollm2_folder
+from hf_attn.examples.assets import smollm2_folder
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam, fold_sigma_reparam
 
 

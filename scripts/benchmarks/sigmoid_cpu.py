@@ -17,7 +17,7 @@ from _common import alternating_medians, peak_memory, print_table, run_fresh, wr
 from torch.nn import functional as F
 
 from hf_attn.attention.sigmoid import sigmoid_attention_eager
-from hf_attn.kernels.sigmoid_blockwise import sigmoid_attention_blockwise
+from hf_attn.kernels.sigmoid.blockwise import sigmoid_attention_blockwise
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

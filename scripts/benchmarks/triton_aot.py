@@ -19,8 +19,9 @@ from _common import print_table, write_json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_attn.kernels.triton import landmark, sigmoid
-from hf_attn.kernels.triton.common import dimension_constants
+from hf_attn.kernels.landmark import triton as landmark
+from hf_attn.kernels.sigmoid import triton as sigmoid
+from hf_attn.kernels.triton_common import dimension_constants
 
 
 TARGETS = {

@@ -7,7 +7,7 @@ import torch
 
 from hf_attn.analysis.context_perplexity import perplexity_by_context
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
-from tests.scripts.models import llama
+from tests.batteries.text import llama
 
 
 @pytest.mark.parametrize("piece", [3, 8, 512])

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_attn.analysis.passkey import PasskeyAnswer, PasskeyResult, passkey_prompt, passkey_test, plot_passkey
-from tests.scripts.models import byte_tokenizer
+from tests.batteries.text import byte_tokenizer
 
 
 class Reader:

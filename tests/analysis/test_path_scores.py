@@ -5,7 +5,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_attn.analysis import PathScores, path_scores
-from tests.imaging import randomize
+from tests.batteries.imaging import randomize
 from tests.modeling.path_ensemble.test_path_ensemble import tiny_model
 
 

@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from tests.generation import spread_weights
+from tests.batteries.generation import spread_weights
 
 
 VOCAB_SIZE = 61

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_attn.attention.clear import clear_attention, clear_mask, pool_image, proportional_scaling
-from hf_attn.kernels.clear_flex import clear_block_mask, tile_order
+from hf_attn.kernels.clear.flex import clear_block_mask, tile_order
 
 
 # (height, width, text length, radius, down factor): edges that tiles do not divide, halos larger than the image, no text,
@@ -187,14 +187,14 @@ def listed(number, indices, columns):
 @pytest.mark.slow
 def test_compiled_flex_agrees():
     # The compiled function is the one that runs on GPUs; it knows blocks.
-    from hf_attn.kernels import clear_flex
+    from hf_attn.kernels.clear import flex
 
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 24 * 32 + 6, 32) for _ in range(3))
     arguments = {"grid": (24, 32), "radius": 4}
     expected = clear_attention(query, key, value, backend="eager", **arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clear_flex, "flex_attention", clear_flex._compiled_flex_attention)
+        patch.setattr(flex, "flex_attention", flex._compiled_flex_attention)
         output = clear_attention(query, key, value, backend="flex", **arguments)
     torch.testing.assert_close(output, expected)
 

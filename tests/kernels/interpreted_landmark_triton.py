@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_attn.attention.landmark import landmark_attention_eager
-from hf_attn.kernels.triton import supports_landmark_triton
-from hf_attn.kernels.triton.landmark import landmark_attention_triton
+from hf_attn.kernels.landmark.triton import landmark_attention_triton
+from hf_attn.kernels.triton_support import supports_landmark_triton
 from tests.attention.accuracy import assert_as_exact
 
 from .test_landmark_blockwise import make_call

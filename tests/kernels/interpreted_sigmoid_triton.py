@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_attn.kernels.triton import sigmoid, supports_sigmoid_triton
-from hf_attn.kernels.triton.sigmoid import sigmoid_attention_triton
+from hf_attn.kernels.sigmoid import triton as sigmoid
+from hf_attn.kernels.sigmoid.triton import sigmoid_attention_triton
+from hf_attn.kernels.triton_support import supports_sigmoid_triton
 
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 

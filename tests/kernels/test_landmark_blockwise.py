@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_attn.attention.landmark import grouped_softmax, landmark_attention_eager
-from hf_attn.kernels.landmark_blockwise import landmark_attention_blockwise, supports_landmark_blockwise
+from hf_attn.kernels.landmark.blockwise import landmark_attention_blockwise, supports_landmark_blockwise
 
 
 def make_call(q_len=23, kv_len=23, block=5, mask=None, kv_heads=2, dtype=torch.float32):

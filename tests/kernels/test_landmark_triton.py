@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hf_attn.kernels.triton import supports_landmark_triton
+from hf_attn.kernels.triton_support import supports_landmark_triton
 
 from .processes import ROOT, run_interpreted
 from .test_landmark_blockwise import make_call

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_attn.attention.sigmoid import sigmoid_attention_eager
-from hf_attn.kernels import sigmoid_blockwise
-from hf_attn.kernels.sigmoid_blockwise import sigmoid_attention_blockwise, supports_blockwise
+from hf_attn.kernels.sigmoid import blockwise
+from hf_attn.kernels.sigmoid.blockwise import sigmoid_attention_blockwise, supports_blockwise
 
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 
@@ -13,10 +13,10 @@ from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_p
 @pytest.fixture(params=["small_blocks", "uncopied_keys", "shipped_blocks"])
 def blocks(request, monkeypatch):
     if request.param != "shipped_blocks":
-        monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS", 16)
-        monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS_AT_EDGES_IF_SHORT", 8)
-        monkeypatch.setattr(sigmoid_blockwise, "BLOCK_COLUMNS", 24)
-        monkeypatch.setattr(sigmoid_blockwise, "FEW_ROWS", 0 if request.param == "small_blocks" else 10**6)
+        monkeypatch.setattr(blockwise, "BLOCK_ROWS", 16)
+        monkeypatch.setattr(blockwise, "BLOCK_ROWS_AT_EDGES_IF_SHORT", 8)
+        monkeypatch.setattr(blockwise, "BLOCK_COLUMNS", 24)
+        monkeypatch.setattr(blockwise, "FEW_ROWS", 0 if request.param == "small_blocks" else 10**6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,11 +26,11 @@ def test_equals_eager(name, blocks):
 
 @pytest.mark.parametrize("name", ["causal", "window", "cache"])
 def test_blocks_of_long_sequences(name, monkeypatch):
-    monkeypatch.setattr(sigmoid_blockwise, "SHORT", 8)
-    monkeypatch.setattr(sigmoid_blockwise, "BLOCK_ROWS_AT_EDGES", 16)
-    monkeypatch.setattr(sigmoid_blockwise, "BLOCK_COLUMNS", 24)
-    monkeypatch.setattr(sigmoid_blockwise, "FEW_ROWS", 0)
-    monkeypatch.setattr(sigmoid_blockwise, "WEIGHTS_IN_CACHE", 1)
+    monkeypatch.setattr(blockwise, "SHORT", 8)
+    monkeypatch.setattr(blockwise, "BLOCK_ROWS_AT_EDGES", 16)
+    monkeypatch.setattr(blockwise, "BLOCK_COLUMNS", 24)
+    monkeypatch.setattr(blockwise, "FEW_ROWS", 0)
+    monkeypatch.setattr(blockwise, "WEIGHTS_IN_CACHE", 1)
     assert_equals_eager(sigmoid_attention_blockwise, CASES[name])
 
 

@@ -6,7 +6,7 @@ They have not been run on a GPU by these tests.
 import pytest
 import torch
 
-from hf_attn.kernels.triton import supports_sigmoid_triton
+from hf_attn.kernels.triton_support import supports_sigmoid_triton
 
 from .processes import ROOT, run, run_interpreted
 
@@ -52,5 +52,5 @@ def test_reasons():
 
 
 def test_checking_needs_no_triton():
-    code = "import sys; import hf_attn.kernels.triton; assert 'triton.language' not in sys.modules"
+    code = "import sys; import hf_attn.kernels.triton_support; assert 'triton.language' not in sys.modules"
     assert run("-c", code).returncode == 0

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import FocusedImage, SdRpnGenerator
+from hf_attn.modeling.sd_rpn.generation import FocusedImage, SdRpnGenerator
 from hf_attn.pipelines.focused_image_text_to_text import FocusedImageTextToTextPipeline
 from tests.modeling.sd_rpn.tiny import BASES, picture, tiny_base, tiny_processor, tiny_rpn
 

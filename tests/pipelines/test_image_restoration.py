@@ -12,11 +12,11 @@ from transformers import AutoModelForImageToImage, Swin2SRConfig, Swin2SRForImag
 from transformers.modeling_outputs import ImageSuperResolutionOutput
 from transformers.utils import logging
 
+from hf_attn.architectures.restoration.memory import activation_bytes_per_pixel, parse_memory
 from hf_attn.modeling.drct.configuration_drct import DRCTConfig
 from hf_attn.modeling.drct.modeling_drct import DRCTForImageSuperResolution
 from hf_attn.modeling.hat.configuration_hat import HATConfig
 from hf_attn.modeling.hat.modeling_hat import HATForImageSuperResolution
-from hf_attn.restoration.memory import activation_bytes_per_pixel, parse_memory
 from hf_attn.restoration.metrics import to_uint8
 
 
@@ -356,7 +356,7 @@ def test_a_budget_chooses_the_largest_tile_that_fits(model, pipe, monkeypatch):
 
 
 def test_an_image_that_does_not_fit_says_which_tile_to_use(pipe, monkeypatch):
-    monkeypatch.setattr("hf_attn.restoration.memory.available_memory", lambda device: 300_000_000)
+    monkeypatch.setattr("hf_attn.architectures.restoration.memory.available_memory", lambda device: 300_000_000)
     photo = np.zeros((1000, 1000, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match=r"1000x1000 at once takes more than the 0.3 GB.*tile=\d+"):
         pipe(photo)

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageToImage, pipeline
 
 from hf_attn.cli import main
 from hf_attn.restoration.metrics import to_uint8
-from tests.restoration.networks import SMALL_NETWORK, spandrel_network
+from tests.architectures.restoration.networks import SMALL_NETWORK, spandrel_network
 
 
 @pytest.mark.parametrize("family", ["hat", "drct"])

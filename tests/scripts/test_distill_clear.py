@@ -13,9 +13,9 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
-from hf_attn.patching.clear_distillation_data import SampleFolder, generate_samples
-from hf_attn.patching.clear_example import tiny_flux_pipeline
-from hf_attn.patching.clear_weights import load_clear_weights
+from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
+from hf_attn.patching.clear.example import tiny_flux_pipeline
+from hf_attn.patching.clear.weights import load_clear_weights
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"

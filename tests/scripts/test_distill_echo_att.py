@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_attn.modeling.echo_att.distillation_echo_att import EchoAttDistillationTrainer
+from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-from tests.scripts.models import byte_tokenizer, llama
+from tests.batteries.text import byte_tokenizer, llama
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_echo_att.py"

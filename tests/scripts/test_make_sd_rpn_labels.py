@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import AttentionRecipe, answer_attention
-from hf_attn.modeling.sd_rpn.labels_sd_rpn import llava_pseudo_labels, padded_cells
-from hf_attn.modeling.sd_rpn.training_sd_rpn import labelling_inputs
+from hf_attn.modeling.sd_rpn.labels.answer_attention import AttentionRecipe, answer_attention
+from hf_attn.modeling.sd_rpn.labels.rule import llava_pseudo_labels, padded_cells
+from hf_attn.modeling.sd_rpn.training import labelling_inputs
 from tests.modeling.sd_rpn.tiny import GRID, picture, tiny_base, tiny_processor
 
 

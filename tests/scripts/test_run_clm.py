@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, pipel
 
 from hf_attn.catalog import families
 from hf_attn.patching.sigma_reparam import SigmaReparamLinear
-from tests.families import tiny_config
-from tests.hub_server import HubServer
+from tests.batteries.families import tiny_config
+from tests.batteries.hub_server import HubServer
 
 
 pytest.importorskip("datasets")

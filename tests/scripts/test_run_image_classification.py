@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, pipeline
 
 from hf_attn.catalog import families
-from tests.families import tiny_config
+from tests.batteries.families import tiny_config
 
 
 pytest.importorskip("datasets")

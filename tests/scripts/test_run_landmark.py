@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn.modeling.landmark.modeling_landmark import LANDMARK_TOKEN, LandmarkForCausalLM
-from tests.scripts.models import byte_tokenizer, llama
+from tests.batteries.text import byte_tokenizer, llama
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

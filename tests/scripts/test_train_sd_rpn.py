@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
-from hf_attn.modeling.sd_rpn.training_sd_rpn import SdRpnTrainer
+from hf_attn.modeling.sd_rpn.training import SdRpnTrainer
 from tests.modeling.sd_rpn.tiny import BRANCH, GRID, picture, tiny_base, tiny_processor
 
 

@@ -4,11 +4,10 @@ import re
 
 import torch
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.biformer.modeling_biformer import BiFormerRoutingAttention
-
-from ..case import Case
-from ..tools import recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

@@ -12,10 +12,9 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from hf_attn.attention.clear import clear_mask
 from hf_attn.patching.clear import apply_clear, clear_processors
-from hf_attn.patching.clear_distillation import compared_attention, distillation_losses, freeze_for_distillation
-from hf_attn.patching.clear_high_resolution import ntk_scaled
-
-from ..case import Case
+from hf_attn.patching.clear.distillation import compared_attention, distillation_losses, freeze_for_distillation
+from hf_attn.patching.clear.high_resolution import ntk_scaled
+from tests.goldens.case import Case
 
 
 BACKENDS = ("eager", "dense", "tiles", "flex")

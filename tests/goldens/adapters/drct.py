@@ -4,8 +4,8 @@ import re
 
 import torch
 
-from hf_attn.conversion import from_official
-from hf_attn.restoration.layers import pad_to_multiple
+from hf_attn.architectures.restoration.layers import pad_to_multiple
+from hf_attn.checkpoints.official import from_official
 from hf_attn.restoration.tiling import restore_image
 from tests.goldens.case import Case
 from tests.goldens.tools import recorded

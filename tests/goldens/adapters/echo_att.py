@@ -6,18 +6,17 @@ import torch
 from transformers import TrainingArguments
 
 from hf_attn.analysis import AttentionSimilarity
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.echo_att.convert_echo_att import TEACHER_PREFIX
-from hf_attn.modeling.echo_att.distillation_echo_att import (
+from hf_attn.modeling.echo_att.distillation import (
     EchoAttDistillationTrainer,
     block_ends,
     hard_label_loss,
     intermediate_loss,
     soft_label_loss,
 )
-
-from ..case import Case
-from ..tools import expected_gradients, parameter_gradients, recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import expected_gradients, parameter_gradients, recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

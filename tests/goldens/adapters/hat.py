@@ -4,8 +4,8 @@ import re
 
 import torch
 
-from hf_attn.conversion import from_official
-from hf_attn.restoration.layers import pad_to_multiple, partition_windows
+from hf_attn.architectures.restoration.layers import pad_to_multiple, partition_windows
+from hf_attn.checkpoints.official import from_official
 from hf_attn.restoration.metrics import psnr, ssim, to_uint8
 from hf_attn.restoration.resize import bicubic_resize
 from hf_attn.restoration.tiling import restore_image

@@ -5,11 +5,10 @@ import re
 import torch
 
 from hf_attn.attention.landmark import blocks_of, grouped_softmax, visible_groups
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache
-
-from ..case import Case
-from ..tools import expected_gradients, parameter_gradients, recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import expected_gradients, parameter_gradients, recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

@@ -2,10 +2,9 @@
 
 import torch
 
-from hf_attn.conversion import from_official
-
-from ..case import Case
-from ..tools import recorded
+from hf_attn.checkpoints.official import from_official
+from tests.goldens.case import Case
+from tests.goldens.tools import recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

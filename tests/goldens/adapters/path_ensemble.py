@@ -2,10 +2,9 @@
 
 import torch
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.path_ensemble.modeling_path_ensemble import path_distance, path_divergence
-
-from ..case import Case
+from tests.goldens.case import Case
 
 
 def _model(case: Case, **fields):

@@ -4,10 +4,9 @@ import re
 
 import torch
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.rmt.modeling_rmt import RMTBackbone, RMTRelativePositions
-
-from ..case import Case
+from tests.goldens.case import Case
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

@@ -17,14 +17,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from hf_attn.conversion import from_official
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass, states_before
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
-from hf_attn.modeling.sd_rpn.prompts_sd_rpn import pad_to_square
-from hf_attn.modeling.sd_rpn.regions_sd_rpn import above_threshold, blur, padded_to_image, region_boxes
+from hf_attn.checkpoints.official import from_official
+from hf_attn.modeling.sd_rpn.first_pass import run_first_pass, states_before
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.prompts import pad_to_square
+from hf_attn.modeling.sd_rpn.regions import above_threshold, blur, padded_to_image, region_boxes
+from tests.goldens.case import Case
+from tests.goldens.tools import parameter_gradients, recorded
 
-from ..case import Case
-from ..tools import parameter_gradients, recorded
 from .sd_rpn_labels import LABEL_ENTRIES
 
 

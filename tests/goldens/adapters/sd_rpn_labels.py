@@ -2,10 +2,9 @@
 
 import torch
 
-from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import average_attention
-from hf_attn.modeling.sd_rpn.labels_sd_rpn import llava_pseudo_labels, qwen_pseudo_labels
-
-from ..case import Case
+from hf_attn.modeling.sd_rpn.labels.answer_attention import average_attention
+from hf_attn.modeling.sd_rpn.labels.rule import llava_pseudo_labels, qwen_pseudo_labels
+from tests.goldens.case import Case
 
 
 #: official argument -> ours

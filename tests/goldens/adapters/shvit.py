@@ -5,12 +5,11 @@ import re
 import torch
 from torch import nn
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.shvit.convert_shvit import our_name
 from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention
-
-from ..case import Case
-from ..tools import recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

@@ -3,11 +3,10 @@
 import torch
 
 from hf_attn.analysis.entropy import attention_entropy, entropy_lower_bound
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.sigma_reparam.convert_sigma_reparam import speech_name, to_official
-
-from ..case import Case
-from ..tools import parameter_gradients, recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import parameter_gradients, recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

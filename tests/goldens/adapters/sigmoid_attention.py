@@ -3,11 +3,10 @@
 import torch
 
 from hf_attn.attention.sigmoid import SIGMOID, sigmoid_weights
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
-
-from ..case import Case
-from ..tools import expected_gradients, parameter_gradients, recorded
+from tests.goldens.case import Case
+from tests.goldens.tools import expected_gradients, parameter_gradients, recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_attn.modeling.activator.configuration_activator import ActivatorConfig
 from hf_attn.modeling.activator.modeling_activator import ActivatorForImageClassification, ActivatorModel
-from tests.imaging import ImageFamilyTests
+from tests.batteries.imaging import ImageFamilyTests
 
 from .test_upstream_activator import tiny_config
 

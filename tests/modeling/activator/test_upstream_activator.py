@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.activator.configuration_activator import ActivatorConfig
-from tests.upstream import UpstreamImageTests
+from tests.batteries.upstream import UpstreamImageTests
 
 
 def tiny_config(**overrides) -> ActivatorConfig:

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_attn.imaging import IMAGENET_MEAN, IMAGENET_STD
+from hf_attn.architectures.imaging import IMAGENET_MEAN, IMAGENET_STD
 from hf_attn.modeling.biformer.configuration_biformer import BiFormerConfig
 from hf_attn.modeling.biformer.modeling_biformer import (
     BiFormerBackbone,
@@ -19,7 +19,7 @@ from hf_attn.modeling.biformer.modeling_biformer import (
     from_regions,
     to_regions,
 )
-from tests.imaging import ImageBackboneTests, ImageFamilyTests, randomize
+from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 
 from .test_upstream_biformer import tiny_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_attn import from_official
-from hf_attn.conversion import ConversionError
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.biformer.configuration_biformer import BiFormerConfig
 from hf_attn.modeling.biformer.modeling_biformer import BiFormerBackbone, BiFormerForImageClassification
 from tests.goldens import case as golden_case

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.biformer.configuration_biformer import BiFormerConfig
-from tests.upstream import UpstreamBackboneTests, UpstreamImageTests
+from tests.batteries.upstream import UpstreamBackboneTests, UpstreamImageTests
 
 
 def tiny_config(**overrides) -> BiFormerConfig:

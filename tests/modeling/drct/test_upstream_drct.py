@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.drct.configuration_drct import DRCTConfig
-from tests.restoration.families import UpstreamRestorationTests
+from tests.batteries.restoration import UpstreamRestorationTests
 
 
 class DRCTUpstreamTest(UpstreamRestorationTests, unittest.TestCase):

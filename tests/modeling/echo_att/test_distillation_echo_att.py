@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-from hf_attn.modeling.echo_att.distillation_echo_att import (
+from hf_attn.modeling.echo_att.distillation import (
     EchoAttDistillationTrainer,
     block_ends,
     hard_label_loss,
@@ -22,7 +22,7 @@ from hf_attn.modeling.echo_att.distillation_echo_att import (
     soft_label_loss,
 )
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-from hf_attn.staged_training import last_complete_checkpoint, train_stage
+from hf_attn.training.stages import last_complete_checkpoint, train_stage
 
 
 ROOT = Path(__file__).parents[3]

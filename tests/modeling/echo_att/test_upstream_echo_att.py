@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-from tests.upstream import UpstreamCausalLMTests
+from tests.batteries.upstream import UpstreamCausalLMTests
 
 
 class EchoAttUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.hat.configuration_hat import HATConfig
-from tests.restoration.families import UpstreamRestorationTests
+from tests.batteries.restoration import UpstreamRestorationTests
 
 
 class HATUpstreamTest(UpstreamRestorationTests, unittest.TestCase):

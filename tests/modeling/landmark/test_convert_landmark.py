@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
+from hf_attn.checkpoints.official import ConversionError, from_official
 from hf_attn.cli import main
-from hf_attn.conversion import ConversionError, from_official
 from tests.goldens.case import Case
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
-from hf_attn.modeling.landmark.data_landmark import LandmarkDataCollator
+from hf_attn.modeling.landmark.data import LandmarkDataCollator
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attn.conversion import from_official
+from hf_attn.checkpoints.official import from_official
 from tests.goldens import test_goldens
 from tests.goldens.case import Case
 

@@ -8,11 +8,12 @@ import torch
 from transformers import set_seed
 
 from hf_attn.attention.landmark import grouped_softmax
-from hf_attn.modeling.landmark import retrieval_landmark, store_landmark
-from hf_attn.modeling.landmark.cache_landmark import Destination
+from hf_attn.modeling.landmark import retrieval as retrieval_landmark
+from hf_attn.modeling.landmark import store as store_landmark
+from hf_attn.modeling.landmark.cache import Destination
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
-from hf_attn.modeling.landmark.store_landmark import BlockStore
+from hf_attn.modeling.landmark.store import BlockStore
 
 from .test_modeling_landmark import BLOCK, CLOSE, VOCAB, logits_of, make_model, random_ids
 

@@ -25,16 +25,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_attn.modeling.landmark.cache_landmark import RETRIEVALS
+from hf_attn.modeling.landmark.cache import RETRIEVALS
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
-from hf_attn.modeling.landmark.insertion_landmark import Insertion, check_landmark_token
+from hf_attn.modeling.landmark.insertion import Insertion, check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import (
     LANDMARK_TOKEN,
     LandmarkCache,
     LandmarkForCausalLM,
     add_landmark_token,
 )
-from hf_attn.modeling.landmark.reading_landmark import plot_reading, reading_counts
+from hf_attn.modeling.landmark.reading import plot_reading, reading_counts
 
 
 VOCAB, FREQ, BLOCK = 40, 4, 5

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
-from tests.upstream import UpstreamCausalLMTests
+from tests.batteries.upstream import UpstreamCausalLMTests
 
 
 TINY = {

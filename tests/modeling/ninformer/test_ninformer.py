@@ -8,11 +8,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_attn import from_official
-from hf_attn.conversion import ConversionError
-from hf_attn.imaging import image_processor_for
+from hf_attn.architectures.imaging import image_processor_for
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.ninformer.configuration_ninformer import NiNformerConfig
 from hf_attn.modeling.ninformer.modeling_ninformer import NiNformerForImageClassification, NiNformerModel
-from tests.imaging import ImageFamilyTests
+from tests.batteries.imaging import ImageFamilyTests
 
 from .test_upstream_ninformer import tiny_config
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.ninformer.configuration_ninformer import NiNformerConfig
-from tests.upstream import UpstreamImageTests
+from tests.batteries.upstream import UpstreamImageTests
 
 
 def tiny_config(**overrides) -> NiNformerConfig:

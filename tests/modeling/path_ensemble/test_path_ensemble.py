@@ -18,15 +18,16 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_attn import from_official, imaging
-from hf_attn.conversion import ConversionError
+from hf_attn import from_official
+from hf_attn.architectures import imaging
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.path_ensemble.configuration_path_ensemble import PathEnsembleConfig
 from hf_attn.modeling.path_ensemble.modeling_path_ensemble import (
     PathEnsembleForImageClassification,
     path_distance,
     path_divergence,
 )
-from tests.imaging import ImageFamilyTests, randomize
+from tests.batteries.imaging import ImageFamilyTests, randomize
 
 from .test_upstream_path_ensemble import tiny_config
 
@@ -48,7 +49,7 @@ class TestPathEnsemble(ImageFamilyTests):
         with pytest.raises(ValueError, match="image processor saved with the model"):
             imaging.image_processor_for(self.get_config())
         processor = ViTImageProcessor(size={"height": 16, "width": 16})
-        monkeypatch.setattr("tests.imaging.image_processor_for", lambda config: processor)
+        monkeypatch.setattr("tests.batteries.imaging.image_processor_for", lambda config: processor)
         super().test_saved_folder_serves_auto_classes_and_pipeline(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.path_ensemble.configuration_path_ensemble import PathEnsembleConfig
-from tests.upstream import UpstreamImageTests
+from tests.batteries.upstream import UpstreamImageTests
 
 
 def tiny_config(**overrides) -> PathEnsembleConfig:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_attn import from_official
-from hf_attn.conversion import ConversionError
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.rmt.configuration_rmt import RMTConfig
 from hf_attn.modeling.rmt.convert_rmt import our_name
 from hf_attn.modeling.rmt.modeling_rmt import RMTBackbone, RMTForImageClassification

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_attn.imaging import IMAGENET_MEAN, IMAGENET_STD, image_processor_for
+from hf_attn.architectures.imaging import IMAGENET_MEAN, IMAGENET_STD, image_processor_for
 from hf_attn.modeling.rmt.configuration_rmt import RMTConfig
 from hf_attn.modeling.rmt.modeling_rmt import (
     RMTAttention,
@@ -16,7 +16,7 @@ from hf_attn.modeling.rmt.modeling_rmt import (
     RMTPositions,
     RMTRelativePositions,
 )
-from tests.imaging import ImageBackboneTests, ImageFamilyTests, randomize
+from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 from tests.modeling.rmt.test_upstream_rmt import tiny_config
 
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.rmt.configuration_rmt import RMTConfig
-from tests.upstream import UpstreamBackboneTests, UpstreamImageTests
+from tests.batteries.upstream import UpstreamBackboneTests, UpstreamImageTests
 
 
 def tiny_config(**overrides) -> RMTConfig:

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from hf_attn.modeling.sd_rpn.answer_attention_sd_rpn import (
+from hf_attn.modeling.sd_rpn.first_pass import find_images
+from hf_attn.modeling.sd_rpn.labels.answer_attention import (
     RECIPES,
     AttentionRecipe,
     answer_attention,
     attention_recipe,
     average_attention,
 )
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import find_images
-from hf_attn.modeling.sd_rpn.prompts_sd_rpn import encode_prompts, read_prompt
+from hf_attn.modeling.sd_rpn.prompts import encode_prompts, read_prompt
 
 from .tiny import BASES, picture, tiny_base, tiny_processor
 

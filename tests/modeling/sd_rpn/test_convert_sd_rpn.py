@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from hf_attn import from_official
+from hf_attn.checkpoints.official import ConversionError, StateDict
 from hf_attn.cli import main
-from hf_attn.conversion import ConversionError, StateDict
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
 from hf_attn.modeling.sd_rpn.convert_sd_rpn import convert_official
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel

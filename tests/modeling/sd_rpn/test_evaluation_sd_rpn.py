@@ -3,8 +3,8 @@
 import datasets
 import pytest
 
-from hf_attn.modeling.sd_rpn.evaluation_sd_rpn import TASKS, box_iou, predictions
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn.evaluation import TASKS, box_iou, predictions
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 
 from .tiny import BASES, GRID, blob, force_maps, picture, tiny_base, tiny_processor, tiny_rpn
 

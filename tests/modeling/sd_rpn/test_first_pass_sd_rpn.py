@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import ImageCells, check_base, find_images, run_first_pass
-from hf_attn.modeling.sd_rpn.prompts_sd_rpn import encode_prompts, read_prompt
+from hf_attn.modeling.sd_rpn.first_pass import ImageCells, check_base, find_images, run_first_pass
+from hf_attn.modeling.sd_rpn.prompts import encode_prompts, read_prompt
 
 from .tiny import BASES, BRANCH, GRID, picture, tiny_base, tiny_processor, tiny_rpn
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer, set_seed
 
-from hf_attn.modeling.sd_rpn import generation_sd_rpn
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass
-from hf_attn.modeling.sd_rpn.generation_sd_rpn import SdRpnGenerator
+from hf_attn.modeling.sd_rpn import generation as generation_sd_rpn
+from hf_attn.modeling.sd_rpn.first_pass import run_first_pass
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnOutput
-from hf_attn.modeling.sd_rpn.prompts_sd_rpn import encode_prompts, pad_to_square, read_prompt
+from hf_attn.modeling.sd_rpn.prompts import encode_prompts, pad_to_square, read_prompt
 
 from .tiny import (
     BASES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_attn.modeling.sd_rpn.labels_sd_rpn import (
+from hf_attn.modeling.sd_rpn.labels.rule import (
     BACKGROUND,
     FOREGROUND,
     IGNORED,

@@ -10,7 +10,7 @@ from transformers import AutoModel, CLIPVisionConfig, LlavaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass
+from hf_attn.modeling.sd_rpn.first_pass import run_first_pass
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel, roi_loss
 
 from .tiny import BASES, BRANCH, LAYERS, tiny_base, tiny_rpn

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_attn.modeling.sd_rpn.dataset_sd_rpn import official_labels
-from hf_attn.modeling.sd_rpn.labels_sd_rpn import llava_pseudo_labels, qwen_pseudo_labels
-from hf_attn.modeling.sd_rpn.plain_pickle_sd_rpn import PlainPickleError, _ArrayClass, load_plain_pickle
+from hf_attn.modeling.sd_rpn.labels.dataset import official_labels
+from hf_attn.modeling.sd_rpn.labels.plain_pickle import PlainPickleError, _ArrayClass, load_plain_pickle
+from hf_attn.modeling.sd_rpn.labels.rule import llava_pseudo_labels, qwen_pseudo_labels
 
 
 def write(path, content, protocol=4) -> str:

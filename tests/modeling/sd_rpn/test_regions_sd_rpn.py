@@ -5,7 +5,7 @@ import torch
 from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
-from hf_attn.modeling.sd_rpn.regions_sd_rpn import (
+from hf_attn.modeling.sd_rpn.regions import (
     Region,
     above_threshold,
     asked_tokens,

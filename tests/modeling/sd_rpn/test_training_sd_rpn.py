@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from hf_attn.modeling.sd_rpn.first_pass_sd_rpn import run_first_pass
+from hf_attn.modeling.sd_rpn.first_pass import run_first_pass
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
-from hf_attn.modeling.sd_rpn.planted_sd_rpn import COLOURS, PlantedSquares, box_labels, tiny_llava
-from hf_attn.modeling.sd_rpn.training_sd_rpn import RoiCollator, SdRpnTrainer, labelling_inputs
+from hf_attn.modeling.sd_rpn.planted import COLOURS, PlantedSquares, box_labels, tiny_llava
+from hf_attn.modeling.sd_rpn.training import RoiCollator, SdRpnTrainer, labelling_inputs
 
 from .tiny import BRANCH, GRID, LAYERS, picture, tiny_base, tiny_processor, tiny_rpn
 

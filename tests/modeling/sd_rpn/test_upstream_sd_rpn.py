@@ -5,7 +5,7 @@ import unittest
 import torch
 
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
-from tests.upstream import UpstreamModelTests, common
+from tests.batteries.upstream import UpstreamModelTests, common
 
 
 class SdRpnUpstreamTest(UpstreamModelTests, unittest.TestCase):

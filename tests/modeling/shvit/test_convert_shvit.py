@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_attn import from_official
-from hf_attn.conversion import ConversionError
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
-from tests.imaging import randomize
+from tests.batteries.imaging import randomize
 
 
 timm = pytest.importorskip("timm")

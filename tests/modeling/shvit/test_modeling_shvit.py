@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
-from hf_attn.imaging import IMAGENET_MEAN, IMAGENET_STD
+from hf_attn.architectures.imaging import IMAGENET_MEAN, IMAGENET_STD
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
 from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention, SHViTForImageClassification, SHViTLayer
-from tests.imaging import ImageBackboneTests, ImageFamilyTests, randomize
+from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 from tests.modeling.shvit.test_upstream_shvit import tiny_config
 
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
-from tests.upstream import UpstreamBackboneTests, UpstreamImageTests
+from tests.batteries.upstream import UpstreamBackboneTests, UpstreamImageTests
 
 
 def tiny_config(**overrides) -> SHViTConfig:

@@ -11,7 +11,7 @@ from hf_attn.modeling.sigma_reparam.modeling_sigma_reparam import (
     SigmaReparamViTForImageClassification,
     SigmaReparamViTModel,
 )
-from hf_attn.modeling.sigma_reparam.modeling_sigma_reparam_speech import SigmaReparamSpeechBlock
+from hf_attn.modeling.sigma_reparam.speech import SigmaReparamSpeechBlock
 from hf_attn.patching.sigma_reparam import SigmaReparamLayer, fold_sigma_reparam
 
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.sigma_reparam.configuration_sigma_reparam import SigmaReparamViTConfig
-from tests.upstream import UpstreamImageTests
+from tests.batteries.upstream import UpstreamImageTests
 
 
 class SigmaReparamViTUpstreamTest(UpstreamImageTests, unittest.TestCase):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_attn.conversion import ConversionError, from_official
+from hf_attn.checkpoints.official import ConversionError, from_official
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidAttentionForCausalLM

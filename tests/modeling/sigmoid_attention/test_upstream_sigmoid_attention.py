@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
-from tests.upstream import UpstreamCausalLMTests
+from tests.batteries.upstream import UpstreamCausalLMTests
 
 
 TINY = {

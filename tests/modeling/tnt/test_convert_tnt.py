@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_attn import from_official
-from hf_attn.conversion import ConversionError
+from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.tnt.configuration_tnt import TNTConfig
 from hf_attn.modeling.tnt.modeling_tnt import TNTModel
-from tests.imaging import randomize
+from tests.batteries.imaging import randomize
 
 
 timm = pytest.importorskip("timm")

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_attn.modeling.tnt.configuration_tnt import TNTConfig
 from hf_attn.modeling.tnt.modeling_tnt import TNTBackbone, TNTForImageClassification, TNTModel
-from tests.imaging import ImageBackboneTests, ImageFamilyTests, randomize
+from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 from tests.modeling.tnt.test_upstream_tnt import tiny_config
 
 

@@ -3,7 +3,7 @@
 import unittest
 
 from hf_attn.modeling.tnt.configuration_tnt import TNTConfig
-from tests.upstream import UpstreamBackboneTests, UpstreamImageTests
+from tests.batteries.upstream import UpstreamBackboneTests, UpstreamImageTests
 
 
 def tiny_config(**overrides) -> TNTConfig:

@@ -1,0 +1,88 @@
+"""`hf-attn convert`: official checkpoints to folders for the Hub."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ._command import CommandError, formatter
+
+
+def add_parser(commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="turn an official checkpoint into a folder for from_pretrained and the Hub",
+        description="Turn a checkpoint of a paper's official code into a folder that from_pretrained loads and that can be "
+        "uploaded as it is: weights, configuration, stub and model card, and the image processor of an image classifier. "
+        "Nothing in the checkpoint may be left over, and no parameter of the model may stay unfilled.",
+        epilog="example: hf-attn convert sigmoid_attention gala.safetensors --config gala.json --output gala-85m",
+        formatter_class=formatter,
+    )
+    convert.add_argument("slug", metavar="SLUG", help="the paper, as `hf-attn papers` names it")
+    convert.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help=".safetensors, .pth, .pt or .bin file, or a folder or index of shards",
+    )
+    convert.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="the official constructor arguments as a JSON or YAML file; config.json in a folder of shards if not given",
+    )
+    convert.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
+    convert.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    convert.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    _check_output(options.output, options.overwrite)
+    config = _read_config(options.config) if options.config else None
+
+    from transformers import PreTrainedModel
+
+    from ..architectures.imaging import ImagePreprocessingMixin, image_processor_for
+    from ..checkpoints.official import from_official
+    from ..hub import write_model_card
+
+    model = from_official(options.slug, options.checkpoint, config)
+    if not isinstance(model, PreTrainedModel):
+        raise CommandError(
+            f"{options.checkpoint.name} holds a {type(model).__name__}, which is a part of a model and has no folder of its "
+            "own. Load it in Python with hf_attn.from_official."
+        )
+    processor = None
+    if isinstance(model.config, ImagePreprocessingMixin):
+        try:
+            processor = image_processor_for(model.config)
+        except ImportError as error:
+            raise CommandError(str(error)) from error
+    for pattern in ("model*.safetensors*", "preprocessor_config.json"):
+        for stale in options.output.glob(pattern):
+            stale.unlink()
+    model.save_pretrained(options.output)
+    if processor is not None:
+        processor.save_pretrained(options.output)
+    write_model_card(options.output, model)
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters is in {options.output}.")
+    print(f"Upload it with `hf upload USER/NAME {options.output}`.")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output {output} is a file; name a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise CommandError(f"--output {output} is not empty; name another folder, or pass --overwrite.")
+
+
+def _read_config(path: Path) -> dict:
+    import yaml
+
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        config = read(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise CommandError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CommandError(f"--config {path} must hold a mapping of argument names to values.")
+    return config

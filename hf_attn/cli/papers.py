@@ -1,0 +1,48 @@
+"""`hf-attn papers`: the catalogue."""
+
+import argparse
+import json
+
+from ..catalog import PAPERS, Paper
+from ._command import formatter
+
+
+def add_parser(commands) -> None:
+    papers = commands.add_parser(
+        "papers",
+        help="list the papers and what each has become",
+        description="List the papers of the catalogue: what each has become, and whether it can be used yet.",
+        formatter_class=formatter,
+    )
+    papers.add_argument("--json", action="store_true", help="everything that the catalogue holds, as JSON")
+    papers.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps([_facts(paper) for paper in PAPERS.values()], indent=2))
+        return
+    rows = [("SLUG", "ARXIV", "STATUS", "BECOMES")]
+    rows += [(paper.slug, paper.arxiv, paper.status, paper.becomes) for paper in PAPERS.values()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+    available = sum(paper.available for paper in PAPERS.values())
+    print(f"\n{available} of {len(PAPERS)} papers are available.")
+
+
+def _facts(paper: Paper) -> dict:
+    return {
+        "slug": paper.slug,
+        "title": paper.title,
+        "arxiv": paper.arxiv,
+        "status": paper.status,
+        "becomes": paper.becomes,
+        "code": paper.code or None,
+        "model_types": {
+            family.model_type: {auto: family.model_reference(auto) for auto in family.models}
+            for family in paper.families
+        },
+        "attention": list(paper.attention),
+        "converts_official_checkpoints": paper.converter,
+    }

@@ -1,0 +1,338 @@
+"""CLEAR (arXiv 2412.16112) on the FLUX and SD3 transformers of diffusers, in place.
+
+    apply_clear(pipe.transformer, radius=8)
+    remove_clear(pipe.transformer)
+
+Attention processors are replaced, nothing else: weights, pipelines, LoRA, ControlNets stay what they are. The token grid
+is read from each call of the transformer and handed down with ``joint_attention_kwargs``, so that size, batch and text
+length may change from call to call, and a checkpointed block is computed again with the grid that it had. What a call
+may hold in ``joint_attention_kwargs``, beside what diffusers knows:
+
+- ``proportional_attention``: True scales logits by the length of the sequence, for high resolutions;
+- ``clear_grid``: the grid `(height, width)` in tokens, to be used instead of reading it from ``img_ids``, which a graph
+  compiled with ``fullgraph=True`` cannot do;
+- ``attention_mask``: padding of the text, `(batch, text)` or `(batch, text and image)` in the order of the model, boolean
+  or additive.
+
+For SD3 the rule is this package's own inference from the paper: there is no official code for it.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ...attention.clear import CLEAR_BACKENDS, check_cells
+from .processors import (
+    ClearContext,
+    ClearFluxProcessor,
+    ClearProcessor,
+    ClearSD3Processor,
+    FluxAttnProcessor,
+    FusedJointAttnProcessor2_0,
+    JointAttnProcessor2_0,
+    diffusers,
+)
+
+
+# --- from the call of a transformer to its attention layers ------------------------------------------------------------
+
+
+class _Architecture(NamedTuple):
+    processor: type[ClearProcessor]
+    replaceable: tuple[type, ...]
+    arguments: tuple[str, ...]
+    image_first: bool
+
+
+_ARCHITECTURES = {
+    diffusers.FluxTransformer2DModel: _Architecture(
+        ClearFluxProcessor,
+        (FluxAttnProcessor,),
+        tuple(inspect.signature(diffusers.FluxTransformer2DModel.forward).parameters)[1:],
+        image_first=False,
+    ),
+    diffusers.SD3Transformer2DModel: _Architecture(
+        ClearSD3Processor,
+        (JointAttnProcessor2_0, FusedJointAttnProcessor2_0),
+        tuple(inspect.signature(diffusers.SD3Transformer2DModel.forward).parameters)[1:],
+        image_first=True,
+    ),
+}
+
+
+def _architecture(transformer: nn.Module) -> _Architecture:
+    for model_class, architecture in _ARCHITECTURES.items():
+        if isinstance(transformer, model_class):
+            return architecture
+    known = " and ".join(model_class.__name__ for model_class in _ARCHITECTURES)
+    inner = ""
+    for attribute in ("transformer", "_orig_mod", "get_base_model"):
+        if hasattr(transformer, attribute):
+            inner = f" Pass its `{attribute}{'()' if attribute == 'get_base_model' else ''}`."
+            break
+    raise TypeError(f"CLEAR knows {known} of diffusers, and this is a {type(transformer).__name__}.{inner}")
+
+
+def raster_grid(img_ids: torch.Tensor) -> tuple[int, int]:
+    """The grid of tokens whose FLUX position ids are given.
+
+    Args:
+        img_ids: `(height * width, 3)`, or with a leading batch dimension; columns 1 and 2 are row and column.
+
+    Returns:
+        `(height, width)`.
+
+    Raises:
+        ValueError: if the ids are not those of one image, row by row.
+    """
+    ids = (img_ids[0] if img_ids.dim() == 3 else img_ids).detach().float().cpu()
+    rows, columns = ids[:, 1], ids[:, 2]
+    width = int((rows == rows[0]).long().cumprod(0).sum())
+    is_raster = rows.numel() % width == 0 and bool((ids[:, 0] == ids[0, 0]).all())
+    if is_raster:
+        rows, columns = rows.view(-1, width), columns.view(-1, width)
+        # Pipelines round ids to bfloat16, in which neighbours beyond 256 may be equal.
+        is_raster = bool(
+            (rows == rows[:, :1]).all()
+            and (rows.diff(dim=0) >= 0).all()
+            and (columns == columns[:1]).all()
+            and (columns.diff(dim=1) >= 0).all()
+        )
+    if not is_raster:
+        raise ValueError(
+            f"CLEAR needs the tokens of one image, row by row, and the {rows.numel()} img_ids are not: reference images "
+            "(FLUX Kontext) and other token sets have no published rule."
+        )
+    return rows.shape[0], width
+
+
+def _text_mask(mask: torch.Tensor, text_length: int, image_length: int, image_first: bool) -> torch.Tensor:
+    """The text's part of an `attention_mask`, boolean `(batch, text)`."""
+    shape = tuple(mask.shape)
+    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.dim() != 2 or mask.shape[1] not in (text_length, text_length + image_length):
+        raise ValueError(
+            f"attention_mask has shape {shape}. With CLEAR it masks text: (batch, {text_length}) for the text, or (batch, "
+            f"{text_length + image_length}) for all tokens."
+        )
+    if mask.is_floating_point():
+        masked = mask <= torch.finfo(torch.float16).min / 2
+        if not (masked | (mask == 0)).all():
+            raise ValueError("An additive attention_mask may hold only zeros and very negative numbers with CLEAR.")
+        mask = ~masked
+    mask = mask.bool()
+    if mask.shape[1] == text_length:
+        return mask
+    lengths = (image_length, text_length) if image_first else (text_length, image_length)
+    first, second = mask.split(lengths, dim=1)
+    text, image = (second, first) if image_first else (first, second)
+    if not image.all():
+        raise ValueError("CLEAR cannot mask image tokens: attention_mask must be True for all of them.")
+    return text
+
+
+def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the transformer: put the grid of this call into ``joint_attention_kwargs``."""
+    architecture = _architecture(transformer)
+    arguments = dict(zip(architecture.arguments, args, strict=False)) | kwargs
+    attention_kwargs = dict(arguments.get("joint_attention_kwargs") or {})
+    if "ip_adapter_image_embeds" in attention_kwargs or "ip_hidden_states" in attention_kwargs:
+        raise ValueError("CLEAR has no rule for the image tokens of an IP-Adapter. Call `remove_clear` to use one.")
+    grid = attention_kwargs.pop("clear_grid", None)
+    hidden_states = arguments["hidden_states"]
+    if architecture.image_first:
+        patch_size = transformer.config.patch_size
+        grid = tuple(size // patch_size for size in hidden_states.shape[-2:])
+        image_length = grid[0] * grid[1]
+    else:
+        grid = raster_grid(arguments["img_ids"]) if grid is None else tuple(grid)
+        image_length = hidden_states.shape[1]
+        if grid[0] * grid[1] != image_length:
+            raise ValueError(f"The call has {image_length} image tokens, and a grid of {grid[0]} x {grid[1]} of them.")
+    for down_factor in transformer._clear_down_factors:
+        check_cells(grid, down_factor)
+    text_mask = None
+    if attention_kwargs.get("attention_mask") is not None:
+        text_length = arguments["encoder_hidden_states"].shape[1]
+        mask = attention_kwargs["attention_mask"]
+        text_mask = _text_mask(mask, text_length, image_length, architecture.image_first)
+    attention_kwargs["clear_context"] = ClearContext(grid, text_mask)
+    return (), arguments | {"joint_attention_kwargs": attention_kwargs}
+
+
+def _expect_clear(attn: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of changed attention layers: what somebody else has undone is not full attention silently."""
+    if not isinstance(attn.processor, ClearProcessor):
+        raise ValueError(
+            f"The CLEAR processor of this attention layer was replaced by a {type(attn.processor).__name__}, as by "
+            "`fuse_qkv_projections()` of SD3 or an IP-Adapter. Call `apply_clear` after what replaces processors, or "
+            "`remove_clear` first."
+        )
+
+
+def _drop_context(attn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of attention layers that were left alone: their processors do not know our arguments."""
+    return args, {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+
+
+_OWN_ARGUMENTS = ("clear_context", "proportional_attention")
+
+
+# --- what users call ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClearReport:
+    """What :func:`apply_clear` did.
+
+    Attributes:
+        changed: names of the attention layers whose processor is new or has other settings.
+        skipped: name of an attention layer that was left as it was -> reason.
+    """
+
+    changed: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+def clear_processors(transformer: nn.Module) -> dict[str, ClearProcessor]:
+    """Name of an attention layer that attends locally -> its processor."""
+    return {
+        name.removesuffix(".processor"): processor
+        for name, processor in transformer.attn_processors.items()
+        if isinstance(processor, ClearProcessor)
+    }
+
+
+def apply_clear(
+    transformer: nn.Module,
+    radius: int,
+    down_factor: int = 1,
+    backend: str = "auto",
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+) -> ClearReport:
+    """Let the image tokens of a diffusers transformer attend to a disc around them, in place.
+
+    Applying again changes the settings of what is chosen; trained spatial weights stay where ``down_factor`` does. The
+    pre-trained weights need the paper's distillation, or :func:`hf_attn.patching.clear.weights.load_clear_weights`.
+
+    Args:
+        transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel`.
+        radius: of the disc, in tokens of 16 pixels; published are 8, 16 and 32. Cells at exactly this distance are
+            outside.
+        down_factor: side of the cells of tokens whose pooled keys all image tokens attend to as well; published is 4.
+            1 for none. The grid of tokens must be divisible by it.
+        backend: implementation, one of `"auto"`, `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`. Where diffusers'
+            `set_attention_backend` was called, with `"native"` or `"flex"`, that counts.
+        include: patterns (as of `fnmatch`) of the names of attention layers to change, such as `"transformer_blocks.0.*"`.
+        exclude: patterns of names to leave as they are.
+
+    Returns:
+        Which attention layers were changed and which were not.
+
+    Raises:
+        TypeError: if the model is another one.
+        ValueError: for settings that make no sense, patterns that choose nothing, or attention processors that are not
+            the stock ones of diffusers, which are not overwritten.
+        ImportError: on importing this module without diffusers.
+    """
+    architecture = _architecture(transformer)
+    for name, value in (("radius", radius), ("down_factor", down_factor)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}.")
+    if backend not in CLEAR_BACKENDS:
+        raise ValueError(f"CLEAR has no backend {backend!r}. Known: {', '.join(CLEAR_BACKENDS)}.")
+    include, exclude = tuple(include), tuple(exclude)
+
+    changed, skipped = [], {}
+    chosen: dict[str, object] = {}
+    for key, processor in transformer.attn_processors.items():
+        name = key.removesuffix(".processor")
+        if not any(fnmatch(name, pattern) for pattern in include):
+            skipped[name] = "not included"
+        elif any(fnmatch(name, pattern) for pattern in exclude):
+            skipped[name] = "excluded"
+        else:
+            chosen[name] = processor
+    if not chosen:
+        raise ValueError(
+            f"No attention layer is chosen by include={include} and exclude={exclude}. The layers are called "
+            f"{next(iter(skipped))} and so on."
+        )
+    foreign = {
+        name: type(processor).__name__
+        for name, processor in chosen.items()
+        if type(processor) not in (*architecture.replaceable, architecture.processor)
+    }
+    if foreign:
+        name, processor = next(iter(foreign.items()))
+        raise ValueError(
+            f"{name} has a {processor}, which is not a stock attention processor of diffusers and is not overwritten "
+            f"({len(foreign)} such layers). Remove what installed it, or name the layers in `exclude`."
+        )
+    processors = dict(transformer.attn_processors)
+    for name, processor in chosen.items():
+        settings = (radius, down_factor, backend)
+        if not isinstance(processor, ClearProcessor):
+            changed.append(name)
+            processors[f"{name}.processor"] = _new_processor(architecture, transformer, name, settings, processor)
+        elif settings == (processor.radius, processor.down_factor, processor.backend):
+            skipped[name] = "is as asked already"
+        else:
+            changed.append(name)
+            if processor.down_factor == down_factor:
+                processor.radius, processor.backend = radius, backend
+            else:
+                processors[f"{name}.processor"] = _new_processor(
+                    architecture, transformer, name, settings, processor.replaced
+                )
+    transformer.set_attn_processor(processors)
+    _hook(transformer)
+    return ClearReport(tuple(changed), skipped)
+
+
+def _new_processor(architecture, transformer, name, settings, replaced) -> ClearProcessor:
+    attn = transformer.get_submodule(name)
+    weights = (tensor for tensor in attn.parameters() if tensor.is_floating_point())
+    return architecture.processor(*settings, replaced, like=next(weights).detach()).train(transformer.training)
+
+
+def _unhook(transformer: nn.Module) -> None:
+    for handle in transformer.__dict__.pop("_clear_handles", ()):
+        handle.remove()
+    transformer.__dict__.pop("_clear_down_factors", None)
+
+
+def _hook(transformer: nn.Module) -> None:
+    _unhook(transformer)
+    local = clear_processors(transformer)
+    handles = [transformer.register_forward_pre_hook(_pass_context, with_kwargs=True)]
+    for key in transformer.attn_processors:
+        name = key.removesuffix(".processor")
+        hook = _expect_clear if name in local else _drop_context
+        handles.append(transformer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+    transformer._clear_handles = handles
+    transformer._clear_down_factors = sorted({processor.down_factor for processor in local.values()})
+
+
+def remove_clear(transformer: nn.Module) -> tuple[str, ...]:
+    """Undo :func:`apply_clear`: every attention layer gets back the processor that it had, the same object.
+
+    Weights that were loaded or trained since stay; spatial weights are dropped.
+
+    Returns:
+        Names of the attention layers that were changed back; none if there was nothing to undo.
+    """
+    _architecture(transformer)
+    local = clear_processors(transformer)
+    _unhook(transformer)
+    if local:
+        restored = {f"{name}.processor": processor.replaced for name, processor in local.items()}
+        transformer.set_attn_processor(dict(transformer.attn_processors) | restored)
+    return tuple(local)

@@ -1,0 +1,150 @@
+"""Data sets of pseudo-labels: their columns, and how the official files become one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .plain_pickle import load_plain_pickle
+from .rule import pseudo_labels
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+#: columns of the official files that are used, and what they have to be
+_OFFICIAL = {"image": str, "prompt": str, "text": str, "sink_attn": np.ndarray, "grounding_attn_o2i": np.ndarray}
+
+
+def label_features() -> "Features":
+    """Columns of a data set of pseudo-labels.
+
+    `image`, `question`, `answer` (of the base model); `roi_labels`, rows of the grid with 1 for foreground, 0 for
+    background and -100 for ignored cells; `grounding` and `sink`, the attention that they were made of.
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Data sets of pseudo-labels need the extra `train`: pip install 'hf_attn[train]'") from error
+
+    def grid(dtype: str) -> datasets.List:
+        return datasets.List(datasets.List(datasets.Value(dtype)))
+
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "question": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "roi_labels": grid("int8"),
+            "grounding": grid("float32"),
+            "sink": grid("float32"),
+        }
+    )
+
+
+def label_row(
+    image: Any,
+    question: str,
+    answer: str,
+    grounding: torch.Tensor,
+    sink: torch.Tensor,
+    image_size: tuple[int, int],
+    *,
+    rule: str,
+    sink_threshold: float,
+) -> dict[str, Any]:
+    """One row of a data set of pseudo-labels.
+
+    Args:
+        image: what `datasets.Image` takes.
+        question, answer: the texts.
+        grounding, sink: attention maps `(rows, columns)`.
+        image_size: width and height of the image.
+        rule, sink_threshold: see :func:`pseudo_labels`.
+    """
+    labels, _ = pseudo_labels(grounding[None], sink[None], [image_size], rule=rule, sink_threshold=sink_threshold)
+    return {
+        "image": image,
+        "question": question,
+        "answer": answer,
+        "roi_labels": labels[0].to(torch.int8).numpy(),
+        "grounding": grounding.float().numpy(),
+        "sink": sink.float().numpy(),
+    }
+
+
+def official_labels(
+    path: str | Path, image_folder: str | Path, *, rule: str = "llava", sink_threshold: float = 1e-3
+) -> "Dataset":
+    """Turn one of the official files of attention maps (`YuhengSSS/roi_pseudo` on the Hub) into a data set.
+
+    The files are pickles; they are read without running anything in them, see
+    :func:`~hf_attn.modeling.sd_rpn.labels.plain_pickle.load_plain_pickle`.
+
+    Args:
+        path: the pickle.
+        image_folder: folder that the paths of its images are relative to.
+        rule: labelling rule of the base model, `llava` or `qwen`.
+        sink_threshold: mean sink attention from which a cell is a sink; 1e-3 for LLaVA, 1e-2 for Qwen2.5-VL.
+
+    Returns:
+        Data set with the columns of :func:`label_features`.
+
+    Raises:
+        PlainPickleError: if the file holds anything but plain data.
+        ValueError: if it is plain data, but not attention maps.
+        FileNotFoundError: naming the first image that is not in the folder.
+    """
+    from datasets import Dataset
+
+    features = label_features()
+    path, image_folder = Path(path), Path(image_folder)
+    records = load_plain_pickle(path)
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path.name} holds no list of attention maps.")
+    for i, record in enumerate(records):
+        wrong = [
+            name
+            for name, kind in _OFFICIAL.items()
+            if not isinstance(record, dict) or not isinstance(record.get(name), kind)
+        ]
+        if wrong:
+            raise ValueError(f"Entry {i} of {path.name} is no attention map: it lacks {', '.join(wrong)}.")
+        if not (image_folder / record["image"]).is_file():
+            raise FileNotFoundError(f"There is no {record['image']} in {image_folder}, the image of entry {i}.")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        from PIL import Image
+
+        for record in records:
+            file = image_folder / record["image"]
+            with Image.open(file) as image:
+                size = image.size
+            grounding, sink = (_grid(record[name]) for name in ("grounding_attn_o2i", "sink_attn"))
+            yield label_row(
+                str(file),
+                record["prompt"],
+                record["text"],
+                grounding,
+                sink,
+                size,
+                rule=rule,
+                sink_threshold=sink_threshold,
+            )
+
+    return Dataset.from_list(list(rows()), features=features)
+
+
+def _grid(attention: np.ndarray) -> torch.Tensor:
+    """The map as a grid; those of LLaVA are stored as one row of a square."""
+    if attention.ndim == 1:
+        side = round(attention.size**0.5)
+        if side * side != attention.size:
+            raise ValueError(f"An attention map of {attention.size} cells is no square.")
+        attention = attention.reshape(side, side)
+    return torch.from_numpy(attention.astype(np.float64, copy=False))
