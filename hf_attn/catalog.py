@@ -89,6 +89,11 @@ class Paper:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 
 
+#: names for ``attn_implementation`` that split a sequence over processes
+DISTRIBUTED_ATTENTION = tuple(
+    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
+)
+
 _PAPERS = (
     Paper(
         slug="sigmoid_attention",
@@ -222,7 +227,9 @@ _PAPERS = (
         slug="zeppelin",
         title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
         arxiv="2509.21841",
-        becomes="sequence partitioner, ring attention engine, remapping, simulator; Llama family that trains with it",
+        becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
+        available=True,
+        attention=DISTRIBUTED_ATTENTION,
     ),
     Paper(
         slug="deberta",

@@ -8,8 +8,8 @@ from torch import distributed
 
 from .blocks import pair_blocks
 from .exchange import Peers
-from .gathered import Gathering, gathered_attention, grid_shape
-from .heads import head_spans, local_attention, ulysses_attention, whole_blocks
+from .gathered import Gathering, gathered_attention, grid_shape, wanted_spans
+from .heads import local_attention, ulysses_attention, whole_blocks
 from .ring import Ring, ring_attention
 from .sharding import Sharding
 
@@ -101,21 +101,46 @@ def distributed_attention(
         output, logsumexp = local_attention(query, key, value, whole_blocks(sharding, causal), scaling)
     else:
         sharding = _sharding(lengths, split, cu_seqlens, attention_mask)
-        output, logsumexp = attention_of_tokens(
-            query, key, value, peers, sharding, layout, causal, scaling, split=split, grid=grid
-        )
+        schedule = Schedule(peers, sharding, layout, split, grid)
+        output, logsumexp = schedule.attend(query, key, value, causal, scaling)
     return (output, logsumexp) if return_logsumexp else output
 
 
-def attention_of_tokens(query, key, value, peers, sharding, layout, causal, scaling, split="contiguous", grid=None):
-    """:func:`distributed_attention` of a sequence whose sharding is known, without checks."""
-    if layout == "ring":
-        return ring_attention(query, key, value, peers, [whole_ring(sharding)], causal, scaling)
-    if layout == "ulysses":
-        return ulysses_attention(query, key, value, peers, sharding, causal, scaling)
-    grid = grid_shape(peers.size, grid) if layout == "grid" else None
-    gathering = Gathering(sharding, layout, split, grid, peers.rank)
-    return gathered_attention(query, key, value, peers, gathering, causal, scaling)
+class Schedule:
+    """Who computes what for a batch in a layout that splits tokens; made once and used by all layers.
+
+    Args:
+        peers: the ranks.
+        sharding: of the sequence.
+        layout: one of :data:`LAYOUTS` but `"head"`.
+        split: of the blocks of a grid.
+        grid: query blocks and key blocks.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        sharding: Sharding,
+        layout: str,
+        split: str = "contiguous",
+        grid: tuple[int, int] | None = None,
+    ):
+        self.peers, self.sharding, self.layout = peers, sharding, layout
+        if layout == "ring":
+            self.rings = [whole_ring(sharding)]
+        elif layout != "ulysses":
+            grid = grid_shape(peers.size, grid) if layout == "grid" else None
+            self.gathering = Gathering(sharding, layout, split, grid, peers.rank)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp, as of :func:`distributed_attention`, without its checks."""
+        if self.layout == "ring":
+            return ring_attention(query, key, value, self.peers, self.rings, causal, scaling)
+        if self.layout == "ulysses":
+            return ulysses_attention(query, key, value, self.peers, self.sharding, causal, scaling)
+        return gathered_attention(query, key, value, self.peers, self.gathering, causal, scaling)
 
 
 def whole_ring(sharding: Sharding) -> Ring:
@@ -161,8 +186,6 @@ def layout_spans(
 
     For the layouts `"head"` and `"ulysses"` that is everything, of :func:`~hf_attn.distributed.heads.head_spans`.
     """
-    from .gathered import wanted_spans
-
     if layout == "grid":
         rows, columns = grid if grid is not None else grid_shape(ranks, None)
         return wanted_spans("grid", Sharding.make(length, rows * columns, split), split, (rows, columns))
@@ -222,12 +245,3 @@ def _sharding(lengths: list[int], split: str, cu_seqlens, mask) -> Sharding:
             f"ranks have {lengths}. Cut it with `shard`."
         )
     return sharding
-
-
-__all__ = [
-    "LAYOUTS",
-    "distributed_attention",
-    "head_spans",
-    "layout_spans",
-    "partial_attention",
-]

@@ -137,7 +137,7 @@ def _checked(length, cu_seqlens, mask) -> tuple[tuple[int, ...], torch.Tensor | 
     return bounds, mask
 
 
-def shard(tensor: torch.Tensor, sharding: Sharding, rank: int, dim: int = 1) -> torch.Tensor:
+def shard_tensor(tensor: torch.Tensor, sharding: Sharding, rank: int, dim: int = 1) -> torch.Tensor:
     """The tokens of a rank of a tensor that has all of them.
 
     Raises:
@@ -152,7 +152,7 @@ def shard(tensor: torch.Tensor, sharding: Sharding, rank: int, dim: int = 1) -> 
     return torch.cat(pieces, dim)
 
 
-def unshard(tensor: torch.Tensor, sharding: Sharding, peers: Peers, dim: int = 1) -> torch.Tensor:
+def unshard_tensor(tensor: torch.Tensor, sharding: Sharding, peers: Peers, dim: int = 1) -> torch.Tensor:
     """All tokens in their order, in every rank, from the tokens of each rank; without gradients.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import distributed
 from hf_attn.distributed.exchange import Peers, count_sent_bytes
 from hf_attn.distributed.functional import distributed_attention
 from hf_attn.distributed.heads import head_spans, project_heads
-from hf_attn.distributed.sharding import Sharding, shard, unshard
+from hf_attn.distributed.sharding import Sharding, shard_tensor, unshard_tensor
 
 from .processes import in_processes
 
@@ -101,7 +101,7 @@ def computed(case, layout, group):
         local = [x[:, s].clone().requires_grad_() for x, s in zip(whole, (many, *spans, many), strict=True)]
     else:
         sharding = Sharding.make(sizes[3], peers.size, options["split"])
-        local = [shard(x, sharding, peers.rank, dim=2).requires_grad_() for x in whole]
+        local = [shard_tensor(x, sharding, peers.rank, dim=2).requires_grad_() for x in whole]
     output = distributed_attention(*local[:3], layout=layout, group=group, **options)
     assert output.dtype == local[0].dtype
     (output * local[3].detach()).sum().backward()
@@ -109,7 +109,7 @@ def computed(case, layout, group):
     if layout == "head":
         shapes = [[(*x.shape[:1], (b - a) * n, *x.shape[2:]) for a, b in kv_spans] for x, n in zip(found, (groups, groups, 1, 1), strict=True)]
         return [torch.cat(peers.exchange([x] * peers.size, s), 1) for x, s in zip(found, shapes, strict=True)]
-    return [unshard(x, sharding, peers, dim=2) for x in found]
+    return [unshard_tensor(x, sharding, peers, dim=2) for x in found]
 
 
 def errors_of(group):

@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing, nn
 from hf_attn.distributed.exchange import Peers
 from hf_attn.distributed.functional import distributed_attention, layout_spans, partial_attention
 from hf_attn.distributed.heads import head_spans, project_heads
-from hf_attn.distributed.sharding import Sharding, shard, unshard
+from hf_attn.distributed.sharding import Sharding, shard_tensor, unshard_tensor
 
 from ..case import Case
 
@@ -33,7 +33,7 @@ class _Attention:
         """A layout that splits tokens: what this rank holds, and what all of them have in the end."""
         peers = Peers(group)
         sharding = Sharding.make(self.x.shape[1], peers.size, split)
-        x = shard(self.x, sharding, peers.rank).requires_grad_()
+        x = shard_tensor(self.x, sharding, peers.rank).requires_grad_()
         query, key, value = self.project(x)
         states, logsumexp = distributed_attention(
             *(query, key, value),
@@ -41,16 +41,16 @@ class _Attention:
             grid=self.grid if layout == "grid" else None,
         )
         output = states.transpose(1, 2).flatten(2) @ self.weights["w_o"]
-        (output * shard(self.cotangent, sharding, peers.rank)).sum().backward()
+        (output * shard_tensor(self.cotangent, sharding, peers.rank)).sum().backward()
         held = {"out": states, "lse": logsumexp, "tokens": sharding.indices(peers.rank)}
         if layout == "key":
             held = self.partial("key", split, peers.rank, peers.size) | {"tokens": held["tokens"]}
         elif layout == "grid":
             held = self.partial("grid", split, peers.rank, peers.size)
         return {f"{layout}.{split}.rank{peers.rank}.{name}": array for name, array in held.items()} | {
-            f"output@{layout}.{split}": unshard(output, sharding, peers),
-            f"head_outputs@{layout}.{split}": unshard(states, sharding, peers, dim=2),
-            f"grad_x@{layout}.{split}": unshard(x.grad, sharding, peers),
+            f"output@{layout}.{split}": unshard_tensor(output, sharding, peers),
+            f"head_outputs@{layout}.{split}": unshard_tensor(states, sharding, peers, dim=2),
+            f"grad_x@{layout}.{split}": unshard_tensor(x.grad, sharding, peers),
         }
 
     def partial(self, layout: str, split: str, rank: int, ranks: int) -> dict[str, torch.Tensor]:
