@@ -10,6 +10,7 @@ import inspect
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class SequenceParallel:
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"The attention mask must be (batch, length), 1 or True for tokens, got {tuple(mask.shape)}.")
         cu_seqlens = _documents(batch, rows)
+        if self.layout == "zeppelin" and rows > 1:
+            raise ValueError(
+                f"Zeppelin takes one row with all documents of a batch, got {rows} rows. Collate with ZeppelinCollator."
+            )
         self.peers.check_equal(
             {
                 "batch size": rows,
@@ -285,6 +290,8 @@ def sequence_parallel(
     group: distributed.ProcessGroup | None = None,
     split: str = "zigzag",
     grid: tuple[int, int] | None = None,
+    nodes: int = 1,
+    capacity: int | None = None,
     timeout: float | None = None,
 ) -> Iterator[SequenceParallel]:
     """Within this context the ranks of a group share the tokens of each batch; all have to make the same calls.
@@ -299,6 +306,8 @@ def sequence_parallel(
         group: of processes; all by default.
         split: `"zigzag"`, with equal work in causal attention, or `"contiguous"`.
         grid: query blocks and key blocks of the layout `"grid"`.
+        nodes: on which the ranks are, for the plans of the layout `"zeppelin"`.
+        capacity: tokens that a rank takes in those plans; by default as many as a batch needs and 15% more.
         timeout: seconds to wait for other ranks; by default the process group's.
 
     Raises:
@@ -311,8 +320,7 @@ def sequence_parallel(
             "The model is wrapped in DistributedDataParallel, which averages gradients, and they are added up here. Pass the "
             "model itself, or train with SequenceParallelTrainerMixin."
         )
-    layout = layout_of(model)
-    context = SequenceParallel(Peers(group, timeout), layout, split, grid)
+    context = make_context(layout_of(model), Peers(group, timeout), split, grid, nodes, capacity)
     gradients = None if context.replicated else _GradientSum(model, context.peers)
 
     def complete(module, arguments, output):
@@ -330,6 +338,21 @@ def sequence_parallel(
         handle.remove()
         if gradients is not None:
             gradients.close()
+
+
+def make_context(
+    layout: str,
+    peers: Peers,
+    split: str = "zigzag",
+    grid: tuple[int, int] | None = None,
+    nodes: int = 1,
+    capacity: int | None = None,
+) -> SequenceParallel:
+    """The state of :func:`sequence_parallel`; arguments as there."""
+    if layout != "zeppelin":
+        return SequenceParallel(peers, layout, split, grid)
+    parallel = import_module(f"{__package__}.zeppelin.parallel")
+    return parallel.ZeppelinParallel(peers, parallel.Cluster.of(peers.size, nodes, capacity))
 
 
 def layout_of(model: nn.Module) -> str:

@@ -68,6 +68,13 @@ class Peers:
         self.rank = distributed.get_rank(self.group)
         self.size = distributed.get_world_size(self.group)
 
+    @classmethod
+    def alone(cls) -> "Peers":
+        """One process without a group, which has everything."""
+        peers = cls.__new__(cls)
+        peers.group, peers.timeout, peers.rank, peers.size = None, None, 0, 1
+        return peers
+
     @contextmanager
     def _watched(self, doing: str) -> Iterator[None]:
         try:
@@ -82,6 +89,12 @@ class Peers:
     def _wait(self, work) -> None:
         if work is not None:
             _ = work.wait() if self.timeout is None else work.wait(self.timeout)
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where tensors are that the group can send."""
+        nccl = self.size > 1 and distributed.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
 
     def exchange(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Send a tensor to each rank and receive one of each, of shapes that are known.
@@ -131,10 +144,9 @@ class Peers:
 
     def all_gather_integers(self, values: Sequence[int]) -> list[list[int]]:
         """The integers of all ranks, which have equally many."""
-        device = "cpu" if distributed.get_backend(self.group) != "nccl" else torch.cuda.current_device()
-        own = torch.tensor(list(values), dtype=torch.int64, device=device)
         if self.size == 1:
-            return [own.tolist()]
+            return [list(values)]
+        own = torch.tensor(list(values), dtype=torch.int64, device=self.device)
         gathered = [torch.empty_like(own) for _ in range(self.size)]
         with self._watched("comparison of inputs"):
             self._wait(distributed.all_gather(gathered, own, group=self.group, async_op=True))

@@ -14,7 +14,7 @@ import torch
 from .blocks import Span, pair_blocks
 from .exchange import Peers, exchange
 from .local import Accumulator, RowBlocks, accumulation_dtype, attend, attend_backward
-from .sharding import Sharding, split_spans
+from .sharding import Sharding, span_indices, split_spans
 
 
 def grid_shape(ranks: int, grid: Sequence[int] | None) -> tuple[int, int]:
@@ -59,21 +59,28 @@ class Route:
     receive: list[torch.Tensor]
 
     @classmethod
-    def make(cls, owned: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]], rank: int) -> "Route":
+    def make(
+        cls, owned: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]], rank: int, length: int
+    ) -> "Route":
         """The route of a rank.
 
         Args:
-            owned: spans of each rank's local tensor.
+            owned: spans of each rank's local tensor; together every token once.
             wanted: spans of each rank's fetched tensor.
             rank: whose route.
+            length: of the whole sequence.
         """
-        send = [_places(owned[rank], wanted[other])[0] for other in range(len(owned))]
-        receive = [_places(owned[other], wanted[rank])[1] for other in range(len(owned))]
-        return cls(send, receive)
-
-    @property
-    def num_fetched(self) -> int:
-        return sum(len(places) for places in self.receive)
+        owner, place = (torch.empty(length, dtype=torch.int64) for _ in range(2))
+        for other, spans in enumerate(owned):
+            tokens = span_indices(spans)
+            owner[tokens] = other
+            place[tokens] = torch.arange(len(tokens))
+        send = []
+        for spans in wanted:
+            tokens = span_indices(spans)
+            send.append(place[tokens[owner[tokens] == rank]])
+        owners = owner[span_indices(wanted[rank])]
+        return cls(send, [(owners == other).nonzero().flatten() for other in range(len(owned))])
 
     def reversed(self) -> "Route":
         return Route(self.receive, self.send)
@@ -105,25 +112,8 @@ class Route:
         return total
 
 
-def _places(owned: Sequence[Span], wanted: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the common tokens in a tensor of `owned` and in one of `wanted`, in the order of the former."""
-    own, want = [], []
-    own_offset = 0
-    for start, stop in owned:
-        want_offset = 0
-        for first, last in wanted:
-            a, b = max(start, first), min(stop, last)
-            if a < b:
-                own.append(torch.arange(own_offset + a - start, own_offset + b - start))
-                want.append(torch.arange(want_offset + a - first, want_offset + b - first))
-            want_offset += last - first
-        own_offset += stop - start
-    nothing = torch.arange(0)
-    return torch.cat([*own, nothing]), torch.cat([*want, nothing])
-
-
 def _selected(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    if len(places) and len(places) == int(places[-1]) - int(places[0]) + 1:
+    if len(places) and bool((places[1:] - places[:-1] == 1).all()):
         return tensor.narrow(2, int(places[0]), len(places))
     return tensor.index_select(2, places.to(tensor.device))
 
@@ -153,11 +143,11 @@ class Gathering:
 
     @cached_property
     def queries(self) -> Route:
-        return Route.make(self.sharding.spans, [queries for queries, _ in self.wanted], self.rank)
+        return Route.make(self.sharding.spans, [queries for queries, _ in self.wanted], self.rank, self.sharding.length)
 
     @cached_property
     def keys(self) -> Route:
-        return Route.make(self.sharding.spans, [keys for _, keys in self.wanted], self.rank)
+        return Route.make(self.sharding.spans, [keys for _, keys in self.wanted], self.rank, self.sharding.length)
 
     def blocks(self, causal: bool) -> RowBlocks:
         if causal not in self._blocks:

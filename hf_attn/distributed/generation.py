@@ -54,7 +54,7 @@ def distributed_generate(
         raise ValueError("Zeppelin plans training batches; generate with distributed_ring or another layout.")
     context.peers.check_equal({"batch size": input_ids.shape[0], "length": input_ids.shape[1]})
     seed = torch.randint(2**31, (1,)) if context.peers.rank == 0 else torch.zeros(1, dtype=torch.int64)
-    seed = int(context.peers.broadcast(seed.to(_device(context.peers)), 0))
+    seed = int(context.peers.broadcast(seed.to(context.peers.device), 0))
     context.decoding = _Decoding(context)
     handles = [
         model.register_forward_pre_hook(context.decoding.before, with_kwargs=True),
@@ -67,10 +67,6 @@ def distributed_generate(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _device(peers: Peers) -> torch.device | str:
-    return "cuda" if distributed.get_backend(peers.group) == "nccl" else "cpu"
 
 
 class _Decoding:

@@ -89,7 +89,7 @@ class Sharding:
 
     def indices(self, rank: int) -> torch.Tensor:
         """Index in the whole sequence of each token of a rank."""
-        return _indices(self.spans[rank])
+        return span_indices(self.spans[rank])
 
     @cached_property
     def row_groups(self) -> list[tuple[Span, list[tuple[int, int, int]]]]:
@@ -117,7 +117,8 @@ class Sharding:
         return (index - starts[torch.searchsorted(starts, index, right=True) - 1])[None]
 
 
-def _indices(spans: Sequence[Span]) -> torch.Tensor:
+def span_indices(spans: Sequence[Span]) -> torch.Tensor:
+    """Index in the whole sequence of each token of some spans."""
     return torch.cat([torch.arange(start, stop) for start, stop in spans] or [torch.arange(0)])
 
 
@@ -148,8 +149,8 @@ def shard_tensor(tensor: torch.Tensor, sharding: Sharding, rank: int, dim: int =
             f"A tensor of shape {tuple(tensor.shape)} has {tensor.shape[dim]} tokens in dimension {dim}, and the sequence has "
             f"{sharding.length}."
         )
-    pieces = [tensor.narrow(dim, start, stop - start) for start, stop in sharding.spans[rank]]
-    return torch.cat(pieces, dim)
+    spans = sharding.spans[rank] or ((0, 0),)
+    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in spans], dim)
 
 
 def unshard_tensor(tensor: torch.Tensor, sharding: Sharding, peers: Peers, dim: int = 1) -> torch.Tensor:
