@@ -69,6 +69,8 @@ class SequenceParallelTrainerMixin:
         for sharded in (getattr(prepared, "batch_sampler", None), getattr(prepared, "dataset", None)):
             if isinstance(sharded, (BatchSamplerShard, IterableDatasetShard)):
                 sharded.num_processes, sharded.process_index = 1, 0
+                # ... and fill the last one up with samples from the beginning.
+                sharded.even_batches = False
         return prepared
 
     def training_step(self, *args, **kwargs):

@@ -1,13 +1,12 @@
 """Batches of uneven documents for :func:`~hf_attn.distributed.context.sequence_parallel` and the Trainer mixin."""
 
-import math
 from dataclasses import dataclass
 
 from ..context import SequenceParallel
 from ..exchange import Peers
 from ..sharding import Sharding
 from .engine import ZeppelinSchedule
-from .partition import Plan, PlanError, partition
+from .partition import Plan, PlanError, default_capacity, partition
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Cluster:
         """
         capacity = self.capacity
         if capacity is None:
-            capacity = max(1, math.ceil(1.15 * sum(lengths) / (self.nodes * self.gpus_per_node)))
+            capacity = default_capacity(lengths, self.nodes * self.gpus_per_node)
         return partition(lengths, self.nodes, self.gpus_per_node, capacity)
 
     @classmethod

@@ -87,6 +87,11 @@ def pieces(total: int, count: int) -> list[int]:
     return [size + (i < longer) for i in range(count)]
 
 
+def default_capacity(lengths: Sequence[int], ranks: int, slack: float = 0.15) -> int:
+    """Tokens that a rank has to take for a batch, and some more, so that few sequences have to be shared."""
+    return max(1, math.ceil((1 + slack) * sum(lengths) / ranks))
+
+
 def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: int) -> Plan:
     """Partition a batch over nodes, and the part of each node over its GPUs.
 
@@ -147,7 +152,7 @@ def _check(lengths: tuple[int, ...], nodes: int, gpus_per_node: int, capacity: i
     if total > ranks * capacity:
         raise PlanError(
             f"The batch has {total} tokens, and {ranks} GPUs with a capacity of {capacity} take {ranks * capacity}. A capacity "
-            f"of {math.ceil(total / ranks)} would just do, {math.ceil(1.15 * total / ranks)} leaves 15% of room for balancing."
+            f"of {math.ceil(total / ranks)} would just do, {default_capacity(lengths, ranks)} leaves 15% of room for balancing."
         )
 
 
