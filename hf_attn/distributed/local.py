@@ -9,7 +9,9 @@ contribution to the gradients (arXiv 2307.08691, section 3.1). torch's fused ker
 queries are computed one after the other. A map of all queries and keys is never in memory.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +23,30 @@ TILE_ELEMENTS = 2**22
 
 #: blocks of each group of rows: `((first row, after the last), blocks)`
 RowBlocks = Sequence[tuple[Span, Sequence[Block]]]
+
+
+_listeners: list[Callable[[float], None]] = []
+
+
+def add_work_listener(listener: Callable[[float], None]) -> None:
+    """Have a function told the CPU seconds of each piece of work."""
+    _listeners.append(listener)
+
+
+def remove_work_listener(listener: Callable[[float], None]) -> None:
+    """The opposite of :func:`add_work_listener`."""
+    _listeners.remove(listener)
+
+
+@contextmanager
+def _work() -> Iterator[None]:
+    if not _listeners:
+        yield
+        return
+    start = time.process_time()
+    yield
+    for listener in _listeners:
+        listener(time.process_time() - start)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +116,11 @@ def attend(
         scaling: of the logits.
         offset: see `accumulator`.
     """
+    with _work():
+        _attend(accumulator, query, key, value, blocks, scaling, offset)
+
+
+def _attend(accumulator, query, key, value, blocks, scaling, offset) -> None:
     for rows, group in blocks:
         for block in group:
             q, k, v = _parts(rows, block, query, key, value)
@@ -121,6 +152,11 @@ def attend_backward(
         blocks: who sees whom.
         scaling: of the logits.
     """
+    with _work():
+        _attend_backward(gradients, grad_output, query, key, value, output, logsumexp, blocks, scaling)
+
+
+def _attend_backward(gradients, grad_output, query, key, value, output, logsumexp, blocks, scaling) -> None:
     for rows, group in blocks:
         for block in group:
             q, k, v = _parts(rows, block, query, key, value)

@@ -7,8 +7,9 @@ import torch
 from torch import distributed
 
 from hf_attn.distributed.exchange import Peers, count_sent_bytes
-from hf_attn.distributed.functional import distributed_attention
+from hf_attn.distributed.functional import Schedule, distributed_attention
 from hf_attn.distributed.heads import head_spans, project_heads
+from hf_attn.distributed.measure import forward_bytes
 from hf_attn.distributed.sharding import Sharding, shard_tensor, unshard_tensor
 
 from .processes import in_processes
@@ -156,12 +157,16 @@ def everything(rank):
 
 
 def sent_bytes():
+    """Bytes that were sent, and those that the formulas say."""
     found = {}
     for layout in ("ring", "query", "key", "ulysses", "grid"):
-        states = torch.zeros(2, 4, 6, 8)
-        with count_sent_bytes() as counter:
-            distributed_attention(states, states, states, layout=layout)
-        found[layout] = counter.total
+        for length, kv_heads in ((24, 4), (29, 2)):
+            peers, sharding = Peers(), Sharding.make(length, 4)
+            states = [torch.zeros(2, heads, sharding.lengths[peers.rank], 8) for heads in (4, kv_heads, kv_heads)]
+            with count_sent_bytes() as counter:
+                distributed_attention(*states, layout=layout)
+            formula = forward_bytes(Schedule(peers, sharding, layout), 2, 4, kv_heads, 8)
+            found[layout, length] = (counter.total, formula)
     return found
 
 
@@ -206,18 +211,14 @@ def test_rings_turn_again_and_again(results):
 def test_bytes_are_what_the_formulas_say(results):
     batch, heads, tokens, dim, ranks = 2, 4, 6, 8, 4
     shard_bytes = batch * heads * tokens * dim * 4
-    columns = 2
-    # 2 x 2 blocks of 12 tokens: half of the ranks' queries and keys are elsewhere in both directions.
-    for rank, result in enumerate(results):
+    logsumexp = batch * heads * tokens * 4
+    for result in results:
         found = result["bytes"]
-        checks = {"comparison": 0}
-        assert checks["comparison"] == 0
-        assert found["ring"] == (ranks - 1) * 2 * shard_bytes, rank
-        assert found["query"] == (ranks - 1) * 2 * shard_bytes
-        logsumexp = batch * heads * tokens * 4
-        assert found["key"] == (ranks - 1) * (2 * shard_bytes + logsumexp)
-        assert found["ulysses"] == (ranks - 1) * (4 * shard_bytes + logsumexp) // ranks
-        assert found["grid"] <= (ranks - 1) * 2 * shard_bytes + columns * (shard_bytes + logsumexp)
+        assert all(sent == formula for sent, formula in found.values())
+        assert found["ring", 24][0] == found["query", 24][0] == (ranks - 1) * 2 * shard_bytes
+        assert found["key", 24][0] == (ranks - 1) * (2 * shard_bytes + logsumexp)
+        assert found["ulysses", 24][0] == (ranks - 1) * (4 * shard_bytes + logsumexp) // ranks
+        assert found["grid", 24][0] < found["key", 24][0]
 
 
 def test_the_projection_of_heads_is_that_of_all_of_them(results):
