@@ -130,8 +130,9 @@ def report(trainer: Trainer, batch: dict[str, torch.Tensor], implementation: str
         print(f"First batch on {peers.size} processes, layout {context.layout}, split {context.split}:")
         print(f"  loss {loss:.6f}; in one process {own:.6f}; difference {abs(loss - own):.1e}")
         print(f"  {'rank':>4} {'tokens':>8} {'bytes sent':>14} {'by the formula':>15} {'peak of a step, MiB':>20}")
-        for rank, (tokens, total, formula, peak) in enumerate(facts):
-            print(f"  {rank:>4} {tokens:>8,} {total:>14,} {formula if formula >= 0 else '-':>15} {peak if peak >= 0 else '-':>20}")
+        for rank, row in enumerate(facts):
+            tokens, total, formula, peak = (f"{value:,}" if value >= 0 else "-" for value in row)
+            print(f"  {rank:>4} {tokens:>8} {total:>14} {formula:>15} {peak:>20}")
         sys.stdout.flush()
     return {
         "loss": loss,

@@ -6,7 +6,7 @@ from ..context import SequenceParallel
 from ..exchange import Peers
 from ..sharding import Sharding
 from .engine import ZeppelinSchedule
-from .partition import Plan, PlanError, default_capacity, partition
+from .partition import Plan, PlanError, default_capacity, even_partition, partition
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Cluster:
         if nodes < 1 or ranks % nodes:
             raise PlanError(f"{ranks} ranks cannot be dealt out evenly to {nodes} nodes.")
         return cls(nodes, ranks // nodes, capacity)
+
+
+class EvenCluster(Cluster):
+    """Shares every document among all ranks, as even context parallelism does; to compare with."""
+
+    def plan(self, lengths) -> Plan:
+        return even_partition(lengths, self.nodes, self.gpus_per_node)
 
 
 class ZeppelinParallel(SequenceParallel):

@@ -139,6 +139,21 @@ def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: 
     )
 
 
+def even_partition(lengths: Sequence[int], nodes: int, gpus_per_node: int) -> Plan:
+    """Every sequence shared by all ranks: even context parallelism, to compare with.
+
+    Raises:
+        PlanError: as :func:`partition`.
+    """
+    lengths = tuple(int(length) for length in lengths)
+    ranks = nodes * gpus_per_node
+    capacity = sum(-(-length // ranks) for length in lengths)
+    _check(lengths, nodes, gpus_per_node, capacity)
+    zone = "local" if ranks == 1 else "intra" if nodes == 1 else "inter"
+    shares = tuple(tuple((r, n) for r, n in enumerate(pieces(length, ranks)) if n) for length in lengths)
+    return Plan(lengths, nodes, gpus_per_node, capacity, 1, (1,) * nodes, (zone,) * len(lengths), shares)
+
+
 def _check(lengths: tuple[int, ...], nodes: int, gpus_per_node: int, capacity: int) -> None:
     for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node), ("capacity", capacity)):
         if value < 1:
