@@ -10,6 +10,7 @@ the public ways to push put a generic card in the place of ours.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -215,8 +216,18 @@ def _base_model(model: "PreTrainedModel") -> str | None:
 
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
-    lines += [f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in rows.items()]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Text of a table's cell: six significant digits, and never a whole number for one that is not."""
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+        if math.isfinite(value) and ("e+" in text or (float(text).is_integer() and not value.is_integer())):
+            text = repr(value)
+        return text
+    return " ".join(str(value).split()).replace("|", r"\|")
 
 
 def _family_of(config: "PreTrainedConfig") -> Family | None:

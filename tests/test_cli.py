@@ -327,3 +327,24 @@ def test_an_interrupted_quickstart_has_its_own_exit_code(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", SimpleNamespace(quickstart=interrupt))
     assert main(["quickstart"]) == 130
+
+
+def test_the_folder_of_the_checkpoint_is_no_output(official, capsys):
+    before = {path.name: path.read_bytes() for path in official.iterdir()}
+    assert convert(official, official, "--overwrite") == 2
+    assert_one_line_of_error(capsys, "is the folder of the official checkpoint")
+    assert {path.name: path.read_bytes() for path in official.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_earlier_model(official, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "output"
+    assert convert(official, output) == 0
+    weights = (output / "model.safetensors").read_bytes()
+
+    def full(*arguments, **keywords):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_attn.hub.write_model_card", full)
+    assert convert(official, output, "--overwrite") == 2
+    assert (output / "model.safetensors").read_bytes() == weights
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith(".part")) == []

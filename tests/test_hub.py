@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_attn import hub
 from hf_attn.catalog import PAPERS, families, find_family
 from hf_attn.hub import STUB_NAME, HubConfigMixin, HubTrainerMixin, auto_map, model_card, write_model_card, write_stub
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
@@ -131,6 +132,16 @@ def test_the_base_is_known_after_from_base(tmp_path):
     base.config.name_or_path = "someone/base"
     student = EchoAttForCausalLM.from_base(base, shared_layers=[1])
     assert ModelCard(model_card(student)).data.base_model == "someone/base"
+
+
+def test_numbers_and_names_keep_their_meaning_in_a_table():
+    rows = {"accuracy": 0.99996, "perplexity": 12345.6, "tokens": 1234567.8, "lr": 1e-5, "steps": 3.0, "F1 | macro": 1}
+    cells = [
+        line.split(" | ")[-1].removesuffix(" |") for line in hub._table(("Metric", "Value"), rows).splitlines()[2:]
+    ]
+    assert cells == ["0.99996", "12345.6", "1234567.8", "1e-05", "3", "1"]
+    assert hub._cell(0.99999999) == "0.99999999"
+    assert hub._cell("F1 | macro\nof all") == r"F1 \| macro of all"
 
 
 def test_a_model_of_another_package_has_no_card_here():
@@ -296,6 +307,7 @@ from pathlib import Path
 import torch, transformers
 from huggingface_hub import ModelCard, create_repo
 import hf_attn
+
 from hf_attn.hub import HubTrainerMixin
 from transformers import TrainingArguments
 

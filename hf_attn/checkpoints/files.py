@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 
-#: what a folder is looked through for, in this order; the names are transformers'
+#: what a folder is looked through for; names and order are transformers', which reads a single file before shards
 CHECKPOINT_NAMES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 #: end of the name of an index of shards
 INDEX_SUFFIX = ".index.json"

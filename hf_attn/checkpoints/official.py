@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,20 @@ from .files import INDEX_SUFFIX, ConversionError, LazyTensors, open_checkpoint
 
 
 #: names under which training code keeps the weights in its files; the first that is there is taken, averages before the rest
-STATE_DICT_ENTRIES = ("params_ema", "params", "state_dict", "model")
+STATE_DICT_ENTRIES = (
+    "params_ema",
+    "model_ema",
+    "state_dict_ema",
+    "ema_state_dict",
+    "ema",
+    "params",
+    "state_dict",
+    "model",
+)
+
+#: put before every name by wrappers of training code (data parallelism, `torch.compile`), and by transformers' bare models
+_WRAPPERS = ("module.", "_orig_mod.")
+_BASE_MODEL = "model."
 
 
 @dataclass(frozen=True)
@@ -64,13 +78,64 @@ class StateDict(Mapping):
         return sorted(set(self._tensors) - self.taken)
 
 
-class OfficialArguments(dict):
-    """Official constructor arguments; one that is needed and not there is a :class:`ConversionError`."""
+class OfficialArguments(Mapping):
+    """Official constructor arguments, which remember which of them a converter has read.
 
-    def __missing__(self, key: str):
+    One that is needed and not there is a :class:`ConversionError`, and so is one that nobody has read: it is misspelt,
+    or it changes the model in a way that is not served.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]):
+        self._arguments = dict(arguments)
+        self._known: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._known.add(name)
+        if name not in self._arguments:
+            raise ConversionError(
+                f"The official configuration has no {name!r}, which the converter needs; it has "
+                f"{', '.join(map(str, self._arguments)) or 'nothing'}."
+            )
+        return self._arguments[name]
+
+    def __contains__(self, name) -> bool:
+        self._known.add(name)
+        return name in self._arguments
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._arguments[name] if name in self else default
+
+    def __iter__(self):
+        return iter(self._arguments)
+
+    def __len__(self) -> int:
+        return len(self._arguments)
+
+    def agree(self, **found: Any) -> None:
+        """Check arguments that follow from the weights: they need not be given, but may not say something else."""
+        for name, value in found.items():
+            given = self.get(name, value)
+            if (list(given) if isinstance(given, tuple) else given) != value:
+                raise ConversionError(f"The weights are those of {name}={value}, but the configuration says {given}.")
+
+    def leave(self, *names: str) -> None:
+        """Name arguments that say nothing about what the model computes in evaluation, and are not read."""
+        self._known.update(names)
+
+    def leave_rest(self) -> None:
+        """Accept every other argument: the configuration is that of a larger model, or describes a whole training."""
+        self._known.update(self._arguments)
+
+    def check(self, slug: str) -> None:
+        """Raise :class:`ConversionError` for arguments that nobody has read."""
+        unread = sorted(set(self._arguments) - self._known, key=str)
+        if not unread:
+            return
+        similar = [match for name in unread for match in get_close_matches(str(name), self._known, n=1, cutoff=0.75)]
+        advice = f" Did you mean {_names(similar)}?" if similar else f" Known are {_names(self._known, limit=40)}."
         raise ConversionError(
-            f"The official configuration has no {key!r}, which the converter needs; it has "
-            f"{', '.join(map(str, self)) or 'nothing'}."
+            f"The official configuration has {_names(unread)}, which the converter of {slug} does not know or does not "
+            f"serve.{advice}"
         )
 
 
@@ -84,22 +149,31 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values())
 
 
-def select_state_dict(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> dict[str, torch.Tensor]:
+def select_state_dict(
+    checkpoint: Mapping[str, Any], source: str = "The checkpoint", entry: str | None = None
+) -> dict[str, torch.Tensor]:
     """Find the state dict in what training code saves: the weights, or a dictionary around them.
 
-    Of a dictionary the entry named ``params_ema``, ``params``, ``state_dict`` or ``model`` is taken, in this order, or the
-    only one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state
-    dict itself plain values such as an epoch counter are no weights and are ignored.
+    Of a dictionary the first entry of :data:`STATE_DICT_ENTRIES` is taken, averaged weights before others, or the only
+    one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state dict
+    itself plain values such as an epoch counter are no weights and are ignored. What wrappers put before every name
+    (``module.``, ``_orig_mod.``) is removed.
 
     Args:
         checkpoint: what :func:`~hf_attn.checkpoints.files.read_checkpoint` or ``torch.load`` returned.
         source: what it is, for error messages.
+        entry: name of the entry to take.
 
     Raises:
-        ConversionError: if there are no tensors, or several dictionaries of tensors of which none has such a name.
+        ConversionError: if there are no tensors, no such entry, or several dictionaries of tensors of which none has a
+            known name.
     """
     nested = [name for name, value in checkpoint.items() if _holds_tensors(value)]
-    chosen = [name for name in STATE_DICT_ENTRIES if name in nested]
+    if entry is not None and entry not in nested:
+        raise ConversionError(
+            f"{source} has no entry {entry!r} with weights. Entries that hold tensors: {_names(nested) or 'none'}."
+        )
+    chosen = [entry] if entry is not None else [name for name in STATE_DICT_ENTRIES if name in nested]
     if not chosen and len(nested) == 1 and not _holds_tensors(checkpoint):
         chosen = nested
     if chosen:
@@ -107,7 +181,7 @@ def select_state_dict(checkpoint: Mapping[str, Any], source: str = "The checkpoi
     elif nested:
         raise ConversionError(
             f"{source} holds several dictionaries of tensors, and it is unclear which are the weights: {_names(nested)}"
-            f"{' and its own entries' if _holds_tensors(checkpoint) else ''}. Pass the right one as a state dict."
+            f"{' and its own entries' if _holds_tensors(checkpoint) else ''}. Name the right one with `entry`."
         )
     plain = (bool, int, float, str, bytes, type(None))
     tensors = {name: value for name, value in checkpoint.items() if not isinstance(value, plain)}
@@ -115,7 +189,13 @@ def select_state_dict(checkpoint: Mapping[str, Any], source: str = "The checkpoi
     if not tensors or others:
         problem = f"{_names(others)}, which are no tensors" if others else "no tensors"
         raise ConversionError(f"{source} is no state dict: it holds {problem}.")
+    while prefix := next((wrapper for wrapper in _WRAPPERS if _all_begin_with(wrapper, tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _all_begin_with(prefix: str, names: Iterable[str]) -> bool:
+    return all(str(name).startswith(prefix) for name in names)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,6 +254,7 @@ def load_strict(
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state_dict, ignore_mismatched_sizes=True, output_loading_info=True
             )
+        model.config.name_or_path = ""  # transformers notes the checkpoint that it was not given
         missing, unexpected, mismatched = (info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     problems = []
     if missing:
@@ -206,6 +287,7 @@ def from_official(
     slug: str,
     state_dict_or_path: Mapping[str, torch.Tensor] | str | Path,
     config: dict[str, Any] | None = None,
+    entry: str | None = None,
 ) -> nn.Module:
     """Turn a checkpoint of a paper's official code into a model of this package.
 
@@ -217,6 +299,8 @@ def from_official(
         config: official constructor arguments, or the official configuration file's; families that can read them off
             the shapes of the weights need none. If it is not given, ``config.json`` in the folder of shards is
             read.
+        entry: which entry of a dictionary around several state dicts holds the weights, such as ``model`` where there is
+            a ``model_ema`` too. If it is not given, averaged weights are taken first.
 
     Returns:
         The model in eval mode.
@@ -234,20 +318,61 @@ def from_official(
         source = Path(state_dict_or_path).absolute().name
         tensors = open_checkpoint(state_dict_or_path)
         if not isinstance(tensors, LazyTensors):
-            tensors = select_state_dict(tensors, source)
+            tensors = select_state_dict(tensors, source, entry)
         if config is None:
             config = _config_beside(Path(state_dict_or_path))
     else:
         source = "The state dict"
         # The parameters of the model are the tensors themselves, and those of the caller are the caller's.
-        tensors = {name: tensor.clone() for name, tensor in select_state_dict(state_dict_or_path, source).items()}
-    official = StateDict(tensors)
-    converter = import_module(paper.converter_module)
+        tensors = select_state_dict(state_dict_or_path, source, entry)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
-        converted = converter.convert_official(official, OfficialArguments(config or {}))
+        return _convert(slug, paper.converter_module, tensors, config or {}, source)
+    except ConversionError as error:
+        if not _all_begin_with(_BASE_MODEL, tensors):
+            raise
+        # A bare model saved from within a wrapper of one's own; official layouts whose names do begin so have converted.
+        unwrapped = {name.removeprefix(_BASE_MODEL): tensors[name] for name in tensors}
+        try:
+            return _convert(slug, paper.converter_module, unwrapped, config or {}, source)
+        except ConversionError:
+            raise ConversionError(
+                f"{error} (All names begin with {_BASE_MODEL!r}; without it they do not fit.)"
+            ) from error
+
+
+#: what Python and torch raise for sizes and names that make no model
+_IMPOSSIBLE_VALUES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def _convert(
+    slug: str, converter_module: str, tensors: Mapping[str, torch.Tensor], config: dict[str, Any], source: str
+) -> nn.Module:
+    converter = import_module(converter_module)
+    official, arguments = StateDict(tensors), OfficialArguments(config)
+    try:
+        converted = converter.convert_official(official, arguments)
+        arguments.check(slug)
+        left_over = set(official.left_over) - set(converted.dropped)
+        if left_over:
+            raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")
+        return load_strict(converted.model_class, converted.config, converted.state_dict, source)
+    except ConversionError:
+        raise
     except StrictDataclassError as error:
         raise ConversionError(f"The official configuration does not make a {slug} model: {error}") from error
-    left_over = set(official.left_over) - set(converted.dropped)
-    if left_over:
-        raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")
-    return load_strict(converted.model_class, converted.config, converted.state_dict, source)
+    except _IMPOSSIBLE_VALUES as error:
+        if not config:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in config.items())
+        raise ConversionError(
+            f"The official configuration does not make a {slug} model ({type(error).__name__}: {error}). It is {given}."
+        ) from error

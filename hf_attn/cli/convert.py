@@ -30,13 +30,22 @@ def add_parser(commands) -> None:
         type=Path,
         help="the official constructor arguments as a JSON or YAML file; config.json in a folder of shards if not given",
     )
+    convert.add_argument(
+        "--entry",
+        metavar="NAME",
+        help="which entry of a file with several state dicts holds the weights (default: averaged weights, if there are any)",
+    )
     convert.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
-    convert.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    convert.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into a folder that is not empty: an earlier model there is replaced",
+    )
     convert.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    _check_output(options.output, options.overwrite)
+    _check_output(options.output, options.overwrite, options.checkpoint)
     config = _read_config(options.config) if options.config else None
 
     from transformers import PreTrainedModel
@@ -44,8 +53,9 @@ def run(options: argparse.Namespace) -> None:
     from ..architectures.imaging import ImagePreprocessingMixin, image_processor_for
     from ..checkpoints.official import from_official
     from ..hub import write_model_card
+    from ..training.writing import files_written_whole
 
-    model = from_official(options.slug, options.checkpoint, config)
+    model = from_official(options.slug, options.checkpoint, config, entry=options.entry)
     if not isinstance(model, PreTrainedModel):
         raise CommandError(
             f"{options.checkpoint.name} holds a {type(model).__name__}, which is a part of a model and has no folder of its "
@@ -57,18 +67,25 @@ def run(options: argparse.Namespace) -> None:
             processor = image_processor_for(model.config)
         except ImportError as error:
             raise CommandError(str(error)) from error
+    with files_written_whole(options.output) as part:
+        model.save_pretrained(part)
+        if processor is not None:
+            processor.save_pretrained(part)
+        write_model_card(part, model)
+        written = {path.name for path in part.iterdir()}
+    # What an earlier model left would be read in the place of this one, or beside it.
     for pattern in ("model*.safetensors*", "preprocessor_config.json"):
         for stale in options.output.glob(pattern):
-            stale.unlink()
-    model.save_pretrained(options.output)
-    if processor is not None:
-        processor.save_pretrained(options.output)
-    write_model_card(options.output, model)
+            if stale.name not in written:
+                stale.unlink()
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters is in {options.output}.")
     print(f"Upload it with `hf upload USER/NAME {options.output}`.")
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, checkpoint: Path) -> None:
+    source = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if output.is_dir() and output.resolve() == source.resolve():
+        raise CommandError(f"--output {output} is the folder of the official checkpoint; name another one.")
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output {output} is a file; name a folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:

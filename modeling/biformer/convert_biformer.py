@@ -101,6 +101,9 @@ def _config(official: StateDict, config: dict) -> BiFormerConfig:
         if config.get(name, served[0]) not in served:
             raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
 
+    config.agree(num_classes=labels.get("num_labels", config.get("num_classes")))
+    # The norms are those of the layout; representation_size is not used by the official code.
+    config.leave("norm_layer", "qk_scale", "use_checkpoint_stages", "representation_size", "pretrained")
     # Pooling is an option of the first layout, where it is on by default.
     mode = config.get("kv_downsample_mode", "ada_avgpool" if layout == "biformer" else "identity")
     return BiFormerConfig(

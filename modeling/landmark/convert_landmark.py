@@ -50,6 +50,7 @@ def _convert_llama(official: StateDict, arguments: dict) -> Converted:
     }
     values.pop("architectures", None)
     values["landmark_token_id"] = arguments["mem_id"]
+    arguments.leave_rest()  # a `config.json` names much besides
     if "rope_theta" in arguments:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(arguments["rope_theta"])}
     # Tables of old versions of transformers.
@@ -137,6 +138,7 @@ _GPT_LAYER = {
 def _convert_gpt(official: StateDict, arguments: dict) -> Converted:
     width, heads, layers = arguments["n_embd"], arguments["n_head"], arguments["n_layer"]
     mem_freq = arguments["mem_cache_freq"]
+    arguments.leave_rest()  # what is left belongs to the cache and to training
     embedding = official["transformer.wte.weight"]
     config = LandmarkConfig(
         vocab_size=len(embedding),

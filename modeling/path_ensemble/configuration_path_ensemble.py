@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
+from hf_attn.architectures.imaging import ImagePreprocessingMixin
 from hf_attn.hub import HubConfigMixin
 
 
 @strict
-class PathEnsembleConfig(HubConfigMixin, ViTConfig):
+class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, ViTConfig):
     r"""Configuration of a [`PathEnsembleForImageClassification`] (arXiv 2308.06548).
 
     Args:
@@ -42,6 +43,9 @@ class PathEnsembleConfig(HubConfigMixin, ViTConfig):
     """
 
     model_type = "path_ensemble"
+    # ViT's, of which the published checkpoints are; a base of another kind brings an image processor of its own.
+    image_mean = image_std = (0.5, 0.5, 0.5)
+    crop_ratio = None
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "paths",
         "distillation_logits_loss",

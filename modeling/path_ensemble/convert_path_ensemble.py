@@ -49,9 +49,10 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             "These are no weights of a vision transformer that this family knows: neither vit.layernorm.weight nor "
             "deit.layernorm.weight (transformers) nor blocks.0.norm1.weight (timm) is there."
         )
+    config.leave("library")
     known = {field.name for field in fields(PathEnsembleConfig)} | {"num_labels"}
     family_config = PathEnsembleConfig(
-        **{**arguments, **{name: value for name, value in config.items() if name in known}},
+        **{**arguments, **{name: config[name] for name in config if name in known}},
         distillation_temperature=config.get("temperature", 1.0),
     )
     if family_config.ensemble_scale is not None:
@@ -68,6 +69,7 @@ def _timm_fields(official: StateDict, config: dict) -> dict:
     pooling = config.get("global_pool", "token")
     if pooling not in ("token", "avg"):
         raise ConversionError(f"global_pool={pooling!r} is not served; 'token' and 'avg' are.")
+    config.agree(mlp_ratio=official["blocks.0.mlp.fc1.weight"].shape[0] / official["blocks.0.norm1.weight"].shape[0])
     arguments = {ours: config[theirs] for theirs, ours in _TIMM_ARGUMENTS.items() if theirs in config}
     return {
         "layer_norm_eps": 1e-6,

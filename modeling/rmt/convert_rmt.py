@@ -125,18 +125,30 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
             "official code has no such model, so it is not known what the head was applied to; remove the keys aux_head.* "
             "to convert the classifier alone."
         )
+    num_channels = official["patch_embed.proj.0.weight"].shape[1]
+    mlp_ratios = [
+        official[name + "ffn.fc1.weight"].shape[0] / width for name, width in zip(first, hidden_sizes, strict=True)
+    ]
+    layerscales = [name + "gamma_1" in official for name in first]
+    config.agree(
+        in_chans=num_channels, embed_dims=hidden_sizes, depths=depths, mlp_ratios=mlp_ratios, layerscales=layerscales
+    )
+    if is_classifier:
+        config.agree(num_classes=official["head.weight"].shape[0], projection=official["proj.weight"].shape[0])
+    # Switches of the training, and the options of dense prediction, whose weights say the same.
+    config.leave(
+        "num_classes", "projection", "norm_layer", "use_checkpoints", "patch_norm", "token_label", "out_indices"
+    )
     return RMTConfig(
-        num_channels=official["patch_embed.proj.0.weight"].shape[1],
+        num_channels=num_channels,
         hidden_sizes=hidden_sizes,
         depths=depths,
         num_attention_heads=argument("num_heads", "num_attention_heads"),
         decay_initial_values=list(config.get("init_values", [2] * len(stages))),
         decay_ranges=argument("heads_ranges", "decay_ranges"),
-        mlp_ratios=[
-            official[name + "ffn.fc1.weight"].shape[0] / width for name, width in zip(first, hidden_sizes, strict=True)
-        ],
+        mlp_ratios=mlp_ratios,
         axis_decomposed=argument("chunkwise_recurrents", "axis_decomposed"),
-        layerscales=[name + "gamma_1" in official for name in first],
+        layerscales=layerscales,
         layer_scale_init_value=config.get("layer_init_values", 1e-6),
         projection_dim=official["proj.weight"].shape[0] if is_classifier else 1024,
         token_labeling=token_labeling,
@@ -174,6 +186,8 @@ def _check_table(official: StateDict, prefix: str, positions: RMTRelativePositio
 
 def _convert_attention(official: StateDict, config: dict) -> Converted:
     num_heads, hidden_size = config["num_heads"], official["q_proj.weight"].shape[0]
+    config.agree(embed_dim=hidden_size)
+    config.leave("grid")  # of the input
     positions = RMTRelativePositions(
         hidden_size // num_heads, num_heads, config["initial_value"], config["heads_range"], axis_decomposed=False
     )

@@ -49,6 +49,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             "folder; if not, it is a base without a region proposal network."
         )
     _check_options(config)
+    config.leave_rest()  # the `config.json` of the base
     dropped = tuple(name for name in official if _NOT_OURS.match(name))
     return Converted(SdRpnModel, _config(state, config), state, dropped)
 

@@ -83,6 +83,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         given = config.get(name, value)
         if (list(given) if isinstance(value, list) else given) != value:
             raise ConversionError(f"The weights are those of {name}={value}, but the configuration says {given}.")
+    config.leave("source")  # timm's note of where its weights come from
     converted = SHViTConfig(
         image_size=variant.get("image_size", 224),
         num_channels=arguments["in_chans"],

@@ -69,6 +69,7 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         qkv_bias=arguments.get("qkv_bias", True),
         num_labels=arguments["num_classes"],
     )
+    arguments.leave("class_token", "global_pool")
     state, dropped = {}, []
     for name in official:
         if _is_duplicate(name):
@@ -88,7 +89,8 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
 def _convert_layer(official: StateDict, arguments: dict) -> Converted:
     state = {_rename_layer(name): official[name] for name in official if not _is_duplicate(name)}
     dropped = tuple(name for name in official if _is_duplicate(name))
-    keywords = {key: value for key, value in arguments.items() if key != "init_multiplier"}
+    arguments.leave("init_multiplier")
+    keywords = {key: arguments[key] for key in arguments if key != "init_multiplier"}
     if "kernel_size" not in keywords:
         return Converted(SigmaReparamLinear, keywords, state, dropped)
     size = keywords["kernel_size"]
@@ -132,6 +134,7 @@ def _convert_speech_block(official: StateDict, arguments: dict) -> Converted:
         elif ours is not None:
             tensor = official[name]
             state[ours] = tensor.T.contiguous() if name.endswith(".kernel") else tensor
+    arguments.leave("std_init")
     kind = arguments.get("ln_norm_type", "post")
     config = {
         "hidden_size": arguments["emb_dim"],

@@ -26,7 +26,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         config: AXLearn's: `num_layers`, `hidden_dim`, `num_heads`, `vocab_size`, `ffn_dim`, `norm_structure`,
             `position_encoding`, `seq_len`, `subtract_seq_len_bias`. The simulator's: `vocab_size`, `dim`, `num_heads`,
             `num_blocks`, `mlp_hidden`, `bias`, `qk_norm`, `position`, `attn_bias`, `attn_temp`, `layerscale`. Its
-            cross-attention's: `q_dim`, `kv_dim`, `num_heads`, `bias`, `qk_norm`, `attn_bias`.
+            cross-attention's: `q_dim`, `kv_dim`, `num_heads`, `bias`, `qk_norm`, `attn_bias`,
+            `attn_temp`, and `position` ("rope" for `RoPECrossAttention`, whose weights do not tell it apart).
     """
     if "decoder/emb/token_emb/weight" in official:
         return _convert_gala(official, config)
@@ -64,7 +65,8 @@ def _gala_config(config: dict) -> SigmoidAttentionConfig:
         position_embedding_type=position,
         norm_structure=config["norm_structure"],
         qk_norm_after_rope=True,
-        separate_trailing_padding=True,
+        # The layer that tells segments apart is built for ALiBi only.
+        separate_trailing_padding=position == "alibi",
     )
 
 
@@ -216,6 +218,10 @@ def _convert_simulator(official: StateDict, arguments: dict) -> Converted:
 
 
 def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
+    position = arguments.get("position")
+    if position not in (None, "none", "rope"):
+        raise ConversionError(f"position of a cross-attention must be rope or none, got {position!r}.")
+    rotary, head_dim = position == "rope", arguments["q_dim"] // arguments["num_heads"]
     state = {}
     for name in official:
         module, kind = name.rsplit(".", 1) if "." in name else (name, "")
@@ -223,6 +229,9 @@ def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
             state[f"k_proj.{kind}"], state[f"v_proj.{kind}"] = official[name].chunk(2)
         elif kind in ("weight", "bias"):
             state[f"{'o_proj' if module == 'proj' else module}.{kind}"] = official[name]
+    if rotary:
+        turned = {name for name in state if name.startswith(("q_", "k_"))}
+        state |= {name: half_split(state[name], head_dim) for name in turned}
     config = {
         "query_dim": arguments["q_dim"],
         "key_value_dim": arguments["kv_dim"],
@@ -231,6 +240,7 @@ def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
         "log_temperature": _constant(official, ["attn_temp"], arguments.get("attn_temp") or 0.0),
         "qk_norm": arguments.get("qk_norm", False),
         "use_bias": arguments.get("bias", False),
+        "rope_theta": 10000.0 if rotary else None,
     }
     return Converted(SigmoidCrossAttention, config, state)
 

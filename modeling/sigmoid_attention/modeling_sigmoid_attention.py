@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
+    rotate_half,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -341,6 +342,8 @@ class SigmoidCrossAttention(nn.Module):
         log_temperature: the logits (not the bias) are multiplied by the exponential of this.
         qk_norm: whether queries and keys are normalised in each head as well.
         use_bias: biases in the projections.
+        rope_theta: base of the rotary positions of queries and keys, each stream counting from 0 whatever the mask;
+            without one there are no positions.
     """
 
     def __init__(
@@ -352,6 +355,7 @@ class SigmoidCrossAttention(nn.Module):
         log_temperature: float = 0.0,
         qk_norm: bool = False,
         use_bias: bool = False,
+        rope_theta: float | None = None,
     ):
         super().__init__()
         if query_dim % num_heads != 0 or query_dim != key_value_dim:
@@ -362,6 +366,7 @@ class SigmoidCrossAttention(nn.Module):
         self.head_dim = query_dim // num_heads
         self.scaling = self.head_dim**-0.5 * math.exp(log_temperature)
         self.sigmoid_bias = sigmoid_bias
+        self.rope_theta = rope_theta
         self.q_proj = nn.Linear(query_dim, query_dim, bias=use_bias)
         self.k_proj = nn.Linear(key_value_dim, key_value_dim, bias=use_bias)
         self.v_proj = nn.Linear(key_value_dim, key_value_dim, bias=use_bias)
@@ -369,6 +374,15 @@ class SigmoidCrossAttention(nn.Module):
         self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.v_norm = nn.LayerNorm(self.head_dim)
+
+    def _rotate(self, states: torch.Tensor) -> torch.Tensor:
+        """Turn `(batch, heads, length, head_dim)` by the positions 0, 1, ..."""
+        dims = torch.arange(0, self.head_dim, 2, device=states.device, dtype=torch.float32)
+        angles = torch.arange(states.shape[2], device=states.device)[:, None] * self.rope_theta ** (
+            -dims / self.head_dim
+        )
+        angles = torch.cat((angles, angles), dim=-1)
+        return states * angles.cos().to(states.dtype) + rotate_half(states) * angles.sin().to(states.dtype)
 
     def forward(
         self, hidden_states: torch.Tensor, key_value_states: torch.Tensor, key_mask: torch.Tensor | None = None
@@ -391,6 +405,8 @@ class SigmoidCrossAttention(nn.Module):
                 (self.v_norm, self.v_proj, key_value_states),
             )
         )
+        if self.rope_theta is not None:
+            query, key = self._rotate(query), self._rotate(key)
         mask = None if key_mask is None else key_mask[:, None, None, :].bool()
         output, weights = sigmoid_attention_eager(
             query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask

@@ -90,8 +90,13 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         raise ConversionError(
             f"The weights are those of legacy={ours.legacy}, but the configuration says {config['legacy']}."
         )
+    config.agree(se=int(ours.squeeze_excitation))
+    config.leave("source")  # timm's note of where its weights come from
+    config.agree(depth=ours.num_hidden_layers, in_chans=ours.num_channels, qkv_bias=ours.qkv_bias)
     if "classifier.weight" in state:
+        config.agree(num_classes=ours.num_labels)
         return Converted(TNTForImageClassification, ours, state, dropped)
+    config.leave("num_classes")
     state = {name.removeprefix("tnt."): tensor for name, tensor in state.items()}
     return Converted(TNTModel, ours, state, dropped)
 

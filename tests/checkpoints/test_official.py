@@ -403,3 +403,28 @@ def test_a_tensor_is_read_when_it_is_asked_for(state, tmp_path):
     assert last in tensors
     with pytest.raises(ConversionError, match=r"part-2\.safetensors"):
         tensors[last]
+
+
+@pytest.mark.parametrize("average", ["params_ema", "model_ema", "state_dict_ema"])
+def test_averaged_weights_come_first_and_can_be_declined(average):
+    plain = "state_dict" if average.startswith("state") else average.removesuffix("_ema")
+    checkpoint = {plain: {"weight": torch.zeros(1)}, average: {"weight": torch.ones(1)}, "epoch": 3}
+    assert select_state_dict(checkpoint)["weight"] == 1
+    assert select_state_dict(checkpoint, entry=plain)["weight"] == 0
+    with pytest.raises(ConversionError, match=f"no entry 'weights'.*{average}"):
+        select_state_dict(checkpoint, entry="weights")
+
+
+def test_what_wrappers_put_before_every_name_is_removed():
+    wrapped = {"module._orig_mod.layer.weight": torch.ones(1), "module._orig_mod.module.bias": torch.ones(1)}
+    assert list(select_state_dict(wrapped)) == ["layer.weight", "module.bias"]
+
+
+def test_a_name_is_not_invented_for_a_converted_model(state):
+    assert convert(state).config.name_or_path == ""
+
+
+def test_a_bare_model_of_a_wrapper_converts_and_a_foreign_one_names_the_prefix(state):
+    assert_holds(convert({f"model.{name}": tensor for name, tensor in state.items()}), state)
+    with pytest.raises(ConversionError, match=r"All names begin with .model\.."):
+        convert({"model.x": torch.ones(1)})

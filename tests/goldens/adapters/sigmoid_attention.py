@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_attn.architectures.rotary import interleaved
 from hf_attn.attention.sigmoid import SIGMOID, sigmoid_weights
 from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
@@ -14,6 +15,7 @@ def run(case: Case) -> dict[str, torch.Tensor]:
         "layers/activations.py": _activations,
         "attention_ref": _attention,
         "CrossAttention": _cross_attention,
+        "RoPECrossAttention (CrossAttention with qk_transform=apply_rotary_emb)": _cross_attention,
         "CausalBlockContainer": _language_model,
         "causal_lm.Model(extract_logits)": _language_model,
     }
@@ -92,7 +94,9 @@ def _mask(
 
 
 def _cross_attention(case: Case) -> dict[str, torch.Tensor]:
-    model = from_official("sigmoid_attention", case.weights, config=case.config)
+    # The official classes differ in their positions and nothing else, which no argument of theirs says.
+    position = "rope" if case.entry.startswith("RoPE") else None
+    model = from_official("sigmoid_attention", case.weights, config={**case.config, "position": position})
     query, key_value = (case.input(name).requires_grad_() for name in ("q", "kv"))
     output, weights = model(query, key_value, key_mask=case.optional_input("key_mask"))
     (output * case.input("proj")).sum().backward()
@@ -101,6 +105,13 @@ def _cross_attention(case: Case) -> dict[str, torch.Tensor]:
         if f"o_proj.{kind}" in official:
             official[f"proj.{kind}"] = official.pop(f"o_proj.{kind}")
             official[f"kv_proj.{kind}"] = torch.cat([official.pop(f"{part}_proj.{kind}") for part in "kv"])
+    if position == "rope":
+        names = [name for name in official if name.startswith(("q_proj", "q_norm", "k_norm"))]
+        official |= {name: interleaved(official[name], model.head_dim) for name in names}
+        for kind in ("weight", "bias"):
+            if f"kv_proj.{kind}" in official:
+                key, value = official[f"kv_proj.{kind}"].chunk(2)
+                official[f"kv_proj.{kind}"] = torch.cat([interleaved(key, model.head_dim), value])
     return {"y": output, "attn_matrix": weights, **expected_gradients(case, official)}
 
 

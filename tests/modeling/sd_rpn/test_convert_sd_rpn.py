@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from hf_attn import from_official
-from hf_attn.checkpoints.official import ConversionError, StateDict
+from hf_attn.checkpoints.official import ConversionError, OfficialArguments, StateDict
 from hf_attn.cli import main
 from hf_attn.modeling.sd_rpn.configuration_sd_rpn import SdRpnConfig
 from hf_attn.modeling.sd_rpn.convert_sd_rpn import convert_official
@@ -116,7 +116,7 @@ def official_shapes(config: SdRpnConfig) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("variant", SdRpnConfig.variants)
 def test_published_checkpoints_need_no_configuration(variant):
     config = SdRpnConfig.from_variant(variant)
-    converted = convert_official(StateDict(official_shapes(config)), {})
+    converted = convert_official(StateDict(official_shapes(config)), OfficialArguments({}))
     assert converted.config.to_dict() == config.to_dict()
 
 
