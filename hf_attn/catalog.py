@@ -230,6 +230,11 @@ _PAPERS = (
         becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
         available=True,
         attention=DISTRIBUTED_ATTENTION,
+        doors={
+            "ZeppelinCollator": "distributed.zeppelin.trainer",
+            "ZeppelinEngine": "distributed.zeppelin.engine",
+            "ZeppelinTrainerMixin": "distributed.zeppelin.trainer",
+        },
     ),
     Paper(
         slug="deberta",
@@ -557,6 +562,10 @@ PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",
     "uses_attention": "hf_attn.attention.interface.uses_attention",
+    "SequenceParallelTrainerMixin": "hf_attn.distributed.trainer.SequenceParallelTrainerMixin",
+    "distributed_attention": "hf_attn.distributed.functional.distributed_attention",
+    "distributed_generate": "hf_attn.distributed.generation.distributed_generate",
+    "sequence_parallel": "hf_attn.distributed.context.sequence_parallel",
     **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
 }
 

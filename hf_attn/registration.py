@@ -160,7 +160,9 @@ def _register_attention(module: ModuleType) -> None:
             module.AttentionInterface.register(name, mechanism.attention_function(name))
             AttentionMaskInterface.register(name, mechanism.mask_function)
     for name in DISTRIBUTED_ATTENTION:
-        module.AttentionInterface.register(name, _imported_when_called("hf_attn.distributed.interface.attention_forward"))
+        module.AttentionInterface.register(
+            name, _imported_when_called("hf_attn.distributed.interface.attention_forward")
+        )
         AttentionMaskInterface.register(name, _imported_when_called("hf_attn.distributed.interface.attention_mask"))
 
 

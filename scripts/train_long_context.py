@@ -106,13 +106,18 @@ def report(trainer: Trainer, batch: dict[str, torch.Tensor], implementation: str
     model, context = trainer.model, trainer.sequence_context
     peers, config = context.peers, model.config
     model.eval()
-    with activated(context), torch.no_grad():
-        with count_sent_bytes() as sent:
-            loss = trainer.compute_loss(model, dict(batch)).item()
+    with activated(context), torch.no_grad(), count_sent_bytes() as sent:
+        loss = trainer.compute_loss(model, dict(batch)).item()
     expected_bytes = math.nan
     if not context.replicated:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        sizes = (len(batch["input_ids"]), config.num_attention_heads, config.num_key_value_heads, head_dim, model.dtype)
+        sizes = (
+            len(batch["input_ids"]),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            model.dtype,
+        )
         expected_bytes = config.num_hidden_layers * forward_bytes(context.schedule, *sizes)
 
     def step() -> None:
@@ -124,7 +129,12 @@ def report(trainer: Trainer, batch: dict[str, torch.Tensor], implementation: str
     own = one_process_loss(model, batch, implementation) if peers.rank == 0 else 0.0
     tokens = context.sharding.length if context.replicated else context.sharding.lengths[peers.rank]
     facts = peers.all_gather_integers(
-        [tokens, sent.total, -1 if math.isnan(expected_bytes) else expected_bytes, int(memory) if memory == memory else -1]
+        [
+            tokens,
+            sent.total,
+            -1 if math.isnan(expected_bytes) else expected_bytes,
+            int(memory) if memory == memory else -1,
+        ]
     )
     if peers.rank == 0:
         print(f"First batch on {peers.size} processes, layout {context.layout}, split {context.split}:")
@@ -167,7 +177,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, 
     if problem is None and training_args.resume_from_checkpoint == "last":
         problem = None if last else f"there is no checkpoint in {output} to resume from"
         training_args.resume_from_checkpoint = last
-    elif problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0:
+    elif (
+        problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0
+    ):
         problem = f"--output_dir {output} holds a run; `--resume_from_checkpoint last` continues it"
     if problem:
         raise SystemExit(f"train_long_context.py: {problem}")

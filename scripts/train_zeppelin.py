@@ -13,6 +13,7 @@ has not been run, they say nothing. See `--help` for the arguments of this scrip
 for the others.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def report(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, dict]:
 def padded_step(model, batch: dict[str, torch.Tensor], peers: Peers) -> Callable[[], None]:
     """Documents dealt out to the processes in turn, as rows that are as long as the longest document of the batch."""
     bounds = batch["cu_seq_lens_q"].tolist()
-    documents = [batch["input_ids"][0, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    documents = [batch["input_ids"][0, a:b] for a, b in itertools.pairwise(bounds)]
     longest = max(map(len, documents))
     own = documents[peers.rank :: peers.size]
 
@@ -166,7 +167,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ZeppelinArguments, Scr
     if problem is None and training_args.resume_from_checkpoint == "last":
         problem = None if last else f"there is no checkpoint in {output} to resume from"
         training_args.resume_from_checkpoint = last
-    elif problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0:
+    elif (
+        problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0
+    ):
         problem = f"--output_dir {output} holds a run; `--resume_from_checkpoint last` continues it"
     if problem:
         raise SystemExit(f"train_zeppelin.py: {problem}")
@@ -195,9 +198,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             name = script_args.model_name_or_path or str(smollm2_folder())
     except (AssetError, ImportError) as error:
         raise SystemExit(f"train_zeppelin.py: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="distributed_zeppelin"
-    )
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="distributed_zeppelin")
     if script_args.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -206,7 +207,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     documents = load_documents(script_args, tokenizer)
     if training_args.should_log:
         lengths = sorted(len(document["input_ids"]) for document in documents)
-        print(f"{len(documents):,} documents of {lengths[0]} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]}")
+        print(
+            f"{len(documents):,} documents of {lengths[0]} to {lengths[-1]:,} tokens, median {lengths[len(lengths) // 2]}"
+        )
 
     options = {"num_nodes": script_args.num_nodes, "sequence_capacity": script_args.capacity}
     try:

@@ -32,13 +32,23 @@ def add_parser(commands) -> None:
         "--capacity", metavar="N", type=positive, help="tokens that a GPU takes; default: the batch's and 15%% more"
     )
     plan.add_argument(
-        "--model", metavar="NAME", default="7b", help="3b, 7b, 13b, 30b, or a folder or Hub id of a Llama-like model (%(default)s)"
+        "--model",
+        metavar="NAME",
+        default="7b",
+        help="3b, 7b, 13b, 30b, or a folder or Hub id of a Llama-like model (%(default)s)",
     )
     plan.add_argument(
-        "--hardware", metavar="NAME", default="a800", help="a800, h800, h200, or a JSON file of constants (%(default)s)"
+        "--hardware",
+        metavar="NAME",
+        default="a800",
+        help="a800, h800, h200, or a JSON file of constants (%(default)s)",
     )
-    plan.add_argument("--sequences", metavar="N", type=positive, help="take the first N sequences of a file or dataset")
-    plan.add_argument("--tokens", metavar="N", type=positive, help="tokens of a batch that is drawn from a distribution")
+    plan.add_argument(
+        "--sequences", metavar="N", type=positive, help="take the first N sequences of a file or dataset"
+    )
+    plan.add_argument(
+        "--tokens", metavar="N", type=positive, help="tokens of a batch that is drawn from a distribution"
+    )
     plan.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (%(default)s)")
     plan.add_argument("--output", metavar="FILE", type=Path, help="write plan and predictions as JSON")
     plan.add_argument("--plot", metavar="FILE", type=Path, help="draw ranks and sequences")
@@ -86,13 +96,17 @@ def _lengths(options: argparse.Namespace) -> list[int]:
 
     if options.lengths not in DISTRIBUTIONS:
         if options.tokens is not None:
-            raise CommandError(f"--tokens is for a distribution, and {options.lengths} is a file or folder; see --sequences.")
+            raise CommandError(
+                f"--tokens is for a distribution, and {options.lengths} is a file or folder; see --sequences."
+            )
         try:
             return read_lengths(options.lengths, options.sequences)
         except ImportError as error:
             raise CommandError(str(error)) from error
     if options.sequences is not None:
-        raise CommandError("--sequences is for a file or a dataset; the size of a batch that is drawn is set by --tokens.")
+        raise CommandError(
+            "--sequences is for a file or a dataset; the size of a batch that is drawn is set by --tokens."
+        )
     ranks = options.nodes * options.gpus
     tokens = options.tokens or int(_FILLED * ranks * (options.capacity or 5120))
     return sample_lengths(options.lengths, tokens, options.seed)
@@ -150,8 +164,10 @@ def _print(plan, model, hardware, seconds, options) -> None:
         print(f"{zone:<8}{len(members):>10}{sum(lengths):>12,}{max(lengths, default=0):>10,}{ring:>18}")
     remap = plan_remap(plan.tokens_per_rank, plan.gpus_per_node)
     tokens, busy = plan.tokens_per_rank, attention_seconds_per_rank(plan, model, hardware, FORWARD)
-    print(f"\nTokens of a rank in attention: {min(tokens):,} to {max(tokens):,}; after remapping {min(remap.target):,} to "
-          f"{max(remap.target):,}, which moves {sum(n for *_, n in remap.moves):,} tokens")
+    print(
+        f"\nTokens of a rank in attention: {min(tokens):,} to {max(tokens):,}; after remapping {min(remap.target):,} to "
+        f"{max(remap.target):,}, which moves {sum(n for *_, n in remap.moves):,} tokens"
+    )
     print(f"\nPredicted under these constants: {options.model} on {options.hardware}")
     print(
         f"  {hardware.flops_attn:.3g} FLOP/s in attention, {hardware.flops_linear:.3g} in linear layers; {hardware.bw_intra:.3g} B/s "
@@ -159,7 +175,9 @@ def _print(plan, model, hardware, seconds, options) -> None:
     )
     print(f"  ranks wait {1 - sum(busy) / ranks / max(busy):.0%} of the time of attention on average")
     if plan.gpus_per_node > 1:
-        print(f"  a ring of a node hides its messages from {crossover(model, hardware, plan.gpus_per_node, False):,.0f} tokens on")
+        print(
+            f"  a ring of a node hides its messages from {crossover(model, hardware, plan.gpus_per_node, False):,.0f} tokens on"
+        )
     if plan.nodes > 1:
         print(f"  a ring of all ranks does from {crossover(model, hardware, ranks, True):,.0f} tokens on")
     print(f"\n{'method':<22}{'seconds a step':>15}{'against te_cp':>15}")

@@ -5,6 +5,7 @@ has side by side. Two runs of the same document are related in the simplest ways
 corner of the rectangle is cut along the diagonal.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -129,10 +130,12 @@ def visible_spans(cu_seqlens: Sequence[int], mask: torch.Tensor | None) -> list[
         cu_seqlens: first token of each document, and the length of the sequence.
         mask: boolean `(length,)`, False for padding.
     """
-    documents = [(a, b, i) for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)) if a < b]
+    documents = [(a, b, i) for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens)) if a < b]
     if mask is None or bool(mask.all()):
         return documents
-    changes = torch.diff(mask.to(torch.int8), prepend=mask.new_zeros(1).to(torch.int8), append=mask.new_zeros(1).to(torch.int8))
+    changes = torch.diff(
+        mask.to(torch.int8), prepend=mask.new_zeros(1).to(torch.int8), append=mask.new_zeros(1).to(torch.int8)
+    )
     starts, stops = (changes == 1).nonzero().flatten().tolist(), (changes == -1).nonzero().flatten().tolist()
     return [
         (max(a, start), min(b, stop), document)

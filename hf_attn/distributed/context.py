@@ -1,9 +1,9 @@
 """Models of transformers on sequences that are split over ranks: the loss and the gradients of one process.
 
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_ring")
-    with sequence_parallel(model):
-        loss = model(**shard(batch)).loss
-        loss.backward()
+model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_ring")
+with sequence_parallel(model):
+    loss = model(**shard(batch)).loss
+    loss.backward()
 """
 
 import inspect
@@ -59,16 +59,16 @@ class SequenceParallel:
     def set_sharding(self, sharding: Sharding) -> None:
         """Attention is from now on that of this batch."""
         self.sharding = sharding
-        self.schedule = (
-            None if self.replicated else Schedule(self.peers, sharding, self.layout, self.split, self.grid)
-        )
+        self.schedule = None if self.replicated else Schedule(self.peers, sharding, self.layout, self.split, self.grid)
 
     def attend(self, query, key, value, causal: bool, scaling: float) -> torch.Tensor:
         """Attention of a layer; arguments as of :func:`~hf_attn.distributed.functional.distributed_attention`."""
         if self.decoding is not None and self.decoding.started:
             return self.decoding.attend(query, key, value, scaling)
         if self.sharding is None:
-            raise RuntimeError("The model was called on a batch that was not sharded: call it as `model(**shard(batch))`.")
+            raise RuntimeError(
+                "The model was called on a batch that was not sharded: call it as `model(**shard(batch))`."
+            )
         tokens = self.sharding.length if self.replicated else self.sharding.lengths[self.peers.rank]
         if query.shape[2] != tokens or key.shape[2] != tokens:
             raise ValueError(
@@ -87,7 +87,9 @@ class SequenceParallel:
         rows, length = states.shape[:2]
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() != 2:
-            raise ValueError(f"The attention mask must be (batch, length), 1 or True for tokens, got {tuple(mask.shape)}.")
+            raise ValueError(
+                f"The attention mask must be (batch, length), 1 or True for tokens, got {tuple(mask.shape)}."
+            )
         cu_seqlens = _documents(batch, rows)
         if self.layout == "zeppelin" and rows > 1:
             raise ValueError(

@@ -236,9 +236,7 @@ class _Exchange(torch.autograd.Function):
         return None, None, *ctx.peers.exchange(gradients, ctx.shapes)
 
 
-def exchange(
-    peers: Peers, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, ...]:
+def exchange(peers: Peers, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
     """:meth:`Peers.exchange` with gradients: those of what was received travel back."""
     if peers.size == 1:
         return tuple(parts)

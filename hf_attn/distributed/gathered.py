@@ -1,10 +1,11 @@
 """Layouts in which ranks fetch the tokens that they need: the queries of all, the keys of all, or a block of both.
 
-    query  all keys and values come to the own queries
-    key    all queries come to the own keys and values; partial results go back and are merged
-    grid   rank `i * columns + j` has the queries of block `i` and the keys of block `j`; partial results go back and are merged
+query  all keys and values come to the own queries
+key    all queries come to the own keys and values; partial results go back and are merged
+grid   rank `i * columns + j` has the queries of block `i` and the keys of block `j`; partial results go back and are merged
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,7 +144,9 @@ class Gathering:
 
     @cached_property
     def queries(self) -> Route:
-        return Route.make(self.sharding.spans, [queries for queries, _ in self.wanted], self.rank, self.sharding.length)
+        return Route.make(
+            self.sharding.spans, [queries for queries, _ in self.wanted], self.rank, self.sharding.length
+        )
 
     @cached_property
     def keys(self) -> Route:
@@ -201,7 +204,7 @@ def _consecutive(places: torch.Tensor) -> list[tuple[int, int, int]]:
     if not len(places):
         return []
     cuts = [0, *((places[1:] - places[:-1] != 1).nonzero().flatten() + 1).tolist(), len(places)]
-    return [(int(places[a]), int(places[b - 1]) + 1, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(int(places[a]), int(places[b - 1]) + 1, a) for a, b in itertools.pairwise(cuts)]
 
 
 def gathered_attention(

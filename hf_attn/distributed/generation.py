@@ -14,7 +14,13 @@ from .sharding import Sharding
 
 
 #: arguments of `generate` that look into the cache or run the model in other ways than prompt and single tokens
-_REFUSED = ("assistant_model", "prefill_chunk_size", "cache_implementation", "prompt_lookup_num_tokens", "past_key_values")
+_REFUSED = (
+    "assistant_model",
+    "prefill_chunk_size",
+    "cache_implementation",
+    "prompt_lookup_num_tokens",
+    "past_key_values",
+)
 
 
 def distributed_generate(
@@ -106,7 +112,9 @@ class _Decoding:
     def attend(self, query, key, value, scaling: float) -> torch.Tensor:
         """Attention of a new token to the prompt and to the new tokens before it, which rank 0 counts."""
         if query.shape[2] != 1:
-            raise ValueError(f"Tokens are generated one by one on several ranks, and the model was given {query.shape[2]}.")
+            raise ValueError(
+                f"Tokens are generated one by one on several ranks, and the model was given {query.shape[2]}."
+            )
         sharding, rank = self.context.sharding, self.peers.rank
         if self.context.replicated:
             spans, own = [(0, sharding.length)], sharding.length

@@ -38,9 +38,7 @@ class _LocalAttention(torch.autograd.Function):
         dtype = accumulation_dtype(query.dtype)
         gradients = tuple(x.new_zeros(x.shape, dtype=dtype) for x in (query, key, value))
         if query.shape[1]:
-            attend_backward(
-                gradients, grad_output, query, key, value, output, logsumexp, ctx.blocks, ctx.scaling
-            )
+            attend_backward(gradients, grad_output, query, key, value, output, logsumexp, ctx.blocks, ctx.scaling)
         return *(x.to(query.dtype) for x in gradients), None, None
 
 
@@ -158,9 +156,7 @@ def replicated_head_attention(
     return _GatherHeads.apply(peers, spans, output)
 
 
-def project_heads(
-    output: torch.Tensor, projection: nn.Linear, peers: Peers
-) -> tuple[torch.Tensor, torch.Tensor]:
+def project_heads(output: torch.Tensor, projection: nn.Linear, peers: Peers) -> tuple[torch.Tensor, torch.Tensor]:
     """Output projection in the head layout: a slice of the weight for the own heads, then the sum over ranks.
 
     Args:

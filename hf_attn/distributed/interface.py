@@ -54,7 +54,9 @@ def attention_mask(
         ValueError: for padding that was not given to `shard`, a window, or a mask function of the model's own.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError("The model was called with padding that other ranks do not know. Call it as `model(**shard(batch))`.")
+        raise ValueError(
+            "The model was called with padding that other ranks do not know. Call it as `model(**shard(batch))`."
+        )
     if local_size is not None:
         raise ValueError(f"Distributed attention does not serve the model's window of {local_size} tokens.")
     if use_vmap:

@@ -217,9 +217,7 @@ def _cpu_backward(grad_output, query, key, value, output, logsumexp, triangle, s
 
 
 def _cuda_forward(query, key, value, triangle, scaling):
-    found = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, triangle, False, scale=scaling
-    )
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, triangle, False, scale=scaling)
     return found[0], found[1]
 
 

@@ -108,7 +108,10 @@ class _RingAttention(torch.autograd.Function):
         for turn in range(max((p.size for p in places), default=0)):
             moving = [i for i, p in enumerate(places) if turn + 1 < p.size]
             pending = peers.start([places[i].message(blocks[i], turn, blocks[i]) for i in moving])
-            own = [torch.zeros_like(block, dtype=dtype) if turn < p.size else None for p, block in zip(places, blocks, strict=True)]
+            own = [
+                torch.zeros_like(block, dtype=dtype) if turn < p.size else None
+                for p, block in zip(places, blocks, strict=True)
+            ]
             for p, block, gradient in zip(places, blocks, own, strict=True):
                 if gradient is None:
                     continue

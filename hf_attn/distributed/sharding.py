@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -126,7 +126,7 @@ def _checked(length, cu_seqlens, mask) -> tuple[tuple[int, ...], torch.Tensor | 
     if cu_seqlens is None:
         cu_seqlens = (0, length)
     bounds = tuple(int(bound) for bound in cu_seqlens)
-    if bounds[:1] != (0,) or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[:1] != (0,) or bounds[-1] != length or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the length of the sequence, {length}, got {list(bounds)}.")
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != length:

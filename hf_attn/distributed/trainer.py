@@ -1,9 +1,9 @@
 """Trainer on sequences that all its processes share.
 
-    class LongTrainer(SequenceParallelTrainerMixin, Trainer): ...
+class LongTrainer(SequenceParallelTrainerMixin, Trainer): ...
 
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_ring")
-    LongTrainer(model=model, ...).train()        # started with torchrun or accelerate launch
+model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_ring")
+LongTrainer(model=model, ...).train()        # started with torchrun or accelerate launch
 """
 
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard

@@ -49,7 +49,9 @@ def planning(options: argparse.Namespace) -> list[dict]:
                 start = time.perf_counter()
                 plan_remap(partition(lengths, 16, 8, capacity).tokens_per_rank, 8)
                 seconds.append(time.perf_counter() - start)
-            rows.append({"lengths": name, "sequences": len(lengths), "slack": slack, "ms": 1e3 * statistics.median(seconds)})
+            rows.append(
+                {"lengths": name, "sequences": len(lengths), "slack": slack, "ms": 1e3 * statistics.median(seconds)}
+            )
     return rows
 
 

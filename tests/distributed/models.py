@@ -23,7 +23,9 @@ SIZES = {
 def tiny_model(kind="llama", attention="sdpa", **more):
     """A decoder with random weights, the same in every process, in float32."""
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        config = GPT2Config(
+            vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
     else:
         config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[kind](**{**SIZES, **more})
     torch.manual_seed(0)

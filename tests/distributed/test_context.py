@@ -108,7 +108,9 @@ def refusals():
 
     note("implementation", lambda: enter(tiny_model()))
     note("window", lambda: enter(tiny_model("mistral", "distributed_ring", sliding_window=8)))
-    gemma = Gemma2Config(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, vocab_size=61)
+    gemma = Gemma2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16, vocab_size=61
+    )
     note("soft cap", lambda: enter(Gemma2ForCausalLM._from_config(gemma, attn_implementation="distributed_ring")))
     model = tiny_model(attention="distributed_ring")
     note("outside", lambda: model(**batch))
@@ -130,9 +132,14 @@ def refusals():
     note("backward", outer_backward)
     note("dropout", dropout)
     note("other batch", lambda: enter(model, batch_of(2, 37 + torch.distributed.get_rank() % 2)))
-    note("other tokens", lambda: enter(model, {**batch, "input_ids": batch["input_ids"] + torch.distributed.get_rank()}))
+    note(
+        "other tokens", lambda: enter(model, {**batch, "input_ids": batch["input_ids"] + torch.distributed.get_rank()})
+    )
     note("odd tensor", lambda: enter(model, {**batch, "token_type_ids": torch.zeros(2, 5)}))
-    note("right padding", lambda: distributed_generate(model, **{**prompt(), "attention_mask": prompt()["attention_mask"].flip(1)}))
+    note(
+        "right padding",
+        lambda: distributed_generate(model, **{**prompt(), "attention_mask": prompt()["attention_mask"].flip(1)}),
+    )
     note("assistant", lambda: distributed_generate(model, **prompt(), assistant_model=model))
     return found
 

@@ -108,7 +108,10 @@ def computed(case, layout, group):
     (output * local[3].detach()).sum().backward()
     found = [output.detach(), *(x.grad for x in local[:3])]
     if layout == "head":
-        shapes = [[(*x.shape[:1], (b - a) * n, *x.shape[2:]) for a, b in kv_spans] for x, n in zip(found, (groups, groups, 1, 1), strict=True)]
+        shapes = [
+            [(*x.shape[:1], (b - a) * n, *x.shape[2:]) for a, b in kv_spans]
+            for x, n in zip(found, (groups, groups, 1, 1), strict=True)
+        ]
         return [torch.cat(peers.exchange([x] * peers.size, s), 1) for x, s in zip(found, shapes, strict=True)]
     return [unshard_tensor(x, sharding, peers, dim=2) for x in found]
 

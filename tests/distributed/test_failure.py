@@ -46,7 +46,12 @@ def test_the_other_ranks_end_with_a_message(layout, ending, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     processes = []
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3", "FOLDER": str(tmp_path)}
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "3",
+        "FOLDER": str(tmp_path),
+    }
     start = time.monotonic()
     for rank in range(3):
         processes.append(
@@ -70,5 +75,3 @@ def test_the_other_ranks_end_with_a_message(layout, ending, tmp_path):
         assert int(printed.split()[2]) <= 30
         assert f"Rank {rank} of 3 could not finish the" in printed
         assert "another rank has ended, hangs, or has other inputs" in printed
-
-

@@ -166,12 +166,19 @@ def test_plans_that_do_not_fit_are_refused_in_all_ranks(results):
 
 def test_the_work_of_a_zigzag_is_even():
     pieces = zigzag_spans(100, [8] * 4)
-    assert pieces == [[(100, 104), (128, 132)], [(104, 108), (124, 128)], [(108, 112), (120, 124)], [(112, 116), (116, 120)]]
+    assert pieces == [
+        [(100, 104), (128, 132)],
+        [(104, 108), (124, 128)],
+        [(108, 112), (120, 124)],
+        [(112, 116), (116, 120)],
+    ]
     pairs = [sum(i - 99 for start, stop in piece for i in range(start, stop)) for piece in pieces]
     assert pairs == [32 * 33 // 8] * 4
     assert zigzag_spans(0, [1, 1, 1]) == [[(0, 1)], [(1, 2)], [(2, 3)]]
 
 
 def test_more_tokens_than_the_cluster_takes_names_what_would_do():
-    with pytest.raises(PlanError, match=r"has 100 tokens, and 4 GPUs with a capacity of 20 take 80. A capacity of 25 would"):
+    with pytest.raises(
+        PlanError, match=r"has 100 tokens, and 4 GPUs with a capacity of 20 take 80. A capacity of 25 would"
+    ):
         partition([60, 40], 2, 2, 20)

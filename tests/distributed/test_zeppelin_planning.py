@@ -148,7 +148,10 @@ def test_the_shape_of_a_model_is_read_from_its_configuration():
         (([3, 0, 2], 1, 1, 5), "sequence 1 has 0"),
         (([3], 0, 1, 5), "nodes must be at least 1, got 0"),
         (([3], 1, 1, 0), "capacity must be at least 1"),
-        (([9, 9], 1, 3, 5), "has 18 tokens, and 3 GPUs with a capacity of 5 take 15. A capacity of 6 would just do, 7 leaves"),
+        (
+            ([9, 9], 1, 3, 5),
+            "has 18 tokens, and 3 GPUs with a capacity of 5 take 15. A capacity of 6 would just do, 7 leaves",
+        ),
     ],
 )
 def test_what_cannot_be_planned(arguments, message):
@@ -169,7 +172,9 @@ def test_lengths_are_read(tmp_path):
     (tmp_path / "a.json").write_text("[5, 3, 8]")
     tokenised = datasets.Dataset.from_dict({"input_ids": [[0] * 5, [0] * 3, [0] * 8]})
     tokenised.save_to_disk(tmp_path / "tokenised")
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"length": [5, 3, 8]})}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"length": [5, 3, 8]})}).save_to_disk(
+        tmp_path / "splits"
+    )
     for name in ("a.txt", "a.json", "tokenised", "splits"):
         assert read_lengths(tmp_path / name) == [5, 3, 8]
         assert read_lengths(tmp_path / name, limit=2) == [5, 3]

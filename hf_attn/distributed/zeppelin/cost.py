@@ -140,9 +140,7 @@ def ring_seconds(
 
 def crossover(model: ModelShape, hardware: Hardware, ranks: int, inter: bool) -> float:
     """Tokens from which on a round of a ring computes at least as long as it sends, in the forward pass."""
-    latency, bandwidth = (
-        (hardware.lat_inter, hardware.bw_nic) if inter else (hardware.lat_intra, hardware.bw_intra)
-    )
+    latency, bandwidth = (hardware.lat_inter, hardware.bw_nic) if inter else (hardware.lat_intra, hardware.bw_intra)
     a = 2 * model.hidden / (ranks**2 * hardware.flops_attn)
     b = 2 * model.kv_hidden * model.bytes / (ranks * bandwidth)
     return (b + math.sqrt(b * b + 4 * a * latency)) / (2 * a)

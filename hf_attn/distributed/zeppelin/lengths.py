@@ -16,7 +16,16 @@ DISTRIBUTIONS = {
     "web": "documents of the web: half of them below 500 tokens, 1.3% above 16,000",
 }
 #: upper bounds of lengths and share of the documents, of a public histogram of web documents (not one of the paper)
-_WEB = ((500, 0.47), (1024, 0.25), (2048, 0.16), (4096, 0.073), (8192, 0.031), (16384, 0.013), (32768, 0.0085), (65536, 0.0045))
+_WEB = (
+    (500, 0.47),
+    (1024, 0.25),
+    (2048, 0.16),
+    (4096, 0.073),
+    (8192, 0.031),
+    (16384, 0.013),
+    (32768, 0.0085),
+    (65536, 0.0045),
+)
 
 
 def sample_lengths(name: str, tokens: int, seed: int = 0) -> list[int]:
@@ -91,7 +100,9 @@ def _of_dataset(path: Path, limit: int | None) -> list[int]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Reading a folder of datasets needs the extra `train`: pip install 'hf_attn[train]'.") from error
+        raise ImportError(
+            "Reading a folder of datasets needs the extra `train`: pip install 'hf_attn[train]'."
+        ) from error
     try:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:

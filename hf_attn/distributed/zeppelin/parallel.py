@@ -1,5 +1,6 @@
 """Batches of uneven documents for :func:`~hf_attn.distributed.context.sequence_parallel` and the Trainer mixin."""
 
+import itertools
 from dataclasses import dataclass
 
 from ..context import SequenceParallel
@@ -70,7 +71,7 @@ class ZeppelinParallel(SequenceParallel):
         if mask is not None:
             raise ValueError("Zeppelin takes packed batches without padding: collate them with ZeppelinCollator.")
         bounds = cu_seqlens or (0, length)
-        self.plan = self.cluster.plan([b - a for a, b in zip(bounds, bounds[1:], strict=False)])
+        self.plan = self.cluster.plan([b - a for a, b in itertools.pairwise(bounds)])
         self.schedule = ZeppelinSchedule(self.plan, self.peers)
         return self.schedule.balanced
 

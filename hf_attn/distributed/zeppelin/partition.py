@@ -118,7 +118,9 @@ def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: 
     thresholds = []
     for node in range(nodes):
         inter = [
-            (i, node_shares[i][node], len(node_shares[i])) for i in order if i in node_shares and node in node_shares[i]
+            (i, node_shares[i][node], len(node_shares[i]))
+            for i in order
+            if i in node_shares and node in node_shares[i]
         ]
         threshold, parts = _over_gpus(lengths, inter, node_sequences[node], gpus_per_node, capacity)
         thresholds.append(threshold)

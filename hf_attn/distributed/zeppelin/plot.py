@@ -13,7 +13,9 @@ _COLOURS = {"local": "#9ecae1", "intra": "#fdae6b", "inter": "#e6550d"}
 _MEANINGS = {"local": "whole, on one GPU", "intra": "shared in a node", "inter": "shared by nodes"}
 
 
-def plot_plan(plan: Plan, model: ModelShape, hardware: Hardware, seconds: Mapping[str, float], path: str | Path) -> None:
+def plot_plan(
+    plan: Plan, model: ModelShape, hardware: Hardware, seconds: Mapping[str, float], path: str | Path
+) -> None:
     """Draw tokens and attention time of each rank, and the predicted step times.
 
     Args:

@@ -123,9 +123,7 @@ def _gathered(plan: Plan, model: ModelShape, hardware: Hardware, step: Pass) -> 
     return seconds + _linear(tokens / plan.num_ranks, model, hardware, step)
 
 
-def hybrid_micro_batches(
-    lengths: Sequence[int], ranks: int, capacity: int
-) -> list[list[tuple[int, int, int]]]:
+def hybrid_micro_batches(lengths: Sequence[int], ranks: int, capacity: int) -> list[list[tuple[int, int, int]]]:
     """Micro-batches of `(length, first rank, ranks)`: groups of a power of two of ranks, longest sequence first."""
     micro_batches: list[tuple[list, list[int], list[float]]] = []
     for length in sorted(lengths, reverse=True):
@@ -134,16 +132,17 @@ def hybrid_micro_batches(
             size *= 2
         size = min(size, ranks)
         tokens = math.ceil(length / size)
-        starts = range(0, ranks - size + 1, size)
-        for groups, load, quad in micro_batches:
+        for micro_batch in micro_batches:
+            _, load, quad = micro_batch
+            starts = range(0, ranks - size + 1, size)
             room = [s for s in starts if max(load[s : s + size]) + tokens <= capacity]
             if room:
                 start = min(room, key=lambda s: (max(quad[s : s + size]), s))
                 break
         else:
-            groups, load, quad = [], [0] * ranks, [0.0] * ranks
-            micro_batches.append((groups, load, quad))
-            start = 0
+            micro_batch, start = ([], [0] * ranks, [0.0] * ranks), 0
+            micro_batches.append(micro_batch)
+        groups, load, quad = micro_batch
         groups.append((length, start, size))
         for rank in range(start, start + size):
             load[rank] += tokens

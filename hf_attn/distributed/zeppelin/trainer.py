@@ -1,9 +1,9 @@
 """Trainer on batches of uneven documents, each with a plan of its own.
 
-    class UnevenTrainer(ZeppelinTrainerMixin, Trainer): ...
+class UnevenTrainer(ZeppelinTrainerMixin, Trainer): ...
 
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_zeppelin")
-    UnevenTrainer(model=model, data_collator=ZeppelinCollator(), train_dataset=documents, ...).train()
+model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_zeppelin")
+UnevenTrainer(model=model, data_collator=ZeppelinCollator(), train_dataset=documents, ...).train()
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,9 @@ class ZeppelinCollator(DataCollatorWithFlattening):
         """
         lengths = [len(feature["input_ids"]) for feature in features]
         if 0 in lengths:
-            raise PlanError(f"Every document needs at least one token; number {lengths.index(0)} of the batch has none.")
+            raise PlanError(
+                f"Every document needs at least one token; number {lengths.index(0)} of the batch has none."
+            )
         if self.cluster is not None:
             self.cluster.plan(lengths)
         return super().__call__(features, return_tensors, separator_id)

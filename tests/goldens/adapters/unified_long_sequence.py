@@ -37,7 +37,11 @@ class _Attention:
         query, key, value = self.project(x)
         states, logsumexp = distributed_attention(
             *(query, key, value),
-            **{"layout": layout, "split": split, "causal": self.causal, "group": group, "return_logsumexp": True},
+            layout=layout,
+            split=split,
+            causal=self.causal,
+            group=group,
+            return_logsumexp=True,
             grid=self.grid if layout == "grid" else None,
         )
         output = states.transpose(1, 2).flatten(2) @ self.weights["w_o"]
@@ -112,7 +116,9 @@ def _distributed(case: Case) -> dict[str, torch.Tensor]:
     layouts = sorted({match.group(1, 2) for name in case.arrays if (match := _NAME.fullmatch(name))})
     size = max(config["ranks"], config["grid"][0] * config["grid"][1])
     with TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, args=(folder, size, [*layouts, ("ulysses", "contiguous")], arguments), nprocs=size)
+        multiprocessing.spawn(
+            _process, args=(folder, size, [*layouts, ("ulysses", "contiguous")], arguments), nprocs=size
+        )
         found = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(size)]
     return {name: array for arrays in found for name, array in arrays.items()}
 
