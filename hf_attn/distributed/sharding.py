@@ -9,15 +9,10 @@ import torch
 
 from .blocks import Rows, Span, runs_of, visible_spans
 from .exchange import Peers
+from .pieces import pieces
 
 
 SPLITS = ("contiguous", "zigzag")
-
-
-def split_sizes(total: int, count: int) -> list[int]:
-    """`total` in `count` pieces, of which the first `total % count` are one larger."""
-    size, longer = divmod(total, count)
-    return [size + (i < longer) for i in range(count)]
 
 
 def split_spans(length: int, ranks: int, split: str) -> tuple[tuple[Span, ...], ...]:
@@ -32,11 +27,11 @@ def split_spans(length: int, ranks: int, split: str) -> tuple[tuple[Span, ...], 
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     count = ranks if split == "contiguous" else 2 * ranks
-    ends = list(accumulate(split_sizes(length, count)))
-    pieces = [(end - size, end) for end, size in zip(ends, split_sizes(length, count), strict=True)]
+    sizes = pieces(length, count)
+    parts = [(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
     if split == "contiguous":
-        return tuple((piece,) for piece in pieces)
-    return tuple((pieces[rank], pieces[2 * ranks - 1 - rank]) for rank in range(ranks))
+        return tuple((part,) for part in parts)
+    return tuple((parts[rank], parts[2 * ranks - 1 - rank]) for rank in range(ranks))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from hf_attn.distributed.zeppelin.simulate import METHODS, simulate
 TASKS = ("planning", "engine", "simulator")
 PROCESSES = 4
 #: a long document, some of a middle length, many short ones
-SKEWED = [4096, *[1024] * 3, *[300] * 8, *[70] * 20]
+SKEWED = [2048, *[512] * 3, *[150] * 8, *[40] * 20]
 
 
 def planning(options: argparse.Namespace) -> list[dict]:

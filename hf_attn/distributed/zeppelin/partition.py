@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..pieces import pieces
+
 
 ZONES = ("local", "intra", "inter")
 
@@ -79,12 +81,6 @@ class Plan:
         tuples = {name: tuple(content[name]) for name in ("lengths", "intra_thresholds", "zones")}
         shares = tuple(tuple((rank, count) for rank, count in shares) for shares in content["shares"])
         return cls(**{**content, **tuples, "shares": shares})
-
-
-def pieces(total: int, count: int) -> list[int]:
-    """`total` in `count` pieces, of which the first `total % count` are one larger."""
-    size, longer = divmod(total, count)
-    return [size + (i < longer) for i in range(count)]
 
 
 def default_capacity(lengths: Sequence[int], ranks: int, slack: float = 0.15) -> int:

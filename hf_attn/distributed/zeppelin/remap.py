@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .partition import pieces
+from ..pieces import pieces
 
 
 @dataclass(frozen=True)
