@@ -272,7 +272,8 @@ class _GradientSum:
 
     def _finish(self) -> None:
         self.queued = False
-        used = self.peers.all_reduce(torch.tensor([int(i in self.found) for i in range(len(self.parameters))]))
+        flags = [int(i in self.found) for i in range(len(self.parameters))]
+        used = self.peers.all_reduce(torch.tensor(flags, device=self.peers.device)).tolist()
         for i, parameter in enumerate(self.parameters):
             if used[i]:
                 gradient = self.found.pop(i, None)

@@ -63,7 +63,7 @@ def measure(rank: int, size: int, folder: str, options: argparse.Namespace) -> N
     peers, rows = Peers(), []
     for length in options.lengths:
         states = states_of(length, options)
-        for layout in LAYOUTS:
+        for layout in options.layouts:
             split = "contiguous" if layout in ("head", "grid", "ulysses") else "zigzag"
             sharding = Sharding.make(length, size, split)
             local = local_states(states, layout, sharding, peers)
@@ -140,6 +140,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
