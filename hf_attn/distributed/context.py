@@ -85,10 +85,12 @@ class SequenceParallel:
         if states is None:
             raise ValueError("A batch needs `input_ids` or `inputs_embeds`.")
         rows, length = states.shape[:2]
+        if rows == 0 or length == 0:
+            raise ValueError(f"The batch is empty: {rows} rows of {length} tokens.")
         mask = batch.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and tuple(mask.shape) != (rows, length):
             raise ValueError(
-                f"The attention mask must be (batch, length), 1 or True for tokens, got {tuple(mask.shape)}."
+                f"The attention mask must be ({rows}, {length}), 1 or True for tokens, got {tuple(mask.shape)}."
             )
         cu_seqlens = _documents(batch, rows)
         if self.layout == "zeppelin" and rows > 1:
@@ -116,6 +118,11 @@ class SequenceParallel:
 
     def local(self, batch: Mapping[str, Any], sharding: Sharding, rows: int) -> dict[str, Any]:
         """What this rank has of a batch, and what the loss needs to be that of all tokens."""
+        if not self.replicated and 0 in sharding.lengths:
+            raise ValueError(
+                f"{sharding.length} tokens are too few for {self.peers.size} ranks: a model needs at least one on each. Use fewer "
+                "ranks, or a longer sequence."
+            )
         whole = dict(batch)
         for name in ("attention_mask", *_DOCUMENT_BOUNDS, "max_length_q", "max_length_k", "sequence_lengths"):
             whole.pop(name, None)

@@ -94,6 +94,8 @@ def distributed_attention(
         lengths = [tokens]
     if problem:
         raise ValueError(problem)
+    if attention_mask is not None and attention_mask.dim() == 2 and len(attention_mask) != len(query):
+        raise ValueError(f"The attention mask has {len(attention_mask)} rows, and the batch has {len(query)}.")
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout == "head":

@@ -124,6 +124,9 @@ def _attend(accumulator, query, key, value, blocks, scaling, offset) -> None:
     for rows, group in blocks:
         for block in group:
             q, k, v = _parts(rows, block, query, key, value)
+            # torch's kernel divides by these sizes.
+            if q.numel() == 0:
+                continue
             output, logsumexp = _forward(q, k, v, block.triangle, scaling)
             accumulator.add(rows, (offset + block.q_start, offset + block.q_stop), output, logsumexp)
 
@@ -160,6 +163,8 @@ def _attend_backward(gradients, grad_output, query, key, value, output, logsumex
     for rows, group in blocks:
         for block in group:
             q, k, v = _parts(rows, block, query, key, value)
+            if q.numel() == 0:
+                continue
             queries = (slice(*rows), slice(None), slice(block.q_start, block.q_stop))
             keys = (slice(*rows), slice(None), slice(block.k_start, block.k_stop))
             found = _backward(

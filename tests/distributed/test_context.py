@@ -135,6 +135,9 @@ def refusals():
     note(
         "other tokens", lambda: enter(model, {**batch, "input_ids": batch["input_ids"] + torch.distributed.get_rank()})
     )
+    note("few tokens", lambda: enter(model, {"input_ids": torch.tensor([[5, 6]])}))
+    note("empty", lambda: enter(model, {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}))
+    note("mask", lambda: enter(model, {**batch, "attention_mask": torch.ones(1, 37)}))
     note("odd tensor", lambda: enter(model, {**batch, "token_type_ids": torch.zeros(2, 5)}))
     note(
         "right padding",
@@ -214,6 +217,9 @@ def test_what_is_refused(results):
         "dropout": "does not serve dropout of 0.5",
         "other batch": "do not agree on length (rank 0: 37, rank 1: 38",
         "other tokens": "do not agree on tokens",
+        "few tokens": "2 tokens are too few for 3 ranks",
+        "empty": "The batch is empty: 1 rows of 0 tokens",
+        "mask": "The attention mask must be (2, 37)",
         "odd tensor": "token_type_ids has shape (2, 5)",
         "right padding": "padded on the left",
         "assistant": "does not serve assistant_model",

@@ -112,7 +112,9 @@ def everything(rank, folder, port):
             if more:
                 train(kind, Path(folder, "refused"), shared=True, **more)
             else:
-                UnevenTrainer(model=tiny_model(attention="distributed_ring"), args=TrainingArguments(str(folder), use_cpu=True))
+                UnevenTrainer(
+                    model=tiny_model(attention="distributed_ring"), args=TrainingArguments(str(folder), use_cpu=True)
+                )
         except ValueError as error:
             results["refused"].append(str(error))
     return results
