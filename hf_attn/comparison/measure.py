@@ -89,7 +89,12 @@ def _decode_speed(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
     for new_tokens in (1, 1 + DECODED_TOKENS):
         start = time.perf_counter()
         model.generate(
-            input_ids[:1], max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+            input_ids[:1],
+            attention_mask=torch.ones_like(input_ids[:1]),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
         times.append(time.perf_counter() - start)
     return DECODED_TOKENS / max(times[1] - times[0], 1e-9)
