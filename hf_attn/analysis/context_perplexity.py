@@ -8,6 +8,14 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 
+def perplexity_of(loss: float) -> float:
+    """Perplexity of a mean loss in nats a token; infinite where it is beyond what a number can hold."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @torch.no_grad()
 def perplexity_by_context(
     model: PreTrainedModel,
@@ -61,5 +69,5 @@ def perplexity_by_context(
                     ).item()
                     count += len(targets)
                     bar.update(len(ids))
-            perplexities[length] = math.exp(loss / count)
+            perplexities[length] = perplexity_of(loss / count)
     return perplexities
