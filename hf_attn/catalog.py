@@ -230,6 +230,23 @@ _PAPERS = (
         arxiv="2006.03654",
         becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
         code="microsoft/DeBERTa",
+        available=True,
+        families=(
+            Family(
+                model_type="deberta_emd",
+                config="DebertaEMDConfig",
+                models={"AutoModel": "DebertaEMDModel", "AutoModelForMaskedLM": "DebertaEMDForMaskedLM"},
+                folder="deberta",
+                peft=("query_proj", "key_proj", "value_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "apply_fast_attention": "patching.deberta",
+            "remove_fast_attention": "patching.deberta",
+            "SiFTTrainerMixin": "training.sift",
+            "DataCollatorForNGramMasking": "training.ngram_masking",
+        },
     ),
     Paper(
         slug="pooling_attention",
@@ -479,13 +496,40 @@ _PAPERS = (
         arxiv="1911.08415",
         becomes="time-series family and forecasting pipeline",
         code="zhengchuanpan/GMAN",
+        available=True,
+        families=(
+            Family(
+                model_type="gman",
+                config="GMANConfig",
+                models={"AutoModel": "GMANModel", "AutoModelForTimeSeriesPrediction": "GMANForPrediction"},
+                peft=("q_proj", "k_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        extra="traffic",
     ),
     Paper(
         slug="oat",
         title="OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
         arxiv="2407.13335",
-        becomes="scanpath family and pipeline",
+        becomes="scanpath family with generation, image processor, pipeline, metrics",
         code="HKUST-NISL/oat_eccv24",
+        available=True,
+        families=(
+            Family(
+                model_type="oat",
+                config="OATConfig",
+                models={
+                    "AutoModel": "OATModel",
+                    "AutoModelForScanpathPrediction": "OATForScanpathPrediction",
+                },
+                processors={"AutoImageProcessor": "OATImageProcessor"},
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        doors={"ScanpathMetrics": "analysis.scanpaths"},
+        extra="vision",
     ),
     Paper(
         slug="random_feature_attention",
@@ -540,10 +584,22 @@ TASKS = (
         type="multimodal",
         default_model=("llava-hf/llava-1.5-7b-hf", "main"),
     ),
+    Task(
+        name="traffic-forecasting",
+        pipeline="TrafficForecastingPipeline",
+        auto_class="AutoModelForTimeSeriesPrediction",
+        type="multimodal",
+    ),
+    Task(
+        name="scanpath-prediction",
+        pipeline="ScanpathPredictionPipeline",
+        auto_class="AutoModelForScanpathPrediction",
+        type="image",
+    ),
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
-OWN_AUTO_CLASSES: dict[str, str] = {}
+OWN_AUTO_CLASSES: dict[str, str] = {"AutoModelForScanpathPrediction": "scanpath prediction"}
 
 #: what belongs to no paper: public name -> ``package.module.name``
 PACKAGE_DOORS: dict[str, str] = {

@@ -37,6 +37,14 @@ class ActivatorConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Pr
         "activator_geglu_only_cifar10": {"num_labels": 10, "use_mlp": False, "hidden_dropout_prob": 0.0},
     }
 
+    tiny = {
+        "image_size": 16,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.1,
+    }
+
     image_size: int = 32
     patch_size: int = 4
     num_channels: int = 3

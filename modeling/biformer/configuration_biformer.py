@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import COUNT, SIZE, Range
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -77,6 +78,27 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
         "biformer_stl_nchw": {**_STL, "layout": "stl_nchw", "topks": [1, 4, 16, -1], "drop_path_rate": 0.1},
     }
 
+    #: two stages with routing attention, then full attention; maps of 16, 8 and 4 positions along a side
+    tiny = {
+        "image_size": 64,
+        "hidden_sizes": [16, 24, 32],
+        "depths": [1, 1, 1],
+        "mlp_ratios": [2, 2, 2],
+        "n_win": 2,
+        "topks": [1, 3, -2],
+        "head_dim": 8,
+    }
+    ranges = {
+        "n_win": SIZE,
+        "topks": Range(at_least=-2),
+        "qk_dims": SIZE,
+        "side_dwconv": COUNT,
+        "before_attn_dwconv": COUNT,
+        # -1 in stages without routing attention
+        "kv_per_wins": Range(at_least=1, also=(-1,)),
+        "kv_downsample_ratios": Range(at_least=1, also=(-1,)),
+    }
+
     image_size: int = 224
     num_channels: int = 3
     layout: Literal["biformer", "stl", "stl_nchw"] = "biformer"
@@ -142,8 +164,6 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
                 )
 
     def _validate_stage(self, stage: str, topk: int, n_win: int):
-        if n_win < 1:
-            raise ValueError(f"{stage}: n_win must be at least 1, got {n_win}.")
         special = (-1,) if self.layout == "stl_nchw" else (-2, -1, 0)
         if topk < 1 and topk not in special:
             raise ValueError(

@@ -30,6 +30,14 @@ class NiNformerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Pr
     crop_ratio = None
     variants = {"ninformer_cifar10": {"num_labels": 10}}
 
+    tiny = {
+        "image_size": 16,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "hidden_dropout_prob": 0.1,
+    }
+
     image_size: int = 32
     patch_size: int = 4
     num_channels: int = 3

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import FACTOR, POSITIVE, SIZE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -92,6 +93,20 @@ class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
         "rmt_b_token_label": {**_B, "token_labeling": True},
         "rmt_l_token_label": {**_L, "token_labeling": True},
     }
+
+    tiny = {
+        "image_size": 64,
+        "hidden_sizes": [8, 16, 16, 24],
+        "depths": [1, 1, 2, 1],
+        "num_attention_heads": [1, 2, 2, 3],
+        "mlp_ratios": [2, 2, 2, 2],
+        "axis_decomposed": [False, True, True, False],
+        "layerscales": [False, False, True, True],
+        "layer_scale_init_value": 0.5,
+        "projection_dim": 20,
+    }
+    # A decay is 1 - 2 ** -exponent.
+    ranges = {"decay_initial_values": POSITIVE, "decay_ranges": FACTOR, "projection_dim": SIZE}
 
     image_size: int = 224
     num_channels: int = 3

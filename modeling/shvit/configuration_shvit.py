@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import SIZE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -62,6 +63,15 @@ class SHViTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbo
             "num_labels": 1000,
         },
     }
+
+    tiny = {
+        "image_size": 64,
+        "hidden_sizes": [16, 24, 32],
+        "depths": [1, 1, 2],
+        "partial_dims": [4, 8, 8],
+        "qk_dims": [4, 4, 4],
+    }
+    ranges = {"partial_dims": SIZE, "qk_dims": SIZE}
 
     image_size: int = 224
     num_channels: int = 3

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import POSITIVE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -42,6 +43,16 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
             "num_labels": 1000,
         },
     }
+
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ranges = {"patch_embedding_init_multiplier": POSITIVE}
 
     layer_norm_eps: float = 1e-6
     use_layer_norm: bool = False

@@ -7,6 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.ranges import FINITE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -77,6 +78,17 @@ class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         },
     }
 
+    tiny = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    ranges = {"sigmoid_bias": FINITE, "attention_log_temperature": FINITE}
+
     vocab_size: int = 32768
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -113,25 +125,13 @@ class SigmoidAttentionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads != 0:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) is no multiple of num_attention_heads ({self.num_attention_heads}); "
-                    "change one of them or give head_dim."
-                )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.max_position_embeddings < 1:
-            raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}.")
         if self.sigmoid_bias is None:
             self.sigmoid_bias = -math.log(self.max_position_embeddings)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
         if self.position_embedding_type == "rope" and self.head_dim % 2 != 0:
             raise ValueError(f"A rotary embedding needs an even head_dim, got {self.head_dim}.")
         if self.position_embedding_type == "sincos" and self.hidden_size % 2 != 0:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import POSITIVE, SIZE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -80,6 +81,24 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
         },
     }
 
+    tiny = {
+        "image_size": 32,
+        "patch_size": 8,
+        "inner_stride": 4,
+        "hidden_size": 32,
+        "inner_hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "inner_num_attention_heads": 2,
+        "mlp_ratio": 2,
+    }
+    ranges = {
+        "inner_stride": SIZE,
+        "inner_hidden_size": SIZE,
+        "inner_num_attention_heads": SIZE,
+        "inner_mlp_ratio": POSITIVE,
+    }
+
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -118,14 +137,11 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        for width, heads in (
-            ("hidden_size", "num_attention_heads"),
-            ("inner_hidden_size", "inner_num_attention_heads"),
-        ):
-            if getattr(self, width) % getattr(self, heads) != 0:
-                raise ValueError(
-                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})."
-                )
+        if self.inner_hidden_size % self.inner_num_attention_heads != 0:
+            raise ValueError(
+                f"inner_hidden_size ({self.inner_hidden_size}) must be a multiple of inner_num_attention_heads "
+                f"({self.inner_num_attention_heads})."
+            )
         if any(side % self.patch_size for side in self.image_height_width):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).")
         if self.legacy and self.patch_size % self.inner_stride != 0:

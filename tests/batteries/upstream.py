@@ -23,7 +23,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.testing_utils import torch_device
 
-from hf_attn.catalog import families, find_family
+from hf_attn.catalog import OWN_AUTO_CLASSES, families, find_family
 from hf_attn.registration import load
 
 from . import transformers_sources
@@ -42,7 +42,7 @@ except transformers_sources.CannotFetch as error:
 
 def _introduce_families() -> None:
     """Enter our classes where upstream looks up, by class name, what kind of model it has."""
-    for auto_class in sorted({name for family in families() for name in family.models}):
+    for auto_class in sorted({name for family in families() for name in family.models} - set(OWN_AUTO_CLASSES)):
         names = getattr(transformers, auto_class)._model_mapping._model_mapping
         ours = {family.model_type: family.models[auto_class] for family in families() if auto_class in family.models}
         for variable, value in vars(common).items():

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from hf_attn.hub import HubConfigMixin
 
+from ..ranges import POSITIVE, SIZE, Range
 from ..variants import VariantsMixin
 
 
@@ -43,6 +44,9 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     attribute_map = {"hidden_size": "embed_dim"}
     keys_to_ignore_at_inference = ["hidden_states", "attentions"]
 
+    # qk_scale 0 asks for the default, as in the official code.
+    ranges = {"upscale": SIZE, "img_range": POSITIVE, "qk_scale": Range(at_least=0)}
+
     num_channels: int = 3
     embed_dim: int = 180
     depths: list[int] | tuple[int, ...] = field(default_factory=lambda: [6] * 6)
@@ -76,17 +80,15 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
                 f"upsampler={self.upsampler!r} does not exist in this family; the only one is 'pixelshuffle', which with "
                 "upscale=1 restores at the same size."
             )
-        if self.upscale < 1 or (self.upscale & (self.upscale - 1) and self.upscale != 3):
+        if self.upscale & (self.upscale - 1) and self.upscale != 3:
             raise ValueError(f"upscale must be a power of two (1, 2, 4, 8...) or 3, got {self.upscale}.")
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be positive, got {self.window_size}.")
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths and num_heads must have one entry for each residual group, got {list(self.depths)} and "
                 f"{list(self.num_heads)}."
             )
         for num_heads in self.num_heads:
-            if num_heads < 1 or self.embed_dim % num_heads:
+            if self.embed_dim % num_heads:
                 raise ValueError(f"embed_dim ({self.embed_dim}) must be a multiple of num_heads, got {num_heads}.")
 
 

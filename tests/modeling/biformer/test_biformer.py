@@ -1,6 +1,7 @@
 """BiFormer: the facts of the paper and its code, padding, and bad input."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from hf_attn.modeling.biformer.modeling_biformer import (
 )
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 
-from .test_upstream_biformer import tiny_config
+
+tiny_config = partial(BiFormerConfig.from_variant, "tiny")
 
 
 class TestBiFormer(ImageFamilyTests, ImageBackboneTests):

@@ -1,5 +1,7 @@
 """NiNformer: the facts of the paper and its code, and bad input."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from hf_attn.modeling.ninformer.configuration_ninformer import NiNformerConfig
 from hf_attn.modeling.ninformer.modeling_ninformer import NiNformerForImageClassification, NiNformerModel
 from tests.batteries.imaging import ImageFamilyTests
 
-from .test_upstream_ninformer import tiny_config
+
+tiny_config = partial(NiNformerConfig.from_variant, "tiny")
 
 
 def number_of_parameters(module: torch.nn.Module) -> int:

@@ -1,5 +1,7 @@
 """Path ensemble: equivalence with its bases, pruning, scaling, self-distillation, and bad input."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -29,7 +31,8 @@ from hf_attn.modeling.path_ensemble.modeling_path_ensemble import (
 )
 from tests.batteries.imaging import ImageFamilyTests, randomize
 
-from .test_upstream_path_ensemble import tiny_config
+
+tiny_config = partial(PathEnsembleConfig.from_variant, "tiny", pruned_paths=[], ensemble_scale=None)
 
 
 class TestPathEnsemble(ImageFamilyTests):

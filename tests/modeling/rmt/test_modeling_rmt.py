@@ -1,6 +1,7 @@
 """RMT: facts of the paper, both forms of its attention, and what every image family has."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from hf_attn.modeling.rmt.modeling_rmt import (
     RMTRelativePositions,
 )
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
-from tests.modeling.rmt.test_upstream_rmt import tiny_config
+
+
+tiny_config = partial(RMTConfig.from_variant, "tiny")
 
 
 class TestRMT(ImageFamilyTests, ImageBackboneTests):

@@ -1,5 +1,7 @@
 """SHViT: facts of the paper, the fused form, and what every image family has."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ from hf_attn.architectures.imaging import IMAGENET_MEAN, IMAGENET_STD
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
 from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention, SHViTForImageClassification, SHViTLayer
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
-from tests.modeling.shvit.test_upstream_shvit import tiny_config
+
+
+tiny_config = partial(SHViTConfig.from_variant, "tiny")
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
