@@ -474,7 +474,9 @@ def train_and_evaluate(
         images = load_images(data_args, training_args.seed)
     model, processor = make_model(model_args, images["train"].features["label"].names)
     if getattr(model.config, "num_channels", 3) != 3:
-        raise stop(f"the model takes images of {model.config.num_channels} channels; this script makes RGB images, of 3.")
+        raise stop(
+            f"the model takes images of {model.config.num_channels} channels; this script makes RGB images, of 3."
+        )
     train_transform = training_transform(processor, model.config, data_args.augmentation)
     eval_transform = training_transform(processor, model.config, "none")
     if training_args.should_log:

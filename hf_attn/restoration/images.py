@@ -156,6 +156,8 @@ def _from_file(content: bytes, name: str, only_first: bool) -> list[DecodedImage
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read: it is corrupt or no image.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read: it is corrupt or cut off ({error}).") from error
     if _has_16_bit_colour(image):
         return [_from_16_bit_png(image, content, name)]
     count = getattr(image, "n_frames", 1)
@@ -164,9 +166,13 @@ def _from_file(content: bytes, name: str, only_first: bool) -> list[DecodedImage
         count = 1
     if count == 1:
         return [_from_pillow(image, name)]
-    return [
-        _from_pillow(frame.copy(), f"{name}, frame {number},") for number, frame in enumerate(ImageSequence.Iterator(image))
-    ]
+    try:
+        frames = [frame.copy() for frame in ImageSequence.Iterator(image)]
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{name} cannot be read: one of its {count} frames is corrupt or cut off ({error})."
+        ) from error
+    return [_from_pillow(frame, f"{name}, frame {number},") for number, frame in enumerate(frames)]
 
 
 def _from_16_bit_png(image: Image.Image, content: bytes, name: str) -> DecodedImage:

@@ -1,8 +1,8 @@
 """Command lines of the scripts: what they share, and mistakes told in one line."""
 
+import argparse
 import difflib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..architectures.ranges import Range
 from .output_folder import OutputFolderError, output_folder
 
 
@@ -22,11 +23,10 @@ logger = logging.get_logger(__name__)
 #: earlier names of arguments
 RENAMED = {"--base": "--model_name_or_path", "--teacher": "--model_name_or_path"}
 
-_COUNT = (1, math.inf)
-_SHARE = (0, 1)
-_NOT_NEGATIVE = (0, math.inf)
+_COUNT = Range(at_least=1)
+_NOT_NEGATIVE = Range(at_least=0)
 
-#: argument of any script -> smallest and largest value
+#: argument of any script -> its range
 RANGES = {
     **dict.fromkeys(
         (
@@ -58,6 +58,7 @@ RANGES = {
             "resolution",
             "scale",
             "similarity_samples",
+            "validation_size",
             "vocab_size",
         ),
         _COUNT,
@@ -83,10 +84,12 @@ RANGES = {
         ),
         _NOT_NEGATIVE,
     ),
-    **dict.fromkeys(("ema_decay", "label_smoothing_factor", "passkey_depths"), _SHARE),
-    "perplexity_lengths": (2, math.inf),
-    "validation_split_percentage": (1, 99),
-    "validation_size": _COUNT,
+    **dict.fromkeys(("ema_decay", "label_smoothing_factor", "passkey_depths"), Range(at_least=0, at_most=1)),
+    # Trainer reads -1, and 0 as well, as "not given".
+    "max_steps": Range(at_least=1, also=(-1,)),
+    "num_train_epochs": Range(above=0),
+    "perplexity_lengths": Range(at_least=2),
+    "validation_split_percentage": Range(above=0, below=100),
 }
 
 
@@ -95,11 +98,28 @@ def stop(command: str, message: object) -> SystemExit:
     return SystemExit(f"{command}: error: {' '.join(str(message).split())}")
 
 
-class _Parser(HfArgumentParser):
-    """Tells what is wrong in one line, without the list of all arguments."""
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without the list of all arguments, and suggests the argument that was meant."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise stop(self.prog, f"{message} (--help lists the arguments)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        # A misspelt name explains why another argument is missing, which argparse would tell instead.
+        names = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--") and len(text) > 2]
+        unknown = [name for name in names if name.partition("=")[0] not in self._option_string_actions]
+        if not unknown:
+            namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise stop(self.prog, _unknown_argument(unknown, self._option_string_actions))
+        return namespace, unknown
+
+
+class _DataclassParser(Parser, HfArgumentParser):
+    pass
 
 
 def parse_arguments(
@@ -127,13 +147,9 @@ def parse_arguments(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         arguments = _from_json(command, Path(arguments[0]))
-    parser = _Parser(dataclass_types, prog=command, description=description, allow_abbrev=False)
+    parser = _DataclassParser(dataclass_types, prog=command, description=description)
     if defaults is not None:
         parser.set_defaults(**defaults(arguments))
-    # Before the dataclasses look at values: a misspelt name explains what they would say.
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise stop(command, _unknown_argument(unknown, parser._option_string_actions))
     try:
         parsed = parser.parse_args_into_dataclasses(arguments)
     except (ValueError, TypeError, ImportError) as error:
@@ -179,24 +195,14 @@ def _unknown_argument(unknown: list[str], known: Iterable[str]) -> str:
 
 def _check_ranges(command: str, group: Any) -> None:
     for name, value in vars(group).items():
-        numbers = value if isinstance(value, list) else [value]
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        for number in numbers:
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            if name in RANGES and not (low <= number <= high and math.isfinite(number)):
-                limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-                raise stop(command, f"--{name} must be {limits}, got {number}.")
-    # Trainer reads 0 as "not given".
-    if getattr(group, "max_steps", -1) < -1 or getattr(group, "max_steps", -1) == 0:
-        raise stop(command, f"--max_steps must be at least 1, got {group.max_steps}.")
-    if not getattr(group, "num_train_epochs", 1) > 0:
-        raise stop(command, f"--num_train_epochs must be above 0, got {group.num_train_epochs}.")
+        if name in RANGES and value is not None:
+            try:
+                RANGES[name].check(f"--{name}", value)
+            except ValueError as error:
+                raise stop(command, error) from error
 
 
-def parse_overrides(
-    command: str, overrides: Sequence[str], config_class: type[PreTrainedConfig]
-) -> dict[str, object]:
+def parse_overrides(command: str, overrides: Sequence[str], config_class: type[PreTrainedConfig]) -> dict[str, object]:
     """`["hidden_size=512", "depths=[1,2]", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
 
     Raises:
@@ -229,7 +235,9 @@ def resolve_resume(command: str, training_args: TrainingArguments) -> None:
     if resume is None:
         return
     if training_args.overwrite_output_dir:
-        raise stop(command, "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them.")
+        raise stop(
+            command, "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them."
+        )
     if resume == "last":
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
         if resume is None:
@@ -247,7 +255,11 @@ def settings_of(*groups: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 
 @contextmanager
 def training_folder(
-    command: str, training_args: TrainingArguments, settings: dict[str, Any], continues: bool = False
+    command: str,
+    training_args: TrainingArguments,
+    settings: dict[str, Any],
+    continues: bool = False,
+    adds: bool = False,
 ) -> Iterator[None]:
     """Hold `output_dir` for the run of a script, in the first of its processes.
 
@@ -256,6 +268,7 @@ def training_folder(
         training_args: with `overwrite_output_dir`.
         settings: see :func:`hf_attn.training.output_folder.claim_output_folder`.
         continues: whether the same settings continue a run; else `--resume_from_checkpoint` does.
+        adds: whether the run only adds files of its own to what is in the folder.
 
     Raises:
         SystemExit: with one line for the user, if the folder holds something else.
@@ -270,7 +283,7 @@ def training_folder(
                         training_args.overwrite_output_dir,
                         command=command,
                         continues=continues,
-                        resume=not continues and training_args.resume_from_checkpoint is not None,
+                        resume=adds or (not continues and training_args.resume_from_checkpoint is not None),
                     )
                     stack.enter_context(claimed)
         except OutputFolderError as error:

@@ -161,7 +161,9 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _check_same_run(folder: Path, earlier: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
-    advice = "Choose another folder, or start anew with `--overwrite_output_dir`, which keeps the earlier run beside it."
+    advice = (
+        "Choose another folder, or start anew with `--overwrite_output_dir`, which keeps the earlier run beside it."
+    )
     if earlier["command"] != command:
         raise OutputFolderError(f"{folder} holds a run of {earlier['command'] or 'something else'}. {advice}")
     before = earlier["settings"]
@@ -179,7 +181,12 @@ def _move_aside(folder: Path, settings: dict[str, Any]) -> None:
         )
     for name, value in settings.items():
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str) and path and Path(path).exists() and Path(path).resolve().is_relative_to(resolved):
+            if (
+                isinstance(path, str)
+                and path
+                and Path(path).exists()
+                and Path(path).resolve().is_relative_to(resolved)
+            ):
                 raise OutputFolderError(
                     f"--{name} {path} is part of the run in {folder}, which would be moved aside. Choose another folder."
                 )

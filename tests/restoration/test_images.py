@@ -14,7 +14,7 @@ from hf_attn.restoration.images import as_rgb, decode_image
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    config = HATConfig.from_variant("tiny", drop_path_rate=0.5)
+    config = HATConfig.from_variant("tiny", upscale=2, drop_path_rate=0.5)
     return pipeline("image-restoration", model=HATForImageSuperResolution(config).train(), device="cpu")
 
 

@@ -64,7 +64,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path, capsys):
 
 def test_neither_the_current_folder_nor_an_input_is_moved(tmp_path, monkeypatch):
     claim_output_folder(tmp_path / "run", SETTINGS)
-    with pytest.raises(OutputFolderError, match="--model .*run is part of the run"):
+    with pytest.raises(OutputFolderError, match=r"--model .*run is part of the run"):
         claim_output_folder(tmp_path / "run", {"model": str(tmp_path / "run")}, overwrite=True)
     monkeypatch.chdir(tmp_path / "run")
     with pytest.raises(OutputFolderError, match="the folder that you are in"):
@@ -86,7 +86,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
 def test_runs_that_do_not_continue_by_themselves(tmp_path):
     options = {"command": "x.py", "continues": False}
     claim_output_folder(tmp_path, SETTINGS, **options)
-    with pytest.raises(OutputFolderError, match="an earlier run. `--overwrite_output_dir`"):
+    with pytest.raises(OutputFolderError, match=r"an earlier run\. `--overwrite_output_dir`"):
         claim_output_folder(tmp_path, SETTINGS, **options)
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(OutputFolderError, match="`--resume_from_checkpoint last` continues it"):
