@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..attention.family import OwnAttentionMixin
+from ..hub import hub_id
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class FromBaseMixin:
                 f"{', '.join(sorted(info['unexpected_keys'])) or 'none'}; tensors that the base lacks: "
                 f"{', '.join(unfilled) or 'none'}."
             )
+        # Saved with the configuration: the base stays with the model wherever it goes.
+        if (base := hub_id(base_name)) is not None:
+            model.config.base_model_name_or_path = base
         state = model.state_dict()
         model.base_report = BaseReport(
             base=base_name,

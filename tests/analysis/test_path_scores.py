@@ -66,7 +66,7 @@ def test_plot(model, dataset, tmp_path):
 def test_bad_input(model, dataset):
     with pytest.raises(ValueError, match="empty"):
         path_scores(model, [], progress=False)
-    with pytest.raises(ValueError, match="have no labels, only pixel_values"):
+    with pytest.raises(ValueError, match="Sample 0 has no labels, only pixel_values"):
         path_scores(model, [{"pixel_values": torch.zeros(3, 16, 16)}], progress=False)
     base = randomize(
         ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16))
