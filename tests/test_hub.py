@@ -105,7 +105,7 @@ def test_what_the_caller_knows_is_in_the_card(echo_att):
     assert card.data.language == ["en"]
     assert card.data.datasets == ["roneneldan/TinyStories"]
     assert card.data.tags.count("hf_attn") == 1 and "small" in card.data.tags
-    assert "| Perplexity | 12.35 |" in text and "| Tokens | 1000 |" in text
+    assert "| Perplexity | 12.3457 |" in text and "| Tokens | 1000 |" in text
     assert "| learning_rate | 0.0001 |" in text
     assert text.index("## Evaluation") < text.index("## Training") < text.index("## Citation")
 
