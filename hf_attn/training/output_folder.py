@@ -7,7 +7,7 @@ left alone, whatever is asked for.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ def output_folder(
     Raises:
         OutputFolderError: if the folder holds something else, or another run is at work in it.
     """
-    with _locked(folder, overwrite) as lock_again:
+    with locked(folder) as lock_again:
         continued = claim_output_folder(folder, settings, overwrite, **options)
         lock_again()
-        if continued:
+        if continued and options.get("continues", True):
             print(f"Continuing the run in {folder}.")
         try:
             yield continued
@@ -114,12 +114,19 @@ def output_folder(
 
 
 @contextmanager
-def _locked(folder: str | Path, overwrite: bool) -> Iterator[Any]:
-    """Hold the lock of a folder; what is yielded takes it in the folder that has come into its place."""
+def locked(folder: str | Path) -> Iterator[Callable[[], None]]:
+    """Hold a folder, which is created, against other processes.
+
+    Yields:
+        What takes the lock again, in the folder that has come into the place of this one.
+
+    Raises:
+        OutputFolderError: if another process holds it.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputFolderError(f"{folder} is a file, not a folder.")
-    locks = []
+    locks: list[FileLock] = []
 
     def lock() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +141,7 @@ def _locked(folder: str | Path, overwrite: bool) -> Iterator[Any]:
             ) from None
         locks.append(file_lock)
 
+    is_new = not folder.exists()
     try:
         lock()
         yield lock
@@ -141,6 +149,8 @@ def _locked(folder: str | Path, overwrite: bool) -> Iterator[Any]:
         for file_lock in locks:
             Path(file_lock.lock_file).unlink(missing_ok=True)
             file_lock.release()
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _is_used(folder: Path) -> bool:
