@@ -89,6 +89,11 @@ class Paper:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 
 
+#: names for ``attn_implementation`` that split a sequence over processes
+DISTRIBUTED_ATTENTION = tuple(
+    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
+)
+
 _PAPERS = (
     Paper(
         slug="sigmoid_attention",
@@ -132,6 +137,8 @@ _PAPERS = (
         doors={
             "apply_sigma_reparam": "patching.sigma_reparam",
             "fold_sigma_reparam": "patching.sigma_reparam",
+            "refresh_sigma_reparam": "patching.sigma_reparam",
+            "bypassed_layers": "patching.sigma_reparam",
             "AttentionEntropyCallback": "analysis.entropy_callback",
         },
     ),
@@ -222,7 +229,14 @@ _PAPERS = (
         slug="zeppelin",
         title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
         arxiv="2509.21841",
-        becomes="sequence partitioner, ring attention engine, remapping, simulator; Llama family that trains with it",
+        becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
+        available=True,
+        attention=DISTRIBUTED_ATTENTION,
+        doors={
+            "ZeppelinCollator": "distributed.zeppelin.trainer",
+            "ZeppelinEngine": "distributed.zeppelin.engine",
+            "ZeppelinTrainerMixin": "distributed.zeppelin.trainer",
+        },
     ),
     Paper(
         slug="deberta",
@@ -606,6 +620,10 @@ PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",
     "uses_attention": "hf_attn.attention.interface.uses_attention",
+    "SequenceParallelTrainerMixin": "hf_attn.distributed.trainer.SequenceParallelTrainerMixin",
+    "distributed_attention": "hf_attn.distributed.functional.distributed_attention",
+    "distributed_generate": "hf_attn.distributed.generation.distributed_generate",
+    "sequence_parallel": "hf_attn.distributed.context.sequence_parallel",
     **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
 }
 

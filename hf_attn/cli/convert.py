@@ -48,6 +48,13 @@ def run(options: argparse.Namespace) -> None:
     _check_output(options.output, options.overwrite, options.checkpoint)
     config = _read_config(options.config) if options.config else None
 
+    from ..training.output_folder import locked
+
+    with locked(options.output):
+        _convert(options, config)
+
+
+def _convert(options: argparse.Namespace, config: dict | None) -> None:
     from transformers import PreTrainedModel
 
     from ..architectures.imaging import ImagePreprocessingMixin, image_processor_for

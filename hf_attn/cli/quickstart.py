@@ -43,5 +43,5 @@ def run(options: argparse.Namespace) -> None:
             from ..examples.quickstart import quickstart
 
             quickstart(options.output or Path("outputs/quickstart"), **arguments)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except ImportError as error:
         raise CommandError(str(error)) from error

@@ -34,7 +34,7 @@ base_model: HuggingFaceTB/{SMOLLM2}
 """
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """Material could not be fetched or prepared; the message says what to do."""
 
 

@@ -217,7 +217,7 @@ class _Quickstart:
             f"\n[3/3] On photographs that it has not seen: {hat['psnr']:.2f} dB, bicubic {bicubic['psnr']:.2f} dB ({gain:+.2f} dB, "
             f"{abs(less):.0%} {'less' if less >= 0 else 'more'} squared error)\n\n"
             f"Look at it:     {self.output / 'comparison.png'}\n"
-            f"Use it:         python -c \"import hf_attn; from transformers import pipeline; "
+            f'Use it:         python -c "import hf_attn; from transformers import pipeline; '
             f"pipeline('image-restoration', model='{self.folder}')('photo.jpg').save('large.png')\"\n"
             f"Push it:        hf upload YOUR-NAME/small-hat {self.folder}\n"
             f"Train longer:   python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir outputs/hat\n"

@@ -222,6 +222,8 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
         (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
         (("--radius", 0), "--radius=0 is out of range: it must be at least 1"),
+        (("--batch_size", -1), "--batch_size=-1 is out of range"),
+        (("--checkpoint_steps", 0), "--checkpoint_steps=0 is out of range"),
     ],
 )
 def test_contradicting_arguments(script, tmp_path, more, message):
