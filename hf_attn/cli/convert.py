@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..training.output_folder import LOCK, locked
 from ._command import CommandError, formatter
 
 
@@ -47,8 +48,6 @@ def add_parser(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     _check_output(options.output, options.overwrite, options.checkpoint)
     config = _read_config(options.config) if options.config else None
-
-    from ..training.output_folder import locked
 
     with locked(options.output):
         _convert(options, config)
@@ -95,7 +94,7 @@ def _check_output(output: Path, overwrite: bool, checkpoint: Path) -> None:
         raise CommandError(f"--output {output} is the folder of the official checkpoint; name another one.")
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output {output} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not overwrite:
         raise CommandError(f"--output {output} is not empty; name another folder, or pass --overwrite.")
 
 

@@ -1,4 +1,4 @@
-"""The quickstart end to end on a tiny base; the real one runs by `make quickstart`."""
+"""The EchoAtt example end to end on a tiny base."""
 
 import json
 
@@ -7,10 +7,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from hf_attn.examples import quickstart as module
+from hf_attn.examples import echo_att as module
 from hf_attn.examples.assets import load_texts
-from hf_attn.examples.quickstart import costs, quickstart
-from hf_attn.training.output_folder import OutputFolderError
+from hf_attn.examples.echo_att import costs, echo_att
+from hf_attn.training.output_folder import RECORD, OutputFolderError
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def smaller(monkeypatch):
 
 
 def run(base, output, **settings):
-    return quickstart(output, **{"steps": 12, "num_shared": 2, "base": base, "learning_rate": 3e-3, **settings})
+    return echo_att(output, **{"steps": 12, "num_shared": 2, "base": base, "learning_rate": 3e-3, **settings})
 
 
 def test_from_the_base_to_a_folder_for_the_hub(base, tmp_path, capsys):
@@ -71,16 +71,17 @@ def test_from_the_base_to_a_folder_for_the_hub(base, tmp_path, capsys):
         path.name for path in folder.iterdir()
     }
     card = (folder / "README.md").read_text()
-    assert f"| Perplexity of the distilled student | {perplexity['distilled student']:.4g} |" in card
+    assert f"| Perplexity of the distilled student | {perplexity['distilled student']:.6g} |" in card
     assert "| distillation steps | 12 |" in card
     assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "EchoAttForCausalLM"
+    assert f"`hf upload YOUR-NAME/MODEL {folder}`" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        RECORD,
         "attention_similarity.png",
         "distilled",
         "model",
         "refined",
         "results.json",
-        "settings.json",
     ]
 
 
@@ -115,9 +116,14 @@ def test_an_interrupted_run_ends_like_another(base, tmp_path, monkeypatch):
 
 
 def test_other_settings_and_foreign_folders_are_refused(base, tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"steps": 7}))
-    with pytest.raises(OutputFolderError, match=r"steps \(7 -> 12\)"):
+    settings = {"example": "echo_att", "base": str(base), "steps": 7, "num_shared": 2, "learning_rate": 3e-3}
+    (tmp_path / RECORD).write_text(json.dumps({"command": "hf-attn quickstart", "settings": settings}))
+    with pytest.raises(OutputFolderError, match=r"other settings: steps \(7 -> 12\)"):
         run(base, tmp_path)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("")
+    with pytest.raises(OutputFolderError, match="holds no run of hf_attn"):
+        run(base, tmp_path / "foreign")
 
 
 def test_costs_of_a_model():
