@@ -55,7 +55,7 @@ class ZeppelinArguments:
     max_length: int = field(default=2048, metadata={"help": "Longer documents are cut into pieces of this length."})
     num_nodes: int = field(default=1, metadata={"help": "Nodes that the processes are on, equally many on each."})
     capacity: int | None = field(
-        default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15% more."}
+        default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15%% more."}
     )
     lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
     report: bool = field(default=True, metadata={"help": "Measure idle shares on the first batch before training."})

@@ -122,7 +122,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class _DataclassParser(Parser, HfArgumentParser):
-    pass
+    """A parser of dataclasses."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the commands in the description as they are."""
 
 
 def parse_arguments(
@@ -150,7 +154,7 @@ def parse_arguments(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         arguments = _from_json(command, Path(arguments[0]))
-    parser = _DataclassParser(dataclass_types, prog=command, description=description)
+    parser = _DataclassParser(dataclass_types, prog=command, description=description, formatter_class=_HelpFormatter)
     if defaults is not None:
         parser.set_defaults(**defaults(arguments))
     try:

@@ -59,9 +59,10 @@ def claim_output_folder(
     if _is_used(folder):
         earlier = _read_record(folder)
         if earlier is None and not resume:
+            last = "; `--resume_from_checkpoint last` continues from its checkpoint" if _has_checkpoint(folder) else ""
             raise OutputFolderError(
                 f"{folder} is not empty and holds no run of hf_attn, so nothing is written into it or taken out of it. "
-                "Choose another folder."
+                f"Choose another folder{'' if continues else last}."
             )
         if not overwrite:
             if continues:
@@ -111,6 +112,10 @@ def output_folder(
                 advice = "There is no checkpoint yet: `--overwrite_output_dir` starts anew."
             print(f"\nInterrupted; the run is in {folder}. {advice}", file=sys.stderr)
             raise
+        finally:
+            # A run that has stopped at once, such as at a file that is missing, is not in the way of the next one.
+            if not continued and {path.name for path in Path(folder).iterdir()} <= {RECORD, LOCK}:
+                (Path(folder) / RECORD).unlink(missing_ok=True)
 
 
 @contextmanager

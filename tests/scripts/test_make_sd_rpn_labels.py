@@ -205,7 +205,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
         (("--question", "What?"), "need --image_folder"),
         (
             ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
-            "--max_samples must be at least 1, got 0",
+            "--max_samples=0 is out of range: it must be at least 1",
         ),
         (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),

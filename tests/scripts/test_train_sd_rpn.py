@@ -153,7 +153,12 @@ def test_recipes_are_the_papers_unless_something_else_is_said(script, base, labe
 
     qwen = tmp_path / "qwen"
     tiny_base("qwen2_5_vl").config.save_pretrained(qwen)
-    settings = {"base": str(qwen), "labels": [str(labels)], "output_dir": str(tmp_path / "b"), "use_cpu": True}
+    settings = {
+        "model_name_or_path": str(qwen),
+        "labels": [str(labels)],
+        "output_dir": str(tmp_path / "b"),
+        "use_cpu": True,
+    }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     _, _, training_args = script.parse_arguments([str(tmp_path / "settings.json")])
     assert (training_args.learning_rate, training_args.max_grad_norm) == (1e-4, 1.0)

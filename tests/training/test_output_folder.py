@@ -75,6 +75,7 @@ def test_neither_the_current_folder_nor_an_input_is_moved(tmp_path, monkeypatch)
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     for overwrite in (False, True):
         with output_folder(tmp_path / "run", SETTINGS, overwrite):
+            (tmp_path / "run" / "weights").touch()
             with pytest.raises(OutputFolderError, match="another run is at work"):
                 output_folder(tmp_path / "run", SETTINGS).__enter__()
             with pytest.raises(OutputFolderError, match="another run is at work"):
@@ -116,3 +117,16 @@ def test_a_file_is_refused(tmp_path):
         claim_output_folder(tmp_path / "file", SETTINGS)
     with pytest.raises(OutputFolderError, match="is a file"), output_folder(tmp_path / "file", SETTINGS):
         pass
+
+
+def test_a_run_that_stops_at_once_leaves_nothing(tmp_path):
+    def fail(folder):
+        with output_folder(folder, SETTINGS, continues=False):
+            raise ValueError("a file is missing")
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(ValueError, match="a file is missing"):
+            fail(tmp_path / name)
+    assert names(tmp_path) == ["empty"]
+    assert names(tmp_path / "empty") == []
