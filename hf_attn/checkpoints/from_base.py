@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..attention.family import OwnAttentionMixin
 from ..hub import hub_id
+from .quiet import quietly
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,14 @@ class FromBaseMixin:
         """
         dropped = tuple(name for name in base_state if cls.dropped_from_base(name, config))
         kept_state = {name: tensor.clone() for name, tensor in base_state.items() if name not in dropped}
-        model, info = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=cls.state_from_base(kept_state, config),
-            output_loading_info=True,
-            dtype=dtype,
-        )
+        with quietly():  # every tensor is accounted for below
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=cls.state_from_base(kept_state, config),
+                output_loading_info=True,
+                dtype=dtype,
+            )
         new = tuple(sorted(info["missing_keys"]))
         unfilled = [name for name in new if not cls.new_to_base(name, config)]
         if info["unexpected_keys"] or unfilled:

@@ -19,7 +19,7 @@ def fewer_photographs(monkeypatch):
     pytest.importorskip("skimage")
     photographs = module.load_photographs()
     # Still three of them, the third is shown; the right quarter is what is measured.
-    monkeypatch.setattr(module, "load_photographs", lambda: [photograph[:150] for photograph in photographs[:3]])
+    monkeypatch.setattr(module, "load_photographs", lambda: [photograph[:160] for photograph in photographs[:3]])
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
