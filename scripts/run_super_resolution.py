@@ -54,14 +54,19 @@ from hf_attn.architectures.restoration.warm_start import start_as_interpolation
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
-from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
-from hf_attn.restoration.metrics import RestorationMetrics
-from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
-from hf_attn.restoration.resize import bicubic_resize
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
 from hf_attn.training.writing import written_whole
+
+
+try:
+    from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
+    from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
+    from hf_attn.restoration.metrics import RestorationMetrics
+    from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
+    from hf_attn.restoration.resize import bicubic_resize
+except ImportError as error:
+    raise SystemExit("This script needs the extra `vision`: pip install 'hf_attn[vision]'") from error
 
 
 NAME = "run_super_resolution.py"

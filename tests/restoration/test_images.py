@@ -1,5 +1,8 @@
 """Image files in and out: nothing of an image is lost, and what cannot be read is named."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +85,18 @@ def test_a_file_that_is_cut_off_is_named(pixels, tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
     with pytest.raises(ValueError, match=r"folder/cut\.jpg cannot be read: it is corrupt or cut off"):
         as_rgb((tmp_path / "cut.jpg").read_bytes(), "folder/cut.jpg")
+
+
+def test_without_pillow_the_extra_is_named():
+    modules = ["hf_attn.restoration.images", "hf_attn.restoration.degradation", "hf_attn.modeling.oat.drawing"]
+    code = f"""
+import importlib, sys
+sys.modules["PIL"] = None
+for name in {modules}:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.count("pip install 'hf_attn[vision]'") == len(modules)
