@@ -1,6 +1,7 @@
 """The `hf-attn` command: one module a command, each with `add_parser`; what a command needs is imported when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough (`hf-attn papers | head`). What is still in the buffer would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CommandError, ValueError, OSError) as error:
         print(f"hf-attn: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
