@@ -183,7 +183,20 @@ _PAPERS = (
         slug="deconstructing_attention",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         arxiv="2510.11602",
-        becomes="causal LM family with replaceable mixers, uniform or hybrid",
+        becomes="causal LM family with replaceable mixers, uniform or hybrid; indicators of attention maps",
+        available=True,
+        families=(
+            Family(
+                model_type="deconstructing_attention",
+                config="DeconstructedConfig",
+                models={"AutoModel": "DeconstructedModel", "AutoModelForCausalLM": "DeconstructedForCausalLM"},
+                # those of Qwen2; a layer of kind `mlp` has the others
+                peft=("q_proj", "v_proj", "self_attn.gate_proj", "self_attn.up_proj"),
+                compares=True,
+            ),
+        ),
+        converter=True,
+        doors={"attention_indicators": "analysis.indicators", "measure_attention": "analysis.indicators"},
     ),
     Paper(
         slug="memoryformer",
