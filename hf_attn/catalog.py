@@ -202,7 +202,21 @@ _PAPERS = (
         slug="memoryformer",
         title="MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers",
         arxiv="2411.12992",
-        becomes="causal LM family with hashed memory layers",
+        becomes="memory layer, also for pretrained models; causal LM family with hashed memory layers",
+        code="C0-Design/MemoryFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="memoryformer",
+                config="MemoryFormerConfig",
+                models={"AutoModel": "MemoryFormerModel", "AutoModelForCausalLM": "MemoryFormerForCausalLM"},
+                # the only matrix; everything else is tables
+                peft=("lm_head",),
+                compares=True,
+            ),
+        ),
+        converter=True,
+        doors={"MemoryLayer": "architectures.memory_layer", "convert_linear": "patching.memory_layer"},
     ),
     Paper(
         slug="complexformer",
