@@ -5,17 +5,16 @@ the mean over samples of the cosine between their maps, flattened over heads and
 its mean similarity with all others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .figures import new_figure
-from .recording import eager_attention
+from .recording import attention_maps
 
 
 @dataclass(frozen=True)
@@ -197,40 +196,5 @@ def attention_similarity(
             else.
     """
 
-    def maps() -> Iterator[tuple[torch.Tensor, ...]]:
-        for sample in tqdm(dataset, desc="Attention similarity", unit="sample", disable=not progress):
-            inputs = _model_inputs(sample, tokenizer, max_length)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
-            if not attentions or any(layer is None for layer in attentions):
-                raise ValueError(
-                    f"{type(model).__name__} returns no attention maps, so their similarity cannot be measured. It needs "
-                    "a model whose `output_attentions=True` fills `attentions` with one softmax map a layer."
-                )
-            yield attentions
-
-    with torch.no_grad(), eager_attention(model):
-        return AttentionSimilarity.from_maps(maps())
-
-
-def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, torch.Tensor]:
-    if isinstance(sample, str):
-        if tokenizer is None:
-            raise ValueError("The dataset holds texts; pass the model's tokenizer as well.")
-        sample = tokenizer(sample, truncation=True, max_length=max_length)
-    elif isinstance(sample, torch.Tensor | list | tuple):
-        sample = {"input_ids": sample}
-    try:
-        inputs = {name: torch.as_tensor(value) for name, value in sample.items() if not name.startswith("label")}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            "A sample must be token ids, a dictionary of model inputs, or a text with a tokenizer; got "
-            f"{type(sample).__name__}: {error}"
-        ) from error
-    # Tokens have two dimensions with their batch, images four.
-    inputs = {name: value if value.dim() % 2 == 0 else value[None] for name, value in inputs.items()}
-    if "attention_mask" in inputs and not inputs["attention_mask"].all():
-        raise ValueError(
-            "A sample is padded; maps of padding would be compared. Pass sequences one at a time, unpadded."
-        )
-    return inputs
+    maps = attention_maps(model, dataset, tokenizer, max_length, "Attention similarity", progress)
+    return AttentionSimilarity.from_maps(maps)

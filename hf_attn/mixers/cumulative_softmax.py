@@ -74,15 +74,22 @@ def cumulative_softmax(
 
     sums = (scores - within[..., -1:]).exp()[..., None, :] @ values
     sums = torch.cat((state["sums"][..., None, :], sums.squeeze(-2)), -2)
-    to_later = (of_chunks[..., None, :] - carried[..., None]).clamp(max=0).exp().tril()
+    to_later = _decay(of_chunks, carried)
     sums = to_later @ sums
 
     maximum = torch.maximum(within, carried[..., :-1, None])
-    weights = (scores[..., None, :] - maximum[..., None]).clamp(max=0).exp().tril()
+    weights = _decay(scores, maximum)
     earlier = (carried[..., :-1, None] - maximum).exp()[..., None]
     result = weights @ values + earlier * sums[..., :-1, None, :]
     result = result.flatten(-3, -2)[..., :length, :]
     return result[..., :-1] / result[..., -1:], {"maximum": carried[..., -1], "sums": sums[..., -1, :]}
+
+
+def _decay(scores: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """`exp(s_j - m_i)` for j <= i, else 0."""
+    size = scores.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
+    return (scores[..., None, :] - maximum[..., None]).masked_fill(later, -torch.inf).exp()
 
 
 def _step(scores: torch.Tensor, values: torch.Tensor, state: dict[str, torch.Tensor]):

@@ -170,10 +170,10 @@ class DeconstructedConfig(DecoderConfig):
                 f"attention_dropout must be 0 with {', '.join(self.static_kinds)}, got {self.attention_dropout}: the maps "
                 "must not depend on chance."
             )
-        if self.sliding_window is not None or "sliding_attention" in self.layer_types:
+        if "sliding_attention" in self.layer_types:
             raise ValueError(
-                f"The mixers attend to everything: sliding_window must be None, got {self.sliding_window}, and all "
-                "layer_types must be 'full_attention'."
+                f"The mixers attend to everything: all layer_types must be 'full_attention', got {self.layer_types} with "
+                f"sliding_window={self.sliding_window}."
             )
 
 

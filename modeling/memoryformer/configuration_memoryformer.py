@@ -41,11 +41,13 @@ class MemoryFormerConfig(DecoderConfig):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    base_model_tp_plan = {}
+    # Llama's plan is about matrices.
+    base_model_tp_plan = None
 
     vocab_size: int = 50304
     hidden_size: int = 512
@@ -61,7 +63,6 @@ class MemoryFormerConfig(DecoderConfig):
     sparse_gradients: bool = False
     hidden_dropout: float | int = 0.0
     rms_norm_eps: float = 1e-8
-    gated_mlp: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
 

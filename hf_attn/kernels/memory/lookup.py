@@ -124,9 +124,8 @@ def _gradient_of_weights(rows: torch.Tensor, tables: torch.Tensor, upstream: tor
 
 
 def _gradient_of_tables(rows, weights, tables, upstream, sparse: bool) -> torch.Tensor:
-    tokens, count = rows.shape
     sorted_rows, order = rows.T.reshape(-1).sort()
-    token_of = order % tokens
+    token_of = order % rows.shape[0]
     weights = weights.T.reshape(-1)[order]
     if sparse:
         used, counts = sorted_rows.unique_consecutive(return_counts=True)
