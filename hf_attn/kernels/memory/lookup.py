@@ -104,7 +104,7 @@ class _Lookup(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weights = _gradient_of_weights(rows, tables, upstream)
         if ctx.needs_input_grad[2]:
-            of_tables = _gradient_of_tables(rows, weights, tables, upstream, ctx.sparse)
+            of_tables = gradient_of_tables(rows, weights, tables, upstream, ctx.sparse)
         return None, of_weights, of_tables, None
 
 
@@ -123,7 +123,10 @@ def _gradient_of_weights(rows: torch.Tensor, tables: torch.Tensor, upstream: tor
     return torch.cat(parts, 1)
 
 
-def _gradient_of_tables(rows, weights, tables, upstream, sparse: bool) -> torch.Tensor:
+def gradient_of_tables(
+    rows: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor, upstream: torch.Tensor, sparse: bool = False
+) -> torch.Tensor:
+    """Gradient of the tables: to each row the weighted sum of the gradients `(tokens, width)` of the tokens that used it."""
     sorted_rows, order = rows.T.reshape(-1).sort()
     token_of = order % rows.shape[0]
     weights = weights.T.reshape(-1)[order]
