@@ -107,9 +107,9 @@ class TaylorMixer(_RecurrentMixer):
         states, weights = self.states_of(cache), None
         if self.is_readable(states):
             row_of_valid = None if valid is None else valid.transpose(-1, -2)
-            weights = sum(taylor_weights(query, key, self.terms, row_of_valid))
-            output = weights @ value
-            weights = weights.flatten(1, 2).to(hidden_states.dtype)
+            weights = sum(taylor_weights(query, key, self.terms, row_of_valid)).flatten(1, 2)
+            output = weights.unflatten(1, query.shape[1:3]) @ value
+            weights = weights.to(hidden_states.dtype)
         if cache is not None or weights is None:
             fast, sums = taylor_attention(
                 query,

@@ -84,6 +84,8 @@ class DeconstructedLayer(DecoderLayer):
             cache = kwargs.get(CACHE)
             if cache is not None:
                 cache.layers[self.self_attn.layer_idx].static_map = static_map
+        elif static_map is not None:
+            static_map.to(hidden_states.device)
         results = [self.block(self.self_attn, hidden_states, token_embeddings, static_map, kwargs)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.static_gradient):
             for kind, (states, embeddings) in sequences.items():
@@ -218,7 +220,7 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
             }
             known = None
             if layer.kind in STATIC_KINDS and layer.kind not in sequences:
-                known = cache.layers[layer.self_attn.layer_idx].static_map.to(layer.self_attn.v_proj.weight.device)
+                known = cache.layers[layer.self_attn.layer_idx].static_map
             hidden_states, *static_states = layer(
                 hidden_states,
                 token_embeddings,
@@ -256,7 +258,9 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
         sequences, arguments = {}, {}
         positions = torch.arange(length, device=position_ids.device)[None]
         for kind in dict.fromkeys(layer.kind for layer in layers if layer.kind in STATIC_KINDS):
-            embeddings = self.static_input(kind, length, self.embed_tokens)
+            embeddings = self.static_input(kind, length)
+            if kind == "fixed_seq_qk":
+                embeddings = self.embed_tokens(embeddings)
             masks = super().make_masks(
                 layers, attention_mask=None, inputs_embeds=embeddings, position_ids=positions, **{CACHE: None}
             )

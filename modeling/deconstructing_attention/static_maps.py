@@ -20,11 +20,9 @@ class StaticInput(nn.Module):
         if "fixed_seq_qk" in kinds:
             self.ids = nn.Buffer(torch.zeros(length, dtype=torch.long))
 
-    def forward(self, kind: str, length: int, embed_tokens: nn.Module) -> torch.Tensor:
-        """The first embeddings `(1, length, hidden_size)` of a kind's sequence."""
-        if kind == "rnd_emb_qk":
-            return self.embeds[None, :length]
-        return embed_tokens(self.ids[None, :length])
+    def forward(self, kind: str, length: int) -> torch.Tensor:
+        """The beginning of a kind's sequence: embeddings `(1, length, hidden_size)` or token ids `(1, length)`."""
+        return (self.embeds if kind == "rnd_emb_qk" else self.ids)[None, :length]
 
 
 class StaticMap:

@@ -82,22 +82,38 @@ def test_decoding_padding_beams_and_implementations_agree(kinds):
     assert torch.equal(model.generate(input_ids, use_cache=False, **settings), expected)
 
 
-@pytest.mark.parametrize("kinds", [("rnd_emb_qk", "standard"), ("fixed_seq_qk", "taylor_joint")], ids="-".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [("rnd_emb_qk", "standard"), ("fixed_seq_qk", "taylor_joint", "standard"), ("non_approximate", "static_emb_qk")],
+    ids="-".join,
+)
 def test_static_cache_with_padding_and_offloaded_weights(kinds):
     model, input_ids = make_model(*kinds), ids(2, 7)
-    settings = {"max_new_tokens": 5, "do_sample": False}
-    expected = model.generate(input_ids, **settings)
-    assert torch.equal(model.generate(input_ids, cache_implementation="static", **settings), expected)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+
+    def generated(tokens, **kwargs):
+        result = model.generate(tokens, output_logits=True, **settings, **kwargs)
+        return torch.stack(result.logits)
+
+    expected = generated(input_ids)
+    torch.testing.assert_close(generated(input_ids, cache_implementation="static"), expected, **TOLERANCE)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[:, :2] = 0
     padded = torch.cat((torch.zeros(2, 2, dtype=torch.long), input_ids), 1)
     cache = StaticCache(config=model.config, max_cache_len=20)
-    found = model.generate(padded, attention_mask=mask, past_key_values=cache, **settings)
-    assert torch.equal(found[:, 2:], expected)
+    torch.testing.assert_close(generated(padded, attention_mask=mask, past_key_values=cache), expected, **TOLERANCE)
 
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.model.layers[0].self_attn.v_proj.weight.device.type == "meta"
-    assert torch.equal(model.generate(input_ids, **settings), expected)
+    torch.testing.assert_close(generated(input_ids), expected, **TOLERANCE)
+
+
+def test_layers_with_values_can_forget_tokens():
+    model, input_ids = make_model("rnd_emb_qk", "static_emb_qk"), ids(1, 4).repeat(1, 3)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(
+        model.generate(input_ids, prompt_lookup_num_tokens=3, **settings), model.generate(input_ids, **settings)
+    )
 
 
 def test_per_order_recurrence_where_denominators_are_away_from_zero():
