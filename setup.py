@@ -21,15 +21,22 @@ EXTRAS = {
     "train": ["datasets>=4", "evaluate>=0.4", "scikit-image", "scikit-learn"],
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
+    "traffic": ["pandas>=2.2", "scipy", "tables"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# CUDA packages, which an installation of everything on another machine cannot use
+EXTRAS["deberta-cuda"] = [
+    "disentangled-flash>=1.1; platform_system == 'Linux'",
+    "flashdeberta>=0.0.8; platform_system == 'Linux'",
+]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
 EXTRAS["test"] = (
     EXTRAS["all"]
     + EXTRAS["docs"]
     + [
+        "multimatch-gaze>=0.1.3",
         "onnx>=1.23",
         "onnxruntime>=1.32",
         "onnxscript>=0.7",

@@ -89,6 +89,11 @@ class Paper:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 
 
+#: names for ``attn_implementation`` that split a sequence over processes
+DISTRIBUTED_ATTENTION = tuple(
+    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
+)
+
 _PAPERS = (
     Paper(
         slug="sigmoid_attention",
@@ -132,6 +137,8 @@ _PAPERS = (
         doors={
             "apply_sigma_reparam": "patching.sigma_reparam",
             "fold_sigma_reparam": "patching.sigma_reparam",
+            "refresh_sigma_reparam": "patching.sigma_reparam",
+            "bypassed_layers": "patching.sigma_reparam",
             "AttentionEntropyCallback": "analysis.entropy_callback",
         },
     ),
@@ -249,7 +256,14 @@ _PAPERS = (
         slug="zeppelin",
         title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
         arxiv="2509.21841",
-        becomes="sequence partitioner, ring attention engine, remapping, simulator; Llama family that trains with it",
+        becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
+        available=True,
+        attention=DISTRIBUTED_ATTENTION,
+        doors={
+            "ZeppelinCollator": "distributed.zeppelin.trainer",
+            "ZeppelinEngine": "distributed.zeppelin.engine",
+            "ZeppelinTrainerMixin": "distributed.zeppelin.trainer",
+        },
     ),
     Paper(
         slug="deberta",
@@ -257,6 +271,23 @@ _PAPERS = (
         arxiv="2006.03654",
         becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
         code="microsoft/DeBERTa",
+        available=True,
+        families=(
+            Family(
+                model_type="deberta_emd",
+                config="DebertaEMDConfig",
+                models={"AutoModel": "DebertaEMDModel", "AutoModelForMaskedLM": "DebertaEMDForMaskedLM"},
+                folder="deberta",
+                peft=("query_proj", "key_proj", "value_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "apply_fast_attention": "patching.deberta",
+            "remove_fast_attention": "patching.deberta",
+            "SiFTTrainerMixin": "training.sift",
+            "DataCollatorForNGramMasking": "training.ngram_masking",
+        },
     ),
     Paper(
         slug="pooling_attention",
@@ -506,13 +537,40 @@ _PAPERS = (
         arxiv="1911.08415",
         becomes="time-series family and forecasting pipeline",
         code="zhengchuanpan/GMAN",
+        available=True,
+        families=(
+            Family(
+                model_type="gman",
+                config="GMANConfig",
+                models={"AutoModel": "GMANModel", "AutoModelForTimeSeriesPrediction": "GMANForPrediction"},
+                peft=("q_proj", "k_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        extra="traffic",
     ),
     Paper(
         slug="oat",
         title="OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
         arxiv="2407.13335",
-        becomes="scanpath family and pipeline",
+        becomes="scanpath family with generation, image processor, pipeline, metrics",
         code="HKUST-NISL/oat_eccv24",
+        available=True,
+        families=(
+            Family(
+                model_type="oat",
+                config="OATConfig",
+                models={
+                    "AutoModel": "OATModel",
+                    "AutoModelForScanpathPrediction": "OATForScanpathPrediction",
+                },
+                processors={"AutoImageProcessor": "OATImageProcessor"},
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        doors={"ScanpathMetrics": "analysis.scanpaths"},
+        extra="vision",
     ),
     Paper(
         slug="random_feature_attention",
@@ -567,16 +625,32 @@ TASKS = (
         type="multimodal",
         default_model=("llava-hf/llava-1.5-7b-hf", "main"),
     ),
+    Task(
+        name="traffic-forecasting",
+        pipeline="TrafficForecastingPipeline",
+        auto_class="AutoModelForTimeSeriesPrediction",
+        type="multimodal",
+    ),
+    Task(
+        name="scanpath-prediction",
+        pipeline="ScanpathPredictionPipeline",
+        auto_class="AutoModelForScanpathPrediction",
+        type="image",
+    ),
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
-OWN_AUTO_CLASSES: dict[str, str] = {}
+OWN_AUTO_CLASSES: dict[str, str] = {"AutoModelForScanpathPrediction": "scanpath prediction"}
 
 #: what belongs to no paper: public name -> ``package.module.name``
 PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",
     "uses_attention": "hf_attn.attention.interface.uses_attention",
+    "SequenceParallelTrainerMixin": "hf_attn.distributed.trainer.SequenceParallelTrainerMixin",
+    "distributed_attention": "hf_attn.distributed.functional.distributed_attention",
+    "distributed_generate": "hf_attn.distributed.generation.distributed_generate",
+    "sequence_parallel": "hf_attn.distributed.context.sequence_parallel",
     **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
 }
 

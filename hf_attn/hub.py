@@ -48,6 +48,7 @@ _PIPELINE_TAGS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForImageToImage": "image-to-image",
+    "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoBackbone": "image-feature-extraction",
 }
 _HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}

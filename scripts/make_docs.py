@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_attn.catalog import PACKAGE_DOORS, PAPERS, Paper, paper_references
+from hf_attn.catalog import OWN_AUTO_CLASSES, PACKAGE_DOORS, PAPERS, Paper, paper_references
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,14 @@ def _reference(paper: Paper) -> str:
 
 
 def _page(title: str, text: str, references) -> str:
-    return "\n\n".join([f"# {title}", text, *(f"::: {reference}" for reference in references)]) + "\n"
+    return "\n\n".join([f"# {title}", text, *map(_documented, references)]) + "\n"
+
+
+def _documented(reference: str) -> str:
+    module, _, name = reference.rpartition(".")
+    if module == "hf_attn.auto":  # made from the catalogue, which no static reader sees
+        return f"## `{name}`\n\nAuto class for {OWN_AUTO_CLASSES[name]}, used as those of transformers."
+    return f"::: {reference}"
 
 
 def generated_pages() -> dict[str, str]:

@@ -20,7 +20,7 @@ from transformers import (
 
 import hf_attn
 from hf_attn import hub
-from hf_attn.catalog import PAPERS, find_family
+from hf_attn.catalog import OWN_AUTO_CLASSES, PAPERS, find_family
 from tests.batteries.families import tiny_model
 from tests.batteries.fork_server import ForkServer
 from tests.batteries.hub_server import HubServer
@@ -63,6 +63,7 @@ def test_the_generated_pages_are_those_of_the_catalogue(docs_script):
 def test_every_public_name_has_a_place_in_the_reference():
     reference = "".join(text for name, text in PAGES.items() if name.startswith("docs/reference/"))
     documented = {line.rpartition(".")[2] for line in re.findall(r"^::: (.+)$", reference, re.MULTILINE)}
+    documented |= {name for name in OWN_AUTO_CLASSES if f"## `{name}`" in reference}
     assert documented == set(hf_attn.__all__) - {"__version__"}
 
 

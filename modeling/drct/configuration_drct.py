@@ -3,6 +3,7 @@
 
 from huggingface_hub.dataclasses import strict
 
+from hf_attn.architectures.ranges import SIZE
 from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
 
 
@@ -28,6 +29,17 @@ class DRCTConfig(ImageRestorationConfig):
         for scale in (2, 3, 4)
     }
 
+    tiny = {
+        "embed_dim": 16,
+        "depths": [6, 6],
+        "num_heads": [2, 2],
+        "window_size": 4,
+        "growth_channels": 4,
+        "image_size": 8,
+        "upscale": 3,
+    }
+    ranges = {"growth_channels": SIZE}
+
     growth_channels: int = 32
 
     def block_dims(self) -> list[int]:
@@ -41,8 +53,6 @@ class DRCTConfig(ImageRestorationConfig):
 
     def validate_drct(self):
         """Part of the validation that `@strict` runs."""
-        if self.growth_channels < 1:
-            raise ValueError(f"growth_channels must be positive, got {self.growth_channels}.")
         for group, num_heads in enumerate(self.num_heads):
             pairs = list(zip(self.block_dims(), self.block_heads(group), strict=True))
             if all(dim % heads == 0 for dim, heads in pairs):

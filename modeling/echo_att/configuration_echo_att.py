@@ -6,6 +6,7 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
+from hf_attn.architectures.ranges import COUNT, SIZE
 
 
 _TINYLLAMA = {
@@ -41,6 +42,21 @@ class EchoAttConfig(DecoderConfig):
         "tinyllama_41": {**_TINYLLAMA, "shared_layers": [2, 3, 4, 5, 6, 7, 8, 9, 18]},
         "tinyllama_77": {**_TINYLLAMA, "shared_layers": [*range(1, 15), 16, 17, 18]},
     }
+
+    tiny = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "shared_layers": [1, 3],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    ranges = {"shared_layers": SIZE, "shared_source": COUNT}
 
     shared_layers: list[int] | tuple[int, ...] = field(default_factory=list)
     shared_source: list[int] | tuple[int, ...] | None = None

@@ -3,6 +3,7 @@
 
 from huggingface_hub.dataclasses import strict
 
+from hf_attn.architectures.ranges import FACTOR, FINITE, SIZE
 from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
 
 
@@ -32,6 +33,18 @@ class HATConfig(ImageRestorationConfig):
         for scale in (2, 3, 4)
     }
 
+    tiny = {
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+        "compress_ratio": 4,
+        "squeeze_factor": 4,
+        "image_size": 8,
+        "upscale": 2,
+    }
+    ranges = {"compress_ratio": SIZE, "squeeze_factor": SIZE, "conv_scale": FINITE, "overlap_ratio": FACTOR}
+
     compress_ratio: int = 3
     squeeze_factor: int = 30
     conv_scale: float | int = 0.01
@@ -46,10 +59,10 @@ class HATConfig(ImageRestorationConfig):
         """Part of the validation that `@strict` runs."""
         for name in ("compress_ratio", "squeeze_factor"):
             value = getattr(self, name)
-            if not 1 <= value <= self.embed_dim:
-                raise ValueError(f"{name} must be between 1 and embed_dim ({self.embed_dim}), got {value}.")
+            if value > self.embed_dim:
+                raise ValueError(f"{name} must be at most embed_dim ({self.embed_dim}), got {value}.")
         overlap = self.overlap_window_size - self.window_size
-        if overlap < 0 or overlap % 2:
+        if overlap % 2:
             raise ValueError(
                 f"overlap_ratio={self.overlap_ratio} widens windows of {self.window_size} by {overlap}; the widening must "
                 "be an even number of pixels, half of it on each side. Use an overlap_ratio with "

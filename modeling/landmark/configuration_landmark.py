@@ -4,6 +4,7 @@
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
+from hf_attn.architectures.ranges import COUNT, SIZE
 
 
 @strict
@@ -51,6 +52,21 @@ class LandmarkConfig(DecoderConfig):
         },
     }
 
+    tiny = {
+        "vocab_size": 99,
+        "landmark_token_id": 3,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    ranges = {"landmark_token_id": COUNT, "mem_freq": SIZE, "train_context_length": SIZE}
+
     vocab_size: int = 32002
     landmark_token_id: int | None = None
     mem_freq: int = 50
@@ -70,15 +86,11 @@ class LandmarkConfig(DecoderConfig):
 
     def validate_landmarks(self):
         """Part of the validation that `@strict` runs."""
-        if not 0 <= self.landmark_token_id < self.vocab_size:
+        if self.landmark_token_id >= self.vocab_size:
             raise ValueError(
                 f"landmark_token_id ({self.landmark_token_id}) must be a token of the vocabulary, which has "
                 f"{self.vocab_size}."
             )
-        if self.mem_freq < 1:
-            raise ValueError(f"mem_freq, the regular tokens of a block, must be at least 1, got {self.mem_freq}.")
-        if self.train_context_length < 1:
-            raise ValueError(f"train_context_length must be at least 1, got {self.train_context_length}.")
         if self.sliding_window is not None or "sliding_attention" in self.layer_types:
             raise ValueError(
                 f"Landmark attention attends to everything: sliding_window must be None, got {self.sliding_window}, and all "

@@ -8,11 +8,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import COUNT, FACTOR, FINITE, POSITIVE
+from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
 
 @strict
-class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, ViTConfig):
+class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin, ViTConfig):
     r"""Configuration of a [`PathEnsembleForImageClassification`] (arXiv 2308.06548).
 
     Args:
@@ -53,6 +55,26 @@ class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, ViTConfig):
         "hidden_states",
         "attentions",
     ]
+
+    #: one path pruned, the others scaled
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pruned_paths": [0],
+        "ensemble_scale": "channel",
+    }
+    ranges = {
+        "pruned_paths": COUNT,
+        "ensemble_scale_init_value": FINITE,
+        "distillation_logits_weight": FACTOR,
+        "distillation_hidden_weight": FACTOR,
+        "distillation_students": COUNT,
+        "distillation_temperature": POSITIVE,
+    }
 
     granularity: Literal["layer", "branch"] = "layer"
     pruned_paths: list[int] | tuple[int, ...] = field(default_factory=list)
@@ -98,8 +120,6 @@ class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, ViTConfig):
 
     def validate_distillation(self):
         """Part of the validation that `@strict` runs."""
-        if self.distillation_temperature <= 0:
-            raise ValueError(f"distillation_temperature must be positive, got {self.distillation_temperature}.")
         if self.distillation_students is not None and not self.distillation_students:
             raise ValueError("distillation_students is empty: name at least one path, or set the weights to 0.")
         if self.distillation_head and not self.distillation_token:

@@ -4,6 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.ranges import SIZE, Range
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -96,6 +97,18 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         },
     }
 
+    tiny = {
+        "base_num_hidden_layers": 6,
+        "branch_layer": 2,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    # A negative threshold is a fraction of the largest probability.
+    ranges = {"base_num_hidden_layers": SIZE, "branch_layer": SIZE, "thresholds": Range(at_least=-1, at_most=1)}
+
     base_model_type: str = "llava"
     base_model_name_or_path: str | None = None
     base_num_hidden_layers: int = 32
@@ -155,18 +168,11 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             raise ValueError(
                 f"base_model_type must be 'llava', 'llava_next' or 'qwen2_5_vl', got {self.base_model_type!r}."
             )
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}.")
         last = self.base_num_hidden_layers - self.num_hidden_layers
         if not 1 <= self.branch_layer <= last:
             raise ValueError(
                 f"branch_layer must be between 1 and {last}, so that the {self.num_hidden_layers} layers of the network "
                 f"stand beside layers of a base with {self.base_num_hidden_layers} layers; got {self.branch_layer}."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
             )
         if "default" not in self.thresholds:
             raise ValueError(f"thresholds needs an entry 'default', got {self.thresholds}.")

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
 from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.ranges import POSITIVE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -24,6 +25,8 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
         spectral_init (`str`): `"preserve"` starts every map as the plain one, gamma = sigma(W); `"unit"` at gamma = 1.
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L
             and larger.
+        use_class_token (`bool`): a token besides those of the patches.
+        pooling (`str`): what is classified: `"token"`, the class token, or `"mean"`, the mean of the patches.
         drop_path_rate (`float`): rate of stochastic depth at the last layer; it grows linearly from 0.
 
     The other arguments are those of [`~transformers.ViTConfig`].
@@ -43,12 +46,29 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
         },
     }
 
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ranges = {"patch_embedding_init_multiplier": POSITIVE}
+
     layer_norm_eps: float = 1e-6
     use_layer_norm: bool = False
     reparametrised: bool = True
     spectral_init: Literal["preserve", "unit"] = "preserve"
     patch_embedding_init_multiplier: float | int = 1.0
     drop_path_rate: float | int = 0.0
+    use_class_token: bool = True
+    pooling: Literal["token", "mean"] = "token"
+
+    def validate_pooling(self):
+        """Part of the validation that `@strict` runs."""
+        if self.pooling == "token" and not self.use_class_token:
+            raise ValueError("pooling='token' needs the class token: set use_class_token=True or pooling='mean'.")
 
 
 __all__ = ["SigmaReparamViTConfig"]

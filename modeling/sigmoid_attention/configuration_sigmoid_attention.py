@@ -7,6 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
+from hf_attn.architectures.ranges import FINITE
 
 
 #: where AXLearn's models differ from the defaults besides their size
@@ -62,6 +63,17 @@ class SigmoidAttentionConfig(DecoderConfig):
         },
     }
 
+    tiny = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    ranges = {"sigmoid_bias": FINITE, "attention_log_temperature": FINITE}
+
     vocab_size: int = 32768
     hidden_size: int = 768
     intermediate_size: int = 2048
@@ -84,8 +96,6 @@ class SigmoidAttentionConfig(DecoderConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs):
-        if self.max_position_embeddings < 1:
-            raise ValueError(f"max_position_embeddings must be at least 1, got {self.max_position_embeddings}.")
         if self.sigmoid_bias is None:
             self.sigmoid_bias = -math.log(self.max_position_embeddings)
         super().__post_init__(**kwargs)

@@ -20,7 +20,7 @@ from hf_attn.architectures.decoder import (
     make_norm,
 )
 from hf_attn.attention.family import OwnAttentionMixin
-from hf_attn.attention.sigmoid import SIGMOID, alibi_slopes, sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SIGMOID, SigmoidCall, alibi_slopes, sigmoid_attention_eager
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
 
@@ -51,12 +51,6 @@ class SigmoidAttention(DecoderAttention):
         query_states, key_states = self.heads(self.q_proj, hidden_states), self.heads(self.k_proj, hidden_states)
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         return self.q_norm(query_states), self.k_norm(key_states)
-
-    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
-        # An exported program holds operators of torch only, which other runtimes know.
-        if torch.compiler.is_exporting() and self.config._attn_implementation == SIGMOID.name:
-            return self.eager_attention_forward
-        return super().attention_function(query_states, key_states)
 
 
 class SigmoidAttentionDecoderLayer(DecoderLayer):
@@ -235,7 +229,7 @@ class SigmoidCrossAttention(nn.Module):
             query, key = self._rotate(query), self._rotate(key)
         mask = None if key_mask is None else key_mask[:, None, None, :].bool()
         output, weights = sigmoid_attention_eager(
-            query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask
+            SigmoidCall(query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask)
         )
         return self.o_proj(output.transpose(1, 2).flatten(-2)), weights
 

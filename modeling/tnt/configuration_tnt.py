@@ -5,16 +5,13 @@ import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.ranges import POSITIVE, SIZE
+from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
 @strict
-class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig):
+class TNTConfig(StagedVisionConfig):
     r"""Configuration of a [`TNTForImageClassification`]; the defaults are TNT-S.
 
     Args:
@@ -80,9 +77,26 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
         },
     }
 
+    tiny = {
+        "image_size": 32,
+        "patch_size": 8,
+        "inner_stride": 4,
+        "hidden_size": 32,
+        "inner_hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "inner_num_attention_heads": 2,
+        "mlp_ratio": 2,
+    }
+    ranges = {
+        "inner_stride": SIZE,
+        "inner_hidden_size": SIZE,
+        "inner_num_attention_heads": SIZE,
+        "inner_mlp_ratio": POSITIVE,
+    }
+
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
-    num_channels: int = 3
     inner_stride: int = 4
     hidden_size: int = 384
     inner_hidden_size: int = 24
@@ -100,16 +114,16 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         if self.inner_mlp_ratio is None:
             self.inner_mlp_ratio = self.mlp_ratio
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
         super().__post_init__(**kwargs)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of blocks, each of which is a stage of the backbone."""
+        return self.num_hidden_layers
 
     @property
     def words_per_side(self) -> int:
@@ -118,14 +132,12 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        for width, heads in (
-            ("hidden_size", "num_attention_heads"),
-            ("inner_hidden_size", "inner_num_attention_heads"),
-        ):
-            if getattr(self, width) % getattr(self, heads) != 0:
-                raise ValueError(
-                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})."
-                )
+        super().validate_architecture()
+        if self.inner_hidden_size % self.inner_num_attention_heads != 0:
+            raise ValueError(
+                f"inner_hidden_size ({self.inner_hidden_size}) must be a multiple of inner_num_attention_heads "
+                f"({self.inner_num_attention_heads})."
+            )
         if any(side % self.patch_size for side in self.image_height_width):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).")
         if self.legacy and self.patch_size % self.inner_stride != 0:

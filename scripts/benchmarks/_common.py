@@ -13,7 +13,14 @@ from pathlib import Path
 def alternating_medians(
     callables: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each callable, measured in turns, so that a change of the machine's load meets all of them."""
+    """Median seconds of each callable, see :func:`alternating_times`."""
+    return {name: statistics.median(values) for name, values in alternating_times(callables, repeats, warmup).items()}
+
+
+def alternating_times(
+    callables: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each callable, measured in turns, so that a change of the machine's load meets all of them."""
     for _ in range(warmup):
         for function in callables.values():
             function()
@@ -23,7 +30,7 @@ def alternating_medians(
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def peak_memory(function: Callable[[], object]) -> int:

@@ -1,21 +1,14 @@
 """Small models of every family in the catalogue, for tests that hold for all of them."""
 
-from importlib import import_module
-from pathlib import Path
-
+from hf_attn.architectures.variants import TINY
 from hf_attn.catalog import Family, find_family
 from hf_attn.registration import load
 
 
-def tiny_config(model_type: str):
-    """The configuration on which the family runs transformers' own tests (`get_config` of its test class)."""
-    paper, _ = find_family(model_type)
-    folder = Path(__file__).parents[1] / "modeling" / paper.slug
-    for path in sorted(folder.glob("test_*.py"), key=lambda path: "upstream" not in path.name):
-        for value in vars(import_module(f"tests.modeling.{paper.slug}.{path.stem}")).values():
-            if getattr(value, "model_type", None) == model_type and hasattr(value, "get_config"):
-                return value().get_config()
-    raise LookupError(f"No test class in {folder} has model_type = {model_type!r} and a get_config.")
+def tiny_config(model_type: str, **overrides):
+    """The variant `"tiny"` of the family's configuration."""
+    _, family = find_family(model_type)
+    return load(family.config_reference).from_variant(TINY, **overrides)
 
 
 def main_auto_class(family: Family) -> str:

@@ -39,11 +39,6 @@ class DecoderConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) is no multiple of num_attention_heads ({self.num_attention_heads}); "
-                "change one of them or give head_dim."
-            )
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         if self.layer_types is None:
@@ -55,12 +50,7 @@ class DecoderConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of the validation that `@strict` runs."""
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
+        """Part of the validation that `@strict` runs. Unlike a Llama's, `head_dim` is free; see `validate_heads`."""
 
 
 @strict

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from hf_attn.hub import HubConfigMixin
 
+from ..ranges import POSITIVE, SIZE, Range
 from ..variants import VariantsMixin
 
 
@@ -30,7 +31,7 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         drop_path_rate (`float`): stochastic depth of the last block; grows linearly from 0.
         layer_norm_eps (`float`): epsilon of the layer norms.
         patch_norm (`bool`): layer norm between the first convolution and the groups.
-        use_absolute_embeddings (`bool`): learned position embedding; ties the (padded) input to `image_size`.
+        use_absolute_embeddings (`bool`): learned position embedding; images may then be at most `image_size` wide and high.
         image_size (`int`): side of the input that absolute embeddings are made for; nothing else depends on it.
         upscale (`int`): scale of the output: a power of two (1 restores at the same size) or 3.
         img_range (`float`): factor on the pixel values inside the network.
@@ -42,6 +43,9 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
 
     attribute_map = {"hidden_size": "embed_dim"}
     keys_to_ignore_at_inference = ["hidden_states", "attentions"]
+
+    # qk_scale 0 asks for the default, as in the official code.
+    ranges = {"upscale": SIZE, "img_range": POSITIVE, "qk_scale": Range(at_least=0)}
 
     num_channels: int = 3
     embed_dim: int = 180
@@ -76,17 +80,20 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
                 f"upsampler={self.upsampler!r} does not exist in this family; the only one is 'pixelshuffle', which with "
                 "upscale=1 restores at the same size."
             )
-        if self.upscale < 1 or (self.upscale & (self.upscale - 1) and self.upscale != 3):
+        if self.upscale & (self.upscale - 1) and self.upscale != 3:
             raise ValueError(f"upscale must be a power of two (1, 2, 4, 8...) or 3, got {self.upscale}.")
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be positive, got {self.window_size}.")
+        if self.use_absolute_embeddings and self.image_size % self.window_size:
+            raise ValueError(
+                f"With use_absolute_embeddings, image_size ({self.image_size}) must be a multiple of window_size "
+                f"({self.window_size}), to which images are padded."
+            )
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths and num_heads must have one entry for each residual group, got {list(self.depths)} and "
                 f"{list(self.num_heads)}."
             )
         for num_heads in self.num_heads:
-            if num_heads < 1 or self.embed_dim % num_heads:
+            if self.embed_dim % num_heads:
                 raise ValueError(f"embed_dim ({self.embed_dim}) must be a multiple of num_heads, got {num_heads}.")
 
 

@@ -26,7 +26,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from ...attention.clear import clear_attention
-from ...kernels.clear.tiles import attention_with_logsumexp, clear_attention_tiles, supports_tiles
+from ...kernels.clear.tiles import attention_with_logsumexp, clear_attention_tiles
 from .patch import clear_processors
 from .processors import ClearContext, diffusers
 
@@ -93,7 +93,7 @@ class Strip:
         radius: int,
         text_mask: torch.Tensor | None,
         scaling: float,
-        backend: str,
+        attn_implementation: str,
     ) -> torch.Tensor:
         """CLEAR attention of the text and this strip to the text and the whole image.
 
@@ -104,7 +104,7 @@ class Strip:
             radius: of the disc, in tokens.
             text_mask: boolean `(batch, text)`, False for padding.
             scaling: of the logits.
-            backend: as of :func:`hf_attn.attention.clear.clear_attention`.
+            attn_implementation: as of :func:`hf_attn.attention.clear.clear_attention`.
 
         Returns:
             Output of the shape of the query; that of the text is the same in all processes.
@@ -130,7 +130,7 @@ class Strip:
             radius=radius,
             text_mask=text_mask,
             scaling=scaling,
-            backend=backend,
+            attn_implementation=attn_implementation,
         )
         return torch.cat([text_output, image_output[:, :, before : before + self.num_tokens]], dim=2)
 
@@ -198,15 +198,23 @@ class _HaloExchange:
         return torch.cat([before, self.states, after], dim=3)
 
 
-def _image_output(query, key, value, text_key, text_value, *, text_mask, backend, scaling, **arguments):
-    if backend == "tiles" or (backend == "auto" and supports_tiles(query, key, value)[0]):
+def _image_output(query, key, value, text_key, text_value, *, text_mask, attn_implementation, scaling, **arguments):
+    if attn_implementation == "tiles" or (attn_implementation == "auto" and query.device.type == "cpu"):
         return clear_attention_tiles(
             query, key, value, text_key, text_value, shared_mask=text_mask, scaling=scaling, **arguments
         )
     # The other implementations compute text queries as well.
     query = torch.cat([torch.zeros_like(text_key), query], dim=2)
     key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
-    output = clear_attention(query, key, value, text_mask=text_mask, scaling=scaling, backend=backend, **arguments)
+    output = clear_attention(
+        query,
+        key,
+        value,
+        text_mask=text_mask,
+        scaling=scaling,
+        attn_implementation=attn_implementation,
+        **arguments,
+    )
     return output[:, :, text_key.shape[2] :]
 
 
@@ -226,7 +234,7 @@ def clear_parallel(
     Raises:
         TypeError: if the transformer is not one of FLUX.
         ValueError: for layers with full attention or pooled keys, an unknown way to compute text queries; when called, for
-            images with too few rows, and with gradients.
+            images with too few rows, and with gradients; within another such context.
         RuntimeError: if there is no process group.
     """
     if not isinstance(transformer, diffusers.FluxTransformer2DModel):
@@ -237,6 +245,10 @@ def clear_parallel(
         raise ValueError(f"text_queries is one of {', '.join(TEXT_QUERIES)}, not {text_queries!r}.")
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError("There is no process group: start with `torchrun` and call `init_process_group` first.")
+    if getattr(transformer, "_is_clear_parallel", False):
+        raise ValueError(
+            "The transformer runs on several processes already: clear_parallel contexts cannot be nested."
+        )
     processors = clear_processors(transformer)
     if len(processors) < len(transformer.attn_processors):
         raise ValueError(
@@ -276,9 +288,11 @@ def clear_parallel(
         transformer.register_forward_pre_hook(split, with_kwargs=True),
         transformer.register_forward_hook(gather),
     ]
+    transformer._is_clear_parallel = True
     try:
         yield
     finally:
+        del transformer._is_clear_parallel
         for handle in handles:
             handle.remove()
 

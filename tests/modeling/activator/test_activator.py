@@ -1,5 +1,7 @@
 """Activator: the facts of the paper and its code, and bad input."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,7 +10,8 @@ from hf_attn.modeling.activator.configuration_activator import ActivatorConfig
 from hf_attn.modeling.activator.modeling_activator import ActivatorForImageClassification, ActivatorModel
 from tests.batteries.imaging import ImageFamilyTests
 
-from .test_upstream_activator import tiny_config
+
+tiny_config = partial(ActivatorConfig.from_variant, "tiny")
 
 
 def number_of_parameters(module: torch.nn.Module) -> int:

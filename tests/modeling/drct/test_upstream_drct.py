@@ -10,12 +10,4 @@ class DRCTUpstreamTest(UpstreamRestorationTests, unittest.TestCase):
     model_type = "drct"
 
     def get_config(self):
-        return DRCTConfig(
-            embed_dim=16,
-            depths=[6, 6],
-            num_heads=[2, 2],
-            window_size=4,
-            growth_channels=4,
-            image_size=8,
-            upscale=3,
-        )
+        return DRCTConfig.from_variant("tiny")

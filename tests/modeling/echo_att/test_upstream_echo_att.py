@@ -13,16 +13,4 @@ class EchoAttUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     }
 
     def get_config(self):
-        return EchoAttConfig(
-            vocab_size=99,
-            hidden_size=32,
-            intermediate_size=37,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            shared_layers=[1, 3],
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+        return EchoAttConfig.from_variant("tiny")

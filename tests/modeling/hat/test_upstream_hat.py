@@ -10,22 +10,14 @@ class HATUpstreamTest(UpstreamRestorationTests, unittest.TestCase):
     model_type = "hat"
 
     def get_config(self):
-        return HATConfig(
-            embed_dim=16,
-            depths=[2, 1],
-            num_heads=[2, 2],
-            window_size=4,
-            compress_ratio=4,
-            squeeze_factor=4,
-            image_size=8,
-            upscale=2,
-        )
+        return HATConfig.from_variant("tiny")
 
 
 class HATAbsoluteEmbeddingsUpstreamTest(UpstreamRestorationTests, unittest.TestCase):
     """The options that no published model uses."""
 
     model_type = "hat"
+    is_further_configuration = True
 
     def get_config(self):
         return HATConfig(

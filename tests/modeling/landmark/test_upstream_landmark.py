@@ -6,21 +6,6 @@ from hf_attn.modeling.landmark.configuration_landmark import LandmarkConfig
 from tests.batteries.upstream import UpstreamCausalLMTests
 
 
-TINY = {
-    "vocab_size": 99,
-    "landmark_token_id": 3,
-    "hidden_size": 32,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 class PlainPrompts:
     def get_inputs(self, config):
         inputs = super().get_inputs(config)
@@ -35,15 +20,16 @@ class LandmarkUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCas
     model_type = "landmark"
 
     def get_config(self):
-        return LandmarkConfig(**TINY)
+        return LandmarkConfig.from_variant("tiny")
 
 
 class LandmarkGPTUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.TestCase):
     """The layers of the paper's GPT."""
 
     model_type = "landmark"
+    is_further_configuration = True
 
     def get_config(self):
-        return LandmarkConfig(
-            **TINY, norm_type="layer_norm", gated_mlp=False, hidden_act="gelu", tie_word_embeddings=True
+        return LandmarkConfig.from_variant(
+            "tiny", norm_type="layer_norm", gated_mlp=False, hidden_act="gelu", tie_word_embeddings=True
         )

@@ -7,15 +7,8 @@ from tests.batteries.upstream import UpstreamImageTests
 
 
 def tiny_config(**overrides) -> PathEnsembleConfig:
-    fields = {
-        "image_size": 16,
-        "patch_size": 4,
-        "hidden_size": 32,
-        "intermediate_size": 37,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    return PathEnsembleConfig(**{**fields, **overrides})
+    """Nothing pruned and nothing scaled, unless asked for."""
+    return PathEnsembleConfig.from_variant("tiny", **{"pruned_paths": [], "ensemble_scale": None, **overrides})
 
 
 class PathEnsembleUpstreamTest(UpstreamImageTests, unittest.TestCase):
@@ -25,12 +18,13 @@ class PathEnsembleUpstreamTest(UpstreamImageTests, unittest.TestCase):
     facts = {"seq_length": 17}
 
     def get_config(self):
-        return tiny_config(pruned_paths=[0], ensemble_scale="channel")
+        return PathEnsembleConfig.from_variant("tiny")
 
 
 class PathEnsembleDistilledUpstreamTest(PathEnsembleUpstreamTest):
     """The layout of DeiT with two heads, LayerScale, paths of branches, and self-distillation."""
 
+    is_further_configuration = True
     facts = {"seq_length": 18}
 
     def get_config(self):

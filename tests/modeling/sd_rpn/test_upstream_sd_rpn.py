@@ -24,15 +24,7 @@ class SdRpnUpstreamTest(UpstreamModelTests, unittest.TestCase):
     }
 
     def get_config(self):
-        return SdRpnConfig(
-            base_num_hidden_layers=6,
-            branch_layer=2,
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+        return SdRpnConfig.from_variant("tiny")
 
     def get_inputs(self, config):
         image_mask = torch.zeros(self.batch_size, self.seq_length, dtype=torch.bool)

@@ -6,18 +6,6 @@ from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
 from tests.batteries.upstream import UpstreamBackboneTests, UpstreamImageTests
 
 
-def tiny_config(**overrides) -> SHViTConfig:
-    fields = {
-        "image_size": 64,
-        "hidden_sizes": [16, 24, 32],
-        "depths": [1, 1, 2],
-        "partial_dims": [4, 8, 8],
-        "qk_dims": [4, 4, 4],
-        "out_features": ["stage1", "stage3"],
-    }
-    return SHViTConfig(**{**fields, **overrides})
-
-
 class SHViTUpstreamTest(UpstreamImageTests, unittest.TestCase):
     model_type = "shvit"
     facts = {"num_hidden_layers": 1}
@@ -28,11 +16,11 @@ class SHViTUpstreamTest(UpstreamImageTests, unittest.TestCase):
     }
 
     def get_config(self):
-        return tiny_config()
+        return SHViTConfig.from_variant("tiny")
 
 
 class SHViTBackboneUpstreamTest(UpstreamBackboneTests, unittest.TestCase):
     model_type = "shvit"
 
     def get_config(self):
-        return tiny_config()
+        return SHViTConfig.from_variant("tiny", out_features=["stage1", "stage3"])

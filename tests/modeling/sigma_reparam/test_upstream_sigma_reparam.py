@@ -16,11 +16,4 @@ class SigmaReparamViTUpstreamTest(UpstreamImageTests, unittest.TestCase):
     }
 
     def get_config(self):
-        return SigmaReparamViTConfig(
-            image_size=16,
-            patch_size=4,
-            hidden_size=32,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
+        return SigmaReparamViTConfig.from_variant("tiny")

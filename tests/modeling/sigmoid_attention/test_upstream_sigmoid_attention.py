@@ -6,17 +6,6 @@ from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import S
 from tests.batteries.upstream import UpstreamCausalLMTests
 
 
-TINY = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
 class SigmoidAttentionUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     """The family's default: ALiBi, hybrid norms, RMSNorm of queries and keys."""
 
@@ -24,17 +13,18 @@ class SigmoidAttentionUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     skipped = {"test_model_rope_scaling_from_config*": "ALiBi: the model has no rotary embedding"}
 
     def get_config(self):
-        return SigmoidAttentionConfig(**TINY)
+        return SigmoidAttentionConfig.from_variant("tiny")
 
 
 class SigmoidAttentionRopeUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     """The other pole: rotary embedding, LayerNorm before each branch, LayerScale, plain MLP, biases."""
 
     model_type = "sigmoid_attention"
+    is_further_configuration = True
 
     def get_config(self):
-        return SigmoidAttentionConfig(
-            **TINY,
+        return SigmoidAttentionConfig.from_variant(
+            "tiny",
             position_embedding_type="rope",
             norm_structure="prenorm",
             norm_type="layer_norm",

@@ -1,5 +1,7 @@
 """TNT: facts of the paper, and what every image family has."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ from transformers import Trainer, TrainingArguments
 from hf_attn.modeling.tnt.configuration_tnt import TNTConfig
 from hf_attn.modeling.tnt.modeling_tnt import TNTBackbone, TNTForImageClassification, TNTModel
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
-from tests.modeling.tnt.test_upstream_tnt import tiny_config
+
+
+tiny_config = partial(TNTConfig.from_variant, "tiny")
 
 
 class TestTNT(ImageFamilyTests, ImageBackboneTests):
