@@ -223,7 +223,11 @@ _PAPERS = (
             ),
         ),
         converter=True,
-        doors={"MemoryLayer": "architectures.memory_layer", "convert_linear": "patching.memory_layer"},
+        doors={
+            "MemoryLayer": "architectures.memory_layer",
+            "TableOptimizer": "training.memory_optimizer",
+            "convert_linear": "patching.memory_layer",
+        },
     ),
     Paper(
         slug="complexformer",

@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
+from hf_attn.architectures.ranges import FACTOR, SIZE
 
 
 #: kinds of mixers whose maps come from a constant sequence
@@ -107,6 +108,8 @@ class DeconstructedConfig(DecoderConfig):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+    ranges = {"static_length": SIZE, "static_std": FACTOR}
 
     vocab_size: int = 50304
     hidden_size: int = 896

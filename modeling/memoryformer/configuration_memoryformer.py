@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
 from hf_attn.architectures.memory_layer import check_code
+from hf_attn.architectures.ranges import COUNT, POSITIVE, RATE, SIZE
 
 
 @strict
@@ -46,6 +47,13 @@ class MemoryFormerConfig(DecoderConfig):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    ranges = {
+        "code_length": SIZE,
+        "num_tables": SIZE,
+        "extra_bits": COUNT,
+        "temperature": POSITIVE,
+        "hidden_dropout": RATE,
+    }
     # Llama's plan is about matrices.
     base_model_tp_plan = None
 
@@ -82,14 +90,8 @@ class MemoryFormerConfig(DecoderConfig):
         self.intermediate_size = width
         super().__post_init__(**kwargs)
 
-    def validate_memory(self):
+    def validate_output(self):
         """Part of the validation that `@strict` runs."""
-        if self.extra_bits < 0:
-            raise ValueError(f"extra_bits must be at least 0, got {self.extra_bits}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
-        if not 0 <= self.hidden_dropout < 1:
-            raise ValueError(f"hidden_dropout must be at least 0 and below 1, got {self.hidden_dropout}.")
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ValueError(
                 "There is no output projection, so the heads must make up hidden_size: num_attention_heads * head_dim = "

@@ -35,8 +35,7 @@ def make_model(*kinds: str, **fields) -> DeconstructedForCausalLM:
     """All kinds as given, with maps that matter."""
     set_seed(0)
     fields = {"static_length": 40, "static_std": 1.0, "num_key_value_heads": 2, **fields}
-    fields = {**DeconstructedConfig.tiny, **fields, "num_hidden_layers": len(kinds), "layer_kinds": list(kinds)}
-    config = DeconstructedConfig(**fields)
+    config = DeconstructedConfig.from_variant("tiny", **fields, num_hidden_layers=len(kinds), layer_kinds=list(kinds))
     model = spread_weights(DeconstructedForCausalLM(config)).eval()
     model.generation_config.eos_token_id = None
     return model
@@ -342,7 +341,6 @@ def test_half_precision(dtype):
 
 
 def test_bad_configurations():
-    tiny = DeconstructedConfig.tiny
     for fields, message in (
         ({"layer_kinds": ["standard", "other"]}, "layer_kinds has 'other'"),
         ({"layer_kinds": ["standard"]}, "each of the 2 layers, got 1"),
@@ -352,7 +350,7 @@ def test_bad_configurations():
         ({"sliding_window": 8}, "all layer_types must be"),
     ):
         with pytest.raises(Exception, match=message):
-            DeconstructedConfig(**{**tiny, **fields})
+            DeconstructedConfig.from_variant("tiny", **fields)
 
 
 def test_bad_inputs():

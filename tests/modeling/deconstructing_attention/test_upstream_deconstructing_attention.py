@@ -15,4 +15,4 @@ class DeconstructedUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     }
 
     def get_config(self):
-        return DeconstructedConfig(**DeconstructedConfig.tiny)
+        return DeconstructedConfig.from_variant("tiny")

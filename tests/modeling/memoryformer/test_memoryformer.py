@@ -15,9 +15,6 @@ from hf_attn.training.memory_optimizer import TableOptimizer
 from tests.batteries.text import llama
 
 
-TINY = MemoryFormerConfig.tiny
-
-
 def make_layer(*sizes: int, **options) -> MemoryLayer:
     set_seed(0)
     return MemoryLayer(*sizes, **options)
@@ -117,7 +114,7 @@ def test_published_sizes_and_flops():
 
 
 def test_padding_rows_of_zeros_have_gradients():
-    model = MemoryFormerForCausalLM(MemoryFormerConfig(**TINY))
+    model = MemoryFormerForCausalLM(MemoryFormerConfig.from_variant("tiny"))
     input_ids = torch.tensor([[0, 0, 5, 6]])
     model(input_ids, attention_mask=(input_ids != 0).long(), labels=input_ids).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -129,7 +126,7 @@ def test_training_with_its_optimiser_through_trainer_and_resumed(sparse, tmp_pat
 
     def trainer(folder, **arguments):
         set_seed(0)
-        model = MemoryFormerForCausalLM(MemoryFormerConfig(**TINY, sparse_gradients=sparse))
+        model = MemoryFormerForCausalLM(MemoryFormerConfig.from_variant("tiny", sparse_gradients=sparse))
         settings = {"max_grad_norm": 0, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True}
         settings |= {"disable_tqdm": True, "logging_steps": 1, "save_steps": 5, "max_steps": 10}
         return Trainer(
@@ -206,14 +203,14 @@ def test_bad_sizes():
         MemoryLayer(8, 4, code_length=4)(torch.ones(2, 6))
     for fields, message in (
         ({"num_tables": 3}, "must be hidden_size"),
-        ({"code_length": 0}, "must be hidden_size"),
+        ({"code_length": 0}, "code_length=0 is out of range"),
         ({"intermediate_size": 50}, "intermediate_size follows from the tables"),
         ({"temperature": 0.0}, "temperature"),
         ({"extra_bits": -1}, "extra_bits"),
         ({"head_dim": 4}, "heads must make up hidden_size"),
     ):
         with pytest.raises(Exception, match=message):
-            MemoryFormerConfig(**{**TINY, **fields})
+            MemoryFormerConfig.from_variant("tiny", **fields)
 
 
 def test_converter_refuses_what_it_does_not_serve():
@@ -233,5 +230,5 @@ def test_half_precision(dtype):
     found = half(states.to(dtype))
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), layer(states), atol=5e-3, rtol=5e-2)
-    model = MemoryFormerForCausalLM(MemoryFormerConfig(**TINY)).to(dtype).eval()
+    model = MemoryFormerForCausalLM(MemoryFormerConfig.from_variant("tiny")).to(dtype).eval()
     assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, min_new_tokens=3).shape == (1, 5)

@@ -10,4 +10,4 @@ class MemoryFormerUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     model_type = "memoryformer"
 
     def get_config(self):
-        return MemoryFormerConfig(**MemoryFormerConfig.tiny)
+        return MemoryFormerConfig.from_variant("tiny")
