@@ -22,7 +22,7 @@ from hf_attn.kernels.memory import plain_lookup
 
 
 #: weights of a stack of linear layers; more than the caches of usual processors hold
-STACK_BYTES = 96 * 2**20
+STACK_BYTES = 64 * 2**20
 
 
 def fresh(function: Callable[[torch.Tensor], object], *shape: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -32,10 +32,21 @@ def fresh(function: Callable[[torch.Tensor], object], *shape: int, dtype: torch.
 
 
 @torch.no_grad()
-def few_tokens(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict:
+def stack(layer_class: type[nn.Module], width: int, dtype: torch.dtype) -> list[nn.Module]:
+    """Layers without initialisation, which would take longer than everything else; the time does not depend on the values."""
     count = max(3, STACK_BYTES // (width * width * dtype.itemsize) // 3 * 3)
-    linears = [nn.Linear(width, width, dtype=dtype) for _ in range(count)]
-    memories = [MemoryLayer(width, width, dtype=dtype) for _ in range(count)]
+    layers = [layer_class(width, width, dtype=dtype, device="meta").to_empty(device="cpu") for _ in range(count)]
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.fill_(0.01)
+    return layers
+
+
+@torch.no_grad()
+def few_tokens(
+    linears: list[nn.Module], memories: list[nn.Module], width: int, tokens: int, dtype: torch.dtype, repeats: int
+) -> dict:
+    count = len(linears)
     triples = [memories[index : index + 3] for index in range(0, count, 3)]
 
     def in_turn(layers: Sequence[nn.Module]) -> Callable[[torch.Tensor], None]:
@@ -130,17 +141,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
-    result = {"threads": options.threads}
-    for kind, measure in (("few", few_tokens), ("many", many_tokens)):
-        result[kind] = [
-            measure(width, tokens, getattr(torch, dtype), options.repeats)
-            for dtype in options.dtypes
-            for width in options.widths
-            for tokens in getattr(options, kind)
-        ]
-        if result[kind]:
-            print_table(result[kind])
-            print(flush=True)
+    result = {"threads": options.threads, "few": [], "many": []}
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        for width in options.widths:
+            if options.few:
+                stacks = stack(nn.Linear, width, dtype), stack(MemoryLayer, width, dtype)
+                result["few"] += [few_tokens(*stacks, width, tokens, dtype, options.repeats) for tokens in options.few]
+                del stacks
+            result["many"] += [many_tokens(width, tokens, dtype, options.repeats) for tokens in options.many]
+    for rows in (result["few"], result["many"]):
+        if rows:
+            print_table(rows)
+            print()
     write_json(options.json, result)
 
 

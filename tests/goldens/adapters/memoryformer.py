@@ -54,22 +54,19 @@ def _layer(case: Case) -> dict[str, torch.Tensor]:
 def _language_model(case: Case) -> dict[str, torch.Tensor]:
     model = from_official("memoryformer", case.weights, config=case.config)
     input_ids, probe = case.input("input_ids").long(), case.input("grad_probe")
-    results = {}
-    for implementation, way in (("eager", ""), ("sdpa", "@sdpa")):
-        model.set_attn_implementation(implementation)
-        model.zero_grad()
-        layers = {f"hidden_{index + 1}{way}": layer for index, layer in enumerate(model.model.layers)}
-        with recorded(layers) as hidden_states:
-            output = model(input_ids, use_cache=False)
-        (output.logits * probe).sum().backward()
-        results |= {f"logits{way}": output.logits, **hidden_states}
-        for name, gradient in _gradients(model).items():
-            results[f"grad_{name}{way}"] = gradient
+    # One implementation only: rounding that flips a sign before a hash changes an output visibly.
+    model.set_attn_implementation("eager")
+    layers = {f"hidden_{index + 1}": layer for index, layer in enumerate(model.model.layers)}
+    with recorded(layers) as hidden_states:
+        output = model(input_ids, use_cache=False)
+    (output.logits * probe).sum().backward()
+    results = {"logits": output.logits, **hidden_states}
+    results |= {f"grad_{name}": gradient for name, gradient in _gradients(model).items()}
     for name in case.arrays:
         if name.startswith("logits_probability"):
             _probability(model, _temperature(name))
             results[name] = model(input_ids, use_cache=False).logits
-    return {way: array for way, array in results.items() if way.split("@")[0] in case.arrays}
+    return {name: array for name, array in results.items() if name in case.arrays}
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
