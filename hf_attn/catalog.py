@@ -191,13 +191,44 @@ _PAPERS = (
         slug="deconstructing_attention",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         arxiv="2510.11602",
-        becomes="causal LM family with replaceable mixers, uniform or hybrid",
+        becomes="causal LM family with replaceable mixers, uniform or hybrid; indicators of attention maps",
+        available=True,
+        families=(
+            Family(
+                model_type="deconstructing_attention",
+                config="DeconstructedConfig",
+                models={"AutoModel": "DeconstructedModel", "AutoModelForCausalLM": "DeconstructedForCausalLM"},
+                # those of Qwen2; a layer of kind `mlp` has the others
+                peft=("q_proj", "v_proj", "self_attn.gate_proj", "self_attn.up_proj"),
+                compares={},
+            ),
+        ),
+        converter=True,
+        doors={"attention_indicators": "analysis.indicators", "measure_attention": "analysis.indicators"},
     ),
     Paper(
         slug="memoryformer",
         title="MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers",
         arxiv="2411.12992",
-        becomes="causal LM family with hashed memory layers",
+        becomes="memory layer, also for pretrained models; causal LM family with hashed memory layers",
+        code="C0-Design/MemoryFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="memoryformer",
+                config="MemoryFormerConfig",
+                models={"AutoModel": "MemoryFormerModel", "AutoModelForCausalLM": "MemoryFormerForCausalLM"},
+                # the only matrix; everything else is tables
+                peft=("lm_head",),
+                compares={},
+            ),
+        ),
+        converter=True,
+        doors={
+            "MemoryLayer": "architectures.memory_layer",
+            "TableOptimizer": "training.memory_optimizer",
+            "convert_linear": "patching.memory_layer",
+        },
     ),
     Paper(
         slug="complexformer",
