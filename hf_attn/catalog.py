@@ -229,6 +229,9 @@ _PAPERS = (
         converter=True,
         doors={
             "aspect_ratio": "modeling.wide_attention.configuration_wide_attention",
+            "byte_tokenizer": "modeling.wide_attention.tokenization",
+            "attention_over_text": "modeling.wide_attention.plots",
+            "plot_attention_over_text": "modeling.wide_attention.plots",
         },
     ),
     Paper(

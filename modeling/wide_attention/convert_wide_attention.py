@@ -167,7 +167,7 @@ def _state_dict(official: StateDict, config: WideTransformerConfig, own: dict[in
     dropped = _dropped(official, config)
     state = {"model.embed_tokens.weight": official["embed.weight"]}
     if config.pooling == "cls":
-        state["model.cls_token"] = official["cls"].reshape(1, 1, -1)
+        state["model.cls_token.weight"] = official["cls"].flatten()
     modules = {"final_norm": "model.norm"}
     modules |= {f"head.fc{i + 1}": f"classifier.layers.{i}" for i in range(3)}
     for index in range(config.num_hidden_layers):

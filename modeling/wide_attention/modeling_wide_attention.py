@@ -14,15 +14,10 @@ from hf_attn.architectures.decoder import DecoderLayer, DecoderPreTrainedModel, 
 from hf_attn.architectures.encoder import EncoderModel
 
 from .configuration_wide_attention import WideTransformerConfig
+from .folding import MAX_TABLE, FoldedClassToken, refusal
 from .mixers import LinformerAttention, PerformerAttention, SynthesizerAttention, make_mixer
 from .patterns import mask_function
-
-
-def sinusoids(position_ids: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Position embeddings `(..., size)`: sines in even channels, cosines in odd ones."""
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size)
-    angles = position_ids[..., None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size].to(dtype)
+from .positions import sinusoids
 
 
 class WideTransformerMLP(PlainMLP):
@@ -55,6 +50,18 @@ class WideTransformerLayer(DecoderLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+class ClassToken(nn.Module):
+    """A learned token in front of each text."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        token = self.weight.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], 1, -1)
+        return torch.cat([token, inputs_embeds], dim=1)
+
+
 class WideTransformerPreTrainedModel(DecoderPreTrainedModel):
     """What all wide transformers share."""
 
@@ -83,8 +90,8 @@ class WideTransformerPreTrainedModel(DecoderPreTrainedModel):
             init.normal_(module.key_positions, std=std)
         elif isinstance(module, PerformerAttention):
             init.normal_(module.directions)
-        elif isinstance(module, WideTransformerModel) and module.cls_token is not None:
-            init.zeros_(module.cls_token)
+        elif isinstance(module, ClassToken):
+            init.zeros_(module.weight)
 
 
 class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
@@ -92,7 +99,7 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
 
     def __init__(self, config: WideTransformerConfig):
         super().__init__(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if config.pooling == "cls" else None
+        self.cls_token = ClassToken(config.hidden_size) if config.pooling == "cls" else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.post_init()
 
@@ -132,14 +139,11 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         Raises:
             ValueError: if an input is empty, all padding or longer than `max_position_embeddings`, or the mask does not fit.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         mask = self.check_inputs(input_ids, attention_mask, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.cls_token is not None:
-            cls_token = self.cls_token.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], -1, -1)
-            inputs_embeds = torch.cat([cls_token.to(inputs_embeds.device), inputs_embeds], dim=1)
+            inputs_embeds = self.cls_token(inputs_embeds)
             # As in the benchmark, the class token is a key where the first token is one.
             mask = torch.cat([mask[:, :1], mask], dim=1)
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=mask, **kwargs)
@@ -151,6 +155,8 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Check the inputs of `forward`, and return which tokens are no padding, boolean `(batch, length)`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids
         batch, length = given.shape[:2]
         if length == 0:
@@ -220,7 +226,54 @@ class WideTransformerForSequenceClassification(WideTransformerPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = WideTransformerModel(config)
         self.classifier = WideTransformerHead([config.hidden_size, config.intermediate_size, config.num_labels])
+        self._folded: FoldedClassToken | None = None
         self.post_init()
+
+    def fold(self, table: bool | None = None) -> "WideTransformerForSequenceClassification":
+        """Compute the state of the class token alone, which is exact and much faster.
+
+        The weights stay as they are; what is made of them is made anew when they change (but not when they are changed through
+        `.data`: call `fold` again then). A call that asks for hidden states or attention weights, needs gradients or
+        comes in training is served as before.
+
+        Args:
+            table: whether to keep a table of the scores of all tokens at all positions. By default it is made if it is not
+                larger than 128 MiB, which a vocabulary of bytes never reaches at 1000 positions and 48 heads.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if the model cannot be folded: it is in training, has several layers, classifies something else than
+                a class token, or has another attention than softmax.
+        """
+        reason = refusal(self)
+        if reason is not None:
+            raise ValueError(f"This model cannot be folded: {reason}.")
+        if table is None:
+            config = self.config
+            cells = (config.max_position_embeddings + 1) * (config.vocab_size + 1) * config.num_attention_heads
+            table = 4 * cells <= MAX_TABLE
+        self._folded = FoldedClassToken(self, table)
+        return self
+
+    def unfold(self) -> "WideTransformerForSequenceClassification":
+        """Compute all states again.
+
+        Returns:
+            The model itself.
+        """
+        self._folded = None
+        return self
+
+    def _serves_folded(self, kwargs: dict) -> bool:
+        recorded = ("output_attentions", "output_hidden_states")
+        return (
+            self._folded is not None
+            and not torch.is_grad_enabled()
+            and not any(kwargs.get(name) or getattr(self.config, name, False) for name in recorded)
+            and refusal(self) is None
+        )
 
     @can_return_tuple
     def forward(
@@ -238,13 +291,12 @@ class WideTransformerForSequenceClassification(WideTransformerPreTrainedModel):
 
         The other arguments are those of [`WideTransformerModel.forward`].
         """
-        outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        states = outputs.last_hidden_state
-        if self.config.pooling != "cls":
-            mask = self.model.check_inputs(input_ids, attention_mask, inputs_embeds)
-            states = pool(states, mask, self.config.pooling)
+        mask = self.model.check_inputs(input_ids, attention_mask, inputs_embeds)
+        if self._serves_folded(kwargs):
+            states, outputs = self._folded.state(self, input_ids, inputs_embeds, mask), BaseModelOutput()
         else:
-            states = states[:, 0]
+            outputs = self.model(input_ids, attention_mask=mask, inputs_embeds=inputs_embeds, **kwargs)
+            states = pool(outputs.last_hidden_state, mask, self.config.pooling)
         return _classified(self, self.classifier(states), labels, outputs)
 
 
