@@ -115,10 +115,19 @@ class FoldedClassToken:
         """
         constants = self.constants(model)
         mask = torch.cat([mask[:, :1], mask], dim=1)
-        if input_ids is not None and constants.table is not None:
+        if inputs_embeds is None:
+            # The class token is the last row of the embeddings.
+            class_token = input_ids.new_full((len(input_ids), 1), len(constants.inputs) - 1)
+            input_ids = torch.cat([class_token, input_ids], dim=1)
+        if inputs_embeds is None and constants.table is not None:
             mixed = _mix_by_table(constants, input_ids, mask)
         else:
-            embeds = model.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            if inputs_embeds is None:
+                embeds = nn.functional.embedding(input_ids, constants.inputs)
+            else:
+                embeds = inputs_embeds.to(constants.inputs.dtype)
+                embeds = embeds - embeds.mean(-1, keepdim=True)
+                embeds = torch.cat([constants.inputs[-1].expand(len(embeds), 1, -1), embeds], dim=1)
             mixed = _mix(constants, embeds, mask, model.model.layers[0].input_layernorm.eps)
 
         layer = model.model.layers[0]
@@ -174,24 +183,30 @@ def _affine(norm: nn.LayerNorm, states: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(constants: _Constants, embeds: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalised inputs, before weight and bias of the norm, mixed in each head: `(batch, heads, hidden_size)`."""
-    embeds = embeds.to(constants.positions.dtype)
-    embeds = torch.cat([constants.inputs[-1].expand(embeds.shape[0], 1, -1), embeds], dim=1)
-    states = embeds + constants.positions[: embeds.shape[1]]
-    states = nn.functional.layer_norm(states, states.shape[-1:], eps=eps)
-    logits = (states @ constants.scores).transpose(1, 2)
-    weights = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-    return weights @ states
+    """Normalised inputs, before weight and bias of the norm, mixed in each head: `(batch, heads, hidden_size)`.
+
+    Args:
+        constants: what follows from the weights.
+        embeds: `(batch, length, hidden_size)` with the class token in front, without their means; it is overwritten.
+        mask: `(batch, length)`.
+        eps: of the norm.
+    """
+    size = embeds.shape[-1]
+    states = embeds.add_(constants.positions[: embeds.shape[1]])
+    scale = (torch.linalg.vector_norm(states, dim=-1).square() / size + eps).rsqrt()[:, None]
+    logits = (states @ constants.scores).transpose(1, 2) * scale
+    weights = logits.masked_fill_(~mask[:, None], -torch.inf).softmax(-1)
+    return weights.mul_(scale) @ states
 
 
-def _mix_by_table(constants: _Constants, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The same with scores from the table. A token that occurs many times in a text is mixed once."""
+def _mix_by_table(constants: _Constants, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The same with scores from the table, for ids with the class token in front. A token that occurs many times in a text is
+    mixed once."""
     batch, length = mask.shape
     _, vocabulary, heads = constants.table.shape
-    ids = torch.cat([input_ids.new_full((batch, 1), vocabulary - 1), input_ids], dim=1)
     cells = ids + vocabulary * torch.arange(length, device=ids.device)
-    logits = constants.table.view(-1, heads)[cells].transpose(1, 2)
-    weights = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1) * constants.scale.view(-1)[cells][:, None]
+    logits = nn.functional.embedding(cells, constants.table.view(-1, heads)).transpose(1, 2)
+    weights = logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mul_(constants.scale.view(-1)[cells][:, None])
     counts = weights.new_zeros(batch * vocabulary, heads)
     rows = ids + vocabulary * torch.arange(batch, device=ids.device)[:, None]
     counts.index_add_(0, rows.flatten(), weights.transpose(1, 2).reshape(-1, heads))

@@ -25,7 +25,7 @@ class Difficulty:
     max_arguments: int = 10
     min_length: int = 500
     max_length: int = 2000
-    digit_probability: float = 0.25
+    digit_probability: float = 0.75
 
     def __post_init__(self):
         if self.max_depth < 1 or self.max_arguments < 2:
@@ -110,7 +110,7 @@ def generate(count: int, difficulty: Difficulty | None = None, seed: int = 0) ->
         expression = None if symbols is None else " ".join(symbols)
         if expression is None or len(symbols) < difficulty.min_length or expression in seen:
             failures += 1
-            if failures > 20_000 and failures > 1000 * len(seen):
+            if failures > 200_000 and failures > 10_000 * len(seen):
                 raise RuntimeError(f"Only {len(seen)} of {count} expressions were found with {difficulty}.")
             continue
         seen.add(expression)

@@ -26,7 +26,8 @@ def attention_over_text(
         layer: which layer; a wide model has one.
 
     Returns:
-        The tokens, and weights `(heads, tokens)`. What is missing to 1 in a row goes to the class token itself.
+        The tokens as they stand in the text, those behind the first one of a character of several bytes empty; and weights
+        `(heads, tokens)`. What is missing to 1 in a row goes to the class token itself.
 
     Raises:
         ValueError: if the model has no class token or no weights of single tokens.
@@ -49,7 +50,10 @@ def attention_over_text(
         )
     ids = inputs["input_ids"][0]
     if encoding := inputs.encodings:
-        tokens = [text[start:end] for start, end in encoding[0].offsets]
+        spans = encoding[0].offsets
+        tokens = [
+            "" if index and span == spans[index - 1] else text[slice(*span)] for index, span in enumerate(spans)
+        ]
     else:
         tokens = tokenizer.convert_ids_to_tokens(ids)
     return tokens, attentions[layer][0, :, 0, 1:].float().cpu()
