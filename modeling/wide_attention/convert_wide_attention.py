@@ -39,7 +39,7 @@ _LAYER = {
 #: attention type -> names of its own weights
 _OWN_WEIGHTS = {
     "linformer": ("token_projection",),
-    "synthesizer": ("query_positions", "key_positions"),
+    "synthesizer": ("left_factor", "right_factor"),
     "performer": ("directions",),
     "sinkhorn": ("block_scores.bias", "block_scores.weight"),
     "longformer": tuple(f"{part}_proj_global.weight" for part in "kqv"),
@@ -74,9 +74,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         raise ConversionError("The weights do not tell the width of a head: the configuration needs head_dim or num_heads.")
     inner = output.shape[1]
     head_dim = config.get("head_dim") or inner // config["num_heads"]
-    config.agree(num_heads=inner // head_dim)
     if inner % head_dim:
         raise ConversionError(f"head_dim={head_dim} does not divide the width of all heads, {inner}.")
+    config.agree(num_heads=inner // head_dim)
     config.leave("dropout", "dropout_rate", "attention_dropout", "attention_dropout_rate")
 
     attention_type = config.get("attention_type", "softmax")

@@ -51,13 +51,13 @@ class SynthesizerAttention(WideAttention):
     def __init__(self, config: WideTransformerConfig, layer_idx: int):
         super().__init__(config, layer_idx, has_queries_and_keys=False)
         shape = (config.num_attention_heads, config.max_position_embeddings + 1, config.attention_kwargs["rank"])
-        self.query_positions = nn.Parameter(torch.empty(shape))
-        self.key_positions = nn.Parameter(torch.empty(shape))
+        self.left_factor = nn.Parameter(torch.empty(shape))
+        self.right_factor = nn.Parameter(torch.empty(shape))
         self.scaling = 1.0
 
     def queries_and_keys(self, hidden_states, position_embeddings):
         batch, length = hidden_states.shape[:2]
-        rows = (self.query_positions, self.key_positions)
+        rows = (self.left_factor, self.right_factor)
         return tuple(table[:, :length].to(hidden_states.dtype).expand(batch, -1, -1, -1) for table in rows)
 
 

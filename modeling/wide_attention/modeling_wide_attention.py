@@ -85,9 +85,9 @@ class WideTransformerPreTrainedModel(DecoderPreTrainedModel):
         elif isinstance(module, LinformerAttention):
             init.xavier_uniform_(module.token_projection)
         elif isinstance(module, SynthesizerAttention):
-            std = module.query_positions.shape[-1] ** -0.25
-            init.normal_(module.query_positions, std=std)
-            init.normal_(module.key_positions, std=std)
+            std = module.left_factor.shape[-1] ** -0.25
+            init.normal_(module.left_factor, std=std)
+            init.normal_(module.right_factor, std=std)
         elif isinstance(module, PerformerAttention):
             init.normal_(module.directions)
         elif isinstance(module, ClassToken):
@@ -137,7 +137,7 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
             one.
 
         Raises:
-            ValueError: if an input is empty, all padding or longer than `max_position_embeddings`, or the mask does not fit.
+            ValueError: if the batch or a text is empty, all padding or longer than `max_position_embeddings`, or the mask does not fit.
         """
         mask = self.check_inputs(input_ids, attention_mask, inputs_embeds)
         if inputs_embeds is None:
@@ -159,6 +159,8 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids
         batch, length = given.shape[:2]
+        if batch == 0:
+            raise ValueError("The batch is empty: there is no text in it.")
         if length == 0:
             raise ValueError("The texts have no tokens. Leave empty texts out, or give them one token.")
         if length > self.config.max_position_embeddings:
@@ -337,7 +339,11 @@ class WideTransformerForDocumentMatching(WideTransformerPreTrainedModel):
             labels: `(batch,)`, classes.
 
         Returns:
-            Logits; states and attention weights are those of all first texts and then all second ones.
+            Logits; states `(batch, 2, length, hidden_size)` and attention weights `(batch, 2, heads, length, length)` if they
+            were asked for, of first and second texts padded to the longest of both.
+
+        Raises:
+            ValueError: if a text is missing or one that [`WideTransformerModel.forward`] does not take.
         """
         if input_ids is None or other_input_ids is None:
             raise ValueError("Matching takes two texts: you have to specify input_ids and other_input_ids.")
@@ -360,16 +366,34 @@ class WideTransformerForDocumentMatching(WideTransformerPreTrainedModel):
         ids = joined((input_ids, other_input_ids), self.config.pad_token_id or 0)
         outputs = self.model(ids, attention_mask=mask, **kwargs)
         states = pool(outputs.last_hidden_state, mask, self.config.pooling)
+        for name in ("hidden_states", "attentions"):
+            if outputs.get(name) is not None:
+                outputs[name] = tuple(
+                    None if tensor is None else torch.stack(tensor.chunk(2), dim=1) for tensor in outputs[name]
+                )
         return _classified(self, self.classifier(torch.cat(states.chunk(2), dim=-1)), labels, outputs)
 
 
 def _classified(model: nn.Module, logits: torch.Tensor, labels, outputs: BaseModelOutput) -> SequenceClassifierOutput:
     loss = None
     if labels is not None:
+        _check_labels(labels, model.num_labels)
         loss = model.loss_function(labels=labels, pooled_logits=logits, config=model.config)
     return SequenceClassifierOutput(
         loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
     )
+
+
+def _check_labels(labels: torch.Tensor, num_labels: int) -> None:
+    """Check classes; other labels, for several classes at once or for regression, are floating-point numbers."""
+    if num_labels == 1 or labels.is_floating_point() or torch.compiler.is_compiling():
+        return
+    wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must be from 0 to {num_labels - 1}, got {sorted(set(wrong.tolist()))}. Set `num_labels` in the configuration "
+            "to the number of classes."
+        )
 
 
 __all__ = [

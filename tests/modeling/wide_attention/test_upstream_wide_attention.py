@@ -5,22 +5,27 @@ import unittest
 import torch
 
 from hf_attn.modeling.wide_attention.configuration_wide_attention import WideTransformerConfig
-from hf_attn.modeling.wide_attention.modeling_wide_attention import WideTransformerForDocumentMatching
+from hf_attn.modeling.wide_attention.modeling_wide_attention import (
+    WideTransformerForDocumentMatching,
+    WideTransformerForSequenceClassification,
+    WideTransformerModel,
+)
 from tests.batteries.upstream import UpstreamTextTests
 
 
 class WideTransformerUpstreamTest(UpstreamTextTests, unittest.TestCase):
-    """Softmax attention and a class token, which the states have in front of the texts."""
+    """Without a class token, which the model that matches documents never has."""
 
     model_type = "wide_attention"
-    seq_length = 8
+    skipped = {
+        "test_model_rope_scaling_from_config*": "the model has no rotary embedding",
+        "test_retain_grad_hidden_states_attentions": (
+            "the model that matches documents returns its states by documents, which are views behind the computation"
+        ),
+    }
 
     def get_config(self):
-        return WideTransformerConfig.from_variant("tiny")
-
-    def get_inputs(self, config):
-        inputs = super().get_inputs(config)
-        return {name: tensor[:, 1:] for name, tensor in inputs.items()} if config.pooling == "cls" else inputs
+        return WideTransformerConfig.from_variant("tiny", pooling="first")
 
     def get_labels(self, model_class, inputs):
         if model_class is not WideTransformerForDocumentMatching:
@@ -30,8 +35,25 @@ class WideTransformerUpstreamTest(UpstreamTextTests, unittest.TestCase):
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
         if model_class is WideTransformerForDocumentMatching:
-            # Without a class token the texts are as long as the states of the others.
             for name in ("input_ids", "attention_mask"):
-                inputs[name] = torch.cat([inputs[name][:, :1], inputs[name]], dim=1)
-                inputs[f"other_{name}"] = inputs[name].flip(0)
+                if inputs.get(name) is not None:
+                    inputs[f"other_{name}"] = inputs[name].roll(1, dims=1)
         return inputs
+
+
+class WideTransformerClassTokenUpstreamTest(UpstreamTextTests, unittest.TestCase):
+    """With a class token, which the states have in front of the texts."""
+
+    model_type = "wide_attention"
+    is_further_configuration = True
+    seq_length = 8
+
+    def setUp(self):
+        super().setUp()
+        self.all_model_classes = (WideTransformerForSequenceClassification, WideTransformerModel)
+
+    def get_config(self):
+        return WideTransformerConfig.from_variant("tiny")
+
+    def get_inputs(self, config):
+        return {name: tensor[:, 1:] for name, tensor in super().get_inputs(config).items()}
