@@ -250,6 +250,26 @@ _PAPERS = (
         title="Wide Attention Is The Way Forward For Transformers?",
         arxiv="2210.00640",
         becomes="sequence classification family with 10 attention types",
+        available=True,
+        families=(
+            Family(
+                model_type="wide_attention",
+                config="WideTransformerConfig",
+                models={
+                    "AutoModel": "WideTransformerModel",
+                    "AutoModelForSequenceClassification": "WideTransformerForSequenceClassification",
+                    "AutoModelForDocumentMatching": "WideTransformerForDocumentMatching",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "aspect_ratio": "modeling.wide_attention.configuration_wide_attention",
+            "byte_tokenizer": "modeling.wide_attention.tokenization",
+            "attention_over_text": "modeling.wide_attention.plots",
+            "plot_attention_over_text": "modeling.wide_attention.plots",
+        },
     ),
     Paper(
         slug="unified_long_sequence",
@@ -645,7 +665,10 @@ TASKS = (
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
-OWN_AUTO_CLASSES: dict[str, str] = {"AutoModelForScanpathPrediction": "scanpath prediction"}
+OWN_AUTO_CLASSES: dict[str, str] = {
+    "AutoModelForDocumentMatching": "document matching",
+    "AutoModelForScanpathPrediction": "scanpath prediction",
+}
 
 #: what belongs to no paper: public name -> ``package.module.name``
 PACKAGE_DOORS: dict[str, str] = {
