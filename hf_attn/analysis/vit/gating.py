@@ -144,7 +144,9 @@ def partial_mask(kind: str, grid: Grid, device=None) -> torch.Tensor:
         return mask
     name, *hops = kind.split("_")
     if name != "ring" or not hops or not all(hop.isdigit() for hop in hops):
-        raise ValueError(f"Unknown part of attention {kind!r}. Known: {', '.join(PARTIAL_KINDS)}, ring_<hop>[_<hop>...].")
+        raise ValueError(
+            f"Unknown part of attention {kind!r}. Known: {', '.join(PARTIAL_KINDS)}, ring_<hop>[_<hop>...]."
+        )
     wanted = [int(hop) for hop in hops]
     if max(wanted) >= grid.num_hops:
         raise ValueError(f"{kind!r}: hops of a {grid.rows} x {grid.cols} grid are 0 to {grid.num_hops - 1}.")

@@ -17,14 +17,16 @@ class _Names:
     norm: str = "layernorm"
     #: whether a layer also works on its prefix tokens alone, once the outputs of its heads are known
     trims: bool = True
+    #: whether the model resizes its position embeddings for images of another size by itself
+    any_size: bool = False
 
 
 #: class of the attention -> names of the parts
 _KNOWN: Mapping[str, _Names] = {
     "ViTAttention": _Names(),
     "DeiTAttention": _Names(),
-    "Dinov2Attention": _Names(),
-    "Dinov2WithRegistersAttention": _Names(),
+    "Dinov2Attention": _Names(any_size=True),
+    "Dinov2WithRegistersAttention": _Names(any_size=True),
     "BeitAttention": _Names(trims=False),
     "CLIPAttention": _Names("self_attn", "out_proj", "post_layernorm"),
     "SiglipAttention": _Names("self_attn", "out_proj", "post_layernorm"),
@@ -68,8 +70,9 @@ class ViTLayout:
         norm: the final norm.
         num_heads: heads of a layer; the same in all layers.
         patch_size: height and width of a patch in pixels.
-        image_size: height and width of the images that the model is made for.
+        image_size: height and width of the images that the model takes; `None` of one that takes any.
         is_timm: whether it is a model of timm.
+        trims: whether a layer also works on its prefix tokens alone, once the outputs of its heads are known.
     """
 
     model: nn.Module
@@ -79,7 +82,7 @@ class ViTLayout:
     norm: nn.Module
     num_heads: int
     patch_size: tuple[int, int]
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     is_timm: bool
     trims: bool
 
@@ -100,14 +103,20 @@ class ViTLayout:
             and (names := _names_of(module, is_timm)) is not None
         ]
         if len(stacks) != 1:
-            found = "no stack of known layers" if not stacks else f"{len(stacks)} stacks of layers, such as text and vision"
+            found = (
+                "no stack of known layers"
+                if not stacks
+                else f"{len(stacks)} stacks of layers, such as text and vision"
+            )
             advice = " Pass the vision tower alone (`vision_model`)." if len(stacks) > 1 else ""
             raise UnknownLayoutError(f"{kind} has {found}.{advice} Supported: {SUPPORTED}.")
         names, layers = stacks[0]
         attentions = [getattr(layer, names.attention) for layer in layers]
         # Parts of layers have norms of the same name, deeper down.
         norms = [
-            (name.count("."), module) for name, module in model.named_modules() if name.rpartition(".")[2] == names.norm
+            (name.count("."), module)
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] == names.norm
         ]
         if not norms:
             raise UnknownLayoutError(f"{kind} has no final norm {names.norm!r}. Supported: {SUPPORTED}.")
@@ -123,7 +132,7 @@ class ViTLayout:
             norm=min(norms, key=lambda depth_and_norm: depth_and_norm[0])[1],
             num_heads=heads.pop(),
             patch_size=tuple(patch_embedding.stride),
-            image_size=_image_size(model, is_timm),
+            image_size=None if names.any_size else _image_size(model, is_timm),
             is_timm=is_timm,
             trims=names.trims,
         )
@@ -141,7 +150,12 @@ class ViTLayout:
         if pixel_values.dim() != 4 or not len(pixel_values):
             raise ValueError(f"Images must be (images, channels, height, width), got {tuple(pixel_values.shape)}.")
         size = tuple(pixel_values.shape[-2:])
-        if size != self.image_size:
+        if self.image_size is None:
+            if any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
+                raise ValueError(
+                    f"Images are {size[0]} x {size[1]} pixels, no multiple of the patch size {self.patch_size}."
+                )
+        elif size != self.image_size:
             raise ValueError(
                 f"Images are {size[0]} x {size[1]} pixels, and {type(self.model).__name__} is for {self.image_size[0]} x "
                 f"{self.image_size[1]}. Prepare them with the model's image processor."
@@ -216,9 +230,11 @@ def _first_convolution(model: nn.Module) -> nn.Conv2d:
     raise UnknownLayoutError(f"{type(model).__name__} has no convolution that makes patches. Supported: {SUPPORTED}.")
 
 
-def _image_size(model: nn.Module, is_timm: bool) -> tuple[int, int]:
+def _image_size(model: nn.Module, is_timm: bool) -> tuple[int, int] | None:
     if is_timm:
         size = model.patch_embed.img_size
+        if not model.patch_embed.strict_img_size or size is None:
+            return None
     else:
         config = model.config
         size = getattr(getattr(config, "vision_config", config), "image_size", None)

@@ -116,7 +116,9 @@ def cluster_heads(
         silhouette[k] = float(silhouette_score(values, found[k])) if len(set(found[k])) > 1 else -1.0
     labels = found[num_clusters or max(silhouette, key=silhouette.get)]
     flat = mean_maps.flatten(0, -3)
-    names = tuple(pattern_of(flat[torch.from_numpy(labels == label)].mean(0), grid) for label in range(labels.max() + 1))
+    names = tuple(
+        pattern_of(flat[torch.from_numpy(labels == label)].mean(0), grid) for label in range(labels.max() + 1)
+    )
     positions = principal_components(values, 2)
     if positions.shape[1] < 2:
         positions = np.pad(positions, ((0, 0), (0, 2 - positions.shape[1])))
@@ -149,17 +151,18 @@ def pattern_of(mean_map: torch.Tensor, grid: Grid) -> str:
     frequent[grid.rows - 1, grid.cols - 1] = False
     best = torch.where(frequent, by_offset, 0).max().item()
     ring = mean_over(hops == 1)
+    along_row, along_column = mean_over(same_row & (hops > 1)), mean_over(same_col & (hops > 1))
     keys = lift.mean(0).sort(descending=True).values
     scores = {
         "self": mean_over(hops == 0),
         "neighbourhood": ring,
-        "row": mean_over(same_row & (hops > 1)),
-        "column": mean_over(same_col & (hops > 1)),
-        "shifted": best if best > 2.5 * ring else 0.0,
+        "row": along_row,
+        "column": along_column,
+        "shifted": best if best > 2 * max(ring, along_row, along_column) else 0.0,
         "key-driven": keys[: max(1, grid.num_patches // 10)].mean().item(),
     }
     # A patch that looks at itself often looks around as well; only more than that is a pattern of its own.
-    if scores["self"] < 3 * ring:
+    if scores["self"] < max(3 * ring, 2 * along_row, 2 * along_column):
         scores["self"] = 0.0
     name = max(scores, key=scores.get)
     return name if scores[name] >= 1.5 else "diffuse"

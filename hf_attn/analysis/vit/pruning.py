@@ -46,7 +46,7 @@ class PruningSums:
         layout: the model, in eval mode.
         grid: its tokens.
         keep_one: whether to run with only one head of a layer as well.
-        on_run: called after each run from a layer, for progress.
+        on_run: called after each run with the number of layers that it ran, for progress.
         leave_one_out: metric -> `(layers, heads, images)`.
         keep: metric -> `(layers, heads, images)`, with one head left in a layer.
         layer: metric -> `(layers, images)`, without all heads of a layer.
@@ -56,16 +56,11 @@ class PruningSums:
     layout: ViTLayout
     grid: Grid
     keep_one: bool = True
-    on_run: Callable[[], None] = lambda: None
+    on_run: Callable[[int], object] = lambda layers: None
     _leave: list[dict[str, torch.Tensor]] = field(default_factory=list)
     _keep: list[dict[str, torch.Tensor]] = field(default_factory=list)
     _layer: list[dict[str, torch.Tensor]] = field(default_factory=list)
     _logits: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def runs_per_batch(self) -> int:
-        """How often `on_run` is called for a batch."""
-        return self.layout.num_layers * (self.layout.num_heads * (1 + self.keep_one) + 1)
 
     @torch.no_grad()
     def add(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> None:
@@ -73,16 +68,16 @@ class PruningSums:
         batch = BatchRestart(self.layout, pixel_values, self.grid)
         leave, keep, whole = [], [], []
 
-        def changes(outcome: Outcome) -> dict[str, torch.Tensor]:
-            self.on_run()
+        def changes(index: int, outcome: Outcome) -> dict[str, torch.Tensor]:
+            self.on_run(self.layout.num_layers - index)
             return {name: values.cpu() for name, values in changes_of(batch.full, outcome, labels).items()}
 
         heads = range(self.layout.num_heads)
         for layer in batch.layers():
-            leave.append(_stack([changes(layer.without([head])) for head in heads]))
+            leave.append(_stack([changes(layer.index, layer.without([head])) for head in heads]))
             if self.keep_one:
-                keep.append(_stack([changes(layer.keeping([head])) for head in heads]))
-            whole.append(changes(layer.keeping([])))
+                keep.append(_stack([changes(layer.index, layer.keeping([head])) for head in heads]))
+            whole.append(changes(layer.index, layer.keeping([])))
         self._leave.append(_stack(leave))
         self._layer.append(_stack(whole))
         if keep:
@@ -167,6 +162,7 @@ def cumulative_removal(
             removed.setdefault(layer, []).append(head)
         with without_heads(layout, removed):
             predictions = [
-                layout.run(pixel_values, grid.num_prefix_tokens > 0).logits.argmax(-1).cpu() for pixel_values, _ in batches
+                layout.run(pixel_values, grid.num_prefix_tokens > 0).logits.argmax(-1).cpu()
+                for pixel_values, _ in batches
             ]
         yield torch.cat(predictions)
