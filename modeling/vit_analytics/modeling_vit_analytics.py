@@ -2,6 +2,7 @@
 """An auto-encoder that summarises the attention patterns of the heads of a vision transformer (after arXiv 2303.13731)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
         channels = (1, *config.hidden_sizes)
         inner = channels[-1] * config.sizes[-1] ** 2
         self.encoder = nn.Sequential()
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in pairwise(channels):
             self.encoder.extend([nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()])
         self.to_latent = nn.Linear(inner, config.latent_size)
         self.from_latent = nn.Linear(config.latent_size, inner)

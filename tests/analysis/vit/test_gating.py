@@ -1,5 +1,7 @@
 """Heads are removed in several ways that agree, in every model that is supported."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification, SwinConfig, SwinModel
@@ -36,7 +38,7 @@ def test_restarts_hooks_and_masks_agree(name):
         layout = ViTLayout.of(model)
         grid = layout.grid_of(images)
         assert grid.num_prefix_tokens == PREFIX[name] + (name == "deit")
-        run = lambda: layout.run(images, grid.num_prefix_tokens > 0)  # noqa: E731
+        run = partial(layout.run, images, grid.num_prefix_tokens > 0)
         before = run()
         full, pruned = head_outcomes(layout, images)
         assert_same(full, before)
@@ -188,7 +190,7 @@ def test_bad_arguments_are_named():
     ):
         pass
     layout = ViTLayout.of(model)
-    with pytest.raises(ValueError, match="Images are 16 x 16 pixels.*24 x 16"):
+    with pytest.raises(ValueError, match=r"Images are 16 x 16 pixels.*24 x 16"):
         layout.grid_of(torch.zeros(1, 3, 16, 16))
     grid = layout.grid_of(torch.zeros(1, 3, 24, 16))
     for kind, message in (("nose", "Unknown part of attention 'nose'"), ("ring_6", "hops of a 6 x 4 grid are 0 to 5")):
