@@ -69,7 +69,7 @@ class ViTLayout:
         projections: the linear layer of each attention that mixes its heads.
         norm: the final norm.
         num_heads: heads of a layer; the same in all layers.
-        patch_size: height and width of a patch in pixels.
+        patch_embedding: the convolution that makes patches.
         image_size: height and width of the images that the model takes; `None` of one that takes any.
         is_timm: whether it is a model of timm.
         trims: whether a layer also works on its prefix tokens alone, once the outputs of its heads are known.
@@ -81,7 +81,7 @@ class ViTLayout:
     projections: Sequence[nn.Linear]
     norm: nn.Module
     num_heads: int
-    patch_size: tuple[int, int]
+    patch_embedding: nn.Conv2d
     image_size: tuple[int, int] | None
     is_timm: bool
     trims: bool
@@ -123,7 +123,6 @@ class ViTLayout:
         heads = {_num_heads(attention) for attention in attentions}
         if len(heads) != 1:
             raise UnknownLayoutError(f"The layers of {kind} have different numbers of heads, {sorted(heads)}.")
-        patch_embedding = _first_convolution(model)
         return cls(
             model=model,
             layers=list(layers),
@@ -131,11 +130,16 @@ class ViTLayout:
             projections=[getattr(attention, names.projection) for attention in attentions],
             norm=min(norms, key=lambda depth_and_norm: depth_and_norm[0])[1],
             num_heads=heads.pop(),
-            patch_size=tuple(patch_embedding.stride),
+            patch_embedding=_first_convolution(model),
             image_size=None if names.any_size else _image_size(model, is_timm),
             is_timm=is_timm,
             trims=names.trims,
         )
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return tuple(self.patch_embedding.stride)
 
     @property
     def num_layers(self) -> int:

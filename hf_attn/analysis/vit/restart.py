@@ -35,8 +35,8 @@ def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 class BatchRestart:
     """One batch of images, and runs in which the heads of one layer differ.
 
-    The hidden states and the outputs of the heads are held for one layer at a time. Where nothing but the prefix tokens
-    reaches the classifier, which the first run finds out, the last layer works on them alone.
+    The inputs of the layers are held, and the outputs of the heads of one layer at a time. Where nothing but the prefix tokens
+    reaches the classifier, which is found out, the last layer works on them alone.
 
     Args:
         layout: the model, in eval mode.
@@ -46,33 +46,33 @@ class BatchRestart:
 
     def __init__(self, layout: ViTLayout, pixel_values: torch.Tensor, grid: Grid):
         self.layout, self.pixel_values, self.grid = layout, pixel_values, grid
-        self.calls: list[tuple[torch.Tensor | None, tuple, dict]] = []
+        self.calls: list[tuple[torch.Tensor, tuple, dict]] = []
         self.forwards = [layer.forward for layer in layout.layers]
+        seen: dict[str, torch.Tensor] = {}
+
+        def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self.calls.append((args[0], args[1:], kwargs))
+
+        def keep_output(name: str) -> Callable:
+            return lambda module, args, output: seen.update({name: output})
+
         with ExitStack() as hooks:
-            for index, layer in enumerate(layout.layers):
-                hooks.callback(layer.register_forward_pre_hook(self._remember(index), with_kwargs=True).remove)
+            for layer in layout.layers:
+                hooks.callback(layer.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+            hooks.callback(layout.layers[-1].register_forward_hook(keep_output("last")).remove)
+            hooks.callback(layout.patch_embedding.register_forward_hook(keep_output("patches")).remove)
             self.full = self._run()
-        self.trim = 0
-        if layout.trims and grid.num_prefix_tokens:
-            self.trim = grid.num_prefix_tokens if self._prefix_decides() else 0
-
-    def _remember(self, index: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-            # Only the first input is kept; the others are computed again, layer by layer.
-            self.calls.append((args[0] if index == 0 else None, args[1:], kwargs))
-
-        return hook
+        self.patches = seen["patches"]
+        prefix = grid.num_prefix_tokens
+        self.trim = prefix if layout.trims and prefix and self._same_with(seen["last"][:, :prefix]) else 0
 
     def _run(self) -> Outcome:
         return self.layout.run(self.pixel_values, self.grid.num_prefix_tokens > 0)
 
     def layers(self) -> Iterator["LayerRestart"]:
         """The layers in order, each with its input and the outputs of its heads."""
-        hidden_states = self.calls[0][0]
-        for index in range(self.layout.num_layers):
-            heads = self._heads(index, hidden_states)
-            yield LayerRestart(self, index, hidden_states, heads)
-            hidden_states = self._finish(index, hidden_states, heads)
+        for index, (hidden_states, _, _) in enumerate(self.calls):
+            yield LayerRestart(self, index, hidden_states, self._heads(index, hidden_states))
 
     def _call(self, index: int, hidden_states: torch.Tensor) -> torch.Tensor:
         _, args, kwargs = self.calls[index]
@@ -110,12 +110,16 @@ class BatchRestart:
 
     def run_from(self, index: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> Outcome:
         """Run the model from the outputs of the heads of a layer on."""
+        return self._run_after(index, self._finish_last(index, hidden_states, heads))
+
+    def _run_after(self, index: int, output: torch.Tensor) -> Outcome:
+        """Run the model from the output of a layer on."""
         last = self.layout.num_layers - 1
         with ExitStack() as replaced:
+            replaced.enter_context(_replaced(self.layout.patch_embedding, lambda *args, **kwargs: self.patches))
             for layer in self.layout.layers[:index]:
                 replaced.enter_context(_replaced(layer, lambda states, *args, **kwargs: states))
-            start = self._finish_last(index, hidden_states, heads)
-            replaced.enter_context(_replaced(self.layout.layers[index], lambda *args, **kwargs: start))
+            replaced.enter_context(_replaced(self.layout.layers[index], lambda *args, **kwargs: output))
             if self.trim and index < last:
                 replaced.enter_context(_replaced(self.layout.layers[last], self._trimmed_last_layer))
             return self._run()
@@ -124,19 +128,10 @@ class BatchRestart:
         last = self.layout.num_layers - 1
         return self._finish_last(last, hidden_states, self._heads(last, hidden_states))
 
-    def _prefix_decides(self) -> bool:
-        """Whether the result stays the same when the last layer forgets all patches."""
-        last = self.layout.num_layers - 1
-        prefix = self.grid.num_prefix_tokens
-
-        def trimmed(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            return output[:, :prefix]
-
-        handle = self.layout.layers[last].register_forward_hook(trimmed)
-        try:
-            found = self._run()
-        finally:
-            handle.remove()
+    def _same_with(self, prefix: torch.Tensor) -> bool:
+        """Whether the model says the same if the last layer puts out its prefix tokens only."""
+        self.trim = 0
+        found = self._run_after(self.layout.num_layers - 1, prefix)
         pairs = [(found.representation, self.full.representation)]
         if self.full.logits is not None:
             pairs.append((found.logits, self.full.logits))

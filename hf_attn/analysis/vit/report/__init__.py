@@ -31,8 +31,8 @@ def write_page(analysis: "ViTAnalysis", path: Path) -> Path:
     parts = {
         name: (resources.files(__package__) / f"page.{name}").read_text("utf-8") for name in ("html", "css", "js")
     }
-    # "</" would end the script element.
-    data = json.dumps(_data(analysis), allow_nan=False).replace("</", "<\\/")
+    # "<" could end the script element, or begin another.
+    data = json.dumps(_data(analysis), allow_nan=False).replace("<", "\\u003c")
     page = Template(parts["html"]).substitute(
         title=html.escape(analysis.model_name), style=parts["css"], data=data, script=parts["js"]
     )

@@ -22,7 +22,7 @@ const changes = Object.fromEntries(data.metrics.map((name) => [name, floats(data
 
 const index = () => state.layer * data.heads + state.head;
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-const number = (value) => (value === 0 ? "0" : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e4 ? value.toExponential(1) : value.toPrecision(3));
+const number = (value) => (Number.isInteger(value) ? String(value) : Math.abs(value) < 1e-3 || Math.abs(value) >= 1e4 ? value.toExponential(1) : value.toPrecision(3));
 const escaped = (text) => String(text).replace(/[&<>"]/g, (letter) => `&#${letter.charCodeAt(0)};`);
 
 const stops = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
@@ -73,17 +73,17 @@ function pressed(element) {
 }
 
 // Axes of a chart: scaled positions, and the frame with its labels.
-function chart(xs, ys, { width = 420, height = 130, left = 46, bottom = 18, xlabel = "", ticks = null } = {}) {
+function chart(xs, ys, { width = 420, height = 140, left = 46, bottom = 28, xlabel = "", ticks = null } = {}) {
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
   if (y0 === y1) [y0, y1] = [y0 - 0.5, y1 + 0.5];
   const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - 12);
   const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - bottom - 8);
-  const marks = (ticks || [x0, x1]).map((value) => `<text x="${x(value)}" y="${height - 5}" text-anchor="middle">${number(value)}</text>`);
+  const marks = (ticks || [x0, x1]).map((value) => `<text x="${x(value)}" y="${height - 16}" text-anchor="middle">${number(value)}</text>`);
   const frame =
     `<line x1="${left}" x2="${width - 12}" y1="${y(y0)}" y2="${y(y0)}" stroke="#adb5bd"/>` +
     `<text x="${left - 4}" y="${y(y0)}" text-anchor="end">${number(y0)}</text><text x="${left - 4}" y="${y(y1) + 8}" text-anchor="end">${number(y1)}</text>` +
-    marks.join("") + `<text x="${(width + left) / 2}" y="${height - 5}" text-anchor="middle">${xlabel}</text>`;
+    marks.join("") + `<text x="${(width + left) / 2}" y="${height - 4}" text-anchor="middle">${xlabel}</text>`;
   return { x, y, svg: (body, name = "") => `<svg viewBox="0 0 ${width} ${height}" class="${name}" role="img">${frame}${body}</svg>` };
 }
 const path = (points) => "M" + points.map((point) => point.map((value) => value.toFixed(1)).join(",")).join("L");
