@@ -607,7 +607,22 @@ _PAPERS = (
         slug="vit_analytics",
         title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
         arxiv="2303.13731",
-        becomes="analysis functions, autoencoder family, plots",
+        becomes="analysis of ViTs with an interactive report, autoencoder family of attention patterns",
+        available=True,
+        families=(
+            Family(
+                model_type="vit_pattern_autoencoder",
+                config="VitPatternAutoencoderConfig",
+                models={"AutoModel": "VitPatternAutoencoder"},
+                folder="vit_analytics",
+                peft=("to_latent", "from_latent"),
+            ),
+        ),
+        doors={
+            "analyze_vit": "analysis.vit.analysis",
+            "ViTAnalysis": "analysis.vit.results",
+        },
+        extra="analysis",
     ),
 )
 
