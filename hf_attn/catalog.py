@@ -220,7 +220,7 @@ _PAPERS = (
                 models={"AutoModel": "MemoryFormerModel", "AutoModelForCausalLM": "MemoryFormerForCausalLM"},
                 # the only matrix; everything else is tables
                 peft=("lm_head",),
-                compares={},
+                compares={"intermediate_size": None},
             ),
         ),
         converter=True,
