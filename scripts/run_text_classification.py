@@ -90,7 +90,9 @@ class ModelArguments:
     )
     num_layers: list[int] = field(
         default_factory=list,
-        metadata={"help": "Models to train, by their number of layers; all have equally many heads. Default: 4 and 1."},
+        metadata={
+            "help": "Models to train, by their number of layers; all have equally many heads. Default: 4 and 1."
+        },
     )
     attention_type: str = field(default="softmax", metadata={"help": f"One of {', '.join(ATTENTION_TYPES)}."})
 
@@ -112,7 +114,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training texts to use."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation texts to use."})
     listops: Literal["small", "standard"] = field(default="small", metadata={"help": "Difficulty of ListOps."})
-    listops_samples: int = field(default=20_000, metadata={"help": "Number of training expressions; a tenth is held back."})
+    listops_samples: int = field(
+        default=20_000, metadata={"help": "Number of training expressions; a tenth is held back."}
+    )
 
 
 @dataclass
@@ -259,7 +263,9 @@ def _name_classes(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     return splits.map(lambda row: {"label": indices[str(row["label"])]}, features=features)
 
 
-def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:
+def tokenize(
+    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.DatasetDict:
     """Token ids of all texts; says how many were cut."""
 
     def encode(batch: dict) -> dict:
@@ -306,7 +312,9 @@ def make_models(
 @torch.no_grad()
 def latency(model: PreTrainedModel, texts: datasets.Dataset, count: int = 20) -> float:
     """Median milliseconds of a single text."""
-    inputs = [torch.tensor([row["input_ids"]], device=model.device) for row in texts.select(range(min(count, len(texts))))]
+    inputs = [
+        torch.tensor([row["input_ids"]], device=model.device) for row in texts.select(range(min(count, len(texts))))
+    ]
     seconds = []
     for ids in [inputs[0], *inputs]:
         start = time.perf_counter()
@@ -358,7 +366,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=accuracy,
         )
-        last = get_last_checkpoint(training_args.output_dir) if resumes and Path(training_args.output_dir).is_dir() else None
+        last = (
+            get_last_checkpoint(training_args.output_dir)
+            if resumes and Path(training_args.output_dir).is_dir()
+            else None
+        )
         trainer.train(resume_from_checkpoint=last)
         trainer.save_model()
         metrics = trainer.evaluate()

@@ -155,12 +155,17 @@ class WideTransformerConfig(EncoderConfig):
         for name, value in self.attention_kwargs.items():
             if name == "kernel":
                 if value not in _KERNELS:
-                    raise ValueError(f"attention_kwargs['kernel'] must be one of {', '.join(_KERNELS)}, got {value!r}.")
+                    raise ValueError(
+                        f"attention_kwargs['kernel'] must be one of {', '.join(_KERNELS)}, got {value!r}."
+                    )
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"attention_kwargs[{name!r}] must be an integer, got {value!r}.")
             (COUNT if name in _MAY_BE_ZERO else SIZE).check(f"attention_kwargs[{name!r}]", value)
-        if self.attention_type == "sparse" and self.attention_kwargs["summary_size"] > self.attention_kwargs["block_size"]:
+        if (
+            self.attention_type == "sparse"
+            and self.attention_kwargs["summary_size"] > self.attention_kwargs["block_size"]
+        ):
             raise ValueError(f"summary_size may not be larger than block_size, got {self.attention_kwargs}.")
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(

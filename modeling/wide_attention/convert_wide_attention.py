@@ -71,7 +71,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         num_classes=num_classes,
     )
     if config.get("head_dim") is None and config.get("num_heads") is None:
-        raise ConversionError("The weights do not tell the width of a head: the configuration needs head_dim or num_heads.")
+        raise ConversionError(
+            "The weights do not tell the width of a head: the configuration needs head_dim or num_heads."
+        )
     inner = output.shape[1]
     head_dim = config.get("head_dim") or inner // config["num_heads"]
     if inner % head_dim:
@@ -163,7 +165,9 @@ def _dropped(official: StateDict, config: WideTransformerConfig) -> tuple[str, .
     return tuple(dropped)
 
 
-def _state_dict(official: StateDict, config: WideTransformerConfig, own: dict[int, list[str]]) -> dict[str, torch.Tensor]:
+def _state_dict(
+    official: StateDict, config: WideTransformerConfig, own: dict[int, list[str]]
+) -> dict[str, torch.Tensor]:
     dropped = _dropped(official, config)
     state = {"model.embed_tokens.weight": official["embed.weight"]}
     if config.pooling == "cls":

@@ -165,7 +165,9 @@ def _make_constants(model: nn.Module, has_table: bool) -> _Constants:
     heads = (-1, attention.head_dim)
     keys = attention.k_proj.weight.double().unflatten(0, heads)
     # What the bias of the norm adds is the same for all keys, and cancels like the bias of the keys.
-    scores = torch.einsum("hd,hde->eh", query.unflatten(0, heads), keys) * attention.scaling * norm.weight.double()[:, None]
+    scores = (
+        torch.einsum("hd,hde->eh", query.unflatten(0, heads), keys) * attention.scaling * norm.weight.double()[:, None]
+    )
 
     inputs, positions = (states - states.mean(-1, keepdim=True) for states in (inputs, positions))
     table = scale = None

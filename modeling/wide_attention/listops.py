@@ -36,7 +36,9 @@ class Difficulty:
             raise ValueError(f"digit_probability must be at least 0 and below 1, got {self}.")
         longest = self.longest()
         if self.min_length > longest:
-            raise ValueError(f"min_length={self.min_length} is never reached: the longest expression has {longest} symbols.")
+            raise ValueError(
+                f"min_length={self.min_length} is never reached: the longest expression has {longest} symbols."
+            )
 
     def longest(self) -> int:
         """Symbols of the longest expression that can be drawn."""

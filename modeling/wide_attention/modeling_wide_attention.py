@@ -110,9 +110,7 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         return None
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return self.dropout(
-            inputs_embeds + sinusoids(position_ids, self.config.hidden_size, inputs_embeds.dtype)
-        )
+        return self.dropout(inputs_embeds + sinusoids(position_ids, self.config.hidden_size, inputs_embeds.dtype))
 
     def mask_arguments(self, input_ids, attention_mask, past_length) -> dict:
         pattern = mask_function(self.config, attention_mask)

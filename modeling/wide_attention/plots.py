@@ -51,9 +51,7 @@ def attention_over_text(
     ids = inputs["input_ids"][0]
     if encoding := inputs.encodings:
         spans = encoding[0].offsets
-        tokens = [
-            "" if index and span == spans[index - 1] else text[slice(*span)] for index, span in enumerate(spans)
-        ]
+        tokens = ["" if index and span == spans[index - 1] else text[slice(*span)] for index, span in enumerate(spans)]
     else:
         tokens = tokenizer.convert_ids_to_tokens(ids)
     return tokens, attentions[layer][0, :, 0, 1:].float().cpu()
@@ -77,7 +75,9 @@ def plot_attention_over_text(
         ValueError: if tokens and weights do not belong together, or there is no such head.
     """
     if weights.ndim != 2 or weights.shape[1] != len(tokens) or not len(tokens):
-        raise ValueError(f"weights must be (heads, tokens), here for {len(tokens)} tokens, got {tuple(weights.shape)}.")
+        raise ValueError(
+            f"weights must be (heads, tokens), here for {len(tokens)} tokens, got {tuple(weights.shape)}."
+        )
     heads = range(len(weights)) if heads is None else heads
     wrong = [head for head in heads if not 0 <= head < len(weights)]
     if wrong:
@@ -93,7 +93,9 @@ def plot_attention_over_text(
         for (line, column, shown), weight in zip(places, (weights[head] / largest).tolist(), strict=True):
             grid[line, column : column + len(shown)] = weight
             axis.text(column, line, shown, family="monospace", fontsize=7, va="center", ha="left", parse_math=False)
-        axis.imshow(grid.numpy(), cmap="Oranges", vmin=0, vmax=1, aspect="auto", extent=(0, width, num_lines - 0.5, -0.5))
+        axis.imshow(
+            grid.numpy(), cmap="Oranges", vmin=0, vmax=1, aspect="auto", extent=(0, width, num_lines - 0.5, -0.5)
+        )
         axis.set_ylabel(f"head {head}", fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])

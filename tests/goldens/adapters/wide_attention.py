@@ -43,6 +43,7 @@ def _matching(case: Case, model) -> dict[str, torch.Tensor]:
     with recorded({"last_hidden": model.model.norm}) as found, recorded(states, inputs=True) as pooled:
         logits = model(first, other_input_ids=second, **masks).logits
     hidden = [
-        part[:, : ids.shape[1]][ids != 0] for part, ids in zip(found["last_hidden"].chunk(2), (first, second), strict=True)
+        part[:, : ids.shape[1]][ids != 0]
+        for part, ids in zip(found["last_hidden"].chunk(2), (first, second), strict=True)
     ]
     return {"logits": logits, **pooled, "last_hidden_valid": torch.cat(hidden)}

@@ -124,9 +124,7 @@ def pattern(function, length: int) -> torch.Tensor:
 def test_blocks_of_local_attention_are_contiguous():
     allowed = pattern(partial(patterns.local, block_size=4), 10)
     for query in range(10):
-        assert allowed[query].nonzero().flatten().tolist() == [
-            key for key in range(10) if key // 4 == query // 4
-        ]
+        assert allowed[query].nonzero().flatten().tolist() == [key for key in range(10) if key // 4 == query // 4]
 
 
 @pytest.mark.parametrize("window", [1, 4, 5, 100])
@@ -159,7 +157,9 @@ def test_bigbird_sees_neighbours_ends_and_random_blocks():
         assert allowed[row, 2 * last].all() and allowed[row, :, 2 * last].all()
 
 
-@pytest.mark.parametrize(("attention_type", "arguments"), [("local", {"block_size": 4}), ("longformer", {"window_size": 4})])
+@pytest.mark.parametrize(
+    ("attention_type", "arguments"), [("local", {"block_size": 4}), ("longformer", {"window_size": 4})]
+)
 @BOTH
 def test_patterns_reach_the_weights_with_padding(attention_type, arguments, implementation):
     model = make_model(attention_type, implementation, attention_kwargs=arguments)
@@ -202,7 +202,9 @@ def test_linear_attention_by_loops():
 def test_linformer_with_the_identity_is_softmax_attention():
     query, key, value = some_heads()
     allowed = torch.ones(11, 11, dtype=torch.bool)
-    key, mixed = (functions.linformer_projection(states, torch.eye(11).double(), full_mask()) for states in (key, value))
+    key, mixed = (
+        functions.linformer_projection(states, torch.eye(11).double(), full_mask()) for states in (key, value)
+    )
     torch.testing.assert_close(
         softmax_reference(query, key, mixed, allowed), softmax_reference(query, key, value, allowed)
     )

@@ -66,7 +66,9 @@ def test_low_precision_is_no_worse_than_the_full_computation(table):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["embed_tokens", "cls_token", "q_proj", "k_proj", "v_proj", "input_layernorm", "norm"])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens", "cls_token", "q_proj", "k_proj", "v_proj", "input_layernorm", "norm"]
+)
 def test_changed_weights_are_noticed(table, name):
     model, ids = make_model().fold(table=table), padded_ids()
     before = model(ids).logits

@@ -87,14 +87,15 @@ def test_aspect_ratio_keeps_the_heads_and_all_else():
     wide = aspect_ratio(deep, 1)
     assert (wide.num_hidden_layers, wide.num_attention_heads, wide.num_key_value_heads) == (1, 48, 48)
     assert wide.total_heads == deep.total_heads == 48 and deep.num_hidden_layers == 6
-    differences = {
-        name for name, value in deep.to_dict().items() if wide.to_dict()[name] != value
-    }
+    differences = {name for name, value in deep.to_dict().items() if wide.to_dict()[name] != value}
     assert differences == {"num_hidden_layers", "num_attention_heads", "num_key_value_heads", "layer_types"}
-    assert WideTransformerConfig.from_variant("heads48_1x48").to_dict() == aspect_ratio(
-        WideTransformerConfig.from_variant("heads48_6x8"), 1
-    ).to_dict()
-    with pytest.raises(ValueError, match="48 heads cannot be spread evenly over num_layers=5. Possible: 1, 2, 3, 4, 6"):
+    assert (
+        WideTransformerConfig.from_variant("heads48_1x48").to_dict()
+        == aspect_ratio(WideTransformerConfig.from_variant("heads48_6x8"), 1).to_dict()
+    )
+    with pytest.raises(
+        ValueError, match="48 heads cannot be spread evenly over num_layers=5. Possible: 1, 2, 3, 4, 6"
+    ):
         aspect_ratio(deep, 5)
 
 
@@ -131,9 +132,7 @@ def test_padding_is_found_by_its_id_or_by_the_mask():
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     torch.testing.assert_close(model(ids, attention_mask=mask).logits, by_id)
-    torch.testing.assert_close(
-        model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=mask).logits, by_id
-    )
+    torch.testing.assert_close(model(inputs_embeds=model.model.embed_tokens(ids), attention_mask=mask).logits, by_id)
     assert (model(ids).logits - by_id).abs().max() > 1e-3
 
 
@@ -237,7 +236,10 @@ def test_labels_out_of_range_are_named():
     ("overrides", "message"),
     [
         ({"attention_type": "reformer"}, "reformer"),
-        ({"attention_type": "local", "attention_kwargs": {"window": 3}}, "window, which it does not know. Known: block_size"),
+        (
+            {"attention_type": "local", "attention_kwargs": {"window": 3}},
+            "window, which it does not know. Known: block_size",
+        ),
         ({"attention_type": "local", "attention_kwargs": {"block_size": 0}}, "block_size"),
         ({"attention_type": "linformer", "attention_kwargs": {"rank": 2.5}}, "must be an integer, got 2.5"),
         ({"attention_type": "performer", "attention_kwargs": {"kernel": "cos"}}, "one of relu, softmax, got 'cos'"),
@@ -298,7 +300,10 @@ ARGUMENTS = {"head_dim": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 99, "
 def test_every_attention_type_converts(attention_type, arguments):
     ours = {"sliding": "longformer"}.get(attention_type, attention_type)
     kwargs = arguments.get("attention_kwargs", arguments)
-    kwargs = {{"window": "window_size", "block": "block_size", "summary": "summary_size"}.get(k, k): v for k, v in kwargs.items()}
+    kwargs = {
+        {"window": "window_size", "block": "block_size", "summary": "summary_size"}.get(k, k): v
+        for k, v in kwargs.items()
+    }
     model = tiny_model(attention_type=ours, attention_kwargs=kwargs)
     config = {**ARGUMENTS, "attention_type": attention_type, **arguments, "max_length": 64}
     converted = from_official("wide_attention", reference_weights(model), config=config)
@@ -338,4 +343,6 @@ def test_lora_trains_without_naming_layers():
 
 
 def test_auto_class_makes_the_classifier():
-    assert type(AutoModelForSequenceClassification.from_config(tiny_config())) is WideTransformerForSequenceClassification
+    assert (
+        type(AutoModelForSequenceClassification.from_config(tiny_config())) is WideTransformerForSequenceClassification
+    )

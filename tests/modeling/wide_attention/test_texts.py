@@ -107,7 +107,9 @@ def test_difficulties_that_cannot_be_met_are_refused():
 
 
 def test_attention_of_every_head_over_the_text():
-    model = WideTransformerForSequenceClassification(WideTransformerConfig.from_variant("tiny", vocab_size=257)).train()
+    model = WideTransformerForSequenceClassification(
+        WideTransformerConfig.from_variant("tiny", vocab_size=257)
+    ).train()
     tokens, weights = attention_over_text(model, byte_tokenizer(), "Grün!")
     assert tokens == ["G", "r", "ü", "", "n", "!"] and weights.shape == (4, 6)
     assert model.training and model.config._attn_implementation == "sdpa"
@@ -118,7 +120,8 @@ def test_attention_of_every_head_over_the_text():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"), [({"pooling": "mean"}, "no class token"), ({"attention_type": "linear"}, "single tokens")]
+    ("overrides", "message"),
+    [({"pooling": "mean"}, "no class token"), ({"attention_type": "linear"}, "single tokens")],
 )
 def test_models_without_such_attention_are_refused(overrides, message):
     config = WideTransformerConfig.from_variant("tiny", vocab_size=257, **overrides)
