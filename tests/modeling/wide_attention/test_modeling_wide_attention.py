@@ -94,7 +94,7 @@ def test_aspect_ratio_keeps_the_heads_and_all_else():
         == aspect_ratio(WideTransformerConfig.from_variant("heads48_6x8"), 1).to_dict()
     )
     with pytest.raises(
-        ValueError, match="48 heads cannot be spread evenly over num_layers=5. Possible: 1, 2, 3, 4, 6"
+        ValueError, match=r"48 heads cannot be spread evenly over num_layers=5\. Possible: 1, 2, 3, 4, 6"
     ):
         aspect_ratio(deep, 5)
 
