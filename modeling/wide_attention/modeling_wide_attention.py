@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Wide transformers (arXiv 2210.00640): encoders that trade layers for heads."""
 
+import itertools
 from copy import deepcopy
 
 import torch
@@ -208,7 +209,7 @@ class WideTransformerHead(nn.Module):
 
     def __init__(self, sizes: list[int]):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:

@@ -214,10 +214,11 @@ def test_performer_comes_near_softmax_attention_with_many_features():
     query, key, value = some_heads()
     mask = full_mask()
     mask[0, :, 8:] = False
+    query, key = query / 2, key / 2
     directions = torch.randn(60_000, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = functions.performer_attention(query, key, value, mask, directions, "softmax")
     expected = softmax_reference(query, key, value, mask.transpose(-2, -1))
-    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert ((found - expected) * mask).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_sinkhorn_mixes_blocks_by_the_sums_of_their_keys():
