@@ -149,11 +149,12 @@ def main(arguments: list[str] | None = None) -> None:
                 result["few"] += [few_tokens(*stacks, width, tokens, dtype, options.repeats) for tokens in options.few]
                 del stacks
             result["many"] += [many_tokens(width, tokens, dtype, options.repeats) for tokens in options.many]
+            write_json(options.json, result)
+            print(f"{dtype}, width {width}: done", flush=True)
     for rows in (result["few"], result["many"]):
         if rows:
             print_table(rows)
             print()
-    write_json(options.json, result)
 
 
 if __name__ == "__main__":
