@@ -22,6 +22,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
+    "embeddings": ["sentence-transformers>=6"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 

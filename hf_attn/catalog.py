@@ -268,6 +268,17 @@ _PAPERS = (
         arxiv="2409.02727",
         becomes="embedding family with 5 designs, sentence-transformers module",
         code="yixuantt/PoolingAndAttn",
+        available=True,
+        families=(
+            Family(
+                model_type="pooling_attention",
+                config="PoolingAttentionConfig",
+                models={"AutoModel": "PoolingAttentionModel"},
+                peft="llama",
+            ),
+        ),
+        converter=True,
+        extra="embeddings",
     ),
     Paper(
         slug="dementia_fusion",
