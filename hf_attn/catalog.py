@@ -278,6 +278,11 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={
+            "contrastive_loss": "training.contrastive",
+            "embedding_tokenizer": "modeling.pooling_attention.tokenization",
+            "load_official_adapter": "modeling.pooling_attention.adapter",
+        },
         extra="embeddings",
     ),
     Paper(
