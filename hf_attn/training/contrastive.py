@@ -72,3 +72,68 @@ def gathered(rows: torch.Tensor) -> torch.Tensor:
             "the last batch (dataloader_drop_last=True)."
         )
     return _Gather.apply(rows)
+
+
+class ContrastiveCollator:
+    """Makes one padded batch of all queries, then all positives, then all hard negatives.
+
+    Args:
+        tokenizer: one from `embedding_tokenizer`.
+        max_length: tokens at which texts are cut, which the end-of-sequence token survives.
+        query_prompt, document_prompt: put before every query, and before every positive and negative.
+    """
+
+    def __init__(self, tokenizer, max_length: int, query_prompt: str = "", document_prompt: str = ""):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.prompts = {"query": query_prompt, "positive": document_prompt, "negative": document_prompt}
+
+    def __call__(self, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        """Collate rows of `query`, `positive` and, in all or none, `negative`; `roles` says which text is what."""
+        roles = [role for role in self.prompts if rows[0].get(role) is not None]
+        if any((row.get(role) is not None) != (role in roles) for row in rows for role in self.prompts):
+            raise ValueError("Some rows have a hard negative and others have none; give it to all or to none.")
+        if roles[:2] != ["query", "positive"]:
+            raise ValueError(f"A row needs the texts 'query' and 'positive', got {', '.join(rows[0]) or 'nothing'}.")
+        texts = [self.prompts[role] + row[role] for role in roles for row in rows]
+        batch = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "roles": torch.arange(len(roles)).repeat_interleave(len(rows)),
+        }
+
+
+class ContrastiveTrainerMixin:
+    """Trains an embedder on batches of :class:`ContrastiveCollator`.
+
+        class EmbeddingTrainer(ContrastiveTrainerMixin, transformers.Trainer): ...
+
+    The model returns `pooler_output`. Gradients are those of one process with all texts. With gradient accumulation the
+    negatives are those of each micro-batch.
+
+    Args:
+        scale: see :func:`contrastive_loss`.
+    """
+
+    def __init__(self, *args, scale: float = SCALE, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+        # The loss is a mean over the micro-batch, which Trainer has to divide by their number.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """The contrastive loss of a batch; see transformers' `Trainer.compute_loss`."""
+        inputs = dict(inputs)
+        roles = inputs.pop("roles")
+        outputs = model(**inputs)
+        groups = [outputs.pooler_output[roles == role] for role in range(int(roles.max()) + 1)]
+        loss = contrastive_loss(*groups, scale=self.scale)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of an evaluation batch; there are no predictions to gather."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
