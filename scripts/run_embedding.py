@@ -80,7 +80,10 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
     """Rows to train on and rows held back."""
     if arguments.dataset_name is None:
         splits = (text_pairs(split) for split in ("train", "test"))
-        train, test = ([{"query": pair.query, "positive": pair.positive} for pair in pairs] for pairs in splits)
+        train, test = (
+            [{"query": pair.query, "positive": pair.positive, "task": f"{pair.task}: {pair.topic}"} for pair in pairs]
+            for pairs in splits
+        )
         return train, test
     import datasets
 
@@ -91,7 +94,8 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
             f"run_embedding.py: {arguments.dataset_name} has no column {', '.join(sorted(missing))}, only "
             f"{', '.join(rows.column_names)}"
         )
-    rows = rows.select_columns([name for name in ("query", "positive", "negative") if name in rows.column_names])
+    columns = ("query", "positive", "negative", "task")
+    rows = rows.select_columns([name for name in columns if name in rows.column_names])
     rows = rows.shuffle(seed=0).to_list()
     if len(rows) < 2 * arguments.held_back:
         raise SystemExit(
@@ -117,8 +121,8 @@ def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) 
     return torch.cat(embeddings)
 
 
-def evaluate(model, tokenizer, rows: list[dict], arguments: ScriptArguments, batch_size: int) -> dict[str, float]:
-    """Retrieval of the positives of all rows, each text once."""
+def held_back_ranks(model, tokenizer, rows: list[dict], arguments: ScriptArguments, batch_size: int) -> torch.Tensor:
+    """Rank of each row's positive among those of all rows, each text once."""
     was_training = model.training
     model.eval()
     documents = list(dict.fromkeys(row["positive"] for row in rows))
@@ -131,7 +135,16 @@ def evaluate(model, tokenizer, rows: list[dict], arguments: ScriptArguments, bat
         )
     )
     model.train(was_training)
-    return retrieval_scores(retrieval_ranks(queries, answers, [places[row["positive"]] for row in rows]))
+    return retrieval_ranks(queries, answers, [places[row["positive"]] for row in rows])
+
+
+def scores_by_task(ranks: torch.Tensor, rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Retrieval scores of the rows of each task."""
+    tasks = [row.get("task") or "held back" for row in rows]
+    return {
+        task: retrieval_scores(ranks[[index for index, other in enumerate(tasks) if other == task]])
+        for task in dict.fromkeys(tasks)
+    }
 
 
 def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
@@ -194,7 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     measures = training.process_index == 0
     batch_size = training.per_device_eval_batch_size
     model.to(training.device)
-    before = evaluate(model, tokenizer, held_back, script, batch_size) if measures else {}
+    before = held_back_ranks(model, tokenizer, held_back, script, batch_size) if measures else None
     if script.lora_rank:
         model = add_lora(model, script.lora_rank)
     trainer = EmbeddingTrainer(
@@ -209,13 +222,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {}
     if measures:
-        after = evaluate(model, tokenizer, held_back, script, batch_size)
-        metrics = {f"{when}_{name}": value for when, scores in (("before", before), ("after", after)) for name, value in scores.items()}
+        after = held_back_ranks(model, tokenizer, held_back, script, batch_size)
+        metrics = {
+            f"{when}_{name}": value
+            for when, ranks in (("before", before), ("after", after))
+            for name, value in retrieval_scores(ranks).items()
+        }
         if script.lora_rank:
             model = model.merge_and_unload()
         model.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-        (output_dir / "eval_results.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        for name, result in (("eval_results", metrics), ("task_results", scores_by_task(after, held_back))):
+            (output_dir / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(metrics))
     trainer.accelerator.wait_for_everyone()
     return metrics

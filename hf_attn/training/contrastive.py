@@ -95,9 +95,7 @@ class ContrastiveCollator:
         if roles[:2] != ["query", "positive"]:
             raise ValueError(f"A row needs the texts 'query' and 'positive', got {', '.join(rows[0]) or 'nothing'}.")
         texts = [self.prompts[role] + row[role] for role in roles for row in rows]
-        batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         return {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],

@@ -41,7 +41,9 @@ def load_official_adapter(
         beside = folder.with_name(f"{folder.name}{HEAD_FILE}")
         file = next((path for path in (folder / HEAD_FILE, beside) if path.is_file()), None)
         if file is None:
-            raise ConversionError(f"Design {design} has a head, and there is neither {folder / HEAD_FILE} nor {beside}.")
+            raise ConversionError(
+                f"Design {design} has a head, and there is neither {folder / HEAD_FILE} nor {beside}."
+            )
         head = from_official(
             "pooling_attention", file, {} if num_cross_heads is None else {"num_cross_heads": num_cross_heads}
         )
@@ -53,7 +55,10 @@ def load_official_adapter(
             "num_pooling_heads": head.attention.num_heads,
             "pooling_head_dim": head.attention.head_dim,
         }
-    file = next((folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()), None)
+    file = next(
+        (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()),
+        None,
+    )
     if file is None:
         raise ConversionError(f"{folder} holds no PEFT adapter (adapter_model.safetensors).")
     names = set(read_checkpoint(file))

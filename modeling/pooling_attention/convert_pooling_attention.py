@@ -91,9 +91,7 @@ def _convert_model(official: StateDict, config: OfficialArguments) -> Converted:
     design = config["design"]
     if design not in (1, 2, 3, 4, 5):
         raise ConversionError(f"design must be 1 to 5, got {design!r}.")
-    state = {
-        f"model.{name.removeprefix(_DECODER)}": official[name] for name in official if name.startswith(_DECODER)
-    }
+    state = {f"model.{name.removeprefix(_DECODER)}": official[name] for name in official if name.startswith(_DECODER)}
     fields = _decoder_fields(config["llm"], state)
     config.leave("loss_scale", "pool")
     for name in ("pad_token_id", "eos_token_id"):

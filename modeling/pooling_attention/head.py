@@ -164,16 +164,19 @@ class PoolingHead(nn.Module):
         pooled = pooled + self.feed_forward(pooled)
         return pooled.mean(dim=1)
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None, eager: bool = False) -> torch.Tensor:
         """Pool vectors to one, which is not normalised.
 
         Args:
             states: `(batch, n, hidden_size)`.
             mask: boolean `(batch, n)`, false for vectors that are not there.
+            eager: compute what `eager_forward` does. Offloading and adapters work through this call.
 
         Returns:
             `(batch, hidden_size)`.
         """
+        if eager:
+            return self.eager_forward(states, mask)
         states = self._add_layer_embeddings(states)
         pooled = self.attention(self.latents, states, mask) + self.latents
         gated = self.feed_forward.gated(pooled).mean(dim=1)

@@ -29,6 +29,11 @@ _LARGE_HEAD = 100_000_000
 class PoolingAttentionPreTrainedModel(DecoderPreTrainedModel):
     config: PoolingAttentionConfig
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Its latents are a parameter of its own.
+        cls._no_split_modules = [*cls._no_split_modules, "PoolingHead"]
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, PoolingHead):
@@ -181,7 +186,9 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
         if self.config.mean_over == "attention_mask" or self.config.design != 5:
             return tokens
         if input_ids is None:
-            raise ValueError("mean_over='pad_token_id' looks for the padding token in input_ids, which were not given.")
+            raise ValueError(
+                "mean_over='pad_token_id' looks for the padding token in input_ids, which were not given."
+            )
         return input_ids != self.config.pad_token_id
 
     def _pool_layer(self, states: torch.Tensor, tokens: torch.Tensor, averaged: torch.Tensor) -> torch.Tensor:
@@ -192,9 +199,7 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
         return (states.where(weights > 0, 0)).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def _run_head(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        if self.config._attn_implementation == "eager":
-            return self.head.eager_forward(states, mask)
-        return self.head(states, mask)
+        return self.head(states, mask, eager=self.config._attn_implementation == "eager")
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs):
         """Save the model, with the files from which `SentenceTransformer(folder)` loads it unless the folder has them.
@@ -213,7 +218,9 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
             ValueError: for another architecture than those of the decoder body.
         """
         if getattr(base_config, "is_encoder_decoder", False) or not hasattr(base_config, "num_hidden_layers"):
-            raise ValueError(f"A {base_config.model_type!r} model is no decoder with hidden states to embed texts with.")
+            raise ValueError(
+                f"A {base_config.model_type!r} model is no decoder with hidden states to embed texts with."
+            )
         design = overrides.get("design", getattr(base_config, "design", 5))
         if design in (4, 5):
             overrides = {"sliding_window": None, "layer_types": None, **overrides}

@@ -45,7 +45,9 @@ def measure_head(width: int, keys: int, batch: int, sizes: tuple[int, int, int],
     head, states = PoolingHead(width, *sizes).eval(), torch.randn(batch, keys, width)
     calls = {"official": lambda: official_form(head, states), "ours": lambda: head(states)}
     difference = (calls["official"]() - calls["ours"]()).abs().max().item()
-    seconds = {name: min(values) for name, values in alternating_times(calls, repeats, clock=time.process_time).items()}
+    seconds = {
+        name: min(values) for name, values in alternating_times(calls, repeats, clock=time.process_time).items()
+    }
     row = {"width": width, "keys": keys, "batch": batch, "latents x heads x width": "x".join(map(str, sizes))}
     row |= {f"{name} ms": value * 1e3 for name, value in seconds.items()}
     wanted = TARGETS.get((width, keys))
@@ -66,7 +68,9 @@ def measure_design_1(batch: int, length: int, repeats: int) -> dict:
 
     calls = {"by hand": by_hand, "design 1": lambda: model(**inputs).pooler_output}
     difference = (calls["by hand"]() - calls["design 1"]()).abs().max().item()
-    seconds = {name: min(values) for name, values in alternating_times(calls, repeats, clock=time.process_time).items()}
+    seconds = {
+        name: min(values) for name, values in alternating_times(calls, repeats, clock=time.process_time).items()
+    }
     row = {"batch": batch, "length": length} | {f"{name} ms": value * 1e3 for name, value in seconds.items()}
     return {**row, "time": seconds["design 1"] / seconds["by hand"], "at most": 1.05, "difference": difference}
 

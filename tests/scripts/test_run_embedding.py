@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tests.batteries.text import byte_tokenizer, llama
-from tests.kernels.processes import free_port
+from tests.distributed.processes import free_port
 
 
 pytest.importorskip("datasets")
@@ -21,15 +21,21 @@ pytest.importorskip("peft")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_embedding.py"
 
 
+def load(name: str):
+    """A script as a module; dataclasses and other scripts look it up by name."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def main():
     """The script's function, called in this process with anything as arguments."""
-    spec = importlib.util.spec_from_file_location("run_embedding", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_embedding"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load("run_embedding")
     yield lambda *arguments: module.main([*map(str, arguments)])
-    del sys.modules["run_embedding"]
+    for name in ("run_embedding", "compare_embedders"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,18 @@ def arguments(tmp_path_factory) -> list:
     return [
         *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--held_back", 20),
         *("--num_latents", 2, "--num_pooling_heads", 2, "--pooling_head_dim", 4, "--max_length", 8),
-        *("--learning_rate", "1e-2", "--lora_rank", 4, "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"),
+        *(
+            "--learning_rate",
+            "1e-2",
+            "--lora_rank",
+            4,
+            "--use_cpu",
+            "true",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "true",
+        ),
     ]
 
 
@@ -74,3 +91,22 @@ def test_two_processes_train_a_design_whose_head_has_one_key(arguments, tmp_path
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert metrics["after_mrr"] != metrics["before_mrr"]
+
+
+def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(arguments[3]), split="train").to_list()
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({**row, "task": row["query"][0]}) for row in rows]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    shared = [*map(str, arguments), "--dataset_name", str(tmp_path / "data"), "--max_steps", "2"]
+    compare = load("compare_embedders")
+    own = ["--output_dir", str(tmp_path / "out"), "--designs", "1", "5", "--seeds", "0"]
+    result = compare.main([*own, "--", *shared])
+    assert len(result["scores"]["design 1"]) == len(result["tasks"]) > 2
+    assert [test["first"] for test in result["tests"]] == ["design 1"]
+    assert "design 1 - design 5" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
+    with pytest.raises(SystemExit, match="other settings"):
+        compare.main([*own, "--", *shared, "--scale", "10"])

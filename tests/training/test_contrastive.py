@@ -53,7 +53,10 @@ def test_a_batch_has_queries_then_positives_then_negatives():
     collator = ContrastiveCollator(embedding_tokenizer(tokenizer), 6, query_prompt="q:")
     rows = [{"query": "a", "positive": "b", "negative": "c"}, {"query": "d", "positive": "efghijkl", "negative": "g"}]
     batch = collator(rows)
-    texts = [tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    texts = [
+        tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     assert texts == [f"{text}</s>" for text in ("q:a", "q:d", "b", "efghi", "c", "g")]
     assert batch["roles"].tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(ValueError, match="give it to all or to none"):

@@ -49,7 +49,9 @@ def test_what_is_saved_loads_and_gives_the_same_embeddings(tmp_path, design):
 def test_prompts_of_the_configuration_reach_queries_and_documents(tmp_path):
     model, tokenizer = save(tmp_path, prompts={"query": "find: "})
     encoder = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
-    np.testing.assert_allclose(encoder.encode_query(TEXTS), embed(model, tokenizer, [f"find: {t}" for t in TEXTS]), atol=1e-5)
+    np.testing.assert_allclose(
+        encoder.encode_query(TEXTS), embed(model, tokenizer, [f"find: {t}" for t in TEXTS]), atol=1e-5
+    )
     np.testing.assert_allclose(encoder.encode_document(TEXTS), embed(model, tokenizer, TEXTS), atol=1e-5)
     encoder.prompts["document"] = "text: "
     encoder.save_pretrained(str(tmp_path / "again"))
