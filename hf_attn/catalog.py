@@ -22,7 +22,8 @@ class Family:
             of the linear layers to adapt.
         processors: name of the Auto class (``AutoProcessor``, ``AutoImageProcessor``, ``AutoFeatureExtractor``,
             ``AutoTokenizer``) -> name of the class in ``processing_<folder>``.
-        compares: whether the family, a causal language model, takes part in ``hf-attn compare``.
+        compares: fields that switch the mechanism of a causal language model on in ``hf-attn compare``; none, and it does
+            not take part.
     """
 
     model_type: str
@@ -31,7 +32,7 @@ class Family:
     folder: str = ""
     peft: str | tuple[str, ...] = ()
     processors: dict[str, str] = field(default_factory=dict)
-    compares: bool = False
+    compares: dict[str, object] | None = None
 
     def _reference(self, kind: str, name: str) -> str:
         folder = self.folder or self.model_type
@@ -108,7 +109,7 @@ _PAPERS = (
                 config="SigmoidAttentionConfig",
                 models={"AutoModel": "SigmoidAttentionModel", "AutoModelForCausalLM": "SigmoidAttentionForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={},
             ),
         ),
         attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
@@ -155,7 +156,7 @@ _PAPERS = (
                 config="LandmarkConfig",
                 models={"AutoModel": "LandmarkModel", "AutoModelForCausalLM": "LandmarkForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={"mem_freq": 15, "include_landmark_in_loss": False},
             ),
         ),
         attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
@@ -177,7 +178,7 @@ _PAPERS = (
                 config="EchoAttConfig",
                 models={"AutoModel": "EchoAttModel", "AutoModelForCausalLM": "EchoAttForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={"shared_layers": [2]},
             ),
         ),
         converter=True,
