@@ -23,6 +23,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "analysis": ["matplotlib", "pandas>=2.2", "pillow", "scikit-image", "scikit-learn"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
+    "embeddings": ["sentence-transformers>=6"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 

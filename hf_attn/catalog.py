@@ -320,6 +320,22 @@ _PAPERS = (
         arxiv="2409.02727",
         becomes="embedding family with 5 designs, sentence-transformers module",
         code="yixuantt/PoolingAndAttn",
+        available=True,
+        families=(
+            Family(
+                model_type="pooling_attention",
+                config="PoolingAttentionConfig",
+                models={"AutoModel": "PoolingAttentionModel"},
+                peft="llama",
+            ),
+        ),
+        converter=True,
+        doors={
+            "contrastive_loss": "training.contrastive",
+            "embedding_tokenizer": "modeling.pooling_attention.tokenization",
+            "load_official_adapter": "modeling.pooling_attention.adapter",
+        },
+        extra="embeddings",
     ),
     Paper(
         slug="dementia_fusion",
