@@ -22,6 +22,8 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
+    "ot": ["POT>=0.9.5"],
+    "speech": ["scipy", "soundfile"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 
