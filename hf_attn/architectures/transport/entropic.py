@@ -70,7 +70,7 @@ class _ScalingSweeps(torch.autograd.Function):
         kernel = (cost / -reg).exp_().contiguous()
         flipped = kernel.mT.contiguous()
         us, vs = cost.new_empty(num_iterations, *a.shape), cost.new_empty(num_iterations + 1, *b.shape)
-        vs[0] = 1
+        vs[0] = b > 0  # padding takes no part in the first sweep
         for index in range(num_iterations):
             torch.div(a, _product(vs[index], flipped), out=us[index])
             torch.div(b, _product(us[index], kernel), out=vs[index + 1])
