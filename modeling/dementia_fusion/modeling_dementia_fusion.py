@@ -89,6 +89,14 @@ class DementiaFusionPreTrainedModel(HubModelMixin, PreTrainedModel):
     _supports_flash_attn = False
     _supports_attention_backend = True
 
+    def save_pretrained(self, save_directory: str | Path, *args, save_original_format: bool = False, **kwargs) -> None:
+        """Save the model; see transformers' `PreTrainedModel.save_pretrained`.
+
+        The encoders' tensors keep the names that they have in the model. transformers would write those of DeiT and others under older
+        names, and `Trainer`, which loads checkpoints into a model that is there, does not translate them back.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
 
 class DementiaFusionModel(DementiaFusionPreTrainedModel):
     """Encoders of transcript and spectrogram, attention within each, and transport between them.
