@@ -1,12 +1,18 @@
 """Pipeline `audio-text-classification`: a recording of speech and its transcript in, probabilities out."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import logging
 
 from hf_attn.modeling.dementia_fusion.audio import read_speech
+from hf_attn.modeling.dementia_fusion.plots import plot_transport, words_over_time
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +29,7 @@ class AudioTextClassificationPipeline(Pipeline):
         pipe = pipeline("audio-text-classification", model="...")
         pipe({"audio": "interview.wav", "text": "there is a boy on a stool"})
         pipe("interview.wav", asr="openai/whisper-small.en")
+        pipe.plot({"audio": "interview.wav", "text": "..."}).savefig("words.png")
 
     A recording is a path, an array with `sampling_rate`, or a dictionary `{"array": ..., "sampling_rate": ...}`, as `datasets.Audio`
     gives it; recordings at other rates are resampled. Several are a list, data set or generator of dictionaries with `audio` and
@@ -123,6 +130,44 @@ class AudioTextClassificationPipeline(Pipeline):
             "transcript": outputs["transcript"],
             "notice": NOTICE,
         }
+
+    @torch.no_grad()
+    def plot(self, inputs: Any, **kwargs) -> "Figure":
+        """Draw the spectrogram of one recording, and where in it the transport sends each word.
+
+        Args:
+            inputs: the recording, as for a call.
+            kwargs: `text`, `asr`, `sampling_rate` and `truncation`, as for a call.
+
+        Raises:
+            ValueError: if the model has no transport (`cross="none"`).
+            ImportError: if matplotlib (the extra `plot`) is not installed.
+        """
+        if self.model.config.cross == "none":
+            raise ValueError(
+                "This model has no transport between the modalities (cross='none'), so there is nothing to draw."
+            )
+        options, _, _ = self._sanitize_parameters(**kwargs)
+        # What the constructor was given holds here, too.
+        options = {**self._preprocess_params, **options}
+        model_inputs = self.preprocess(inputs, **options)
+        model_inputs.pop("transcript")
+        outputs = self.model(**{name: tensor.to(self.device) for name, tensor in model_inputs.items()})
+        tokens = self.tokenizer.convert_ids_to_tokens(model_inputs["input_ids"][0].tolist())
+        size, patch = (
+            value if isinstance(value, list | tuple) else (value, value)
+            for value in (self.model.config.vision_config.image_size, self.model.config.vision_config.patch_size)
+        )
+        plan = outputs.text_to_image_plan[0].double().cpu().numpy()
+        moments = words_over_time(plan, size[0] // patch[0], size[1] // patch[1])
+
+        audio, rate = inputs, options.get("sampling_rate")
+        if isinstance(inputs, Mapping) and "audio" in inputs:
+            audio, rate = inputs["audio"], inputs.get("sampling_rate", rate)
+        extractor = self.processor.feature_extractor
+        samples = read_speech(audio, extractor.sampling_rate, rate, extractor.mix_channels)
+        levels = extractor.channels(samples)[0]
+        return plot_transport(levels, len(samples) / extractor.sampling_rate, tokens, moments)
 
 
 __all__ = ["NOTICE", "AudioTextClassificationPipeline"]

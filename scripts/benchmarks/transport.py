@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
         "x loop, with backward": seconds["loop with backward"] / seconds["entropic_plan with backward"],
     }
     print_table([row])
-    write_json(options.json, {**{name: value for name, value in vars(options).items() if name != "json"}, **seconds, **row})
+    write_json(
+        options.json, {**{name: value for name, value in vars(options).items() if name != "json"}, **seconds, **row}
+    )
 
 
 if __name__ == "__main__":

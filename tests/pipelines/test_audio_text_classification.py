@@ -133,3 +133,13 @@ def test_bad_input_is_refused(pipe, audio, text, problem):
 def test_an_array_needs_its_sampling_rate(pipe):
     with pytest.raises(ValueError, match="sampling rate"):
         pipe(speech(), text=TEXT)
+
+
+def test_the_picture_shows_where_each_word_goes(pipe):
+    pytest.importorskip("matplotlib")
+    figure = pipe.plot({"audio": {"array": speech(), "sampling_rate": RATE}, "text": TEXT})
+    spectrogram, words = (axis.images[0].get_array() for axis in figure.axes[:2])
+    assert spectrogram.shape[0] == 224 and spectrogram.max() == 0
+    assert words.shape == (len(TEXT.split()) + 2, 2)
+    np.testing.assert_allclose(words.sum(1), 1, rtol=1e-6)
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()][1:3] == ["there", "is"]

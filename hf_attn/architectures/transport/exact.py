@@ -87,7 +87,7 @@ def _solve_pot(cost: "np.ndarray") -> "np.ndarray":
     return plan
 
 
-def _solve_scipy(cost: "np.ndarray", nearest: int = 8) -> "np.ndarray":
+def _solve_scipy(cost: "np.ndarray", nearest: int = 32) -> "np.ndarray":
     """Linear programme over the cheapest cells of each row and column, to which cells are added while they pay.
 
     A cell pays if its cost is below the sum of the prices of its row and its column in the solution so far.
