@@ -35,7 +35,6 @@ from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     TrainingArguments,
     set_seed,
 )
@@ -46,10 +45,9 @@ from hf_attn.analysis.calibration.metrics import softmax
 from hf_attn.examples.synthetic_speech import (
     BEST_ALONE,
     BEST_TOGETHER,
-    CONTENT,
-    EMPTY,
     SAMPLING_RATE,
     synthetic_recordings,
+    word_tokenizer,
 )
 from hf_attn.modeling.dementia_fusion.configuration_dementia_fusion import CHOICES, DementiaFusionConfig
 from hf_attn.modeling.dementia_fusion.data import (
@@ -193,20 +191,6 @@ def load_recordings(data_args: DataArguments, seed: int) -> tuple[list[Recording
         raise stop(str(error)) from error
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word of the made-up transcripts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *CONTENT, *EMPTY)
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
-
-
 def make_processor(model_args: ModelArguments, data_args: DataArguments) -> DementiaFusionProcessor:
     if model_args.model_name_or_path:
         processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
@@ -214,7 +198,7 @@ def make_processor(model_args: ModelArguments, data_args: DataArguments) -> Deme
         return processor
     if model_args.text_model is None:
         size = {"height": SMALL_IMAGE, "width": SMALL_IMAGE}
-        return DementiaFusionProcessor(SpeechImageFeatureExtractor(size=size), small_tokenizer())
+        return DementiaFusionProcessor(SpeechImageFeatureExtractor(size=size), word_tokenizer())
     extractor = SpeechImageFeatureExtractor(mix_channels=data_args.mix_channels)
     return DementiaFusionProcessor(extractor, AutoTokenizer.from_pretrained(model_args.text_model))
 
@@ -350,6 +334,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
         best["model"].save_pretrained(folder)
         processor.save_pretrained(folder)
         results = {"table": table, "temperature": best["temperature"], "num_seeds": training_args.num_seeds}
+        # What is not defined is null: JSON has no NaN.
+        results = json.loads(json.dumps(results), parse_constant=lambda _: None)
         (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         try:
             plot_reliability(best["probabilities"], best["labels"]).savefig(folder / "reliability.png")

@@ -4,9 +4,15 @@ A speaker has two tendencies, to pause and to use empty words, drawn independent
 knows one of them only is right in three cases of four; whoever knows both, always. Nothing here is speech, or says anything about it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 SAMPLING_RATE = 16000
@@ -72,3 +78,18 @@ def _words(emptiness: float, number: int, generator: np.random.Generator) -> str
     empty = round(emptiness * number + generator.uniform(-0.5, 0.5))
     words = [*generator.choice(EMPTY, empty), *generator.choice(CONTENT, number - empty)]
     return " ".join(generator.permutation(words))
+
+
+def word_tokenizer(words: Sequence[str] = (*CONTENT, *EMPTY)) -> "PreTrainedTokenizerFast":
+    """A tokenizer with a token for each of these words, and BERT's special tokens before them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: index for index, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)

@@ -102,12 +102,15 @@ def split_by_speaker(
     part_of = {}
     for label in sorted(set(classes.values())):
         speakers = generator.permutation(sorted(speaker for speaker, own in classes.items() if own == label))
+        if len(speakers) < len(shares):
+            raise ValueError(
+                f"Class {label} has {len(speakers)} speakers, too few for {len(shares)} parts that share none."
+            )
+        # Each part gets a speaker at least.
+        steps = np.arange(1, len(shares) + 1)
         ends = np.round(np.cumsum(shares) / sum(shares) * len(speakers)).astype(int)
+        ends = np.clip(ends, steps, len(speakers) - len(shares) + steps)
         for part, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if start == end:
-                raise ValueError(
-                    f"Class {label} has {len(speakers)} speakers, too few for {len(shares)} parts that share none."
-                )
             part_of |= dict.fromkeys(speakers[start:end], part)
     return [
         [recording for recording in recordings if part_of[recording.speaker] == part] for part in range(len(shares))

@@ -1,48 +1,21 @@
 """A tiny processor, made without any file."""
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hf_attn.examples.synthetic_speech import word_tokenizer
 from hf_attn.modeling.dementia_fusion.processing_dementia_fusion import (
     DementiaFusionProcessor,
     SpeechImageFeatureExtractor,
 )
 
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "there",
-    "is",
-    "a",
-    "boy",
-    "on",
-    "stool",
-    "cookie",
-    "jar",
-    "girl",
-    "water",
-]
+WORDS = ["there", "is", "a", "boy", "on", "stool", "cookie", "jar", "girl", "water"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words as tokens."""
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=64,
-    )
+    return word_tokenizer(WORDS)
 
 
 def processor(**fields) -> DementiaFusionProcessor:
