@@ -24,6 +24,8 @@ EXTRAS = {
     "analysis": ["matplotlib", "pandas>=2.2", "pillow", "scikit-image", "scikit-learn"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
     "embeddings": ["sentence-transformers>=6"],
+    "ot": ["POT>=0.9.5"],
+    "speech": ["scipy", "soundfile"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 

@@ -342,7 +342,33 @@ _PAPERS = (
         title="Context-Aware Attention Layers coupled with Optimal Transport Domain Adaptation and Multimodal Fusion "
         "methods for recognizing dementia from spontaneous speech",
         arxiv="2305.16406",
-        becomes="audio and text classification family, processor, calibration",
+        becomes="audio and text classification family, processor, pipeline, optimal transport, calibration",
+        available=True,
+        families=(
+            Family(
+                model_type="dementia_fusion",
+                config="DementiaFusionConfig",
+                models={
+                    "AutoModel": "DementiaFusionModel",
+                    "AutoModelForAudioTextClassification": "DementiaFusionForClassification",
+                },
+                processors={
+                    "AutoProcessor": "DementiaFusionProcessor",
+                    "AutoFeatureExtractor": "SpeechImageFeatureExtractor",
+                },
+                # Those of the encoders; the layers behind them are new and train in full.
+                peft=("query", "value", "q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "ClassificationMetrics": "analysis.calibration",
+            "fit_temperature": "analysis.calibration",
+            "plot_reliability": "analysis.calibration",
+            "entropic_plan": "architectures.transport",
+            "exact_plan": "architectures.transport",
+        },
+        extra="speech",
     ),
     Paper(
         slug="tnt",
@@ -693,11 +719,18 @@ TASKS = (
         auto_class="AutoModelForScanpathPrediction",
         type="image",
     ),
+    Task(
+        name="audio-text-classification",
+        pipeline="AudioTextClassificationPipeline",
+        auto_class="AutoModelForAudioTextClassification",
+        type="multimodal",
+    ),
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
 OWN_AUTO_CLASSES: dict[str, str] = {
     "AutoModelForDocumentMatching": "document matching",
+    "AutoModelForAudioTextClassification": "classification of audio with a transcript",
     "AutoModelForScanpathPrediction": "scanpath prediction",
 }
 
