@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attn.attention.interface import uses_attention
 from hf_attn.attention.sigmoid import SigmoidCall, sigmoid_attention_eager
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import (
@@ -187,6 +188,23 @@ def test_attention_of_another_kind_is_refused(name):
 
 
 # --- masks and positions -------------------------------------------------------------------------------------------
+
+
+def test_it_goes_through_the_attention_interface():
+    uses_attention(tiny_model("sigmoid_eager"), "sigmoid_eager")
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_an_export_has_a_free_length_and_operators_of_torch_only(position):
+    model, ids = tiny_model(position_embedding_type=position), random_ids(2, 9)
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        model, (ids,), {"use_cache": False}, dynamic_shapes={"input_ids": {1: length}, "use_cache": None}
+    )
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "hf_attn" in name]
+    for other in (ids, random_ids(2, 30), random_ids(2, 3)):
+        torch.testing.assert_close(exported.module()(other, use_cache=False).logits, model(other).logits)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
