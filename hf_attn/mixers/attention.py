@@ -17,7 +17,7 @@ def _attend(query, key, value, causal: bool, start: int, scale: float | None = N
     mask = None
     if causal and start > 0 and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril(start)
-    is_causal = causal and start == 0
+    is_causal = True if causal and start == 0 else False  # noqa: SIM210 (a symbolic number under torch.compile)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale).squeeze(1)
 
 

@@ -26,8 +26,8 @@ class TokenMixer(nn.Module):
         num_landmarks: number of landmarks of `nystrom_pinv`.
         window: tokens on either side that `window` and `pooling` see.
         mixing_size: hidden tokens of `mlp_mixer`, h; `2 * max_length` if not given.
-        pseudo_inverse: how `nystrom_pinv` inverts: `"exact"`, or `"iterative"` as in the usual implementations, which differ
-            from the exact one in the second digit.
+        pseudo_inverse: how `nystrom_pinv` inverts: `"exact"`, or `"iterative"`, by six steps of the usual iteration,
+            which stay visibly away from it.
         dtype: of the weights; torch's default if not given.
 
     Attributes:

@@ -39,7 +39,13 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
 
     def _normal(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.config.seed)
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * self.config.weight_std
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * self.config.weight_std
+
+    def _register_frozen(self, *shape: int) -> None:
+        frozen = torch.empty(*shape)
+        self.register_buffer(self.frozen_name, frozen)
+        if not frozen.is_meta:
+            frozen.copy_(self.draw())
 
     def _init_weights(self, module: nn.Module):
         if module is self:
@@ -149,7 +155,7 @@ class RandomFeatureAttentionModel(RandomFeaturePreTrainedModel):
     def __init__(self, config: RandomFeatureAttentionConfig):
         super().__init__(config)
         width = config.input_dim + 1
-        self.register_buffer("qk_weight", torch.empty(config.num_heads, width, width))
+        self._register_frozen(config.num_heads, width, width)
         self.value_weight = nn.Parameter(torch.zeros(config.num_heads, width))
         self.post_init()
 
@@ -175,7 +181,7 @@ class RandomFeatureMLPModel(RandomFeaturePreTrainedModel):
     def __init__(self, config: RandomFeatureMLPConfig):
         super().__init__(config)
         width = (config.num_keys + 1) * config.input_dim + 1
-        self.register_buffer("mlp_weight", torch.empty(config.num_units, width))
+        self._register_frozen(config.num_units, width)
         self.mlp_value = nn.Parameter(torch.zeros(config.num_units))
         self.post_init()
 

@@ -35,6 +35,7 @@ class TokenMixerConfig(DecoderConfig):
     ranges: ClassVar = {"mixer_rank": SIZE, "num_landmarks": SIZE, "mixer_window": COUNT, "mixing_size": SIZE}
     tiny: ClassVar = {
         "vocab_size": 99,
+        "pad_token_id": 0,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,

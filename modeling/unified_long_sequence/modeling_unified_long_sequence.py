@@ -36,13 +36,25 @@ class PastInputs(StateLayer):
             self._select(lambda state: state[:, :tokens_to_remove])
             self.seen_tokens = max(self.seen_tokens - abs(tokens_to_remove), 0)
 
-    def extend(self, hidden_states: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add inputs `(batch, length, hidden_size)` and return all."""
-        if self.states:
-            hidden_states = torch.cat([self.states["inputs"], hidden_states], 1)
-            valid = torch.cat([self.states["valid"], valid], 1)
-        self.states.update(inputs=hidden_states, valid=valid)
-        return hidden_states, valid
+    def extend(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add inputs `(batch, length, hidden_size)` and their mask, `None` without padding; return all of both."""
+        earlier, earlier_mask = self.states.get("inputs"), self.states.get("mask")
+        if earlier is not None:
+            if mask is not None or earlier_mask is not None:
+                masks = (earlier, earlier_mask), (hidden_states, mask)
+                mask = torch.cat([_mask_of(*states) for states in masks], 1)
+            hidden_states = torch.cat([earlier, hidden_states], 1)
+        self.states["inputs"] = hidden_states
+        if mask is not None:
+            self.states["mask"] = mask
+        return hidden_states, mask
+
+
+def _mask_of(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    everything = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+    return everything if mask is None else mask
 
 
 class TemplateMixer(Mixer):
@@ -86,8 +98,6 @@ class TemplateMixer(Mixer):
             if not self.config.causal:
                 raise ValueError("A model with causal=False takes no cache: its outputs depend on tokens to come.")
             length = hidden_states.shape[1]
-            if attention_mask is None:
-                attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             hidden_states, attention_mask = cache.layers[self.layer_idx].extend(hidden_states, attention_mask)
             start = hidden_states.shape[1] - length
         return self.o_proj(self.mixer(hidden_states, attention_mask, start)), None
@@ -124,7 +134,7 @@ class TokenMixerModel(TokenMixerPreTrainedModel, DecoderModel):
 
     def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         longest = self.config.max_position_embeddings
-        if position_ids.numel() > 0 and int(position_ids.max()) >= longest:
+        if not torch.compiler.is_compiling() and position_ids.numel() > 0 and int(position_ids.max()) >= longest:
             raise ValueError(
                 f"The model has {longest} positions (max_position_embeddings) and got {int(position_ids.max()) + 1} tokens; "
                 "cut the input."
