@@ -583,6 +583,7 @@ _PAPERS = (
         ),
         converter=True,
         doors={
+            "RandomFeatureAttentionRegressor": "modeling.random_feature_attention.estimator",
             "infinite_head_kernel": "modeling.random_feature_attention.kernels",
         },
     ),

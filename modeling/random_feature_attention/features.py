@@ -35,19 +35,23 @@ def attention_features(inputs_embeds: torch.Tensor, qk_weight: torch.Tensor, blo
         `(batch, heads * (d + 1))`, head by head.
     """
     heads, width = qk_weight.shape[:2]
-    # (d + 1, heads * (d + 1)), in memory too
     weight = qk_weight.permute(1, 0, 2).reshape(width, -1)
-    features = [
-        _block_features(samples, weight, heads) for samples in append_one(inputs_embeds).split(block) if len(samples)
-    ]
-    return torch.cat(features) if features else inputs_embeds.new_zeros(0, heads * width)
+    tokens = append_one(inputs_embeds)
+    if torch.is_grad_enabled() and (inputs_embeds.requires_grad or qk_weight.requires_grad):
+        # At least one block, which may be empty.
+        return torch.cat([_block_features(samples, weight) for samples in tokens.split(block)]).flatten(1)
+    features = tokens.new_empty(len(tokens), heads, width)
+    for start in range(0, len(tokens), block):
+        _block_features(tokens[start : start + block], weight, out=features[start : start + block])
+    return features.flatten(1)
 
 
-def _block_features(tokens: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
+def _block_features(tokens: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Features `(block, heads, d + 1)`; `weight` is `(d + 1, heads * (d + 1))`."""
     query, keys = tokens[:, 0], tokens[:, 1:]
-    directions = (query @ weight).unflatten(1, (heads, -1))
-    weights = torch.bmm(directions, keys.mT).relu_() / keys.shape[1]
-    return torch.bmm(weights, keys).flatten(1)
+    directions = (query @ weight).unflatten(1, (-1, tokens.shape[2]))
+    scores = torch.bmm(directions, keys.mT).relu_()
+    return torch.bmm(scores, keys / keys.shape[1], out=out)
 
 
 def mlp_features(inputs_embeds: torch.Tensor, mlp_weight: torch.Tensor) -> torch.Tensor:

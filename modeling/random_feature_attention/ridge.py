@@ -34,9 +34,9 @@ def ridge_dual(gram: torch.Tensor, targets: torch.Tensor, penalty: float) -> tor
         penalty: lambda.
 
     Raises:
-        ValueError: if lambda is negative, or so small that the matrix is singular.
+        ValueError: if lambda is negative, or 0 with a singular matrix.
     """
-    return _solve(gram, targets, check_penalty(penalty) * len(gram), "fewer samples than features and they differ")
+    return _solve(gram, targets, check_penalty(penalty) * len(gram), "samples that differ, fewer than features")
 
 
 def ridge_primal(features: torch.Tensor, targets: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -86,11 +86,16 @@ def check_penalty(penalty: float) -> float:
 def _solve(matrix: torch.Tensor, right: torch.Tensor, shift: float, otherwise: str) -> torch.Tensor:
     shifted = matrix.clone()
     shifted.diagonal().add_(shift)
+    columns = right if right.ndim == 2 else right[:, None]
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    if bool(failed):
+    if not bool(failed):
+        solution = torch.cholesky_solve(columns, factor)
+    elif shift > 0:
+        # The shift is below the rounding of the matrix, whose eigenvalues are not negative in truth.
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        solution = vectors @ ((vectors.T @ columns) / (eigenvalues.clamp(min=0) + shift)[:, None])
+    else:
         raise ValueError(
-            f"The ridge problem is singular with a shift of {shift:.3g}: take a larger lambda, or (with this solver) "
-            f"{otherwise}."
+            f"Without a penalty the problem is singular: take a lambda above 0, or (with this solver) {otherwise}."
         )
-    solution = torch.cholesky_solve(right if right.ndim == 2 else right[:, None], factor)
     return solution if right.ndim == 2 else solution[:, 0]
