@@ -87,4 +87,6 @@ class GramSmootherMixer(TokenMixer):
         half_norms = hidden_states.square().sum(-1, keepdim=True) / -2
         key = torch.cat([hidden_states, half_norms], -1)
         query = nn.functional.pad(hidden_states[:, start:], (0, 1), value=1.0)
-        return _attend(query, key, hidden_states, self.causal, start, scale=1.0)
+        # SDPA streams only what has one width.
+        value = nn.functional.pad(hidden_states, (0, 1))
+        return _attend(query, key, value, self.causal, start, scale=1.0)[..., :-1]
