@@ -275,7 +275,24 @@ _PAPERS = (
         slug="unified_long_sequence",
         title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
         arxiv="2302.06218",
-        becomes="token-mixing template family, distributed multi-head attention",
+        becomes="14 token mixers by name, families with one; exact distributed attention",
+        available=True,
+        families=(
+            Family(
+                model_type="token_mixer",
+                config="TokenMixerConfig",
+                models={
+                    "AutoModel": "TokenMixerModel",
+                    "AutoModelForCausalLM": "TokenMixerForCausalLM",
+                    "AutoModelForSequenceClassification": "TokenMixerForSequenceClassification",
+                },
+                folder="unified_long_sequence",
+                peft=("q_proj", "k_proj", "v_proj", "o_proj"),
+                compares=True,
+            ),
+        ),
+        converter=True,
+        doors={"TokenMixer": "mixers"},
     ),
     Paper(
         slug="zeppelin",
@@ -643,7 +660,26 @@ _PAPERS = (
         slug="random_feature_attention",
         title="What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
         arxiv="2307.11353",
-        becomes="family and experiment script",
+        becomes="families fitted in closed form, kernels, scikit-learn estimator, experiment script",
+        available=True,
+        families=(
+            Family(
+                model_type="random_feature_attention",
+                config="RandomFeatureAttentionConfig",
+                models={"AutoModel": "RandomFeatureAttentionModel"},
+            ),
+            Family(
+                model_type="random_feature_mlp",
+                config="RandomFeatureMLPConfig",
+                models={"AutoModel": "RandomFeatureMLPModel"},
+                folder="random_feature_attention",
+            ),
+        ),
+        converter=True,
+        doors={
+            "RandomFeatureAttentionRegressor": "modeling.random_feature_attention.estimator",
+            "infinite_head_kernel": "modeling.random_feature_attention.kernels",
+        },
     ),
     Paper(
         slug="vit_analytics",
