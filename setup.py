@@ -71,7 +71,7 @@ setup(
     package_data={"hf_attn": ["py.typed"], "hf_attn.model_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.23,<5.25",
         "accelerate>=1.15",
         "safetensors>=0.6",
         "huggingface_hub>=1.0",

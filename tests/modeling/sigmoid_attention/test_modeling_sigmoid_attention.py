@@ -190,6 +190,19 @@ def test_attention_of_another_kind_is_refused(name):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
+def test_an_export_has_a_free_length_and_operators_of_torch_only(position):
+    model, ids = tiny_model(position_embedding_type=position), random_ids(2, 9)
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        model, (ids,), {"use_cache": False}, dynamic_shapes={"input_ids": {1: length}, "use_cache": None}
+    )
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "hf_attn" in name]
+    for other in (ids, random_ids(2, 30), random_ids(2, 3)):
+        torch.testing.assert_close(exported.module()(other, use_cache=False).logits, model(other).logits)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
 def test_right_padding_changes_nothing(position):
     model = tiny_model(position_embedding_type=position)
     ids = random_ids(2, 7)
