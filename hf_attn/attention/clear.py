@@ -10,14 +10,16 @@ what :func:`clear_attention_eager` computes.
 """
 
 import math
+import warnings
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
 
-from ..kernels.clear.flex import clear_attention_flex, supports_flex
-from ..kernels.clear.tiles import clear_attention_tiles, supports_tiles
-from .interface import Implementation
+from ..kernels.clear.call import ClearCall
+from ..kernels.clear.flex import check_flex, clear_attention_flex
+from ..kernels.clear.tiles import check_tiles, clear_attention_tiles
+from .dispatch import AttentionFunction, Implementation
 
 
 # Up to this many tokens a mask of all pairs costs less than what avoids it. Found by measurement.
@@ -77,15 +79,14 @@ def pool_image(states: torch.Tensor, grid: tuple[int, int], spatial_weight: torc
     return (cells * weights).sum(dim=(3, 5)).flatten(2, 3)
 
 
-def _with_pooled(key, value, grid, text_length, spatial_weight):
-    """Key and value with the pooled ones at the end, and the down factor."""
-    if spatial_weight is None:
-        return key, value, 1
-    key, value = (
-        torch.cat([states, pool_image(states[:, :, text_length:], grid, spatial_weight)], dim=2)
-        for states in (key, value)
+def _with_pooled(call: ClearCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value with the pooled ones at the end."""
+    if call.spatial_weight is None:
+        return call.key, call.value
+    return tuple(
+        torch.cat([states, pool_image(states[:, :, call.text_length :], call.grid, call.spatial_weight)], dim=2)
+        for states in (call.key, call.value)
     )
-    return key, value, math.isqrt(spatial_weight.numel())
 
 
 def _with_text_mask(mask: torch.Tensor, text_mask: torch.Tensor | None) -> torch.Tensor:
@@ -96,93 +97,79 @@ def _with_text_mask(mask: torch.Tensor, text_mask: torch.Tensor | None) -> torch
     return mask & keys[:, None, None, :]
 
 
-def clear_attention_eager(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    grid: tuple[int, int],
-    radius: int,
-    spatial_weight: torch.Tensor | None = None,
-    text_mask: torch.Tensor | None = None,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLEAR attention as it is defined; the arguments are those of :func:`clear_attention`.
+def clear_attention_eager(call: ClearCall, found: None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLEAR attention as it is defined.
 
     Returns:
         Output `(batch, heads, length, head_dim)` and weights `(batch, heads, length, keys)`, pooled keys last.
     """
-    text_length = query.shape[2] - grid[0] * grid[1]
-    key, value, down_factor = _with_pooled(key, value, grid, text_length, spatial_weight)
-    mask = _with_text_mask(clear_mask(*grid, text_length, radius, down_factor, query.device), text_mask)
-    logits = (scaling * query @ key.transpose(2, 3)).masked_fill(~mask, -math.inf)
+    query = call.query
+    key, value = _with_pooled(call)
+    mask = _with_text_mask(clear_mask(*call.mask_arguments(), query.device), call.text_mask)
+    logits = (call.scaling * query @ key.transpose(2, 3)).masked_fill(~mask, -math.inf)
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return weights @ value, weights
 
 
-def clear_attention_dense(
-    query, key, value, *, grid, radius, spatial_weight=None, text_mask=None, scaling
-) -> tuple[torch.Tensor, None]:
+def clear_attention_dense(call: ClearCall, found: None = None) -> tuple[torch.Tensor, None]:
     """The same by one call of `F.scaled_dot_product_attention` with a mask of all pairs."""
-    text_length = query.shape[2] - grid[0] * grid[1]
-    key, value, down_factor = _with_pooled(key, value, grid, text_length, spatial_weight)
-    mask = _with_text_mask(_cached_clear_mask(*grid, text_length, radius, down_factor, query.device), text_mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
+    key, value = _with_pooled(call)
+    mask = _with_text_mask(_cached_clear_mask(*call.mask_arguments(), call.query.device), call.text_mask)
+    return F.scaled_dot_product_attention(call.query, key, value, attn_mask=mask, scale=call.scaling), None
 
 
-def _clear_attention_flex(
-    query, key, value, *, grid, radius, spatial_weight=None, text_mask=None, scaling
-) -> tuple[torch.Tensor, None]:
-    text_length = query.shape[2] - grid[0] * grid[1]
-    key, value, down_factor = _with_pooled(key, value, grid, text_length, spatial_weight)
-    return clear_attention_flex(query, key, value, grid, radius, down_factor, scaling), None
+def _flex(call: ClearCall, found: None) -> tuple[torch.Tensor, None]:
+    key, value = _with_pooled(call)
+    return clear_attention_flex(call.query, key, value, call.grid, call.radius, call.down_factor, call.scaling), None
 
 
-def _clear_attention_tiles(
-    query, key, value, *, grid, radius, spatial_weight=None, text_mask=None, scaling
-) -> tuple[torch.Tensor, None]:
+def _tiles(call: ClearCall, found: None) -> tuple[torch.Tensor, None]:
     """Text queries see everything, in one call; image queries see the shared keys, text and pooled, and their tile's."""
-    text_length = query.shape[2] - grid[0] * grid[1]
+    key, value, text_length, text_mask = call.key, call.value, call.text_length, call.text_mask
     text_key, image_key = key[:, :, :text_length], key[:, :, text_length:]
     text_value, image_value = value[:, :, :text_length], value[:, :, text_length:]
     shared_key, shared_value, shared_mask = text_key, text_value, text_mask
-    if spatial_weight is not None:
-        shared_key = torch.cat([text_key, pool_image(image_key, grid, spatial_weight)], dim=2)
-        shared_value = torch.cat([text_value, pool_image(image_value, grid, spatial_weight)], dim=2)
+    if call.spatial_weight is not None:
+        shared_key = torch.cat([text_key, pool_image(image_key, call.grid, call.spatial_weight)], dim=2)
+        shared_value = torch.cat([text_value, pool_image(image_value, call.grid, call.spatial_weight)], dim=2)
         if text_mask is not None:
             shared_mask = F.pad(text_mask, (0, shared_key.shape[2] - text_length), value=True)
     image_output = clear_attention_tiles(
-        query[:, :, text_length:],
+        call.query[:, :, text_length:],
         image_key,
         image_value,
         shared_key,
         shared_value,
-        grid=grid,
-        radius=radius,
+        grid=call.grid,
+        radius=call.radius,
         shared_mask=shared_mask,
-        scaling=scaling,
+        scaling=call.scaling,
     )
     if text_length == 0:
         return image_output, None
     keys_mask = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[2]), value=True)[:, None, None]
     text_output = F.scaled_dot_product_attention(
-        query[:, :, :text_length], key, value, attn_mask=keys_mask, scale=scaling
+        call.query[:, :, :text_length], key, value, attn_mask=keys_mask, scale=call.scaling
     )
     return torch.cat([text_output, image_output], dim=2), None
 
 
-def _supports_any(query, key, value, **arguments) -> tuple[bool, str]:
-    return True, ""
+class _ClearAttention(AttentionFunction):
+    def preferred(self, call: ClearCall) -> tuple[Implementation, ...]:
+        dense, eager = self.implementations[2:]
+        return (dense, eager) if call.query.shape[2] <= DENSE_IS_FASTEST else self.implementations
 
 
-#: the preferred one for long sequences first; the last two serve every call
-CLEAR_IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("tiles", _clear_attention_tiles, supports_tiles),
-    Implementation("flex", _clear_attention_flex, supports_flex),
-    Implementation("dense", clear_attention_dense, _supports_any),
-    Implementation("eager", clear_attention_eager, _supports_any),
+CLEAR = _ClearAttention(
+    name="clear",
+    call=ClearCall,
+    implementations=(
+        Implementation("tiles", _tiles, check_tiles),
+        Implementation("flex", _flex, check_flex, gpu_kernel=True),
+        Implementation("dense", clear_attention_dense),
+        Implementation("eager", clear_attention_eager),
+    ),
 )
-CLEAR_BACKENDS = ("auto", *(implementation.backend for implementation in CLEAR_IMPLEMENTATIONS))
 
 
 def clear_attention(
@@ -195,7 +182,8 @@ def clear_attention(
     spatial_weight: torch.Tensor | None = None,
     text_mask: torch.Tensor | None = None,
     scaling: float | None = None,
-    backend: str = "auto",
+    attn_implementation: str = "auto",
+    backend: str | None = None,
 ) -> torch.Tensor:
     """CLEAR attention.
 
@@ -209,38 +197,36 @@ def clear_attention(
             cost of pooled keys is quadratic in the number of image tokens.
         text_mask: boolean `(batch, text)`, False for text that is padding and that no query attends to.
         scaling: of the logits, `head_dim ** -0.5` by default.
-        backend: `"auto"`, or one of `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`.
+        attn_implementation: `"auto"`, or one of `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`.
+        backend: the old name of `attn_implementation`.
 
     Returns:
         Output `(batch, heads, length, head_dim)`.
 
     Raises:
-        ValueError: if the grid does not fit the sequence, cells do not fit the grid, the radius is below 1, or a backend is
-            asked for that is unknown or cannot serve the call.
+        ValueError: if the grid does not fit the sequence, cells do not fit the grid, the radius is below 1, or an
+            implementation is asked for that is unknown or cannot serve the call.
     """
     _check(query, grid, radius, spatial_weight, text_mask)
-    arguments = {
-        "grid": grid,
-        "radius": radius,
-        "spatial_weight": spatial_weight,
-        "text_mask": text_mask,
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-    }
-    for implementation in _candidates(backend, query.shape[2]):
-        ok, reason = implementation.supports(query, key, value, **arguments)
-        if ok:
-            return implementation.function(query, key, value, **arguments)[0]
-    raise ValueError(
-        f"CLEAR backend {backend!r} cannot serve this call: {reason}. Use 'auto', which picks one that can."
+    call = ClearCall(
+        query,
+        key,
+        value,
+        grid=grid,
+        radius=radius,
+        spatial_weight=spatial_weight,
+        text_mask=text_mask,
+        scaling=scaling,
     )
+    return CLEAR(call, renamed_backend(attn_implementation, backend))[0]
 
 
-def _candidates(backend: str, length: int) -> tuple[Implementation, ...]:
-    if backend not in CLEAR_BACKENDS:
-        raise ValueError(f"CLEAR has no backend {backend!r}. Known: {', '.join(CLEAR_BACKENDS)}.")
-    if backend == "auto":
-        return CLEAR_IMPLEMENTATIONS[2:] if length <= DENSE_IS_FASTEST else CLEAR_IMPLEMENTATIONS
-    return tuple(implementation for implementation in CLEAR_IMPLEMENTATIONS if implementation.backend == backend)
+def renamed_backend(attn_implementation: str, backend: str | None) -> str:
+    """What to compute with, if it may still be given as `backend`."""
+    if backend is None:
+        return attn_implementation
+    warnings.warn("CLEAR's `backend` is now called `attn_implementation`.", FutureWarning, stacklevel=3)
+    return backend
 
 
 def _check(query, grid, radius, spatial_weight, text_mask) -> None:

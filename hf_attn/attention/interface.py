@@ -1,71 +1,63 @@
-"""How a mechanism with several implementations becomes functions of transformers' attention interface.
+"""How an attention function with several implementations becomes functions of transformers' attention interface.
 
-A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that supports the call,
-and as ``"<mechanism>_<backend>"``, which pins one and raises if it cannot serve the call. What a name means never
-depends on which implementation computes it.
+A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that serves the call, and as
+``"<mechanism>_<implementation>"``, which pins one and raises if it cannot serve the call. What a name means never depends on
+which implementation computes it.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
+
+from ..kernels.call import AttentionCall
+from .dispatch import AttentionFunction
 
 
 #: keyword arguments by which some models of transformers change what their attention computes
-RESULT_CHANGING_ARGUMENTS = (
-    "softcap",
-    "s_aux",
-    "position_bias",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "cache",
-)
+RESULT_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def no_arguments(module: nn.Module, kwargs: dict) -> dict:
+    """For a mechanism that takes nothing beyond an :class:`AttentionCall`."""
+    return {}
+
+
+def no_fields(heads: int, kv_len: int) -> dict:
+    """The example of such a mechanism."""
+    return {}
 
 
 @dataclass(frozen=True)
-class Implementation:
-    """One way to compute a mechanism.
+class Mechanism(AttentionFunction):
+    """An attention mechanism that models use by name.
 
     Attributes:
-        backend: last part of the registered name (``eager``, ``torch``, ``triton``, ``flex``).
-        function: ``(query, key, value, **arguments) -> (output, weights | None)``; query ``(batch, heads, q_len,
-            head_dim)``, key and value ``(batch, kv_heads, kv_len, head_dim)``, output ``(batch, heads, q_len,
-            head_dim)``, weights ``(batch, heads, q_len, kv_len)``.
-        supports: the same arguments -> ``(ok, reason)``.
-    """
-
-    backend: str
-    function: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    supports: Callable[..., tuple[bool, str]]
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """An attention mechanism and its implementations, the preferred one first.
-
-    Attributes:
-        name: registered name that chooses by itself.
-        implementations: in order of preference; the last one serves every call.
-        arguments: ``(module, query, key, value, keyword arguments of the call) -> arguments of the implementations``.
-            Takes what it serves out of the keyword arguments, and so decides what is refused.
+        arguments: ``(module, keyword arguments of the call) -> further fields of the call``. Takes what it serves out of
+            the keyword arguments, and so decides what is refused.
         mask_function: creates the mask in the form that the implementations take.
+        examples: name -> ``(heads, kv_len) -> further fields of a call`` with two rows; what
+            :mod:`hf_attn.attention.conformance` compares the implementations on.
     """
 
-    name: str
-    implementations: tuple[Implementation, ...]
-    arguments: Callable[..., dict]
+    arguments: Callable[[nn.Module, dict], dict] = no_arguments
     mask_function: Callable = sdpa_mask
+    examples: Mapping[str, Callable[[int, int], dict]] = field(default_factory=lambda: {"plain": no_fields})
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *(f"{self.name}_{implementation.backend}" for implementation in self.implementations))
+    def automatic(self) -> str:
+        return self.name
+
+    def name_of(self, implementation) -> str:
+        return f"{self.name}_{implementation.name}"
 
     def attention_function(self, name: str) -> Callable:
         """The function registered under ``name`` (one of :attr:`names`), with transformers' attention signature."""
-        pinned = [i for i in self.implementations if name == f"{self.name}_{i.backend}"]
+        self.implementation(name)
 
         def attention_forward(
             module: nn.Module,
@@ -75,48 +67,98 @@ class Mechanism:
             attention_mask: torch.Tensor | None,
             scaling: float | None = None,
             dropout: float = 0.0,
-            is_causal: bool | None = None,
-            sliding_window: int | None = None,
             **kwargs,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-            # Under the convention of `sdpa_mask` a missing mask means: causal if there are several queries, the first of
-            # which is at position 0 (further keys are unused slots of a static cache), else all keys.
-            is_causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None
-            if is_causal and key.shape[2] > query.shape[2]:
-                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            arguments = {
-                "attention_mask": attention_mask,
-                "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-                "is_causal": is_causal,
-                # A mask made by transformers holds the window already.
-                "sliding_window": sliding_window if attention_mask is None else None,
-                "dropout": dropout,
-                "output_weights": bool(kwargs.pop("output_attentions", False)),
-                **self.arguments(module, kwargs),
-            }
-            refused = [name for name in RESULT_CHANGING_ARGUMENTS if kwargs.get(name) is not None]
-            if refused:
-                raise ValueError(
-                    f"attn_implementation={name!r} does not serve {', '.join(refused)}, which "
-                    f"{type(module).__name__} asks for and which would change the result. Use the model's own "
-                    "attn_implementation ('eager' or 'sdpa')."
-                )
-            output, weights = self._choose(pinned, query, key, value, arguments)(query, key, value, **arguments)
+            call = self.make_call(module, name, query, key, value, attention_mask, scaling, dropout, **kwargs)
+            output, weights = self(call, name)
             return output.transpose(1, 2).contiguous(), weights
 
         attention_forward.__name__ = f"{name}_attention_forward"
         return attention_forward
 
-    def _choose(self, pinned: list[Implementation], query, key, value, arguments: dict) -> Callable:
-        for implementation in pinned or self.implementations:
-            ok, reason = implementation.supports(query, key, value, **arguments)
-            if ok:
-                return implementation.function
-        raise ValueError(
-            f"attn_implementation='{self.name}_{implementation.backend}' cannot serve this call: {reason}. Use "
-            f"attn_implementation={self.name!r}, which picks an implementation that can."
+    def make_call(
+        self,
+        module: nn.Module,
+        name: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        **kwargs,
+    ) -> AttentionCall:
+        """What a model of transformers passes to an attention function, as a call of this mechanism.
+
+        Raises:
+            ValueError: for arguments that would change the result and are not served.
+        """
+        is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        # Under the convention of `sdpa_mask` a missing mask means: causal if there are several queries, the first of which
+        # is at position 0 (further keys are unused slots of a static cache), else all keys.
+        is_causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None
+        if is_causal and key.shape[2] > query.shape[2]:
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        # A mask made by transformers holds the window already.
+        sliding_window = sliding_window if attention_mask is None else None
+        arguments = self.arguments(module, kwargs)
+        refused = [name for name in RESULT_CHANGING_ARGUMENTS if kwargs.get(name) is not None]
+        # Decoder layers hand on the cache that they have updated. A paged cache, which is no `Cache`, is another matter:
+        # there the attention function would have to write keys and values.
+        if isinstance(kwargs.get("cache"), Cache):
+            refused.remove("cache")
+        if refused:
+            raise ValueError(
+                f"attn_implementation={name!r} does not serve {', '.join(refused)}, which {type(module).__name__} passes and "
+                "which would change the result. Call the model without it; a model that passes it by itself needs another "
+                "attention function, so load it without attn_implementation."
+            )
+        if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+            attention_mask = _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, is_causal)
+            is_causal = False
+        return self.call(
+            query,
+            key,
+            value,
+            scaling=scaling,
+            attention_mask=attention_mask,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            dropout=dropout,
+            output_weights=bool(output_attentions),
+            **arguments,
         )
+
+
+def _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, is_causal: bool) -> torch.Tensor:
+    """The mask of a flattened batch, where a query sees keys of its own sequence only.
+
+    If positions told the model where the sequences begin, then its mask keeps them apart already, and stays as it is.
+
+    Args:
+        cu_seq_lens_q, cu_seq_lens_k: where the sequences of queries and of keys begin, and the end of the last one.
+    """
+    if query.shape[0] != 1 or cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k tell where the sequences of a flattened batch begin, and go together, with one "
+            f"row; this call has {query.shape[0]} rows. Use DataCollatorWithFlattening, or padding and an attention_mask."
+        )
+    q_position, k_position = (torch.arange(states.shape[2], device=query.device) for states in (query, key))
+    q_sequence = torch.bucketize(q_position, cu_seq_lens_q[1:], right=True)
+    k_sequence = torch.bucketize(k_position, cu_seq_lens_k[1:], right=True)
+    allowed = (q_sequence[:, None] == k_sequence)[None, None]
+    if is_causal:
+        allowed = allowed & (q_position[:, None] >= k_position)
+    if attention_mask is None:
+        return allowed
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & allowed
+    return attention_mask.masked_fill(~allowed, torch.finfo(attention_mask.dtype).min)
 
 
 def uses_attention(model: nn.Module, name: str) -> None:

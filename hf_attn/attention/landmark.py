@@ -16,9 +16,10 @@ Rows sum to one, unless a block without tokens takes its share. Under a causal m
 import torch
 from torch import nn
 
-from ..kernels.landmark.blockwise import landmark_attention_blockwise, supports_landmark_blockwise
-from ..kernels.triton_support import landmark_tile, supports_landmark_triton
-from .interface import Implementation, Mechanism
+from ..kernels.landmark.blockwise import landmark_attention_blockwise
+from ..kernels.landmark.call import LandmarkCall, check_blockwise, check_triton
+from .dispatch import Implementation
+from .interface import Mechanism
 
 
 def blocks_of(is_landmark: torch.Tensor) -> torch.Tensor:
@@ -93,34 +94,8 @@ def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return weights.masked_fill(~mask, 0.0)
 
 
-def landmark_attention_eager(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    is_landmark: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    output_weights: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def landmark_attention_eager(call: LandmarkCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Landmark attention with the weights of :func:`grouped_softmax`; the specification of the other implementations.
-
-    Args:
-        query: ``(batch, heads, q_len, head_dim)``, the last ``q_len`` tokens of the sequence.
-        key: ``(batch, kv_heads, kv_len, head_dim)``; head ``h`` uses key/value head ``h // (heads // kv_heads)``.
-        value: ``(batch, kv_heads, kv_len, value_dim)``.
-        scaling: factor of the scores.
-        is_landmark: boolean ``(batch, kv_len or more)``; without it there are no landmarks, and the softmax is an ordinary
-            one.
-        attention_mask: broadcastable to ``(batch, heads, q_len, kv_len)``; boolean (``True``: may attend) or additive,
-            where entries at half of the dtype's minimum or below mean masked.
-        is_causal: a query sees the keys up to its own position.
-        sliding_window: a query sees the keys less than this far from its position.
-        dropout: probability of dropping a weight.
-        output_weights: accepted for all implementations; the weights are returned anyway.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` and weights ``(batch, heads, q_len, kv_len)``, both in the dtype of
@@ -129,24 +104,24 @@ def landmark_attention_eager(
     Raises:
         ValueError: if ``is_landmark`` does not cover the keys.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
+    query, mask = call.query, call.attention_mask
+    key, value = call.repeated_heads()
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * call.scaling
 
     q_len, kv_len = scores.shape[-2:]
     distance = torch.arange(q_len, device=query.device)[:, None] + kv_len - q_len
     distance = distance - torch.arange(kv_len, device=query.device)
-    allowed = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
-    if sliding_window is not None:
-        allowed = allowed & (distance.abs() < sliding_window)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        allowed = allowed & attention_mask
-    elif attention_mask is not None:
-        allowed = allowed & (attention_mask > torch.finfo(attention_mask.dtype).min / 2)
-        scores = scores + attention_mask
+    allowed = distance >= 0 if call.is_causal else torch.ones_like(distance, dtype=torch.bool)
+    if call.sliding_window is not None:
+        allowed = allowed & (distance.abs() < call.sliding_window)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        allowed = allowed & (mask > torch.finfo(mask.dtype).min / 2)
+        scores = scores + mask
 
-    weights = grouped_softmax(scores, _landmarks_of_keys(is_landmark, key), allowed).to(query.dtype)
-    return nn.functional.dropout(weights, p=dropout) @ value, weights
+    weights = grouped_softmax(scores, _landmarks_of_keys(call.is_landmark, key), allowed).to(query.dtype)
+    return nn.functional.dropout(weights, p=call.dropout) @ value, weights
 
 
 def _landmarks_of_keys(is_landmark: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
@@ -161,34 +136,43 @@ def _landmarks_of_keys(is_landmark: torch.Tensor | None, key: torch.Tensor) -> t
     return is_landmark[:, :kv_len]
 
 
-def _supports_eager(query, key, value, **arguments) -> tuple[bool, str]:
-    return True, ""
+def _eager(call: LandmarkCall, found: None):
+    return landmark_attention_eager(call)
 
 
-def _landmark_attention_torch(query, key, value, *, dropout, output_weights, **arguments):
-    return landmark_attention_blockwise(query, key, value, **arguments), None
+def _torch(call: LandmarkCall, block_size: int):
+    return landmark_attention_blockwise(call, block_size), None
 
 
-def _landmark_attention_triton(
-    query, key, value, *, is_landmark, is_causal, sliding_window, dropout, output_weights, **arguments
-):
+def _triton(call: LandmarkCall, block_size: int):
     from ..kernels.landmark.triton import landmark_attention_triton
 
-    block_size = landmark_tile(is_landmark, key.shape[2])
-    return landmark_attention_triton(query, key, value, block_size=block_size, **arguments), None
+    return landmark_attention_triton(call, block_size), None
 
 
 def _arguments(module: nn.Module, kwargs: dict) -> dict:
     is_landmark = kwargs.pop("is_landmark", None)
-    return {"is_landmark": None if is_landmark is None else is_landmark.bool()}
+    return {
+        "is_landmark": None if is_landmark is None else is_landmark.bool(),
+        "block_size": kwargs.pop("landmark_block_size", None),
+    }
 
 
 LANDMARK = Mechanism(
     name="landmark",
     implementations=(
-        Implementation("triton", _landmark_attention_triton, supports_landmark_triton),
-        Implementation("torch", _landmark_attention_torch, supports_landmark_blockwise),
-        Implementation("eager", landmark_attention_eager, _supports_eager),
+        Implementation("triton", _triton, check_triton, gpu_kernel=True),
+        Implementation("torch", _torch, check_blockwise),
+        Implementation("eager", _eager),
     ),
+    call=LandmarkCall,
     arguments=_arguments,
+    examples={
+        "plain": lambda heads, kv_len: {},
+        "regular": lambda heads, kv_len: {"is_landmark": (torch.arange(kv_len) % 6 == 5).expand(2, -1)},
+        "regular_16": lambda heads, kv_len: {"is_landmark": (torch.arange(kv_len) % 16 == 15).expand(2, -1)},
+        "anywhere": lambda heads, kv_len: {
+            "is_landmark": torch.rand(2, kv_len, generator=torch.Generator().manual_seed(5)) < 0.2
+        },
+    },
 )

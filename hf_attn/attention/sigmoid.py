@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..kernels.sigmoid.blockwise import sigmoid_attention_blockwise, supports_blockwise
-from .interface import Implementation, Mechanism
+from ..kernels.sigmoid.blockwise import sigmoid_attention_blockwise
+from ..kernels.sigmoid.call import SigmoidCall, check_blockwise, check_triton
+from .dispatch import Implementation
+from .interface import Mechanism
 
 
 logger = logging.get_logger(__name__)
@@ -68,94 +70,53 @@ def sigmoid_weights(logits: torch.Tensor, normalization: str | None = None) -> t
     return weights / (count if normalization == "row" else count.sqrt())
 
 
-def sigmoid_attention_eager(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | torch.Tensor | None = None,
-    dropout: float = 0.0,
-    output_weights: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sigmoid_attention_eager(call: SigmoidCall) -> tuple[torch.Tensor, torch.Tensor]:
     """Sigmoid attention as the equation reads; the specification of the other implementations.
-
-    Args:
-        query: ``(batch, heads, q_len, head_dim)``.
-        key: ``(batch, kv_heads, kv_len, head_dim)``; head ``h`` uses key/value head ``h // (heads // kv_heads)``.
-        value: ``(batch, kv_heads, kv_len, value_dim)``.
-        scaling: factor of the logits.
-        bias: ``b``, one number or one for each head ``(heads,)``; it is not scaled.
-        attention_mask: broadcastable to ``(batch, heads, q_len, kv_len)``; boolean (``True``: may attend) or additive,
-            where entries at half of the dtype's minimum or below mean masked.
-        is_causal: a query sees the keys up to its own position.
-        sliding_window: a query sees the keys less than this far from its position.
-        alibi_slopes: ``(heads,)`` or ``(batch, heads)``, slope of the penalty on the distance in tokens.
-        query_offset: position of the first query among the keys; ``kv_len - q_len`` if not given.
-        dropout: probability of dropping a weight.
-        output_weights: accepted for all implementations; the weights are returned anyway.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` and weights ``(batch, heads, q_len, kv_len)``, both in the dtype of
         the query. Logits and sigmoid are computed in float32 (or in float64 for float64 input).
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, mask, bias = call.query, call.attention_mask, call.bias
+    key, value = call.repeated_heads()
     precision = torch.promote_types(query.dtype, torch.float32)
-    logits = (query @ key.transpose(-1, -2)).to(precision) * scaling
+    logits = (query @ key.transpose(-1, -2)).to(precision) * call.scaling
 
     q_len, kv_len = logits.shape[-2:]
-    offset = kv_len - q_len if query_offset is None else query_offset
-    q_position = torch.arange(q_len, device=query.device)[:, None] + offset
+    q_position = torch.arange(q_len, device=query.device)[:, None] + call.query_offset
     distance = q_position - torch.arange(kv_len, device=query.device)
     allowed = torch.ones_like(distance, dtype=torch.bool)
-    if is_causal:
+    if call.is_causal:
         allowed = distance >= 0
-    if sliding_window is not None:
-        allowed = allowed & (distance.abs() < sliding_window)
-    if alibi_slopes is not None:
-        logits = logits - alibi_slopes.to(precision)[..., None, None] * distance.abs()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        allowed = allowed & attention_mask
-    elif attention_mask is not None:
-        allowed = allowed & (attention_mask > torch.finfo(attention_mask.dtype).min / 2)
-        logits = logits + attention_mask
+    if call.sliding_window is not None:
+        allowed = allowed & (distance.abs() < call.sliding_window)
+    if call.alibi_slopes is not None:
+        logits = logits - call.alibi_slopes.to(precision)[..., None, None] * distance.abs()
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        allowed = allowed & (mask > torch.finfo(mask.dtype).min / 2)
+        logits = logits + mask
 
     if isinstance(bias, torch.Tensor):
         bias = bias.to(precision)[..., None, None]
     weights = sigmoid_weights(logits + bias).masked_fill(~allowed, 0.0).to(query.dtype)
-    output = nn.functional.dropout(weights, p=dropout) @ value
+    output = nn.functional.dropout(weights, p=call.dropout) @ value
     return output, weights
 
 
-def _supports_eager(query, key, value, **arguments) -> tuple[bool, str]:
-    return True, ""
+def _eager(call: SigmoidCall, found: None):
+    return sigmoid_attention_eager(call)
 
 
-def _sigmoid_attention_triton(query, key, value, **arguments):
+def _torch(call: SigmoidCall, found: None):
+    return sigmoid_attention_blockwise(call), None
+
+
+def _triton(call: SigmoidCall, found: None):
     from ..kernels.sigmoid.triton import sigmoid_attention_triton
 
-    return sigmoid_attention_triton(query, key, value, **arguments)
-
-
-def _supports_triton(query, key, value, **arguments) -> tuple[bool, str]:
-    from ..kernels.triton_support import supports_sigmoid_triton
-
-    return supports_sigmoid_triton(query, key, value, **arguments)
-
-
-def _without_weights(function):
-    """Adapts a fused kernel, which takes neither of the two arguments that it cannot serve."""
-
-    def fused(query, key, value, *, dropout, output_weights, **arguments):
-        return function(query, key, value, **arguments), None
-
-    return fused
+    return sigmoid_attention_triton(call), None
 
 
 def default_sigmoid_bias(config) -> float:
@@ -209,9 +170,14 @@ def _warn_that_the_choice_is_not_saved(config_name: str) -> None:
 SIGMOID = Mechanism(
     name="sigmoid",
     implementations=(
-        Implementation("triton", _without_weights(_sigmoid_attention_triton), _supports_triton),
-        Implementation("torch", _without_weights(sigmoid_attention_blockwise), supports_blockwise),
-        Implementation("eager", sigmoid_attention_eager, _supports_eager),
+        Implementation("triton", _triton, check_triton, gpu_kernel=True),
+        Implementation("torch", _torch, check_blockwise),
+        Implementation("eager", _eager),
     ),
+    call=SigmoidCall,
     arguments=_arguments,
+    examples={
+        "plain": lambda heads, kv_len: {"bias": -1.5},
+        "alibi": lambda heads, kv_len: {"bias": -1.5, "alibi_slopes": torch.linspace(0.1, 0.6, heads)},
+    },
 )

@@ -1,4 +1,5 @@
-"""Fused kernels behind the attention functions of :mod:`hf_attn.attention`.
+"""Fused kernels behind the attention functions of :mod:`hf_attn.attention`, one package a mechanism.
 
-Beside every kernel stands a check ``supports_<kernel>`` with the same arguments, which returns ``(ok, reason)``.
+A kernel takes a :class:`hf_attn.kernels.call.AttentionCall`. Its check takes the same, and returns a
+:class:`hf_attn.kernels.call.Refusal` or what it found out, which the kernel gets.
 """

@@ -32,6 +32,7 @@ from hf_attn.architectures.decoder import (
 )
 from hf_attn.attention.family import OwnAttentionMixin
 from hf_attn.attention.landmark import LANDMARK
+from hf_attn.kernels.landmark.call import landmark_block_size
 
 from .cache import LandmarkCache
 from .configuration_landmark import LandmarkConfig
@@ -274,11 +275,16 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
                 **{CACHE: None},
             )
 
+        # Found out once for all layers: it waits for the device.
+        block_size = None
+        if not torch.compiler.is_compiling():
+            block_size = landmark_block_size(keys_are_landmarks, keys_are_landmarks.shape[1])
         hidden_states = self.run_layers(
             self.layers[: self.config.num_hidden_layers],
             inputs_embeds,
             {"full_attention": mask},
             is_landmark=keys_are_landmarks,
+            landmark_block_size=block_size,
             memory=memory,
             **self.layer_arguments(inputs_embeds, position_ids, None),
             **kwargs,

@@ -20,7 +20,7 @@ from hf_attn.architectures.decoder import (
     make_norm,
 )
 from hf_attn.attention.family import OwnAttentionMixin
-from hf_attn.attention.sigmoid import SIGMOID, alibi_slopes, sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SIGMOID, SigmoidCall, alibi_slopes, sigmoid_attention_eager
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
 
@@ -235,7 +235,7 @@ class SigmoidCrossAttention(nn.Module):
             query, key = self._rotate(query), self._rotate(key)
         mask = None if key_mask is None else key_mask[:, None, None, :].bool()
         output, weights = sigmoid_attention_eager(
-            query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask
+            SigmoidCall(query, key, value, scaling=self.scaling, bias=self.sigmoid_bias, attention_mask=mask)
         )
         return self.o_proj(output.transpose(1, 2).flatten(-2)), weights
 

@@ -53,7 +53,7 @@ def check() -> None:
     """No figure while wrong: the fast path must equal the definition."""
     for radius, text_length in ((8, 512), (16, 0)):
         inputs = make_inputs(40, text_length, 64, 1)
-        expected = clear_attention(*inputs, grid=(40, 40), radius=radius, backend="eager")
+        expected = clear_attention(*inputs, grid=(40, 40), radius=radius, attn_implementation="eager")
         torch.testing.assert_close(clear(inputs, 40, radius), expected)
 
 

@@ -16,7 +16,7 @@ import torch
 from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
 from torch.nn import functional as F
 
-from hf_attn.attention.sigmoid import sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SigmoidCall, sigmoid_attention_eager
 from hf_attn.kernels.sigmoid.blockwise import sigmoid_attention_blockwise
 
 
@@ -24,8 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def sigmoid(query, key, value, causal):
-    bias, scaling = -math.log(key.shape[2]), query.shape[-1] ** -0.5
-    return sigmoid_attention_blockwise(query, key, value, scaling=scaling, bias=bias, is_causal=causal)
+    return sigmoid_attention_blockwise(SigmoidCall(query, key, value, bias=-math.log(key.shape[2]), is_causal=causal))
 
 
 def softmax(query, key, value, causal):
@@ -55,7 +54,7 @@ def check(inputs: list[torch.Tensor], causal: bool) -> None:
     output = sigmoid(*inputs, causal)[:, :1].float()
     query, key, value = (tensor[:, :1].float() for tensor in inputs)
     expected, _ = sigmoid_attention_eager(
-        query, key, value, scaling=query.shape[-1] ** -0.5, bias=-math.log(key.shape[2]), is_causal=causal
+        SigmoidCall(query, key, value, bias=-math.log(key.shape[2]), is_causal=causal)
     )
     rounding = torch.finfo(inputs[0].dtype).eps
     torch.testing.assert_close(output, expected, rtol=rounding, atol=max(rounding * float(expected.abs().max()), 1e-6))

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from hf_attn.kernels.landmark import triton as landmark
 from hf_attn.kernels.sigmoid import triton as sigmoid
-from hf_attn.kernels.triton_common import dimension_constants
+from hf_attn.kernels.triton_tiles import dimension_constants
 
 
 TARGETS = {

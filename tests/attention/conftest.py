@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hf_attn.attention import MECHANISMS
-from hf_attn.attention.interface import Mechanism
+from hf_attn.attention import MECHANISMS, Mechanism, Refusal
 
 
 def mechanism_of(name: str) -> Mechanism:
@@ -15,11 +14,10 @@ def mechanism_of(name: str) -> Mechanism:
 def sigmoid_name(request) -> str:
     """A name of sigmoid attention; the test is skipped, with the reason, where its kernel cannot run at all."""
     name = request.param
-    pinned = [i for i in mechanism_of(name).implementations if name.endswith(f"_{i.backend}")]
     tensor = torch.zeros(1, 1, 4, 16)
-    arguments = {"scaling": 1.0, "bias": 0.0, "attention_mask": None, "is_causal": True, "sliding_window": None}
-    for implementation in pinned:
-        ok, reason = implementation.supports(tensor, tensor, tensor, **arguments, dropout=0.0, output_weights=False)
-        if not ok:
-            pytest.skip(f"{name}: {reason}")
+    mechanism = mechanism_of(name)
+    for implementation in mechanism.implementations:
+        refusal = implementation.check(mechanism.call(tensor, tensor, tensor, is_causal=True))
+        if mechanism.name_of(implementation) == name and isinstance(refusal, Refusal):
+            pytest.skip(f"{name}: {refusal.reason}")
     return name

@@ -78,14 +78,14 @@ def test_the_mask_has_the_cost_that_the_paper_reports(radius, gflops):
 
 def test_a_radius_beyond_the_diagonal_is_full_attention():
     inputs = random_inputs(6, 9, 4, 1)
-    output = clear_attention(**inputs, grid=(6, 9), radius=11, backend="tiles")
+    output = clear_attention(**inputs, grid=(6, 9), radius=11, attn_implementation="tiles")
     torch.testing.assert_close(output, F.scaled_dot_product_attention(*inputs.values()))
 
 
 def test_a_far_key_has_no_gradient():
     inputs = random_inputs(12, 12, 3, 1)
     for backend in ("tiles", "dense"):
-        output = clear_attention(**inputs, grid=(12, 12), radius=3, backend=backend)
+        output = clear_attention(**inputs, grid=(12, 12), radius=3, attn_implementation=backend)
         gradient = torch.autograd.grad(output[:, :, 3].sum(), inputs["value"])[0]
         near = clear_mask(12, 12, 3, 3)[3]
         assert (gradient[:, :, ~near] == 0).all() and (gradient[:, :, near] != 0).all()
@@ -95,8 +95,8 @@ def test_a_transposed_image_gives_the_transposed_output():
     inputs = random_inputs(10, 17, 3, 1)
     order = torch.cat([torch.arange(3), 3 + torch.arange(170).view(10, 17).T.flatten()])
     transposed = {name: tensor[:, :, order] for name, tensor in inputs.items()}
-    output = clear_attention(**inputs, grid=(10, 17), radius=4, backend="tiles")
-    other = clear_attention(**transposed, grid=(17, 10), radius=4, backend="tiles")
+    output = clear_attention(**inputs, grid=(10, 17), radius=4, attn_implementation="tiles")
+    other = clear_attention(**transposed, grid=(17, 10), radius=4, attn_implementation="tiles")
     torch.testing.assert_close(other, output[:, :, order])
 
 
@@ -136,8 +136,8 @@ def test_implementations_agree(shape, backend, masked):
     arguments = {"grid": (height, width), "radius": radius, "scaling": 0.7}
     if masked:
         arguments["text_mask"] = torch.arange(text_length) < torch.tensor([[text_length // 2], [0]])
-    expected = with_gradients(inputs, backend="eager", **arguments)
-    computed = with_gradients(inputs, backend=backend, **arguments)
+    expected = with_gradients(inputs, attn_implementation="eager", **arguments)
+    computed = with_gradients(inputs, attn_implementation=backend, **arguments)
     torch.testing.assert_close(computed, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -147,8 +147,8 @@ def test_flex_agrees_where_the_cpu_has_it(shape):
     inputs = random_inputs(height, width, text_length, down_factor)
     arguments = {"grid": (height, width), "radius": radius}
     with torch.no_grad():
-        expected = clear_attention(**inputs, backend="eager", **arguments)
-        torch.testing.assert_close(clear_attention(**inputs, backend="flex", **arguments), expected)
+        expected = clear_attention(**inputs, attn_implementation="eager", **arguments)
+        torch.testing.assert_close(clear_attention(**inputs, attn_implementation="flex", **arguments), expected)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (48, 64, 300, 20, 4), (40, 64, 0, 9, 1)], ids=str)
@@ -192,10 +192,10 @@ def test_compiled_flex_agrees():
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 24 * 32 + 6, 32) for _ in range(3))
     arguments = {"grid": (24, 32), "radius": 4}
-    expected = clear_attention(query, key, value, backend="eager", **arguments)
+    expected = clear_attention(query, key, value, attn_implementation="eager", **arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "flex_attention", flex._compiled_flex_attention)
-        output = clear_attention(query, key, value, backend="flex", **arguments)
+        output = clear_attention(query, key, value, attn_implementation="flex", **arguments)
     torch.testing.assert_close(output, expected)
 
 
@@ -204,10 +204,10 @@ def test_tiles_in_bfloat16_are_as_accurate_as_the_definition():
     arguments = {"grid": (20, 24), "radius": 4}
     narrow = {name: tensor.to(torch.bfloat16) for name, tensor in inputs.items()}
     oracle = clear_attention(
-        **{name: tensor.double() for name, tensor in narrow.items()}, backend="eager", **arguments
+        **{name: tensor.double() for name, tensor in narrow.items()}, attn_implementation="eager", **arguments
     )
     eager, tiles = (
-        (clear_attention(**narrow, backend=backend, **arguments).double() - oracle).abs()
+        (clear_attention(**narrow, attn_implementation=backend, **arguments).double() - oracle).abs()
         for backend in ("eager", "tiles")
     )
     rounding = torch.finfo(torch.bfloat16).eps * oracle.abs()
@@ -218,8 +218,8 @@ def test_tiles_of_transposed_views():
     # Models pass views of (batch, length, heads, head_dim).
     query, key, value = (torch.randn(2, 9 * 11 + 4, 3, 8).transpose(1, 2) for _ in range(3))
     arguments = {"grid": (9, 11), "radius": 3}
-    output = clear_attention(query, key, value, backend="tiles", **arguments)
-    torch.testing.assert_close(output, clear_attention(query, key, value, backend="eager", **arguments))
+    output = clear_attention(query, key, value, attn_implementation="tiles", **arguments)
+    torch.testing.assert_close(output, clear_attention(query, key, value, attn_implementation="eager", **arguments))
 
 
 def test_the_tiles_operator_is_a_proper_one():
@@ -233,8 +233,8 @@ def test_tiles_after_a_first_call_in_inference_mode():
     arguments = {"grid": (10, 14), "radius": 6}
     for backend in ("tiles", "dense"):
         with torch.inference_mode():
-            clear_attention(**inputs, backend=backend, **arguments)
-        with_gradients(inputs, backend=backend, **arguments)
+            clear_attention(**inputs, attn_implementation=backend, **arguments)
+        with_gradients(inputs, attn_implementation=backend, **arguments)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -245,12 +245,12 @@ def test_tiles_after_a_first_call_in_inference_mode():
     [
         ({"grid": (6, 6)}, "36 image tokens, more than the 35 tokens"),
         ({"radius": 0}, "at least 1, got 0"),
-        ({"backend": "fast"}, "no backend 'fast'. Known: auto, tiles"),
+        ({"attn_implementation": "fast"}, "has no implementation 'fast'. Use one of 'auto', 'tiles'"),
         ({"spatial_weight": torch.ones(1, 1, 1, 2, 1, 2, 1)}, "down_factor = 2 divides, and this one is 4 x 5"),
         ({"text_mask": torch.ones(1, 3, dtype=torch.bool)}, r"\(1, 3\) instead of .* \(1, 15\)"),
         (
-            {"text_mask": torch.ones(1, 15, dtype=torch.bool), "backend": "flex"},
-            "'flex' cannot serve this call: .* text padding .* Use 'auto'",
+            {"text_mask": torch.ones(1, 15, dtype=torch.bool), "attn_implementation": "flex"},
+            "'flex' cannot serve this call: .* text padding .* Use attn_implementation='auto'",
         ),
     ],
 )
@@ -263,4 +263,4 @@ def test_bad_input(arguments, message):
 def test_flex_has_no_backward_on_the_cpu_and_says_so():
     states = torch.randn(1, 2, 20, 4, requires_grad=True)
     with pytest.raises(ValueError, match="no backward pass on the CPU"):
-        clear_attention(states, states, states, grid=(4, 5), radius=2, backend="flex")
+        clear_attention(states, states, states, grid=(4, 5), radius=2, attn_implementation="flex")

@@ -79,6 +79,39 @@ class ModelTester:
         return getattr(self._test if name in ("batch_size", "seq_length") else self._config, name)
 
 
+#: The tests that see how the layers of a configuration compute, initialise, save and generate. The others look at classes,
+#: signatures and loading in general, which are the same for every configuration of a family.
+TESTS_OF_THE_CONFIGURATION = (
+    "test_all_tensors_are_parameter_or_buffer",
+    "test_attention_outputs",
+    "test_batching_equivalence",
+    "test_beam_search_with_and_without_cache",
+    "test_can_init_all_missing_weights",
+    "test_continuing_from_a_cache_matches_one_run",
+    "test_decoding_step_compiles_without_graph_breaks",
+    "test_decoding_with_cache_matches_full_forward",
+    "test_determinism",
+    "test_future_tokens_do_not_matter",
+    "test_hidden_states_output",
+    "test_init_weights_can_init_buffers",
+    "test_left_padding_does_not_matter",
+    "test_model_outputs_equivalence",
+    "test_prefill_in_chunks_matches_one_forward",
+    "test_right_padding_does_not_matter",
+    "test_save_load",
+    "test_static_cache_matches_dynamic_cache",
+    "test_tie_model_weights",
+    "test_training",
+    "test_training_gradient_checkpointing",
+)
+
+
+def _keep(cls: type, kept: tuple[str, ...]) -> None:
+    for name in dir(cls):
+        if name.startswith("test_") and name not in kept:
+            setattr(cls, name, None)
+
+
 def _skip(cls: type, pattern: str, reason: str) -> None:
     names = fnmatch.filter((name for name in dir(cls) if name.startswith("test_")), pattern)
     if not names:
@@ -102,6 +135,8 @@ class FamilyTests:
         facts: attributes of upstream's `model_tester` that are not fields of the configuration, such as `seq_length` of
             an image model.
         batch_size: rows of the inputs.
+        is_further_configuration: another class runs the whole battery for this family; this one runs the tests that depend
+            on the configuration, `TESTS_OF_THE_CONFIGURATION`.
     """
 
     pytestmark = [pytest.mark.upstream]
@@ -110,12 +145,15 @@ class FamilyTests:
     skipped: ClassVar[dict[str, str]] = {}
     facts: ClassVar[dict[str, object]] = {}
     batch_size: ClassVar[int] = 3
+    is_further_configuration: ClassVar[bool] = False
     is_backbone_battery: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for pattern, reason in vars(cls).get("skipped", {}).items():
             _skip(cls, pattern, reason)
+        if cls.is_further_configuration:
+            _keep(cls, TESTS_OF_THE_CONFIGURATION)
 
     def get_config(self) -> PreTrainedConfig:
         """A configuration that is small enough for a test of a second."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_attn.kernels.sigmoid import triton as sigmoid
+from hf_attn.kernels.sigmoid.call import SigmoidCall, check_triton
 from hf_attn.kernels.sigmoid.triton import sigmoid_attention_triton
-from hf_attn.kernels.triton_support import supports_sigmoid_triton
 
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 
@@ -41,22 +41,22 @@ def test_a_query_without_keys_gets_exact_zeros():
     query, key, value = Case(batch=1).inputs()
     mask = torch.ones(1, 1, 37, 37, dtype=torch.bool)
     mask[:, :, 20] = False
-    output = sigmoid_attention_triton(100 * query, key, value, scaling=10.0, bias=50.0, attention_mask=mask)
+    call = SigmoidCall(100 * query, key, value, scaling=10.0, bias=50.0, attention_mask=mask)
+    output = sigmoid_attention_triton(call)
     assert (output[:, :, 20] == 0).all()
     assert not (output[:, :, 19] == 0).any()
 
 
 def test_empty_tensors():
-    assert sigmoid_attention_triton(*Case(q_len=0).inputs(), scaling=1.0).shape == (2, 4, 0, 16)
+    assert sigmoid_attention_triton(SigmoidCall(*Case(q_len=0).inputs())).shape == (2, 4, 0, 16)
 
 
 def test_is_supported_on_the_cpu_here():
     query, key, value = Case().inputs()
-    assert supports_sigmoid_triton(query, key, value, scaling=1.0) == (True, "")
-    ok, reason = supports_sigmoid_triton(query.bfloat16(), key.bfloat16(), value.bfloat16(), scaling=1.0)
-    assert not ok and "bfloat16" in reason
-    ok, reason = supports_sigmoid_triton(query.double(), key.double(), value.double(), scaling=1.0)
-    assert not ok and "float64" in reason
+    assert check_triton(SigmoidCall(query, key, value)) is None
+    refusal = check_triton(SigmoidCall(query.bfloat16(), key.bfloat16(), value.bfloat16()))
+    assert "bfloat16" in refusal.reason
+    refusal = check_triton(SigmoidCall(query.double(), key.double(), value.double()))
+    assert "float64" in refusal.reason
     wide = torch.zeros(1, 1, 1, 300)
-    ok, reason = supports_sigmoid_triton(wide, wide, wide, scaling=1.0)
-    assert not ok and "300" in reason
+    assert "300" in check_triton(SigmoidCall(wide, wide, wide)).reason

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_attn.attention.sigmoid import alibi_slopes, sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SigmoidCall, alibi_slopes, sigmoid_attention_eager
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ CASES = {
 def output_and_gradients(function, case: Case, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Output and the gradients of query, key and value for a fixed gradient of the output."""
     inputs = case.inputs(dtype)
-    output = function(*inputs, **case.keywords())
+    output = function(SigmoidCall(*inputs, **case.keywords()))
     output = output[0] if isinstance(output, tuple) else output
     torch.manual_seed(2)
     grad_output = torch.randn(output.shape).to(output.dtype)

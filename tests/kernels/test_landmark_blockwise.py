@@ -1,13 +1,16 @@
 """The blockwise path of landmark attention against its specification."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hf_attn.attention.landmark import grouped_softmax, landmark_attention_eager
-from hf_attn.kernels.landmark.blockwise import landmark_attention_blockwise, supports_landmark_blockwise
+from hf_attn.attention.landmark import LANDMARK, grouped_softmax
+from hf_attn.kernels.landmark.blockwise import landmark_attention_blockwise
+from hf_attn.kernels.landmark.call import LandmarkCall, check_blockwise
 
 
-def make_call(q_len=23, kv_len=23, block=5, mask=None, kv_heads=2, dtype=torch.float32):
+def make_call(q_len=23, kv_len=23, block=5, mask=None, kv_heads=2, dtype=torch.float32) -> LandmarkCall:
     torch.manual_seed(0)
     query = torch.randn(2, 4, q_len, 8, dtype=dtype, requires_grad=True)
     key, value = (torch.randn(2, kv_heads, kv_len, 8, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -20,7 +23,11 @@ def make_call(q_len=23, kv_len=23, block=5, mask=None, kv_heads=2, dtype=torch.f
         else:
             allowed &= torch.rand(allowed.shape) < 0.6
         arguments |= {"attention_mask": allowed, "is_causal": False}
-    return (query, key, value), arguments
+    return LandmarkCall(query, key, value, **arguments)
+
+
+def inputs_of(call: LandmarkCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return call.query, call.key, call.value
 
 
 @pytest.mark.parametrize(
@@ -40,13 +47,12 @@ def make_call(q_len=23, kv_len=23, block=5, mask=None, kv_heads=2, dtype=torch.f
     ids=str,
 )
 def test_equals_the_specification(call):
-    inputs, arguments = make_call(**call)
-    assert supports_landmark_blockwise(*inputs, **arguments) == (True, "")
+    call = make_call(**call)
     results = []
-    for function in (landmark_attention_blockwise, lambda *i, **a: landmark_attention_eager(*i, **a)[0]):
-        output = function(*inputs, **arguments)
+    for name in ("landmark_torch", "landmark_eager"):
+        output, _ = LANDMARK(call, name)
         torch.manual_seed(1)
-        results.append([output, *torch.autograd.grad(output, inputs, torch.randn(output.shape))])
+        results.append([output, *torch.autograd.grad(output, inputs_of(call), torch.randn(output.shape))])
     for name, ours, expected in zip(("output", "query", "key", "value"), *results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=5e-6, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -56,8 +62,8 @@ def test_memory_is_linear_in_the_length():
     query, key, value = (torch.randn(1, 2, 4096, 8, requires_grad=True) for _ in range(3))
     is_landmark = (torch.arange(4096) % 64 == 63)[None]
     with torch.profiler.profile(profile_memory=True) as profile:
-        arguments = {"scaling": 0.3, "is_landmark": is_landmark, "is_causal": True}
-        landmark_attention_blockwise(query, key, value, **arguments).sum().backward()
+        call = LandmarkCall(query, key, value, scaling=0.3, is_landmark=is_landmark, is_causal=True)
+        landmark_attention_blockwise(call, 64).sum().backward()
     held = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -67,14 +73,13 @@ def test_memory_is_linear_in_the_length():
 
 
 def test_reasons():
-    inputs, arguments = make_call()
+    call = make_call()
+    assert check_blockwise(call) == 5
 
     def reason(**changes):
-        ok, reason = supports_landmark_blockwise(*inputs, **{**arguments, **changes})
-        assert ok == (not reason)
-        return reason
+        return check_blockwise(replace(call, block_size=None, **changes)).reason
 
-    irregular = arguments["is_landmark"].clone()
+    irregular = call.is_landmark.clone()
     irregular[1] = irregular[1].roll(1)
     assert "ends of blocks of one size" in reason(is_landmark=irregular)
     assert "ends of blocks of one size" in reason(is_landmark=torch.ones(2, 23, dtype=torch.bool))

@@ -6,7 +6,7 @@ They have not been run on a GPU by these tests.
 import pytest
 import torch
 
-from hf_attn.kernels.triton_support import supports_sigmoid_triton
+from hf_attn.kernels.sigmoid.call import SigmoidCall, check_triton
 
 from .processes import ROOT, run, run_interpreted
 
@@ -45,12 +45,11 @@ def test_extreme_head_dims_fit(kernel, head_dim, dtype, monkeypatch):
 
 def test_reasons():
     query = torch.zeros(1, 1, 2, 16)
-    ok, reason = supports_sigmoid_triton(query, query, query, scaling=1.0)
-    assert not ok and "GPU" in reason and "'cpu'" in reason
-    ok, reason = supports_sigmoid_triton(query, query, query, scaling=1.0, dropout=0.5)
-    assert not ok and "dropout" in reason
+    reason = check_triton(SigmoidCall(query, query, query)).reason
+    assert "GPU" in reason and "'cpu'" in reason
+    assert "dropout" in check_triton(SigmoidCall(query, query, query, dropout=0.5)).reason
 
 
 def test_checking_needs_no_triton():
-    code = "import sys; import hf_attn.kernels.triton_support; assert 'triton.language' not in sys.modules"
+    code = "import sys; import hf_attn.kernels.sigmoid.call; assert 'triton.language' not in sys.modules"
     assert run("-c", code).returncode == 0

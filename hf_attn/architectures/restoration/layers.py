@@ -5,43 +5,23 @@ Maps inside the network are `(batch, height, width, channels)`; seen as `(batch,
 PyTorch's channels-last memory format, so that tokens and convolutions share them without a copy.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...attention.window import WINDOW, WindowCall
+from ...kernels.bfloat16_cpu import linear
 from .configuration import ImageRestorationConfig
 
 
 #: what is added to the logit of two tokens that the cyclic shift has brought together (not -inf: official weights know it)
 SHIFT_MASK_VALUE = -100.0
 
-#: Whether attention and matrix products are slower in bfloat16 than in float32: on CPUs without matrix units, with PyTorch
-#: 2.14 attention by a third to a half and products by 70 to 90 %.
-_CPU = torch.cpu.get_capabilities()
-BFLOAT16_IS_SLOW = _CPU.get("architecture") == "x86_64" and not _CPU.get("amx_bf16")
-#: how many windows, and how many tokens, have copies in float32 at the same time
-_FLOAT32_WINDOWS = 16
-_FLOAT32_TOKENS = 1024
-
 
 class TokenLinear(nn.Linear):
-    """`nn.Linear` on `(..., features)`, without gradients in float32 where bfloat16 is slow, some tokens at a time."""
+    """`nn.Linear` on `(..., features)`, in the way that is fastest on the CPU at hand for bfloat16."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if (
-            not BFLOAT16_IS_SLOW
-            or torch.is_grad_enabled()
-            or (tokens.device.type, tokens.dtype, self.weight.dtype) != ("cpu", torch.bfloat16, torch.bfloat16)
-        ):
-            return super().forward(tokens)
-        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
-        output = tokens.new_empty(*tokens.shape[:-1], self.out_features)
-        parts = (states.flatten(0, -2).split(_FLOAT32_TOKENS) for states in (tokens, output))
-        for source, target in zip(*parts, strict=True):
-            target.copy_(nn.functional.linear(source.float(), weight, bias))
-        return output
+        return linear(tokens, self.weight, self.bias)
 
 
 def pad_to_multiple(pixel_values: torch.Tensor, multiple: int, mode: str = "reflect") -> torch.Tensor:
@@ -114,28 +94,6 @@ def shift_mask(window_size: int, shift_size: int, last_row: bool, last_column: b
     return (apart * SHIFT_MASK_VALUE).to(like.dtype)[None, None]
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scaling Q K^T + position bias + mask) V, the specification of the windows' attention."""
-    logits = scaling * query @ key.transpose(-2, -1)
-    if position_bias is not None:
-        logits = logits + position_bias
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class WindowAttentionBase(nn.Module):
     """Projections, relative position table and attention of windows, whatever the windows are.
 
@@ -189,50 +147,18 @@ class WindowAttentionBase(nn.Module):
         Returns:
             `(windows, query_len, num_heads * head_dim)`, and the attention weights if the implementation has them.
         """
-        if self.config._attn_implementation == "flex_attention":
-            # Its kernel for the CPU writes out of bounds with both a bias and a mask (PyTorch 2.14), so that they are one.
-            if attention_mask is not None:
-                position_bias, attention_mask = position_bias + attention_mask, None
-            # It looks the bias up by window; the others broadcast it.
-            position_bias = position_bias.expand(len(query), -1, -1, -1)
-            if query.device.type == "cpu":
-                if torch.is_grad_enabled() and query.requires_grad:
-                    raise ValueError(
-                        "flex_attention has no gradients on a CPU: use attn_implementation='sdpa', or torch.no_grad()."
-                    )
-                # Nor is it compiled for lengths that vary; the number of windows may.
-                for states in (query, key, value):
-                    torch._dynamo.mark_static(states, 2)
-                torch._dynamo.mark_static(position_bias, (2, 3))
-        elif (
-            self.config._attn_implementation == "sdpa"
-            and BFLOAT16_IS_SLOW
-            and (query.device.type, query.dtype) == ("cpu", torch.bfloat16)
-        ):
-            return self._attend_in_float32(query, key, value, position_bias, attention_mask)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
+        call = WindowCall(
             query,
             key,
             value,
-            attention_mask,
+            position_bias=position_bias,
+            module=self,
+            attention_mask=attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
-            position_bias=position_bias,
         )
-        return output.flatten(2), weights
-
-    def _attend_in_float32(self, query, key, value, position_bias, attention_mask) -> tuple[torch.Tensor, None]:
-        position_bias = position_bias.float()
-        attention_mask = None if attention_mask is None else attention_mask.float()
-        outputs = [
-            self.attend(*(part.float() for part in parts), position_bias, attention_mask)[0].to(query.dtype)
-            for parts in zip(*(states.split(_FLOAT32_WINDOWS) for states in (query, key, value)), strict=True)
-        ]
-        return torch.cat(outputs), None
+        output, weights = WINDOW(call, self.config._attn_implementation)
+        return output.transpose(1, 2).flatten(2), weights
 
 
 class WindowAttention(WindowAttentionBase):

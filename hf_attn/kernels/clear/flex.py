@@ -10,6 +10,9 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ..call import Refusal
+from .call import ClearCall
+
 
 BLOCK = 128
 TILE_HEIGHT, TILE_WIDTH = 8, 16
@@ -130,11 +133,10 @@ def clear_attention_flex(
     return output[:, :, torch.argsort(q_order)]
 
 
-def supports_flex(query, key, value, *, text_mask=None, **arguments) -> tuple[bool, str]:
-    """Whether FlexAttention can serve a call, and if not, why."""
-    if text_mask is not None:
-        return False, "'flex' caches its mask and cannot take one of text padding with it"
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if query.device.type == "cpu" and needs_gradient:
-        return False, "FlexAttention has no backward pass on the CPU"
-    return True, ""
+def check_flex(call: ClearCall) -> Refusal | None:
+    """Whether FlexAttention can serve a call."""
+    if call.text_mask is not None:
+        return Refusal("'flex' caches its mask and cannot take one of text padding with it")
+    if call.query.device.type == "cpu" and call.needs_gradient:
+        return Refusal("FlexAttention has no backward pass on the CPU")
+    return None

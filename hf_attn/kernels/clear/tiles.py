@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..call import Refusal
+from .call import ClearCall
+
 
 TILE = 8
 # Elements of the keys of the tiles computed together: 8 MiB in float32. Found by measurement.
@@ -341,8 +344,8 @@ def attention_with_logsumexp(
     return torch.exp(logits - logsumexp[..., None]).to(query.dtype) @ value, logsumexp
 
 
-def supports_tiles(query, key, value, **arguments) -> tuple[bool, str]:
-    """Whether the tiles can serve a call, and if not, why."""
-    if query.device.type != "cpu":
-        return False, f"'tiles' runs on the CPU, and the query is on {query.device}"
-    return True, ""
+def check_tiles(call: ClearCall) -> Refusal | None:
+    """Whether the tiles can serve a call."""
+    if call.query.device.type != "cpu":
+        return Refusal(f"'tiles' runs on the CPU, and the query is on {call.query.device}")
+    return None

@@ -8,30 +8,23 @@ queries again.
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .call import LandmarkCall
 
-def landmark_attention_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    is_landmark: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """Causal landmark attention; :func:`supports_landmark_blockwise` says what it serves.
 
-    The arguments are those of :func:`hf_attn.attention.landmark.landmark_attention_eager`.
+def landmark_attention_blockwise(call: LandmarkCall, block_size: int) -> torch.Tensor:
+    """Causal landmark attention with regular blocks.
+
+    Args:
+        call: one that :func:`hf_attn.kernels.landmark.call.check_blockwise` does not refuse.
+        block_size: what that returned.
 
     Returns:
-        ``(batch, heads, q_len, value_dim)``.
+        Output ``(batch, heads, q_len, value_dim)``.
     """
+    query, key, value, attention_mask, scaling = call.query, call.key, call.value, call.attention_mask, call.scaling
     heads, q_len = query.shape[1:3]
     kv_heads, kv_len = key.shape[1:3]
-    block_size = landmark_block_size(is_landmark, kv_len)
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
 
     first, outputs = kv_len - q_len, []
     for start in range(first - first % block_size, kv_len, block_size):
@@ -41,7 +34,7 @@ def landmark_attention_blockwise(
         if mask is not None:
             mask = (mask[..., rows, :] if mask.shape[-2] > 1 else mask).unsqueeze(1)
         arguments = (grouped[..., rows, :], key[:, :, :end], value[:, :, :end], mask, start, block_size, scaling)
-        if needs_grad:
+        if call.needs_gradient:
             outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(_attend(*arguments))
@@ -104,61 +97,3 @@ def _attend(
 
 def _times(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (weights.to(value.dtype).flatten(2, 3) @ value).unflatten(2, weights.shape[2:4])
-
-
-def landmark_block_size(is_landmark: torch.Tensor | None, kv_len: int) -> int | None:
-    """Size of the blocks if they are regular: every row has its landmarks at the ends of blocks of one size, counted from
-    the first key. One block more than long enough if there are none; `None` if the blocks are not regular."""
-    if is_landmark is None:
-        return kv_len + 1
-    is_landmark = is_landmark[:, :kv_len]
-    found = is_landmark[:1].nonzero()
-    if len(found) == 0:
-        return None if is_landmark.any() else kv_len + 1
-    size = int(found[0, 1]) + 1
-    regular = torch.arange(1, kv_len + 1, device=is_landmark.device) % size == 0
-    return size if size > 1 and bool((is_landmark == regular).all()) else None
-
-
-def supports_landmark_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    is_landmark: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    output_weights: bool = False,
-    **arguments,
-) -> tuple[bool, str]:
-    """Whether :func:`landmark_attention_blockwise` can serve a call, and why not."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    if dropout:
-        return False, f"it does not drop attention weights, and dropout={dropout} is asked for"
-    if output_weights:
-        return False, "it never holds the attention weights, which are asked for"
-    if not query.dtype == key.dtype == value.dtype:
-        return False, (f"query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}")
-    if torch.compiler.is_compiling():
-        return False, "it looks at the positions of the landmarks, which a compiled graph does not know"
-    if q_len > kv_len:
-        return False, f"there are more queries ({q_len}) than keys ({kv_len})"
-    if sliding_window is not None:
-        return False, "it has no sliding window"
-    if is_landmark is not None and (is_landmark.shape[0] != query.shape[0] or is_landmark.shape[1] < kv_len):
-        return False, f"is_landmark must have the shape ({query.shape[0]}, {kv_len}), got {tuple(is_landmark.shape)}"
-    if landmark_block_size(is_landmark, kv_len) is None:
-        return False, "the landmarks are not at the ends of blocks of one size, counted from the first key"
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool:
-            return False, "the mask is additive, and it takes boolean ones"
-        expanded = attention_mask.expand(*attention_mask.shape[:-2], q_len, kv_len)
-        if attention_mask.shape[1] != 1:
-            return False, "the mask differs between heads"
-        if not is_causal and bool(expanded.triu(kv_len - q_len + 1).any()):
-            return False, "it is causal, and the mask allows later keys"
-    elif not is_causal and q_len > 1:
-        return False, "it is causal, and the call is not"
-    return True, ""

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import (
+from ..triton_tiles import (
     dimension_constants,
     load_rows,
     new_gradients,
@@ -23,6 +23,7 @@ from ..triton_common import (
     strides,
     with_contiguous_rows,
 )
+from .call import LandmarkCall
 
 
 @triton.jit
@@ -373,27 +374,17 @@ class _LandmarkAttention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def landmark_attention_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    block_size: int,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def landmark_attention_triton(call: LandmarkCall, block_size: int) -> torch.Tensor:
     """Causal landmark attention on a GPU with memory linear in the sequence lengths, forward and backward.
 
-    The arguments are those of :func:`hf_attn.attention.landmark.landmark_attention_eager`, and
-
     Args:
-        block_size: of the landmarks, a power of two from 16 on: each `block_size`-th key is one.
-        attention_mask: boolean, broadcastable to `(batch, 1, q_len, kv_len)`; it cannot allow later keys.
+        call: one that :func:`hf_attn.kernels.landmark.call.check_triton` does not refuse.
+        block_size: what that returned, a power of two from 16 on: each `block_size`-th key is a landmark.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query. Products of float32 input are computed in
         float32, not in TF32.
     """
-    if query.shape[2] == 0:
-        return new_output(query, value)
-    return _LandmarkAttention.apply(query, key, value, attention_mask, scaling, block_size)
+    if call.query.shape[2] == 0:
+        return new_output(call.query, call.value)
+    return _LandmarkAttention.apply(call.query, call.key, call.value, call.attention_mask, call.scaling, block_size)

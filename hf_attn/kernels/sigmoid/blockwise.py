@@ -8,16 +8,17 @@ FlashSigmoid):
 
     dV = P^T dO;  dP = dO V^T;  dS = P (1 - P) dP;  dQ = scaling * dS K;  dK = scaling * dS^T Q
 
-Logits and sigmoid are float32 for bfloat16 and float16 input. So are the products: on CPUs without matrix units for
-these dtypes that is also the fastest way, except for the few rows of a decoding step, where converting the keys would
-take longer than the product. There the products of bfloat16 input are bfloat16, as those of the specification are.
+Logits and sigmoid are float32 for bfloat16 and float16 input. The products of bfloat16 input are bfloat16, as those of the
+specification are, on devices that have instructions for them; elsewhere they are float32, which is faster there, except for
+the few rows of a decoding step, where converting the keys would take longer than the product.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from .arguments import reason_not_fused
+from .. import bfloat16_cpu
+from .call import BACKWARD_SCHEMA, FORWARD_SCHEMA, SigmoidCall, SigmoidOperands
 
 
 # Found by measurement. A block of weights stays in the L2 cache of one core (1 MiB in float32) together with the keys and
@@ -42,22 +43,15 @@ class _Blocks:
     heads of one key/value head share their products: the rows of a block are ``(position, query head of the group)``.
     """
 
-    def __init__(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        offset,
-    ):
+    def __init__(self, operands: SigmoidOperands):
+        query, key, value, attention_mask, head_bias, alibi_slopes = operands[:6]
         self.query, self.key, self.value = query, key, value
-        self.scaling, self.is_causal, self.sliding_window, self.offset = scaling, is_causal, sliding_window, offset
+        self.scaling, self.is_causal, self.sliding_window = (
+            operands.scaling,
+            operands.is_causal,
+            operands.sliding_window,
+        )
+        self.offset, bias = operands.query_offset, operands.bias
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.batch, heads, self.q_len, self.head_dim = query.shape
         self.kv_heads, self.kv_len = key.shape[1], key.shape[2]
@@ -71,18 +65,27 @@ class _Blocks:
         self.mask_blocks = {}
         self.position_masks = {}
 
-        self.has_edges = is_causal or sliding_window is not None
+        self.has_edges = operands.is_causal or operands.sliding_window is not None
         self.few_rows = few_rows = self.q_len * self.groups <= FEW_ROWS
+        self.multiplies_in_bfloat16 = query.dtype == torch.bfloat16 and (
+            few_rows or query.device.type != "cpu" or not bfloat16_cpu.PRODUCTS_ARE_SLOW
+        )
         # Bias and key mask become further columns of query and key, so that the product already holds them.
-        self.multiplies_in_bfloat16 = False
         has_bias = head_bias is not None or bias != 0
-        self.folds_bias = not few_rows and has_bias
-        self.folds_mask = not few_rows and self.mask is not None and self.mask.shape[1:4] == (1, 1, 1)
-        self.copies_keys = not few_rows and (self.folds_bias or self.folds_mask or self.dtype != query.dtype)
+        folds = not few_rows and not self.multiplies_in_bfloat16
+        self.folds_bias = folds and has_bias
+        self.folds_mask = folds and self.mask is not None and self.mask.shape[1:4] == (1, 1, 1)
+        self.copies_keys = folds and (self.folds_bias or self.folds_mask or self.dtype != query.dtype)
+        if self.multiplies_in_bfloat16 and head_bias is None:
+            self.bias = query.new_full((), bias, dtype=self.dtype)
 
-        self.is_plain = (
-            self.folds_bias >= has_bias and self.slopes is None and (self.mask is None or self.folds_mask)
-        ) and not self.has_edges
+        self.adds_bias = has_bias and not self.folds_bias and not self.multiplies_in_bfloat16
+        self.is_plain = not (
+            self.adds_bias
+            or self.slopes is not None
+            or (self.mask is not None and not self.folds_mask)
+            or self.has_edges
+        )
 
         rows = BLOCK_ROWS
         if self.has_edges:
@@ -133,6 +136,12 @@ class _Blocks:
     def _prepare(self):
         """Operands of the products for the current pairs; the scaling goes into the query."""
         rows = self.rows_of(self.query)
+        self.operands = {}
+        if self.multiplies_in_bfloat16:
+            self.keys, self.values = self.columns_of(self.key), self.columns_of(self.value)
+            # scaled afterwards, which saves a rounding
+            self.scaled_query = rows.reshape(len(self.keys), -1, self.head_dim)
+            return
         width = self.head_dim + self.folds_bias + self.folds_mask
         scaled = rows.new_empty(*rows.shape[:-1], width, dtype=self.dtype)
         torch.mul(rows.to(self.dtype), self.scaling, out=scaled[..., : self.head_dim])
@@ -150,12 +159,9 @@ class _Blocks:
             by_pair = keys.view(*rows.shape[:2], *keys.shape[1:])
             by_pair[..., -1] = mask.clamp_min_(torch.finfo(self.dtype).min)[:, :, 0, 0]
         self.scaled_query = scaled.view(keys.shape[0], -1, width)
-        if self.multiplies_in_bfloat16:  # scaled afterwards, which saves a rounding
-            self.scaled_query = rows.reshape(self.scaled_query.shape)
         self.keys, self.values = keys, self.columns_of(self.value)
         if not self.few_rows:
             self.values = self.values.to(self.dtype)
-        self.operands = {}
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
         """A mask as a new tensor that is added to logits, ``-inf`` where masked."""
@@ -254,16 +260,18 @@ class _Blocks:
             return None
         pairs, rows, kv_len = queries.shape[0], queries.shape[1], keys.shape[1]
         weights = buffer[: pairs * rows * kv_len].view(pairs, rows, kv_len)
-        if keys.dtype == self.dtype:
-            torch.bmm(queries, keys.transpose(1, 2), out=weights)
-        else:
-            weights.copy_(torch.bmm(queries, keys.transpose(1, 2))).mul_(self.scaling)
-        if self.is_plain:
-            return weights.sigmoid_()
         by_group = weights.view(
             self.batches.stop - self.batches.start, -1, positions.stop - positions.start, self.groups, kv_len
         )
-        if not self.folds_bias:
+        if self.multiplies_in_bfloat16:
+            weights.copy_(torch.bmm(queries, keys.transpose(1, 2)))
+            bias = self.bias if self.bias.dim() == 0 else self.bias[:, self.heads]
+            torch.add(bias, by_group, alpha=self.scaling, out=by_group)
+        else:
+            torch.bmm(queries, keys.transpose(1, 2), out=weights)
+        if self.is_plain:
+            return weights.sigmoid_()
+        if self.adds_bias:
             by_group.add_(self.bias[:, self.heads] if isinstance(self.bias, torch.Tensor) else self.bias)
         if self.slopes is not None:
             slopes = self.slopes[self.batches if self.slopes.shape[0] > 1 else slice(None), self.heads]
@@ -282,34 +290,11 @@ class _Blocks:
 # The inner loops accumulate into small contiguous buffers: only these go through the batched product of the BLAS library.
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise", mutates_args=())
-def _blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
-) -> torch.Tensor:
-    blocks = _Blocks(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
-    blocks.multiplies_in_bfloat16 = blocks.few_rows and query.dtype == torch.bfloat16
+@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise", mutates_args=(), schema=FORWARD_SCHEMA)
+def _blockwise(*operands) -> torch.Tensor:
+    operands = SigmoidOperands(*operands)
+    query, _, value = operands[:3]
+    blocks = _Blocks(operands)
     output = _new_output(query, value)
     buffer = blocks.new_buffer()
     rows = blocks.block_positions * blocks.groups
@@ -345,61 +330,45 @@ def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise_backward", mutates_args=())
-def _blockwise_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = _Blocks(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
+@torch.library.custom_op("hf_attn::sigmoid_attention_blockwise_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def _blockwise_backward(grad_output: torch.Tensor, *operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    operands = SigmoidOperands(*operands)
+    query, key, value = operands[:3]
+    blocks = _Blocks(operands)
     head_dim = query.shape[-1]
     grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-    buffer, grad_buffer = blocks.new_buffer(), blocks.new_buffer()
+    buffer = blocks.new_buffer()
+    grad_buffer = torch.empty_like(buffer, dtype=torch.bfloat16 if blocks.multiplies_in_bfloat16 else None)
     for batches, heads in blocks.pairs():
-        grad_rows = blocks.rows_of(grad_output).to(blocks.dtype).flatten(2, 3).flatten(0, 1)
+        dtype = torch.bfloat16 if blocks.multiplies_in_bfloat16 else blocks.dtype
+        grad_rows = blocks.rows_of(grad_output).to(dtype).flatten(2, 3).flatten(0, 1)
         grad_query_rows = blocks.rows_of(grad_query)
         grad_keys = torch.zeros_like(blocks.columns_of(key), dtype=blocks.dtype)
         grad_values = torch.zeros_like(blocks.columns_of(value), dtype=blocks.dtype)
         for positions in blocks.position_blocks():
             queries = blocks.queries_of(positions)
             grad_block = grad_rows[:, positions.start * blocks.groups : positions.stop * blocks.groups]
-            grad_queries = queries.new_zeros(*queries.shape[:2], head_dim)
+            grad_queries = grad_keys.new_zeros(*queries.shape[:2], head_dim)
             for columns in blocks.column_blocks(positions):
                 keys, values = blocks.operands_of(columns)
                 weights = blocks.weights(queries, keys, positions, columns, buffer)
                 if weights is None:
                     continue
-                grad_values[:, columns].add_(torch.bmm(weights.transpose(1, 2), grad_block))
+                grad_values[:, columns].add_(torch.bmm(weights.transpose(1, 2).to(dtype), grad_block))
                 grad_weights = grad_buffer[: weights.numel()].view(weights.shape)
                 torch.bmm(grad_block, values.transpose(1, 2), out=grad_weights)
                 grad_logits = torch.ops.aten.sigmoid_backward.grad_input(
                     grad_weights, weights, grad_input=grad_weights
                 )
-                grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
+                if dtype == blocks.dtype:
+                    grad_queries.baddbmm_(grad_logits, keys[..., :head_dim])
+                else:
+                    grad_queries.add_(torch.bmm(grad_logits, keys))
                 grad_keys[:, columns].add_(torch.bmm(grad_logits.transpose(1, 2), queries[..., :head_dim]))
             target = grad_query_rows[:, :, positions]
-            target.copy_(grad_queries.mul_(scaling).view(target.shape))
+            target.copy_(grad_queries.mul_(operands.scaling).view(target.shape))
+        if blocks.multiplies_in_bfloat16:  # else the queries were scaled
+            grad_keys.mul_(operands.scaling)
         for gradient, accumulated in ((grad_key, grad_keys), (grad_value, grad_values)):
             target = gradient[batches, heads]
             target.copy_(accumulated.view(target.shape))
@@ -412,88 +381,27 @@ def _(grad_output, query, key, value, *arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scaling, ctx.bias, ctx.is_causal, ctx.sliding_window, ctx.query_offset = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
 
 
 def _backward(ctx, grad_output):
-    gradients = _blockwise_backward(
-        grad_output,
-        *ctx.saved_tensors,
-        ctx.scaling,
-        ctx.bias,
-        ctx.is_causal,
-        ctx.sliding_window,
-        ctx.query_offset,
-    )
+    gradients = _blockwise_backward(grad_output, *ctx.saved_tensors, *ctx.numbers)
     return *gradients, *(None,) * 8
 
 
 _blockwise.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sigmoid_attention_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | None = None,
-) -> torch.Tensor:
+def sigmoid_attention_blockwise(call: SigmoidCall) -> torch.Tensor:
     """Sigmoid attention with memory linear in the sequence lengths, forward and backward, on any device.
 
-    The arguments are those of :func:`hf_attn.attention.sigmoid.sigmoid_attention_eager`; query, key and value get
-    gradients. Blocks that causality, window or mask forbid altogether are not computed.
+    Query, key and value get gradients. Blocks that causality, window or mask forbid altogether are not computed.
+
+    Args:
+        call: one that :func:`hf_attn.kernels.sigmoid.call.check_blockwise` does not refuse.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query.
     """
-    is_tensor = isinstance(bias, torch.Tensor)
-    return _blockwise(
-        query,
-        key,
-        value,
-        attention_mask,
-        bias if is_tensor else None,
-        alibi_slopes,
-        scaling,
-        0.0 if is_tensor else bias,
-        is_causal,
-        sliding_window,
-        key.shape[2] - query.shape[2] if query_offset is None else query_offset,
-    )
-
-
-def supports_blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | torch.Tensor | None = None,
-    dropout: float = 0.0,
-    output_weights: bool = False,
-) -> tuple[bool, str]:
-    """Whether :func:`sigmoid_attention_blockwise` can serve a call, and if not, why."""
-    reason = reason_not_fused(
-        query,
-        key,
-        value,
-        bias=bias,
-        attention_mask=attention_mask,
-        alibi_slopes=alibi_slopes,
-        query_offset=query_offset,
-        dropout=dropout,
-        output_weights=output_weights,
-    )
-    return not reason, reason
+    return _blockwise(*call.operands())

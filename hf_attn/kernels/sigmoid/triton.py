@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import (
+from ..triton_tiles import (
     dimension_constants,
     load_rows,
     new_gradients,
@@ -25,6 +25,7 @@ from ..triton_common import (
     strides,
     with_contiguous_rows,
 )
+from .call import BACKWARD_SCHEMA, FORWARD_SCHEMA, SigmoidCall, SigmoidOperands
 
 
 # Beyond any distance, and far enough from the limits of int32 to add a position to it.
@@ -366,20 +367,8 @@ def launch_options(kernel: str, head_dim: int, dtype: torch.dtype, *, is_hip: bo
 class _Call:
     """What forward and backward pass of one call have in common: arguments of the kernels and their tiles."""
 
-    def __init__(
-        self,
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        offset,
-    ):
+    def __init__(self, operands: SigmoidOperands):
+        query, _, value, attention_mask, head_bias, alibi_slopes = operands[:6]
         batch, heads, q_len, head_dim = query.shape
         kv_heads, kv_len, value_dim = value.shape[1:]
         mask_kind, masked_at, mask = "none", 0.0, query
@@ -391,21 +380,21 @@ class _Call:
                 mask_kind, mask = "boolean", mask.view(torch.uint8)
             else:
                 mask_kind, masked_at = "additive", torch.finfo(mask.dtype).min / 2
-        max_distance = UNBOUNDED if sliding_window is None else sliding_window - 1
+        max_distance = UNBOUNDED if operands.sliding_window is None else operands.sliding_window - 1
         slopes = query if alibi_slopes is None else alibi_slopes.float().expand(batch, heads).contiguous()
         self.tensors = (mask, query if head_bias is None else head_bias.float().contiguous(), slopes)
         self.arguments = (
             *mask_strides,
             heads,
-            scaling,
-            bias,
+            operands.scaling,
+            operands.bias,
             masked_at,
             heads,
             heads // kv_heads,
             q_len,
             kv_len,
-            offset,
-            0 if is_causal else -max_distance,
+            operands.query_offset,
+            0 if operands.is_causal else -max_distance,
             max_distance,
         )
         self.constants = {
@@ -430,34 +419,10 @@ class _Call:
             KERNELS[name][grid](*tensors, *self.tensors, *tensor_strides, *self.arguments, **self.constants, **options)
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_triton", mutates_args=())
-def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
-) -> torch.Tensor:
+@torch.library.custom_op("hf_attn::sigmoid_attention_triton", mutates_args=(), schema=FORWARD_SCHEMA)
+def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others) -> torch.Tensor:
     query, key, value = with_contiguous_rows(query, key, value)
-    call = _Call(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
+    call = _Call(SigmoidOperands(query, key, value, *others))
     output = new_output(query, value)
     tensors = (query, key, value, output)
     call.launch("forward", tensors, strides(*tensors))
@@ -465,39 +430,16 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, key, value, *arguments):
+def _(query, key, value, *others):
     return new_output(query, value)
 
 
-@torch.library.custom_op("hf_attn::sigmoid_attention_triton_backward", mutates_args=())
+@torch.library.custom_op("hf_attn::sigmoid_attention_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def _backward_op(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    head_bias: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    scaling: float,
-    bias: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    query_offset: int,
+    grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_output, query, key, value = with_contiguous_rows(grad_output, query, key, value)
-    call = _Call(
-        query,
-        key,
-        value,
-        attention_mask,
-        head_bias,
-        alibi_slopes,
-        scaling,
-        bias,
-        is_causal,
-        sliding_window,
-        query_offset,
-    )
+    call = _Call(SigmoidOperands(query, key, value, *others))
     gradients = grad_query, grad_key, grad_value = new_gradients(query, key, value)
     operands = (query, key, value, grad_output)
     call.launch("grad_query", (*operands, grad_query), strides(*operands, grad_query))
@@ -506,57 +448,31 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_output, query, key, value, *arguments):
+def _(grad_output, query, key, value, *others):
     return tuple(new_gradients(query, key, value))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scaling, ctx.bias, ctx.is_causal, ctx.sliding_window, ctx.query_offset = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
 
 
 def _backward(ctx, grad_output):
-    gradients = _backward_op(
-        grad_output, *ctx.saved_tensors, ctx.scaling, ctx.bias, ctx.is_causal, ctx.sliding_window, ctx.query_offset
-    )
-    return *gradients, *(None,) * 8
+    return *_backward_op(grad_output, *ctx.saved_tensors, *ctx.numbers), *(None,) * 8
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sigmoid_attention_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    bias: float | torch.Tensor = 0.0,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    query_offset: int | None = None,
-) -> torch.Tensor:
+def sigmoid_attention_triton(call: SigmoidCall) -> torch.Tensor:
     """Sigmoid attention on a GPU with memory linear in the sequence lengths, forward and backward.
 
-    The arguments are those of :func:`hf_attn.attention.sigmoid.sigmoid_attention_eager`; query, key and value get
-    gradients. Products of float32 input are computed in float32, not in TF32.
+    Query, key and value get gradients. Products of float32 input are computed in float32, not in TF32.
+
+    Args:
+        call: one that :func:`hf_attn.kernels.sigmoid.call.check_triton` does not refuse.
 
     Returns:
         Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query.
     """
-    is_tensor = isinstance(bias, torch.Tensor)
-    return _forward(
-        query,
-        key,
-        value,
-        attention_mask,
-        bias if is_tensor else None,
-        alibi_slopes,
-        scaling,
-        0.0 if is_tensor else bias,
-        is_causal,
-        sliding_window,
-        key.shape[2] - query.shape[2] if query_offset is None else query_offset,
-    )
+    return _forward(*call.operands())

@@ -26,7 +26,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from ...attention.clear import clear_attention
-from ...kernels.clear.tiles import attention_with_logsumexp, clear_attention_tiles, supports_tiles
+from ...kernels.clear.tiles import attention_with_logsumexp, clear_attention_tiles
 from .patch import clear_processors
 from .processors import ClearContext, diffusers
 
@@ -93,7 +93,7 @@ class Strip:
         radius: int,
         text_mask: torch.Tensor | None,
         scaling: float,
-        backend: str,
+        attn_implementation: str,
     ) -> torch.Tensor:
         """CLEAR attention of the text and this strip to the text and the whole image.
 
@@ -104,7 +104,7 @@ class Strip:
             radius: of the disc, in tokens.
             text_mask: boolean `(batch, text)`, False for padding.
             scaling: of the logits.
-            backend: as of :func:`hf_attn.attention.clear.clear_attention`.
+            attn_implementation: as of :func:`hf_attn.attention.clear.clear_attention`.
 
         Returns:
             Output of the shape of the query; that of the text is the same in all processes.
@@ -130,7 +130,7 @@ class Strip:
             radius=radius,
             text_mask=text_mask,
             scaling=scaling,
-            backend=backend,
+            attn_implementation=attn_implementation,
         )
         return torch.cat([text_output, image_output[:, :, before : before + self.num_tokens]], dim=2)
 
@@ -198,15 +198,23 @@ class _HaloExchange:
         return torch.cat([before, self.states, after], dim=3)
 
 
-def _image_output(query, key, value, text_key, text_value, *, text_mask, backend, scaling, **arguments):
-    if backend == "tiles" or (backend == "auto" and supports_tiles(query, key, value)[0]):
+def _image_output(query, key, value, text_key, text_value, *, text_mask, attn_implementation, scaling, **arguments):
+    if attn_implementation == "tiles" or (attn_implementation == "auto" and query.device.type == "cpu"):
         return clear_attention_tiles(
             query, key, value, text_key, text_value, shared_mask=text_mask, scaling=scaling, **arguments
         )
     # The other implementations compute text queries as well.
     query = torch.cat([torch.zeros_like(text_key), query], dim=2)
     key, value = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
-    output = clear_attention(query, key, value, text_mask=text_mask, scaling=scaling, backend=backend, **arguments)
+    output = clear_attention(
+        query,
+        key,
+        value,
+        text_mask=text_mask,
+        scaling=scaling,
+        attn_implementation=attn_implementation,
+        **arguments,
+    )
     return output[:, :, text_key.shape[2] :]
 
 

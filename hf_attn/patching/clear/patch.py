@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ...attention.clear import CLEAR_BACKENDS, check_cells
+from ...attention.clear import CLEAR, check_cells, renamed_backend
 from .processors import (
     ClearContext,
     ClearFluxProcessor,
@@ -213,9 +213,10 @@ def apply_clear(
     transformer: nn.Module,
     radius: int,
     down_factor: int = 1,
-    backend: str = "auto",
+    attn_implementation: str = "auto",
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
+    backend: str | None = None,
 ) -> ClearReport:
     """Let the image tokens of a diffusers transformer attend to a disc around them, in place.
 
@@ -228,10 +229,11 @@ def apply_clear(
             outside.
         down_factor: side of the cells of tokens whose pooled keys all image tokens attend to as well; published is 4.
             1 for none. The grid of tokens must be divisible by it.
-        backend: implementation, one of `"auto"`, `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`. Where diffusers'
+        attn_implementation: one of `"auto"`, `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`. Where diffusers'
             `set_attention_backend` was called, with `"native"` or `"flex"`, that counts.
         include: patterns (as of `fnmatch`) of the names of attention layers to change, such as `"transformer_blocks.0.*"`.
         exclude: patterns of names to leave as they are.
+        backend: the old name of `attn_implementation`.
 
     Returns:
         Which attention layers were changed and which were not.
@@ -246,8 +248,8 @@ def apply_clear(
     for name, value in (("radius", radius), ("down_factor", down_factor)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}.")
-    if backend not in CLEAR_BACKENDS:
-        raise ValueError(f"CLEAR has no backend {backend!r}. Known: {', '.join(CLEAR_BACKENDS)}.")
+    attn_implementation = renamed_backend(attn_implementation, backend)
+    CLEAR.implementation(attn_implementation)
     include, exclude = tuple(include), tuple(exclude)
 
     changed, skipped = [], {}
@@ -278,16 +280,16 @@ def apply_clear(
         )
     processors = dict(transformer.attn_processors)
     for name, processor in chosen.items():
-        settings = (radius, down_factor, backend)
+        settings = (radius, down_factor, attn_implementation)
         if not isinstance(processor, ClearProcessor):
             changed.append(name)
             processors[f"{name}.processor"] = _new_processor(architecture, transformer, name, settings, processor)
-        elif settings == (processor.radius, processor.down_factor, processor.backend):
+        elif settings == (processor.radius, processor.down_factor, processor.attn_implementation):
             skipped[name] = "is as asked already"
         else:
             changed.append(name)
             if processor.down_factor == down_factor:
-                processor.radius, processor.backend = radius, backend
+                processor.radius, processor.attn_implementation = radius, attn_implementation
             else:
                 processors[f"{name}.processor"] = _new_processor(
                     architecture, transformer, name, settings, processor.replaced

@@ -57,7 +57,7 @@ class ClearProcessor(nn.Module):
     Attributes:
         radius: of the disc, in tokens.
         down_factor: side of the cells of pooled keys, 1 for none.
-        backend: name of an implementation of :func:`hf_attn.attention.clear.clear_attention`.
+        attn_implementation: name of an implementation of :func:`hf_attn.attention.clear.clear_attention`.
         replaced: the processor that was there before.
         spatial_weight: weights of the tokens of a cell `(1, 1, 1, d, 1, d, 1)`, trainable; None without pooled keys.
     """
@@ -66,9 +66,10 @@ class ClearProcessor(nn.Module):
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, radius: int, down_factor: int, backend: str, replaced: object, like: torch.Tensor):
+    def __init__(self, radius: int, down_factor: int, attn_implementation: str, replaced: object, like: torch.Tensor):
         super().__init__()
-        self.radius, self.down_factor, self.backend, self.replaced = radius, down_factor, backend, replaced
+        self.radius, self.down_factor, self.replaced = radius, down_factor, replaced
+        self.attn_implementation = attn_implementation
         weight = None
         if down_factor > 1:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
@@ -76,7 +77,9 @@ class ClearProcessor(nn.Module):
         self.register_parameter("spatial_weight", weight)
 
     def extra_repr(self) -> str:
-        return f"radius={self.radius}, down_factor={self.down_factor}, backend={self.backend!r}"
+        return (
+            f"radius={self.radius}, down_factor={self.down_factor}, attn_implementation={self.attn_implementation!r}"
+        )
 
     def attend(
         self,
@@ -110,7 +113,7 @@ class ClearProcessor(nn.Module):
             "radius": self.radius,
             "text_mask": text_mask if text_length else None,
             "scaling": scaling,
-            "backend": self._backend(),
+            "attn_implementation": self._implementation(),
         }
         if strip is None:
             output = clear_attention(*tokens, grid=grid, spatial_weight=self.spatial_weight, **arguments)
@@ -118,15 +121,15 @@ class ClearProcessor(nn.Module):
             output = strip.attend(*tokens, **arguments)
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
-    def _backend(self) -> str:
+    def _implementation(self) -> str:
         if self._attention_backend is None:
-            return self.backend
+            return self.attn_implementation
         name = getattr(self._attention_backend, "value", self._attention_backend)
         if name not in _DIFFUSERS_BACKENDS:
             raise ValueError(
                 f"The attention backend {name!r} of diffusers computes full attention. With CLEAR use "
-                f"{' or '.join(map(repr, _DIFFUSERS_BACKENDS))}, or `reset_attention_backend()` and the `backend` of "
-                "`apply_clear`."
+                f"{' or '.join(map(repr, _DIFFUSERS_BACKENDS))}, or `reset_attention_backend()` and the "
+                "`attn_implementation` of `apply_clear`."
             )
         return _DIFFUSERS_BACKENDS[name]
 

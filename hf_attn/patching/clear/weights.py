@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ...attention.clear import renamed_backend
 from ...catalog import PAPERS
 from .patch import apply_clear, clear_processors, remove_clear
 
@@ -49,7 +50,8 @@ def load_clear_weights(
     weights: str | Path | Mapping[str, torch.Tensor],
     radius: int | None = None,
     down_factor: int | None = None,
-    backend: str = "auto",
+    attn_implementation: str = "auto",
+    backend: str | None = None,
 ) -> ClearWeightsReport:
     """Apply CLEAR to a transformer and load weights that were trained for it, in place.
 
@@ -63,7 +65,8 @@ def load_clear_weights(
             `"clear_local_32"`, `"clear_local_8_down_4"`, `"clear_local_16_down_4"`; or the tensors by name.
         radius: of the disc, in tokens; read from the metadata or the name of the file by default.
         down_factor: side of the pooled cells; read likewise.
-        backend: as of :func:`hf_attn.patching.clear.apply_clear`.
+        attn_implementation: as of :func:`hf_attn.patching.clear.apply_clear`.
+        backend: the old name of `attn_implementation`.
 
     Returns:
         Radius, down factor and the tensors that were loaded.
@@ -112,7 +115,7 @@ def load_clear_weights(
         name, (found, wanted) = next(iter(wrong.items()))
         raise ValueError(f"{source} does not fit: {name} has shape {found} instead of {wanted} ({len(wrong)} such).")
 
-    apply_clear(transformer, radius, down_factor, backend)
+    apply_clear(transformer, radius, down_factor, renamed_backend(attn_implementation, backend))
     targets = _targets(transformer)
     with torch.no_grad():
         for name, tensor in tensors.items():

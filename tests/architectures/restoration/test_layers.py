@@ -134,32 +134,6 @@ def test_unknown_padding():
         pad_to_multiple(torch.zeros(1, 1, 3, 3), 4, "zeros")
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bfloat16_windows_are_attended_to_in_float32_where_that_is_faster(masked, monkeypatch):
-    module = window_attention(implementation="sdpa").to(torch.bfloat16)
-    states = [torch.randn(40, 3, 16, 4).bfloat16().requires_grad_() for _ in range(3)]
-    mask = torch.zeros(1, 1, 16, 16, dtype=torch.bfloat16)
-    mask[..., 3:] = SHIFT_MASK_VALUE
-    bias = module.position_bias(states[0])
-    arguments = (*states, bias, mask if masked else None)
-    outputs, gradients = {}, {}
-    for slow in (False, True):
-        monkeypatch.setattr("hf_attn.architectures.restoration.layers.BFLOAT16_IS_SLOW", slow)
-        output, _ = module.attend(*arguments)
-        gradients[slow] = torch.autograd.grad(output.float().square().sum(), states, retain_graph=True)
-        with torch.no_grad():
-            outputs[slow], _ = module.attend(*arguments)
-    query, key, value = (state.double() for state in states)
-    logits = query @ key.transpose(-1, -2) * module.scaling + bias.double() + (mask if masked else 0)
-    exact = (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(outputs[True], exact.bfloat16(), atol=1e-6, rtol=torch.finfo(torch.bfloat16).eps)
-    assert outputs[True].dtype == torch.bfloat16
-    errors = {slow: (output.double() - exact).abs().mean() for slow, output in outputs.items()}
-    assert errors[True] < errors[False]
-    for ours, expected in zip(gradients[True], gradients[False], strict=True):
-        torch.testing.assert_close(ours, expected, atol=0.05, rtol=0.05)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_bfloat16_tokens_are_multiplied_in_float32_where_that_is_faster(bias, monkeypatch):
     linear = TokenLinear(20, 6, bias=bias).to(torch.bfloat16)
@@ -170,7 +144,7 @@ def test_bfloat16_tokens_are_multiplied_in_float32_where_that_is_faster(bias, mo
         nn.functional, "linear", lambda *args, real=nn.functional.linear: products.append(1) or real(*args)
     )
     for slow, expected in ((False, 1), (True, 3)):
-        monkeypatch.setattr("hf_attn.architectures.restoration.layers.BFLOAT16_IS_SLOW", slow)
+        monkeypatch.setattr("hf_attn.kernels.bfloat16_cpu.PRODUCTS_ARE_SLOW", slow)
         products.clear()
         with torch.no_grad():
             output = linear(tokens)

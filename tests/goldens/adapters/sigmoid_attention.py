@@ -3,7 +3,8 @@
 import torch
 
 from hf_attn.architectures.rotary import interleaved
-from hf_attn.attention.sigmoid import SIGMOID, sigmoid_weights
+from hf_attn.attention import Refusal
+from hf_attn.attention.sigmoid import SIGMOID, SigmoidCall, sigmoid_weights
 from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.sigmoid_attention.convert_sigmoid_attention import to_official
 from tests.goldens.case import Case
@@ -55,14 +56,15 @@ def _attention(case: Case) -> dict[str, torch.Tensor]:
     }
     results = {}
     for implementation in SIGMOID.implementations:
-        weights_asked = {"dropout": 0.0, "output_weights": implementation.backend == "eager"}
-        if not implementation.supports(query, key, value, **arguments, **weights_asked)[0]:
-            continue
         leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        output, weights = implementation.function(*leaves, **arguments, **weights_asked)
+        call = SigmoidCall(*leaves, **arguments, output_weights=implementation.name == "eager")
+        found = implementation.check(call)
+        if isinstance(found, Refusal):
+            continue
+        output, weights = implementation.compute(call, found)
         output = output.transpose(1, 2)
         gradients = torch.autograd.grad(output, leaves, upstream)
-        way = f"@{implementation.backend}"
+        way = f"@{implementation.name}"
         results[f"out{way}"] = output
         results |= {f"d{name}{way}": gradient.transpose(1, 2) for name, gradient in zip("qkv", gradients, strict=True)}
         if weights is not None:

@@ -18,5 +18,7 @@ class ActivatorUpstreamTest(UpstreamImageTests, unittest.TestCase):
 class ActivatorGegluOnlyUpstreamTest(ActivatorUpstreamTest):
     """Without the MLP."""
 
+    is_further_configuration = True
+
     def get_config(self):
         return ActivatorConfig.from_variant("tiny", use_mlp=False)

@@ -17,6 +17,7 @@ class HATAbsoluteEmbeddingsUpstreamTest(UpstreamRestorationTests, unittest.TestC
     """The options that no published model uses."""
 
     model_type = "hat"
+    is_further_configuration = True
 
     def get_config(self):
         return HATConfig(

@@ -27,6 +27,7 @@ class LandmarkGPTUpstreamTest(PlainPrompts, UpstreamCausalLMTests, unittest.Test
     """The layers of the paper's GPT."""
 
     model_type = "landmark"
+    is_further_configuration = True
 
     def get_config(self):
         return LandmarkConfig.from_variant(

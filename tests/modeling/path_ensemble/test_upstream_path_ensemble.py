@@ -24,6 +24,7 @@ class PathEnsembleUpstreamTest(UpstreamImageTests, unittest.TestCase):
 class PathEnsembleDistilledUpstreamTest(PathEnsembleUpstreamTest):
     """The layout of DeiT with two heads, LayerScale, paths of branches, and self-distillation."""
 
+    is_further_configuration = True
     facts = {"seq_length": 18}
 
     def get_config(self):

@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_attn.attention.sigmoid import sigmoid_attention_eager
+from hf_attn.attention.sigmoid import SigmoidCall, sigmoid_attention_eager
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import (
     SigmoidAttentionForCausalLM,
@@ -130,7 +130,7 @@ def test_zero_logits_with_the_recommended_bias_sum_to_almost_one():
     n = 4096
     query = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
     key = torch.zeros(1, 1, n, 4, dtype=torch.float64)
-    _, weights = sigmoid_attention_eager(query, key, key, scaling=1.0, bias=-math.log(n))
+    _, weights = sigmoid_attention_eager(SigmoidCall(query, key, key, scaling=1.0, bias=-math.log(n)))
     assert weights.sum().item() == pytest.approx(n / (n + 1), abs=1e-12)
 
 
@@ -138,7 +138,7 @@ def test_far_below_zero_the_normalised_weights_are_softmax():
     torch.manual_seed(0)
     # |q . k| / sqrt(head_dim) <= 5
     query, key = (nn.functional.normalize(torch.randn(1, 2, n, 16), dim=-1) * 20**0.5 for n in (5, 9))
-    _, weights = sigmoid_attention_eager(query, key, key, scaling=0.25, bias=-20.0)
+    _, weights = sigmoid_attention_eager(SigmoidCall(query, key, key, scaling=0.25, bias=-20.0))
     softmax = (query @ key.transpose(-1, -2) * 0.25).softmax(-1)
     assert (weights / weights.sum(-1, keepdim=True) - softmax).abs().max() < 1e-6
 
@@ -159,7 +159,7 @@ def test_outputs_over_keys_add_up():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, n, 8) for n in (3, 10, 10))
     both, first, second = (
-        sigmoid_attention_eager(query, key[:, :, part], value[:, :, part], scaling=0.3, bias=-1.0)[0]
+        sigmoid_attention_eager(SigmoidCall(query, key[:, :, part], value[:, :, part], scaling=0.3, bias=-1.0))[0]
         for part in (slice(None), slice(0, 6), slice(6, None))
     )
     torch.testing.assert_close(first + second, both, atol=1e-6, rtol=1e-6)

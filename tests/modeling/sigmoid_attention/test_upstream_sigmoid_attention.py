@@ -20,6 +20,7 @@ class SigmoidAttentionRopeUpstreamTest(UpstreamCausalLMTests, unittest.TestCase)
     """The other pole: rotary embedding, LayerNorm before each branch, LayerScale, plain MLP, biases."""
 
     model_type = "sigmoid_attention"
+    is_further_configuration = True
 
     def get_config(self):
         return SigmoidAttentionConfig.from_variant(

@@ -292,7 +292,7 @@ def test_backends_agree_on_outputs_and_gradients(kind, down_factor):
     results = {}
     for backend in ("eager", "dense", "tiles"):
         model = make()
-        apply_clear(model, radius=3, down_factor=down_factor, backend=backend)
+        apply_clear(model, radius=3, down_factor=down_factor, attn_implementation=backend)
         output = model(**inputs).sample
         output.square().mean().backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "attn" in name}
@@ -396,7 +396,7 @@ def test_bfloat16(kind):
 @pytest.mark.parametrize("backend", ["dense", "tiles"])
 def test_compiled_blocks(backend):
     model = tiny_flux()
-    apply_clear(model, radius=2, backend=backend)
+    apply_clear(model, radius=2, attn_implementation=backend)
     inputs = flux_inputs()
     expected = run(model, inputs)
     model.compile_repeated_blocks(fullgraph=True)
@@ -406,7 +406,7 @@ def test_compiled_blocks(backend):
 @pytest.mark.slow
 def test_a_whole_graph_with_a_given_grid():
     model, inputs = tiny_flux(), flux_inputs()
-    apply_clear(model, radius=2, backend="tiles")
+    apply_clear(model, radius=2, attn_implementation="tiles")
     expected = run(model, inputs)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=1e-4, atol=1e-4)
@@ -424,8 +424,8 @@ def test_radii_that_make_no_sense(radius):
 def test_settings_that_make_no_sense():
     with pytest.raises(ValueError, match="down_factor must be a whole number of tokens, at least 1, got 0"):
         apply_clear(tiny_flux(), radius=2, down_factor=0)
-    with pytest.raises(ValueError, match="no backend 'cuda'"):
-        apply_clear(tiny_flux(), radius=2, backend="cuda")
+    with pytest.raises(ValueError, match="no implementation 'cuda'"):
+        apply_clear(tiny_flux(), radius=2, attn_implementation="cuda")
     with pytest.raises(ValueError, match=r"No attention layer is chosen .* called transformer_blocks.0.attn"):
         apply_clear(tiny_flux(), radius=2, include=["blocks.0"])
 

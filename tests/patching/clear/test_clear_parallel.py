@@ -23,16 +23,18 @@ CASES = {
     "halo of all rows": {"height": 4, "radius": 2},
     "padded text": {"height": 13, "radius": 3, "mask": True},
     "scaled": {"height": 13, "radius": 3, "proportional_attention": True},
-    "other backend": {"height": 13, "radius": 3, "backend": "dense"},
+    "other implementation": {"height": 13, "radius": 3, "attn_implementation": "dense"},
     "control": {"height": 13, "radius": 3, "control": True},
     "averaged": {"height": 13, "radius": 3, "text_queries": "averaged"},
 }
 
 
-def set_up(height, radius, backend="auto", mask=False, control=False, text_queries="exact", **attention_kwargs):
+def set_up(
+    height, radius, attn_implementation="auto", mask=False, control=False, text_queries="exact", **attention_kwargs
+):
     """A transformer with CLEAR, what it is called with, and how it computes text queries."""
     model, inputs = tiny_flux(), flux_inputs(height=height)
-    apply_clear(model, radius, backend=backend)
+    apply_clear(model, radius, attn_implementation=attn_implementation)
     if mask:
         attention_kwargs["attention_mask"] = (torch.arange(5) < 3).expand(2, 5)
     if control:

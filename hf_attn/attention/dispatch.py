@@ -1,0 +1,125 @@
+"""Several implementations of one attention function, and the choice among them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.call import AttentionCall, Refusal
+from ..kernels.gpu_record import is_proven
+
+
+def serves_every_call(call: AttentionCall) -> None:
+    """The check of an implementation that refuses nothing."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an attention function.
+
+    Attributes:
+        name: last part of the registered name (``eager``, ``torch``, ``triton``, ``flex``).
+        compute: ``(call, found) -> (output, weights | None)``; output ``(batch, heads, q_len, value_dim)``, weights
+            ``(batch, heads, q_len, kv_len)``.
+        check: ``(call) -> found``: a :class:`Refusal`, or what it found out about the call, which `compute` gets.
+        gpu_kernel: a kernel for GPUs. Automatic names take it only where `hf-attn check-gpu` has seen it compute the right
+            thing, see :mod:`hf_attn.kernels.gpu_record`.
+    """
+
+    name: str
+    compute: Callable[[AttentionCall, Any], tuple[torch.Tensor, torch.Tensor | None]]
+    check: Callable[[AttentionCall], Any] = serves_every_call
+    gpu_kernel: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionFunction:
+    """A function of a call, with its implementations.
+
+    Attributes:
+        name: of the function.
+        implementations: in order of preference; the last one serves every call, and is the specification of the others.
+        call: class of its calls.
+    """
+
+    name: str
+    implementations: tuple[Implementation, ...]
+    call: type[AttentionCall] = AttentionCall
+
+    #: what a user passes to leave the choice to this class
+    automatic = "auto"
+
+    def name_of(self, implementation: Implementation) -> str:
+        """What a user passes to pin an implementation."""
+        return implementation.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a user may pass as ``attn_implementation``."""
+        return tuple(dict.fromkeys((self.automatic, *map(self.name_of, self.implementations))))
+
+    def implementation(self, name: str) -> Implementation | None:
+        """The implementation that a name pins, None for the automatic one.
+
+        Raises:
+            ValueError: for a name that is none of :attr:`names`.
+        """
+        if name == self.automatic:
+            return None
+        for implementation in self.implementations:
+            if name == self.name_of(implementation):
+                return implementation
+        raise ValueError(
+            f"{self.name} attention has no implementation {name!r}. Use one of {', '.join(map(repr, self.names))}."
+        )
+
+    def preferred(self, call: AttentionCall) -> tuple[Implementation, ...]:
+        """The implementations that the automatic name tries, in this order."""
+        return self.implementations
+
+    def choose(self, call: AttentionCall, name: str | None = None) -> tuple[Implementation, Any]:
+        """Who computes a call, and what the check of that implementation found.
+
+        Args:
+            call: of the function.
+            name: one of :attr:`names`; the automatic one by default.
+
+        Raises:
+            ValueError: for an unknown name, and if the pinned implementation cannot serve the call.
+        """
+        pinned = None if name is None else self.implementation(name)
+        for implementation in self.preferred(call) if pinned is None else (pinned,):
+            if pinned is None and implementation.gpu_kernel and not self._is_proven(implementation, call):
+                continue
+            found = implementation.check(call)
+            if not isinstance(found, Refusal):
+                return implementation, found
+        raise ValueError(
+            f"attn_implementation={self.name_of(implementation)!r} cannot serve this call: {found.reason}. Use "
+            f"attn_implementation={self.automatic!r}, which picks an implementation that can."
+        )
+
+    def __call__(
+        self, call: AttentionCall, attn_implementation: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute a call.
+
+        Args:
+            call: of the function.
+            attn_implementation: one of :attr:`names`; the automatic one by default.
+
+        Returns:
+            Output ``(batch, heads, q_len, value_dim)``, and weights ``(batch, heads, q_len, kv_len)`` if the implementation
+            has them.
+
+        Raises:
+            ValueError: for an unknown name, and if the pinned implementation cannot serve the call.
+        """
+        implementation, found = self.choose(call, attn_implementation)
+        return implementation.compute(call, found)
+
+    def _is_proven(self, implementation: Implementation, call: AttentionCall) -> bool:
+        device = call.query.device
+        # The CPU runs a kernel under triton's interpreter only, to test it.
+        return device.type != "cpu" and is_proven(f"{self.name}_{implementation.name}", device, call.query.dtype)
