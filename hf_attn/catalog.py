@@ -196,8 +196,20 @@ _PAPERS = (
         title="ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector "
         "Attention",
         arxiv="2505.10222",
-        becomes="causal LM family",
+        becomes="causal LM family, from scratch or from a Llama",
         code="shaojintian/complexFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="complexformer",
+                config="ComplexFormerConfig",
+                models={"AutoModel": "ComplexFormerModel", "AutoModelForCausalLM": "ComplexFormerForCausalLM"},
+                peft="llama",
+                compares=True,
+            ),
+        ),
+        converter=True,
+        note="withdrawn from arXiv by its first author on 27 May 2025; no result of it is quoted here",
     ),
     Paper(
         slug="combiner",
