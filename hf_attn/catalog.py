@@ -215,8 +215,32 @@ _PAPERS = (
         slug="combiner",
         title="Combiner: Full Attention Transformer with Sparse Computation Cost",
         arxiv="2107.05768",
-        becomes="attention functions (fixed, logsparse, axial) and LM family",
+        becomes="attention functions (fixed, logsparse, axial) with a cache, causal and masked LM families",
         code="google-research/google-research",
+        available=True,
+        families=(
+            Family(
+                model_type="combiner",
+                config="CombinerConfig",
+                models={"AutoModel": "CombinerModel", "AutoModelForCausalLM": "CombinerForCausalLM"},
+                peft="llama",
+                compares=True,
+            ),
+            Family(
+                model_type="combiner_encoder",
+                config="CombinerEncoderConfig",
+                models={"AutoModel": "CombinerEncoderModel", "AutoModelForMaskedLM": "CombinerForMaskedLM"},
+                folder="combiner",
+                peft="llama",
+            ),
+        ),
+        attention=tuple(
+            f"combiner_{kind}{suffix}"
+            for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
+            for suffix in ("", "_eager", "_torch")
+        ),
+        converter=True,
+        doors={"CombinerCache": "modeling.combiner.cache"},
     ),
     Paper(
         slug="wide_attention",
