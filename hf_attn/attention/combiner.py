@@ -70,11 +70,14 @@ def combiner_probabilities(
     if plan.asking is None:
         span_query, span_key = (pool_spans(states, members, call.pool) for states in (query, key))
     else:
-        span_query = query[:, :, plan.asking]
+        asking = plan.asking.expand(query.shape[0], -1)
+        if valid is not None:
+            asking = torch.minimum(asking, (valid.sum(1, keepdim=True) - 1).clamp(min=0))
+        span_query = query.take_along_dim(asking[:, None, :, None], dim=2)
     inside = masked_softmax(span_query @ key.transpose(-1, -2) * call.scaling, members)
     if plan.asking is not None:
         row_output = inside.to(query.dtype) @ call.value
-        span_key = call.row_key(row_output, call.row_input[:, plan.asking])
+        span_key = call.row_key(row_output, call.row_input.take_along_dim(asking[..., None], dim=1))
 
     logits = torch.cat((query @ key.transpose(-1, -2), query @ span_key.transpose(-1, -2)), dim=-1) * call.scaling
     joint = masked_softmax(logits, torch.cat((direct, uses), dim=-1))

@@ -72,7 +72,7 @@ def _attention_arguments(official: StateDict, prefix: str, kind: str, config: Of
     config.agree(emb_dim=hidden_size, num_heads=heads, qkv_dim=heads * head_dim, head_dim=head_dim)
     max_len, segment_length = config["max_len"], config.get("max_seg_len")
     if kind != "logsparse" and segment_length is None:
-        segment_length = config["max_seg_len"]
+        raise ConversionError(f"{kind} needs max_seg_len, the tokens of a segment.")
     return {
         "hidden_size": hidden_size,
         "num_attention_heads": heads,

@@ -80,7 +80,7 @@ def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, t
     direct = torch.arange(row * s, position + 1)
     if kind == "fixed":
         return direct, torch.arange(row)
-    cells = torch.arange(column, row * s, s)
+    cells = torch.arange(row) * s + column
     if kind == ROWMAJOR:
         return direct, cells
     direct = torch.cat((cells, direct))
@@ -99,6 +99,7 @@ class CombinerState:
 
     Attributes:
         seen_tokens: number of columns of the input so far, padding included.
+        end: why no token can follow; empty if one can.
         start: `(batch,)`, the number of padding columns before the first token of each row.
         first: the first column that `query`, `key`, `value` and `row_input` hold.
         query, key, value: of the tokens that are still needed, `(batch, heads, columns, head_dim)`.
@@ -114,6 +115,7 @@ class CombinerState:
 
     def reset(self) -> None:
         self.seen_tokens = self.first = 0
+        self.end = ""
         for name in self.names:
             setattr(self, name, None)
 
@@ -139,6 +141,8 @@ class CombinerState:
         if self.seen_tokens == 0:
             output, weights = attend(call, sequences)
             self._begin(call, sequences)
+        elif self.end:
+            raise ValueError(f"This cache cannot be continued: {self.end}, or pass use_cache=False.")
         else:
             self._find_start(call, new)
             outputs = []
@@ -153,23 +157,19 @@ class CombinerState:
         batch, length = call.query.shape[0], call.query.shape[2]
         if not sequences.is_causal:
             raise ValueError("Only causal attention has a cache, and these tokens see later ones. Pass use_cache=False.")
+        self.seen_tokens = length
         self.start = sequences.start
         if self.start is None:
             self.start = torch.zeros(batch, dtype=torch.long, device=call.query.device)
         elif sequences.index.shape[0] > batch:
-            raise ValueError(
-                "Several sequences in one row cannot be continued from a cache. Give each sequence a row, or pass "
-                "use_cache=False."
-            )
+            self.end = "it holds several sequences in one row. Give each sequence a row"
         elif bool((sequences.valid.sum(1) != (length - self.start)[self.start < length]).any()):
-            raise ValueError(
-                "A cache needs padding on the left, where it has no tokens after it; this batch is padded on the right. Set "
-                "tokenizer.padding_side='left', or pass use_cache=False."
-            )
+            self.end = "its batch is padded on the right. Set tokenizer.padding_side='left'"
+        if self.end:
+            return
         key, value = call.repeated_heads()
         self.query, self.key, self.value, self.row_input = call.query, key, value, call.row_input
         self.span_key, self.span_value = key[:, :, :0], value[:, :, :0]
-        self.seen_tokens = length
         for rows, start in self._groups():
             if length > start:
                 self._close(call, rows, start, seen=0, position=length - 1 - start)

@@ -89,17 +89,18 @@ def attend_grid(call: CombinerCall) -> torch.Tensor:
     for pool, within in _spans_of_rows(call, column):
         members = within & real[:, None]
         if call.kind == ROWMAJOR:
-            span_query = query
+            # Its last token asks for the columns that a row lacks.
+            asking = torch.arange(rows * columns, device=query.device).clamp(max=length - 1)
+            span_query = call.query[:, :, asking].to(precision).unflatten(2, (rows, columns))
         else:
             span_query, span_key = (_or_zero(pool(hidden(states), -2)) for states in (query, key))
         inside = masked_softmax(torch.einsum("...acd,...abd->...acb", span_query, key) * call.scaling, members)
         span_value = torch.einsum("...acb,...abd->...acd", inside, value)
         if call.kind == ROWMAJOR:
-            span_key = _row_keys(call, span_value, padding).to(precision)
+            span_key = call.row_key(span_value.flatten(2, 3).to(call.query.dtype), call.row_input[:, asking])
+            span_key = span_key.to(precision).unflatten(2, (rows, columns))
         scores.append(torch.einsum("...rcd,...acd->...rca", query, span_key))
-        # A span is asked for at the column of its query, which a last row may lack.
-        exists = real.T if call.kind == ROWMAJOR else members.any(-1).T
-        allowed.append(seen_row[:, None] & exists)
+        allowed.append(seen_row[:, None] & members.any(-1).T)
         sources.append(("...rca,...acd->...rcd", span_value))
 
     widths = [part.shape[-1] for part in scores]
@@ -123,9 +124,3 @@ def _spans_of_rows(call: CombinerCall, column: torch.Tensor):
             (lambda states, dim: _exclusive(states, dim, reverse=True), column > column[:, None]),
         ]
     return []
-
-
-def _row_keys(call: CombinerCall, row_output: torch.Tensor, padding: int) -> torch.Tensor:
-    row_input = F.pad(call.row_input, (0, 0, 0, padding))
-    keys = call.row_key(row_output.flatten(2, 3).to(call.query.dtype), row_input)
-    return keys.unflatten(2, row_output.shape[2:4])

@@ -76,9 +76,9 @@ def make_plan(
     in_row, in_column = cell_row[:, None] == row, cell_column[:, None] == column
     own_column = column[:, None] == cell_column
     if kind == ROWMAJOR:
-        asking = cell_row * segment_length + cell_column
-        uses = seen(cell_row) & own_column & (asking < length)
-        return Plan(same_row & earlier, in_row, uses, asking.clamp(max=length - 1))
+        # Its last token asks for the columns that a row lacks.
+        asking = (cell_row * segment_length + cell_column).clamp(max=length - 1)
+        return Plan(same_row & earlier, in_row, seen(cell_row) & own_column, asking)
     other_rows = row < cell_row[:, None] if is_causal else row != cell_row[:, None]
     vertical = (in_column & other_rows, (row[:, None] == cell_row) & ~own_column)
     if kind == "vertical":
