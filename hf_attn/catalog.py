@@ -209,6 +209,7 @@ _PAPERS = (
             ),
         ),
         converter=True,
+        doors={"plot_head_angles": "modeling.complexformer.plots"},
         note="withdrawn from arXiv by its first author on 27 May 2025; no result of it is quoted here",
     ),
     Paper(

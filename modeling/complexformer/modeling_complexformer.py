@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_attn.architectures.decoder import (
     DecoderAttention,
@@ -18,28 +18,42 @@ from hf_attn.architectures.decoder import (
 from .configuration_complexformer import ComplexFormerConfig
 
 
-#: added to squared magnitudes
-EPSILON = 1e-9
+def turn(
+    states: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, phases: torch.Tensor
+) -> torch.Tensor:
+    """Scale and shift the angles of complex numbers, and turn them by their positions.
 
-
-def turn(states: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Scale the angles of complex numbers, `|x| exp(i (delta * angle(x) + bias))`.
+    `|x| exp(i (delta * angle(x) + bias)) * phase`. A zero has no gradient through its angle.
 
     Args:
-        states: `(batch, heads, length, head_dim)`, float32; real parts in the first half, imaginary ones in the second.
-        delta: `(heads, head_dim / 2)`.
-        bias: the same shape, or `None` for 0.
+        states: `(..., length, head_dim)`; real parts in the first half, imaginary ones in the second.
+        delta: broadcast to `(..., length, head_dim / 2)`.
+        bias: the same, or `None` for 0.
+        phases: `exp(i * position * frequency)`, the same.
 
     Returns:
-        States of the same shape. A zero has the angle 0, and no gradient through its angle.
+        States of the same shape and dtype, with each real part before its imaginary one: an order that queries and keys
+        share, and that makes no difference to their products.
     """
-    real, imaginary = states.chunk(2, dim=-1)
-    magnitude = (real.square() + imaginary.square() + EPSILON).sqrt()
-    is_zero = (real == 0) & (imaginary == 0)
-    angle = torch.atan2(imaginary, real.masked_fill(is_zero, 1.0)) * delta[:, None]
-    if bias is not None:
-        angle = angle + bias[:, None]
-    return torch.cat((magnitude * angle.cos(), magnitude * angle.sin()), dim=-1)
+    # Angles grow with the position, and narrower types would round them.
+    precision = torch.promote_types(states.dtype, torch.float32)
+    numbers = torch.complex(*states.to(precision).chunk(2, dim=-1))
+    angle = numbers.angle() * delta if bias is None else torch.addcmul(bias, numbers.angle(), delta)
+    turned = torch.polar(numbers.abs(), angle) * phases
+    return torch.view_as_real(turned).flatten(-2).to(states.dtype)
+
+
+def make_phases(rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Complex `exp(i * position * frequency)`, `(batch or 1, 1, length, head_dim / 2)`.
+
+    Args:
+        rotary_emb: gives cosines and sines of the positions.
+        hidden_states: says on which device.
+        position_ids: `(batch or 1, length)`.
+    """
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    halves = (table.chunk(2, dim=-1)[0] for table in rotary_emb(hidden_states, position_ids=position_ids))
+    return torch.complex(*halves)[:, None]
 
 
 class ComplexFormerAttention(DecoderAttention):
@@ -61,14 +75,13 @@ class ComplexFormerAttention(DecoderAttention):
 
     def queries_and_keys(self, hidden_states, position_embeddings):
         queries, keys = super().queries_and_keys(hidden_states, None)
-        # Angles grow with the position, and narrower types would round them.
-        delta, bias = self.delta_params.float(), self.bias_params.float()
-        turned = (
-            turn(queries.float(), delta.repeat_interleave(self.num_key_value_groups, dim=0), bias),
-            turn(keys.float(), delta),
+        precision = torch.promote_types(queries.dtype, torch.float32)
+        delta, bias = (parameter.to(precision)[:, None] for parameter in (self.delta_params, self.bias_params))
+        groups = (-1, self.num_key_value_groups)
+        queries = turn(
+            queries.unflatten(1, groups), delta[:, None], bias.unflatten(0, groups), position_embeddings[:, None]
         )
-        turned = apply_rotary_pos_emb(*turned, *position_embeddings)
-        return turned[0].to(queries.dtype), turned[1].to(keys.dtype)
+        return queries.flatten(1, 2), turn(keys, delta, None, position_embeddings)
 
 
 class ComplexFormerRoundedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -114,7 +127,7 @@ class ComplexFormerModel(ComplexFormerPreTrainedModel, DecoderModel):
         return make_rotary_embedding(config)
 
     def layer_arguments(self, hidden_states, position_ids, past_length) -> dict:
-        return super().layer_arguments(hidden_states.float(), position_ids, past_length)
+        return {"position_embeddings": make_phases(self.rotary_emb, hidden_states, position_ids)}
 
 
 class ComplexFormerForCausalLM(FromLlamaMixin, ComplexFormerPreTrainedModel, DecoderForCausalLM):
