@@ -11,7 +11,14 @@ import functools
 import torch
 from torch import nn
 
-from ..kernels.combiner.call import CombinerCall, Sequences, by_sequences, check_eager, check_torch, default_segment_length
+from ..kernels.combiner.call import (
+    CombinerCall,
+    Sequences,
+    by_sequences,
+    check_eager,
+    check_torch,
+    default_segment_length,
+)
 from ..kernels.combiner.grid import attend_grid
 from ..kernels.combiner.logsparse import attend_logsparse
 from ..kernels.combiner.plan import KINDS, ROWMAJOR, make_plan

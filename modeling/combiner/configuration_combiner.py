@@ -112,9 +112,7 @@ class CombinerConfig(DecoderConfig):
                 "Combiner has no sliding windows: a span is seen whole. Leave out sliding_window and layer_types."
             )
         if self.position_embedding_type == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
-            raise ValueError(
-                f"Sinusoidal positions need an even hidden_size of at least 4, got {self.hidden_size}."
-            )
+            raise ValueError(f"Sinusoidal positions need an even hidden_size of at least 4, got {self.hidden_size}.")
         if self.own_segment_summary and self.is_causal:
             raise ValueError(
                 "own_segment_summary is for encoders: the summary of its own segment would show a token the future."

@@ -42,7 +42,12 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         heads = official["delta_params"].shape[0]
         config.agree(d_model=width, num_heads=heads)
         family_config = ComplexFormerConfig(
-            hidden_size=width, num_attention_heads=heads, num_hidden_layers=1, bos_token_id=None, eos_token_id=None, **shared
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_hidden_layers=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            **shared,
         )
         return Converted(ComplexFormerAttention, {"config": family_config, "layer_idx": 0}, state, dropped)
     if level != "lm":

@@ -18,9 +18,7 @@ from hf_attn.architectures.decoder import (
 from .configuration_complexformer import ComplexFormerConfig
 
 
-def turn(
-    states: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, phases: torch.Tensor
-) -> torch.Tensor:
+def turn(states: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, phases: torch.Tensor) -> torch.Tensor:
     """Scale and shift the angles of complex numbers, and turn them by their positions.
 
     `|x| exp(i (delta * angle(x) + bias)) * phase`. A zero has no gradient through its angle.

@@ -22,7 +22,9 @@ def plot_head_angles(model: ComplexFormerPreTrainedModel) -> "Figure":
     """
     layers = [module for module in model.modules() if isinstance(module, ComplexFormerAttention)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no complex attention; plot_head_angles draws ComplexFormer models.")
+        raise ValueError(
+            f"{type(model).__name__} has no complex attention; plot_head_angles draws ComplexFormer models."
+        )
     figure = new_figure(9, 0.8 + 1.6 * len(layers))
     grid = figure.subplots(len(layers), 2, squeeze=False)
     for column, (name, neutral) in enumerate((("delta", 1.0), ("bias", 0.0))):

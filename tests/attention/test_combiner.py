@@ -13,7 +13,9 @@ CAUSAL = (*KINDS, ROWMAJOR)
 FORMS = [(kind, True) for kind in CAUSAL] + [(kind, False) for kind in BIDIRECTIONAL_KINDS]
 
 
-def make_call(kind: str, length: int, segment_length: int, is_causal: bool = True, heads=(2, 2), **fields) -> CombinerCall:
+def make_call(
+    kind: str, length: int, segment_length: int, is_causal: bool = True, heads=(2, 2), **fields
+) -> CombinerCall:
     torch.manual_seed(0)
     query = torch.randn(1, heads[0], length, 8, dtype=torch.float64)
     key, value = (torch.randn(1, heads[1], length, 8, dtype=torch.float64) for _ in range(2))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .call import CombinerCall, Sequences, allowed_pairs, by_sequences
+from .call import CombinerCall, Sequences, allowed_pairs
 from .plan import ROWMAJOR
 from .softmax import masked_softmax
 
@@ -156,7 +156,9 @@ class CombinerState:
     def _begin(self, call: CombinerCall, sequences: Sequences) -> None:
         batch, length = call.query.shape[0], call.query.shape[2]
         if not sequences.is_causal:
-            raise ValueError("Only causal attention has a cache, and these tokens see later ones. Pass use_cache=False.")
+            raise ValueError(
+                "Only causal attention has a cache, and these tokens see later ones. Pass use_cache=False."
+            )
         self.seen_tokens = length
         self.start = sequences.start
         if self.start is None:
@@ -213,9 +215,7 @@ class CombinerState:
 
     def _groups(self) -> list[tuple[torch.Tensor, int]]:
         """Rows of the batch whose sequences began in the same column, and that column."""
-        return [
-            (torch.nonzero(self.start == start)[:, 0], start) for start in sorted(set(self.start.tolist()))
-        ]
+        return [(torch.nonzero(self.start == start)[:, 0], start) for start in sorted(set(self.start.tolist()))]
 
     def _step(self, call: CombinerCall) -> torch.Tensor:
         """Output `(batch, heads, 1, head_dim)` of the last token."""
@@ -270,7 +270,9 @@ class CombinerState:
 def _pool(states: torch.Tensor, members: torch.Tensor, pool: str) -> torch.Tensor:
     """Pool tokens `(batch, heads, tokens, head_dim)` by spans `(spans, tokens)`; 0 for an empty span."""
     if pool == "max":
-        few = [states[:, :, some].amax(2) if bool(some.any()) else torch.zeros_like(states[:, :, 0]) for some in members]
+        few = [
+            states[:, :, some].amax(2) if bool(some.any()) else torch.zeros_like(states[:, :, 0]) for some in members
+        ]
         return torch.stack(few, dim=2)
     total = members.to(states.dtype) @ states
     return total if pool == "sum" else total / members.sum(1)[:, None].clamp(min=1)

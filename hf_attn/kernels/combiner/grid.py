@@ -106,9 +106,7 @@ def attend_grid(call: CombinerCall) -> torch.Tensor:
     widths = [part.shape[-1] for part in scores]
     allowed = torch.cat([part.expand(rows, columns, -1) for part in allowed], dim=-1)
     joint = masked_softmax(torch.cat(scores, dim=-1) * call.scaling, allowed).split(widths, dim=-1)
-    output = sum(
-        torch.einsum(equation, part, source) for part, (equation, source) in zip(joint, sources, strict=True)
-    )
+    output = sum(torch.einsum(equation, part, source) for part, (equation, source) in zip(joint, sources, strict=True))
     return output.flatten(2, 3)[:, :, :length].to(call.query.dtype)
 
 

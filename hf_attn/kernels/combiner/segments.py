@@ -46,9 +46,7 @@ def attend_fixed(call: CombinerCall, valid: torch.Tensor | None) -> torch.Tensor
 
 def _attend_causal(call: CombinerCall, query, key, value, valid) -> torch.Tensor:
     segments, segment_length = query.shape[2:4]
-    span_key, span_value = summaries(
-        query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], call.pool, call.scaling
-    )
+    span_key, span_value = summaries(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], call.pool, call.scaling)
     mask = torch.ones(segment_length, segments + segment_length, dtype=torch.bool, device=query.device)
     mask[:, segments:] = mask[:, segments:].tril()
     outputs = []

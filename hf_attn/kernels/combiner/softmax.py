@@ -16,7 +16,11 @@ def masked_softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
 
 def local_expectations(
-    span_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, allowed: torch.Tensor | None = None
+    span_query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Values of spans, the means of their tokens' values under the spans' own queries.
 

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_attn.checkpoints.files import ConversionError
@@ -186,7 +193,10 @@ def test_bad_configurations_say_what_is_wrong():
         ({"score_scale": 0.0}, "score_scale must be positive"),
         ({"frequency_rounding": "float16"}, "frequency_rounding"),
         (
-            {"frequency_rounding": "bfloat16", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {
+                "frequency_rounding": "bfloat16",
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            },
             "plain rotary",
         ),
     ):
