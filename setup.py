@@ -26,6 +26,11 @@ EXTRAS = {
 }
 
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# CUDA packages, which an installation of everything on another machine cannot use
+EXTRAS["deberta-cuda"] = [
+    "disentangled-flash>=1.1; platform_system == 'Linux'",
+    "flashdeberta>=0.0.8; platform_system == 'Linux'",
+]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
 EXTRAS["test"] = (
     EXTRAS["all"]

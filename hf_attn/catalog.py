@@ -22,7 +22,8 @@ class Family:
             of the linear layers to adapt.
         processors: name of the Auto class (``AutoProcessor``, ``AutoImageProcessor``, ``AutoFeatureExtractor``,
             ``AutoTokenizer``) -> name of the class in ``processing_<folder>``.
-        compares: whether the family, a causal language model, takes part in ``hf-attn compare``.
+        compares: fields that switch the mechanism of a causal language model on in ``hf-attn compare``; none, and it does
+            not take part.
     """
 
     model_type: str
@@ -31,7 +32,7 @@ class Family:
     folder: str = ""
     peft: str | tuple[str, ...] = ()
     processors: dict[str, str] = field(default_factory=dict)
-    compares: bool = False
+    compares: dict[str, object] | None = None
 
     def _reference(self, kind: str, name: str) -> str:
         folder = self.folder or self.model_type
@@ -89,6 +90,11 @@ class Paper:
         return f"hf_attn.modeling.{self.slug}.convert_{self.slug}"
 
 
+#: names for ``attn_implementation`` that split a sequence over processes
+DISTRIBUTED_ATTENTION = tuple(
+    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
+)
+
 _PAPERS = (
     Paper(
         slug="sigmoid_attention",
@@ -103,7 +109,7 @@ _PAPERS = (
                 config="SigmoidAttentionConfig",
                 models={"AutoModel": "SigmoidAttentionModel", "AutoModelForCausalLM": "SigmoidAttentionForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={},
             ),
         ),
         attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
@@ -132,6 +138,8 @@ _PAPERS = (
         doors={
             "apply_sigma_reparam": "patching.sigma_reparam",
             "fold_sigma_reparam": "patching.sigma_reparam",
+            "refresh_sigma_reparam": "patching.sigma_reparam",
+            "bypassed_layers": "patching.sigma_reparam",
             "AttentionEntropyCallback": "analysis.entropy_callback",
         },
     ),
@@ -148,7 +156,7 @@ _PAPERS = (
                 config="LandmarkConfig",
                 models={"AutoModel": "LandmarkModel", "AutoModelForCausalLM": "LandmarkForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={"mem_freq": 15, "include_landmark_in_loss": False},
             ),
         ),
         attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
@@ -170,7 +178,7 @@ _PAPERS = (
                 config="EchoAttConfig",
                 models={"AutoModel": "EchoAttModel", "AutoModelForCausalLM": "EchoAttForCausalLM"},
                 peft="llama",
-                compares=True,
+                compares={"shared_layers": [2]},
             ),
         ),
         converter=True,
@@ -259,7 +267,14 @@ _PAPERS = (
         slug="zeppelin",
         title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
         arxiv="2509.21841",
-        becomes="sequence partitioner, ring attention engine, remapping, simulator; Llama family that trains with it",
+        becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
+        available=True,
+        attention=DISTRIBUTED_ATTENTION,
+        doors={
+            "ZeppelinCollator": "distributed.zeppelin.trainer",
+            "ZeppelinEngine": "distributed.zeppelin.engine",
+            "ZeppelinTrainerMixin": "distributed.zeppelin.trainer",
+        },
     ),
     Paper(
         slug="deberta",
@@ -267,6 +282,23 @@ _PAPERS = (
         arxiv="2006.03654",
         becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
         code="microsoft/DeBERTa",
+        available=True,
+        families=(
+            Family(
+                model_type="deberta_emd",
+                config="DebertaEMDConfig",
+                models={"AutoModel": "DebertaEMDModel", "AutoModelForMaskedLM": "DebertaEMDForMaskedLM"},
+                folder="deberta",
+                peft=("query_proj", "key_proj", "value_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "apply_fast_attention": "patching.deberta",
+            "remove_fast_attention": "patching.deberta",
+            "SiFTTrainerMixin": "training.sift",
+            "DataCollatorForNGramMasking": "training.ngram_masking",
+        },
     ),
     Paper(
         slug="pooling_attention",
@@ -626,6 +658,10 @@ PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",
     "uses_attention": "hf_attn.attention.interface.uses_attention",
+    "SequenceParallelTrainerMixin": "hf_attn.distributed.trainer.SequenceParallelTrainerMixin",
+    "distributed_attention": "hf_attn.distributed.functional.distributed_attention",
+    "distributed_generate": "hf_attn.distributed.generation.distributed_generate",
+    "sequence_parallel": "hf_attn.distributed.context.sequence_parallel",
     **{name: f"hf_attn.auto.{name}" for name in OWN_AUTO_CLASSES},
 }
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ._import_hooks import when_imported
-from .catalog import OWN_AUTO_CLASSES, TASKS, families
+from .catalog import DISTRIBUTED_ATTENTION, OWN_AUTO_CLASSES, TASKS, families
 
 
 def load(reference: str) -> type:
@@ -159,6 +159,18 @@ def _register_attention(module: ModuleType) -> None:
         for name in mechanism.names:
             module.AttentionInterface.register(name, mechanism.attention_function(name))
             AttentionMaskInterface.register(name, mechanism.mask_function)
+    for name in DISTRIBUTED_ATTENTION:
+        module.AttentionInterface.register(
+            name, _imported_when_called("hf_attn.distributed.interface.attention_forward")
+        )
+        AttentionMaskInterface.register(name, _imported_when_called("hf_attn.distributed.interface.attention_mask"))
+
+
+def _imported_when_called(reference: str) -> Callable:
+    def function(*args, **kwargs):
+        return load(reference)(*args, **kwargs)
+
+    return function
 
 
 def _register_pipelines(module: ModuleType) -> None:

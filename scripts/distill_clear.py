@@ -119,6 +119,27 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, Distill
         parser.error(f"--prompts: there is no file {data.prompts}")
     if not 0 < data.num_held_back < data.num_samples:
         parser.error("--num_held_back must be at least 1 and less than --num_samples")
+    for group, names in (
+        (
+            data,
+            ("num_inference_steps", "max_sequence_length", "generation_batch_size", "resolution", "teacher_steps"),
+        ),
+        (
+            options,
+            (
+                "radius",
+                "down_factor",
+                "max_steps",
+                "batch_size",
+                "gradient_accumulation_steps",
+                "eval_steps",
+                "checkpoint_steps",
+            ),
+        ),
+    ):
+        for name in names:
+            if getattr(group, name) < 1:
+                parser.error(f"--{name} must be at least 1, got {getattr(group, name)}")
     if options.optimizer not in ("adamw", "prodigy"):
         parser.error(f"--optimizer is adamw or prodigy, not {options.optimizer}")
     side = (PIXELS_OF_A_TOKEN if data.teacher is None else 16) * options.down_factor

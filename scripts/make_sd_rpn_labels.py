@@ -119,8 +119,10 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
         raise stop("give exactly one of --dataset_name, --json_file, --official_file, --question")
     if args.dataset_name is None and args.image_folder is None:
         raise stop("--json_file, --official_file and --question need --image_folder")
-    for name in ("batch_size", "part_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
+    if args.path_contains is not None and (args.dataset_name or args.official_file):
+        raise stop("--path_contains is for --json_file and --question")
+    for name in ("batch_size", "part_size", "max_new_tokens", "max_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise stop(f"--{name} must be at least 1, got {getattr(args, name)}")
     if (args.grounding_heads is None) != (args.rule is None):
         raise stop("--grounding_heads and --rule go together")
@@ -201,7 +203,7 @@ def load_questions(args: Arguments) -> Questions:
             str(file.relative_to(root)) for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
         )
         rows = [{"image": file, "question": args.question} for file in files if (args.path_contains or "") in file]
-        questions = Questions(rows, folder=args.image_folder)
+        questions = Questions(rows[: args.max_samples], folder=args.image_folder)
     if not len(questions):
         raise stop("there are no images to label")
     return questions
@@ -289,7 +291,11 @@ def load_official(args: Arguments) -> datasets.Dataset:
     recipe = make_recipe(args)
     try:
         return official_labels(
-            args.official_file, args.image_folder, rule=recipe.rule, sink_threshold=recipe.sink_threshold
+            args.official_file,
+            args.image_folder,
+            rule=recipe.rule,
+            sink_threshold=recipe.sink_threshold,
+            max_samples=args.max_samples,
         )
     except (ValueError, OSError) as error:
         raise stop(str(error)) from error

@@ -45,6 +45,13 @@ import hf_attn
 from hf_attn.architectures.imaging import image_processor_for
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.modeling.rmt.token_labeling import (
+    draw_box,
+    mixed_tokens,
+    position_grid,
+    token_labeling_loss,
+    unmix_token_logits,
+)
 
 
 try:
@@ -164,6 +171,13 @@ class DataArguments:
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mix pairs of images (mixup) if positive."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Paste parts of images (CutMix) if positive."})
+    mix_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Train an RMT with token_labeling as its authors did: two images share a map, whose positions have the "
+            "labels of their images. In place of CutMix."
+        },
+    )
 
 
 @dataclass
@@ -192,11 +206,13 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
 
     Args:
         train_collator: makes the batches of the training; those of the evaluation are made by `data_collator`.
+        token_labeling: train with the loss of RMT's token labelling.
     """
 
-    def __init__(self, *args, train_collator, **kwargs):
+    def __init__(self, *args, train_collator, token_labeling: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        self.token_labeling = token_labeling
 
     def get_train_dataloader(self):
         data_collator, self.data_collator = self.data_collator, self.train_collator
@@ -214,6 +230,8 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.token_labeling and model.training:
+            return self._token_labeling_loss(model, inputs, return_outputs)
         if inputs["labels"].ndim == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
@@ -221,6 +239,21 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
         loss = torch.nn.functional.cross_entropy(
             outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
         )
+        return (loss, outputs) if return_outputs else loss
+
+    def _token_labeling_loss(self, model, inputs, return_outputs):
+        """Two images share a map, and the label of an image is that of each of its positions (RMT's token labelling)."""
+        labels, rmt = inputs.pop("labels"), self.accelerator.unwrap_model(model)
+        num_labels = rmt.num_labels
+        targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, num_labels)
+        smoothing = self.args.label_smoothing_factor
+        targets = (1 - smoothing) * targets.to(torch.float32) + smoothing / num_labels
+        height, width = position_grid(rmt, inputs["pixel_values"])
+        box = draw_box(height, width)
+        with mixed_tokens(rmt, box):
+            outputs = model(**inputs)
+        token_logits = unmix_token_logits(outputs.token_logits, box, width)
+        loss = token_labeling_loss(outputs.logits, token_logits, targets, box)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -259,6 +292,8 @@ def _problem(
         return "--variant and --config_overrides would not fit the weights of --model_name_or_path"
     if not 0 < data_args.validation_split_percentage < 100:
         return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
+    if data_args.mix_tokens and data_args.cutmix_alpha > 0:
+        return "--mix_tokens and --cutmix_alpha both mix parts of images; give one of them"
     for name in ("mixup_alpha", "cutmix_alpha"):
         if getattr(data_args, name) < 0:
             return f"--{name} {getattr(data_args, name)} is negative"
@@ -348,11 +383,12 @@ def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, 
     )
 
 
-def with_pixel_values(images: datasets.Dataset, transform) -> datasets.Dataset:
-    """The dataset with each image transformed when it is looked at."""
+def with_pixel_values(images: datasets.Dataset, transform, num_channels: int) -> datasets.Dataset:
+    """The dataset with each image transformed when it is looked at; `num_channels` 1 is greyscale."""
+    mode = "L" if num_channels == 1 else "RGB"
 
     def apply(batch: dict) -> dict:
-        pixel_values = [transform(image.convert("RGB")) for image in batch["image"]]
+        pixel_values = [transform(image.convert(mode)) for image in batch["image"]]
         return {"pixel_values": pixel_values, "labels": batch["label"]}
 
     return images.with_transform(apply)
@@ -453,6 +489,7 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
         processor = BitImageProcessor(
             size={"height": height, "width": width},
             do_center_crop=False,
+            do_convert_rgb=config.num_channels == 3,
             resample=official.resample,
             image_mean=official.image_mean,
             image_std=official.image_std,
@@ -472,6 +509,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="data"):
         images = load_images(data_args, training_args.seed)
     model, processor = make_model(model_args, images["train"].features["label"].names)
+    if data_args.mix_tokens and not getattr(model.config, "token_labeling", False):
+        raise SystemExit(
+            "run_image_classification.py: --mix_tokens is for an RMT with token_labeling: --variant rmt_s_token_label, or "
+            "--config_overrides token_labeling=true"
+        )
     train_transform = training_transform(processor, model.config, data_args.augmentation)
     eval_transform = training_transform(processor, model.config, "none")
     if training_args.should_log:
@@ -484,11 +526,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=with_pixel_values(images["train"], train_transform),
-        eval_dataset=with_pixel_values(images["validation"], eval_transform),
+        train_dataset=with_pixel_values(images["train"], train_transform, model.config.num_channels),
+        eval_dataset=with_pixel_values(images["validation"], eval_transform, model.config.num_channels),
         processing_class=processor,
         data_collator=default_data_collator,
         train_collator=make_collator(data_args, model.config.num_labels),
+        token_labeling=data_args.mix_tokens,
         compute_metrics=lambda evaluation: metric.compute(
             predictions=evaluation.predictions, references=evaluation.label_ids
         ),

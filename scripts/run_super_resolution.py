@@ -360,9 +360,19 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
     scale = {} if model_args.scale is None else {"upscale": model_args.scale}
     attention = {"attn_implementation": model_args.attn_implementation}
     if model_args.model_name_or_path is not None:
-        return AutoModelForImageToImage.from_pretrained(
-            model_args.model_name_or_path, dtype=torch.float32, **attention, **scale
+        model, info = AutoModelForImageToImage.from_pretrained(
+            model_args.model_name_or_path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=model_args.scale is not None,
+            output_loading_info=True,
+            **attention,
+            **scale,
         )
+        # Only the enlarging convolutions depend on the scale.
+        unfit = [name for name, *_ in info["mismatched_keys"] if not name.startswith("reconstruction.convolutions.")]
+        if unfit:
+            raise stop(f"{model_args.model_name_or_path} has weights of other shapes: {', '.join(sorted(unfit))}")
+        return model
     config_class = type(AutoConfig.for_model(model_args.model_type))
     overrides = {**scale, **parse_overrides(model_args.config_overrides, config_class)}
     if model_args.variant is not None:

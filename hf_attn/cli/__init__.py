@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import check_gpu, convert, papers, quickstart
+from . import check_gpu, compare, convert, papers, plan, quickstart
 from ._command import CommandError, formatter
 
 
 #: in the order of `hf-attn --help`
-COMMANDS = (papers, convert, quickstart, check_gpu)
+COMMANDS = (papers, convert, quickstart, compare, plan, check_gpu)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

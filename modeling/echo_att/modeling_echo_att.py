@@ -57,8 +57,9 @@ def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch
     """
     batch, heads, q_len, kv_len = weights.shape
     value = value[:, :, :kv_len]
-    output = weights.reshape(batch, value.shape[1], -1, kv_len) @ value
-    return output.view(batch, heads, q_len, -1).transpose(1, 2).contiguous()
+    kv_heads, head_dim = value.shape[1], value.shape[3]
+    output = weights.reshape(batch, kv_heads, heads // kv_heads * q_len, kv_len) @ value
+    return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous()
 
 
 def eager_attention_forward(
@@ -79,7 +80,9 @@ def eager_attention_forward(
     if attention_mask is None and q_len > 1:
         key = key[:, :, :q_len]
         attention_mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query.device).tril()
-    scores = query.reshape(batch, key.shape[1], -1, head_dim) @ key.transpose(-1, -2) * scaling
+    kv_heads = key.shape[1]
+    query = query.reshape(batch, kv_heads, heads // kv_heads * q_len, head_dim)
+    scores = query @ key.transpose(-1, -2) * scaling
     scores = scores.view(batch, heads, q_len, key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)

@@ -52,12 +52,6 @@ class SigmoidAttention(DecoderAttention):
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         return self.q_norm(query_states), self.k_norm(key_states)
 
-    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
-        # An exported program holds operators of torch only, which other runtimes know.
-        if torch.compiler.is_exporting() and self.config._attn_implementation == SIGMOID.name:
-            return self.eager_attention_forward
-        return super().attention_function(query_states, key_states)
-
 
 class SigmoidAttentionDecoderLayer(DecoderLayer):
     """x + scale(post_norm(f(norm(x)))) for attention and feed-forward; the post-norms are those of "hybridnorm"."""

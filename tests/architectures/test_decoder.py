@@ -269,6 +269,7 @@ def test_records_and_logits_to_keep():
     output = model(ids, output_hidden_states=True, output_attentions=True)
     assert len(output.hidden_states) == 4 and len(output.attentions) == 2
     close(model(ids, logits_to_keep=3).logits, output.logits[:, -3:])
+    assert model(ids[:0]).logits.shape == (0, 9, 50)
 
 
 @pytest.mark.parametrize(

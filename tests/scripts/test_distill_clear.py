@@ -220,7 +220,9 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
         (("--num_held_back", 10), "less than --num_samples"),
         (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
-        (("--radius", 0), "radius must be a whole number"),
+        (("--radius", 0), "--radius must be at least 1, got 0"),
+        (("--batch_size", -1), "--batch_size must be at least 1, got -1"),
+        (("--checkpoint_steps", 0), "--checkpoint_steps must be at least 1, got 0"),
     ],
 )
 def test_contradicting_arguments(script, tmp_path, more, message, capsys):

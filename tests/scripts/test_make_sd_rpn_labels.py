@@ -84,7 +84,7 @@ def test_labels_are_those_of_the_bases_own_attention(script, base, images, tmp_p
 def test_sources_are_interchangeable(script, base, images, tmp_path):
     names = ["gqa/a.png", "gqa/b.png"]
     folder = script.main(
-        arguments(base, tmp_path / "a", "--image_folder", images, "--question", "What?", "--path_contains", "gqa")
+        arguments(base, tmp_path / "a", "--image_folder", images, "--question", "What?", "--max_samples", 2)
     )
 
     rows = [{"image": name, "conversations": [{"from": "human", "value": "<image>\nWhat?"}]} for name in names]
@@ -192,6 +192,11 @@ def test_official_files_need_no_model(script, images, tmp_path):
         ((), "exactly one of --dataset_name, --json_file, --official_file, --question"),
         (("--question", "What?", "--dataset_name", "x"), "exactly one of"),
         (("--question", "What?"), "need --image_folder"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
+            "--max_samples must be at least 1, got 0",
+        ),
+        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
         (("--question", "What?", "--image_folder", "{images}", "--batch_size", 0), "batch_size must be at least 1"),

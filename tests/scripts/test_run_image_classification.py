@@ -200,3 +200,52 @@ def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(SystemExit, match="is not empty"):
         script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON])
+
+
+def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
+    metrics = script.main(
+        [
+            *("--model_type", "rmt", "--dataset_name", str(image_folder), "--output_dir", str(tmp_path / "out")),
+            *("--config_overrides", "image_size=64", "token_labeling=true", "hidden_sizes=[16,16,32,32]"),
+            *("depths=[1,1,1,1]", "num_attention_heads=[1,1,2,2]", "projection_dim=32"),
+            *("--mix_tokens", "--augmentation", "none", "--per_device_train_batch_size", "8", "--max_steps", "30"),
+            *COMMON,
+        ]
+    )
+    assert metrics["eval_accuracy"] > 0.9
+    with pytest.raises(SystemExit, match="--mix_tokens is for an RMT with token_labeling"):
+        script.main(
+            [
+                *("--model_type", "shvit", "--dataset_name", str(image_folder), "--mix_tokens"),
+                "--output_dir",
+                str(tmp_path / "no"),
+            ]
+        )
+
+
+def test_greyscale(script, image_folder, tmp_path):
+    script.main(
+        [
+            *(
+                "--model_type",
+                "activator",
+                "--config_overrides",
+                "num_channels=1",
+                "--dataset_name",
+                str(image_folder),
+            ),
+            *(
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--max_steps",
+                "2",
+                "--per_device_train_batch_size",
+                "8",
+                *COMMON,
+            ),
+        ]
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    picture = Image.fromarray(np.zeros((20, 20), dtype=np.uint8))
+    assert model(**processor(picture, return_tensors="pt")).logits.shape == (1, 2)

@@ -97,14 +97,15 @@ def test_the_average_is_evaluated_saved_and_resumed(script, folder, tmp_path):
     assert resumed["eval_psnr"] == pytest.approx(whole["eval_psnr"], abs=0.05)
 
 
-def test_scale_4_starts_from_scale_2(script, folder, tmp_path):
+@pytest.mark.parametrize("scale", [3, 4])
+def test_another_scale_starts_from_scale_2(script, folder, tmp_path, scale):
     script.main(tiny(folder, tmp_path / "x2", "--scale", "2", "--max_steps", "1"))
-    more = ("--scale", "4", "--max_steps", "1", "--recipe", "x4_from_x2", "--learning_rate", "1e-9")
-    script.main(["--model_name_or_path", str(tmp_path / "x2"), *arguments(folder, tmp_path / "x4", *more)])
-    two, four = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "x4"))
-    assert four.config.upscale == 4
-    assert len(four.reconstruction.convolutions) == 2
-    torch.testing.assert_close(four.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
+    more = ("--scale", str(scale), "--max_steps", "1", "--recipe", "x4_from_x2", "--learning_rate", "1e-9")
+    script.main(["--model_name_or_path", str(tmp_path / "x2"), *arguments(folder, tmp_path / "more", *more)])
+    two, more = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "more"))
+    assert more.config.upscale == scale
+    assert len(more.reconstruction.convolutions) == {3: 1, 4: 2}[scale]
+    torch.testing.assert_close(more.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
 
 
 def test_a_recipe_halves_the_learning_rate_at_its_milestones(script, folder, tmp_path):

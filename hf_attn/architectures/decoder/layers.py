@@ -185,7 +185,7 @@ class DecoderAttention(Mixer):
 
     def output(self, attn_output: torch.Tensor) -> torch.Tensor:
         """Output projection of `(batch, length, heads, head_dim)`."""
-        return self.o_proj(attn_output.reshape(*attn_output.shape[:2], -1).contiguous())
+        return self.o_proj(attn_output.flatten(2).contiguous())
 
 
 class DecoderLayer(GradientCheckpointingLayer):

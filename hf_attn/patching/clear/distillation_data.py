@@ -33,7 +33,7 @@ def generate_samples(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> None:
-    """Generate one image a prompt and keep its latent; what is in the folder already is not generated again.
+    """Generate one image per prompt and keep its latent; skips those that exist.
 
     Args:
         pipe: the teacher's pipeline.

@@ -80,7 +80,7 @@ def generate_high_resolution(
         max_sequence_length: tokens to which the text is padded.
         seed: stage i draws its noise from `seed + i`.
         folder: where the image of each stage is saved as soon as it is there, as `stage_0_1024x1024.png` and so on.
-        start_stage: stage to continue with; what a call that was interrupted would have given is what this one gives.
+        start_stage: first stage to run; resuming gives the same images as an uninterrupted call.
         image: of the stage before ``start_stage``; read from the folder by default.
         joint_attention_kwargs: passed to the transformer in all stages, such as the scale of a LoRA adapter.
 

@@ -446,7 +446,10 @@ def test_other_models_are_refused():
 
     with pytest.raises(TypeError, match=r"this is a Pipeline. Pass its `transformer`"):
         apply_clear(Pipeline(), radius=2)
-    with pytest.raises(TypeError, match=r"FluxTransformer2DModel and SD3Transformer2DModel .* this is a Linear.$"):
+    with pytest.raises(
+        TypeError,
+        match=r"FluxTransformer2DModel, ChromaTransformer2DModel, SD3Transformer2DModel .* this is a Linear.$",
+    ):
         apply_clear(nn.Linear(2, 2), radius=2)
     with pytest.raises(TypeError, match=r"this is a OptimizedModule. Pass its `_orig_mod`"):
         apply_clear(torch.compile(tiny_flux()), radius=2)

@@ -15,11 +15,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..hub import HubModelMixin
-from .layers import check_pixel_values
+from hf_attn.hub import HubModelMixin
+
+from ..image_classification import ImageClassifierMixin
+from ..layers import check_pixel_values
 
 
 @dataclass
@@ -146,39 +148,7 @@ class PatchModelMixin:
         return PatchModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
 
 
-class PatchClassifierMixin:
+class PatchClassifierMixin(ImageClassifierMixin):
     """Gives a family's `PreTrainedModel` the body with a linear layer on the mean of the tokens."""
 
-    # The loss is a mean over the images of a call whatever the problem type, so Trainer has to average over calls.
-    accepts_loss_kwargs = False
-    body_class: ClassVar[type[nn.Module]]
-
-    def __init__(self, config):
-        super().__init__(config)
-        setattr(self, self.base_model_prefix, self.body_class(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> PatchClassifierOutput:
-        r"""Classify images.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
-            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): class indices, or targets in the form that
-                `config.problem_type` says.
-            output_gates (`bool`, *optional*): whether to return the gates.
-        """
-        outputs = self.base_model(pixel_values, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return PatchClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, gates=outputs.gates
-        )
+    output_class = PatchClassifierOutput

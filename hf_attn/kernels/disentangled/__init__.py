@@ -1,0 +1,1 @@
+"""Disentangled attention of DeBERTa (arXiv 2006.03654): content and relative position are scored apart."""

@@ -1,0 +1,166 @@
+"""Checkpoints of the official code, and of the Hub, in the layouts of DeBERTa v1 and of v2 and v3."""
+
+import re
+
+import torch
+from transformers import (
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
+
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+
+from .configuration_deberta import DebertaEMDConfig
+from .modeling_deberta import DebertaEMDForMaskedLM
+
+
+_POSITIONS = "deberta.embeddings.position_embeddings.weight"
+#: official arguments that the configurations of transformers have under the same name
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "relative_attention",
+    "max_relative_positions",
+    "position_biased_input",
+    "pos_att_type",
+)
+#: those that only v2 and v3 have, with what their absence means
+_V2_ONLY = {
+    "position_buckets": -1,
+    "share_att_key": False,
+    "norm_rel_ebd": "none",
+    "conv_kernel_size": 0,
+    "conv_act": "tanh",
+    "conv_groups": 1,
+    "embedding_size": None,
+}
+#: arguments of heads, training and bookkeeping, which a configuration may have for any of the models
+_OTHER = (
+    "_name_or_path",
+    "architectures",
+    "cls_dropout",
+    "drop_out",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "label2id",
+    "legacy",
+    "model_type",
+    "num_labels",
+    "pooler_dropout",
+    "pooler_hidden_act",
+    "pooler_hidden_size",
+    "pooling",
+    "torch_dtype",
+    "transformers_version",
+    "vat_init_perturbation",
+    "vat_lambda",
+    "vat_learning_rate",
+    "vat_loss_fn",
+)
+
+
+def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
+    """Convert; see :func:`hf_attn.from_official`.
+
+    Args:
+        official: weights of `MaskedLanguageModel` or `SequenceClassificationModel`. A masked language model becomes a
+            :class:`DebertaEMDForMaskedLM`, a classifier a model of transformers.
+        config: official arguments, or `config.json` of the Hub.
+    """
+    if any(name.startswith("mask_predictions.") for name in official):
+        raise ConversionError(
+            "This is a discriminator of DeBERTa v3 (mask_predictions), which was trained to find replaced tokens and cannot "
+            "fill masks. Its masked language model is in the file `pytorch_model.generator.bin` beside it."
+        )
+    fused = any(name.endswith("self.in_proj.weight") for name in official)
+    arguments = _arguments(official, config)
+    if "classifier.weight" in official:
+        return _convert_classifier(official, config, arguments, fused)
+    if not any(name.startswith("lm_predictions.") for name in official):
+        raise ConversionError(
+            "The checkpoint has no mask decoder (lm_predictions.*) and no classifier. To use the encoder alone, load it with "
+            "transformers' AutoModel; of DeBERTa v3 the file `pytorch_model.generator.bin` has a mask decoder."
+        )
+    if _POSITIONS not in official:
+        raise ConversionError(
+            f"The checkpoint has no {_POSITIONS}, which the mask decoder adds. transformers drops it when it saves a model: "
+            "convert the original file."
+        )
+    state = {name: official[name] for name in official}
+    if fused:
+        state = _split_projections(state, arguments["num_attention_heads"])
+    return Converted(DebertaEMDForMaskedLM, DebertaEMDConfig(**arguments), state)
+
+
+def _arguments(official: StateDict, config: OfficialArguments) -> dict:
+    config.leave(*_OTHER, "num_hidden_layers")
+    arguments = {name: config[name] for name in _SAME if name in config}
+    arguments |= {name: config.get(name, default) for name, default in _V2_ONLY.items()}
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if config.get("attention_head_size", width // heads) * heads != width:
+        raise ConversionError(
+            f"attention_head_size {config['attention_head_size']} times {heads} heads is not hidden_size {width}: not supported."
+        )
+    arguments["pad_token_id"] = config.get("padding_idx", config.get("pad_token_id", 0))
+    # Not from num_hidden_layers: the generator of v3 has half the layers of the configuration beside it, the discriminator's.
+    layers = {int(match[1]) for name in official if (match := re.match(r"deberta\.encoder\.layer\.(\d+)\.", name))}
+    if not layers:
+        raise ConversionError("The checkpoint has no layers under deberta.encoder.layer: it is no DeBERTa.")
+    arguments["num_hidden_layers"] = max(layers) + 1
+    arguments["norm_rel_ebd"] = "layer_norm" if "layer_norm" in arguments["norm_rel_ebd"] else "none"
+    return arguments
+
+
+def _split_projections(state: dict[str, torch.Tensor], num_heads: int) -> dict[str, torch.Tensor]:
+    """Names and shapes of v2 for the weights of v1: `in_proj` holds queries, keys and values head by head."""
+    split = {}
+    for name, tensor in state.items():
+        prefix, _, rest = name.rpartition("attention.self.")
+        prefix = f"{prefix}attention.self."
+        if rest == "in_proj.weight":
+            parts = tensor.unflatten(0, (num_heads, 3, -1)).unbind(1)
+            for part, projection in zip(parts, ("query", "key", "value"), strict=True):
+                split[f"{prefix}{projection}_proj.weight"] = part.flatten(0, 1)
+            split[f"{prefix}key_proj.bias"] = tensor.new_zeros(tensor.shape[0] // 3)
+        elif rest in ("q_bias", "v_bias"):
+            split[f"{prefix}{'query' if rest == 'q_bias' else 'value'}_proj.bias"] = tensor
+        elif rest == "pos_proj.weight":
+            split[f"{prefix}pos_key_proj.weight"] = tensor
+            split[f"{prefix}pos_key_proj.bias"] = tensor.new_zeros(tensor.shape[0])
+        elif rest.startswith("pos_q_proj."):
+            split[f"{prefix}pos_query_proj.{rest.removeprefix('pos_q_proj.')}"] = tensor
+        else:
+            split[name] = tensor
+    return split
+
+
+def _convert_classifier(official: StateDict, config: OfficialArguments, arguments: dict, fused: bool) -> Converted:
+    arguments |= {
+        "num_labels": config.get("num_labels", official["classifier.weight"].shape[0]),
+        "cls_dropout": config.get("drop_out", config.get("cls_dropout")),
+        "pooler_hidden_act": config.get("pooler_hidden_act", "gelu"),
+        "pooler_dropout": config.get("pooler_dropout", 0),
+    }
+    if fused:
+        arguments = {name: value for name, value in arguments.items() if name not in _V2_ONLY}
+    elif arguments["embedding_size"] is None:
+        del arguments["embedding_size"]
+    dropped = () if arguments.get("position_biased_input", True) else (_POSITIONS,)
+    # A classifier that was trained on from a masked language model has kept its head.
+    dropped += tuple(name for name in official if name.startswith("lm_predictions."))
+    state = {name: official[name] for name in official if name not in dropped}
+    if fused:
+        return Converted(DebertaForSequenceClassification, DebertaConfig(**arguments), state, dropped)
+    return Converted(DebertaV2ForSequenceClassification, DebertaV2Config(**arguments), state, dropped)
