@@ -121,11 +121,12 @@ def find_sequences(call: CombinerCall) -> Sequences | Refusal:
     found = Sequences(call.is_causal)
     if call.attention_mask is not None:
         found = _from_mask(call, batch, length)
-    if isinstance(found, Sequences) and not found.is_causal and call.kind not in BIDIRECTIONAL_KINDS:
+    if isinstance(found, Refusal) or found.is_causal:
+        return found
+    if call.kind not in BIDIRECTIONAL_KINDS:
         return Refusal(f"{call.kind} is defined for causal attention only, and tokens may see later ones")
-    if isinstance(found, Sequences) and call.own_segment_summary and not found.is_causal:
-        if call.kind not in OWN_SUMMARY_KINDS:
-            return Refusal(f"own_segment_summary is for {', '.join(OWN_SUMMARY_KINDS)}, not for {call.kind}")
+    if call.own_segment_summary and call.kind not in OWN_SUMMARY_KINDS:
+        return Refusal(f"own_segment_summary is for {', '.join(OWN_SUMMARY_KINDS)}, not for {call.kind}")
     return found
 
 
@@ -153,7 +154,7 @@ def _from_mask(call: CombinerCall, batch: int, length: int) -> Sequences | Refus
 
 
 def _packed(first: torch.Tensor, valid: torch.Tensor, is_causal: bool) -> Sequences:
-    batch, length = first.shape
+    length = first.shape[1]
     row, place = torch.nonzero(valid & (torch.arange(length, device=first.device) == first), as_tuple=True)
     of_row, of_place = torch.nonzero(valid, as_tuple=True)
     key = of_row * length + first[of_row, of_place]
@@ -203,7 +204,7 @@ def check_torch(call: CombinerCall) -> Sequences | Refusal | None:
     if call.pool != "max" and call.kind != "fixed":
         return Refusal(f"it pools spans of {call.kind} by their maximum, and pool={call.pool!r} is asked for")
     sequences = check_eager(call)
-    if isinstance(sequences, Sequences) and not sequences.is_causal and sequences.valid is not None:
-        if call.kind != "fixed":
-            return Refusal(f"padding or several sequences in a row, where tokens of {call.kind} see later ones")
+    is_ragged = isinstance(sequences, Sequences) and not sequences.is_causal and sequences.valid is not None
+    if is_ragged and call.kind != "fixed":
+        return Refusal(f"padding or several sequences in a row, where tokens of {call.kind} see later ones")
     return sequences

@@ -64,7 +64,7 @@ def _attend_causal(call: CombinerCall, query, key, value, valid) -> torch.Tensor
 
 
 def _attend_all(call: CombinerCall, query, key, value, valid) -> torch.Tensor:
-    batch, heads, segments, segment_length, _ = query.shape
+    batch, _, segments, segment_length, _ = query.shape
     length = call.query.shape[2]
     if valid is None:
         valid = torch.ones(batch, length, dtype=torch.bool, device=query.device)
