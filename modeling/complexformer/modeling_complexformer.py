@@ -16,42 +16,25 @@ from hf_attn.architectures.decoder import (
 )
 
 from .configuration_complexformer import ComplexFormerConfig
+from .turn import turn
 
 
-def turn(states: torch.Tensor, delta: torch.Tensor, bias: torch.Tensor | None, phases: torch.Tensor) -> torch.Tensor:
-    """Scale and shift the angles of complex numbers, and turn them by their positions.
-
-    `|x| exp(i (delta * angle(x) + bias)) * phase`. A zero has no gradient through its angle.
-
-    Args:
-        states: `(..., length, head_dim)`; real parts in the first half, imaginary ones in the second.
-        delta: broadcast to `(..., length, head_dim / 2)`.
-        bias: the same, or `None` for 0.
-        phases: `exp(i * position * frequency)`, the same.
-
-    Returns:
-        States of the same shape and dtype, with each real part before its imaginary one: an order that queries and keys
-        share, and that makes no difference to their products.
-    """
-    # Angles grow with the position, and narrower types would round them.
-    precision = torch.promote_types(states.dtype, torch.float32)
-    numbers = torch.complex(*states.to(precision).chunk(2, dim=-1))
-    angle = numbers.angle() * delta if bias is None else torch.addcmul(bias, numbers.angle(), delta)
-    turned = torch.polar(numbers.abs(), angle) * phases
-    return torch.view_as_real(turned).flatten(-2).to(states.dtype)
-
-
-def make_phases(rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Complex `exp(i * position * frequency)`, `(batch or 1, 1, length, head_dim / 2)`.
+def position_angles(
+    rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Angles of positions, in float32 at least and up to whole turns, and the factor that some rotary embeddings have.
 
     Args:
         rotary_emb: gives cosines and sines of the positions.
         hidden_states: says on which device.
         position_ids: `(batch or 1, length)`.
+
+    Returns:
+        `(batch or 1, 1, length, head_dim / 2)`, and the factor.
     """
     hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    halves = (table.chunk(2, dim=-1)[0] for table in rotary_emb(hidden_states, position_ids=position_ids))
-    return torch.complex(*halves)[:, None]
+    cosine, sine = (table.chunk(2, dim=-1)[0] for table in rotary_emb(hidden_states, position_ids=position_ids))
+    return torch.atan2(sine, cosine)[:, None], rotary_emb.attention_scaling
 
 
 class ComplexFormerAttention(DecoderAttention):
@@ -73,13 +56,12 @@ class ComplexFormerAttention(DecoderAttention):
 
     def queries_and_keys(self, hidden_states, position_embeddings):
         queries, keys = super().queries_and_keys(hidden_states, None)
-        precision = torch.promote_types(queries.dtype, torch.float32)
-        delta, bias = (parameter.to(precision)[:, None] for parameter in (self.delta_params, self.bias_params))
+        angles, factor = position_embeddings
+        delta, bias = self.delta_params[:, None], self.bias_params[:, None]
         groups = (-1, self.num_key_value_groups)
-        queries = turn(
-            queries.unflatten(1, groups), delta[:, None], bias.unflatten(0, groups), position_embeddings[:, None]
-        )
-        return queries.flatten(1, 2), turn(keys, delta, None, position_embeddings)
+        queries = turn(queries.unflatten(1, groups), delta[:, None], bias.unflatten(0, groups), angles[:, None])
+        queries, keys = queries.flatten(1, 2), turn(keys, delta, None, angles)
+        return (queries, keys) if factor == 1.0 else (queries * factor, keys * factor)
 
 
 class ComplexFormerRoundedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -125,7 +107,7 @@ class ComplexFormerModel(ComplexFormerPreTrainedModel, DecoderModel):
         return make_rotary_embedding(config)
 
     def layer_arguments(self, hidden_states, position_ids, past_length) -> dict:
-        return {"position_embeddings": make_phases(self.rotary_emb, hidden_states, position_ids)}
+        return {"position_embeddings": position_angles(self.rotary_emb, hidden_states, position_ids)}
 
 
 class ComplexFormerForCausalLM(FromLlamaMixin, ComplexFormerPreTrainedModel, DecoderForCausalLM):

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from hf_attn.architectures.decoder import CACHE
 from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.complexformer.convert_complexformer import rename
-from hf_attn.modeling.complexformer.modeling_complexformer import make_phases, make_rotary_embedding
+from hf_attn.modeling.complexformer.modeling_complexformer import make_rotary_embedding, position_angles
 from tests.goldens.case import Case
 from tests.goldens.tools import parameter_gradients
 
@@ -22,7 +22,7 @@ def _attention(case: Case) -> dict[str, torch.Tensor]:
     rotary = make_rotary_embedding(module.config)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(1, 1, length, length).masked_fill(~causal, torch.finfo(torch.float32).min)
-    positions = make_phases(rotary, x, torch.arange(length)[None])
+    positions = position_angles(rotary, x, torch.arange(length)[None])
 
     module.config._attn_implementation = "eager"
     cache = DynamicCache()
@@ -42,7 +42,7 @@ def _attention(case: Case) -> dict[str, torch.Tensor]:
     if "decode_x" in case.arrays:
         steps = []
         for i, step in enumerate(case.input("decode_x").split(1, dim=1)):
-            position = make_phases(rotary, step, torch.tensor([[length + i]]))
+            position = position_angles(rotary, step, torch.tensor([[length + i]]))
             steps.append(module(step, position_embeddings=position, **{CACHE: cache})[0])
         results["decode_y"] = torch.cat(steps, dim=1)
     module.config._attn_implementation = "sdpa"

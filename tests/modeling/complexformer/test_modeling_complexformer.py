@@ -19,11 +19,11 @@ from hf_attn.modeling.complexformer.configuration_complexformer import ComplexFo
 from hf_attn.modeling.complexformer.modeling_complexformer import (
     ComplexFormerAttention,
     ComplexFormerForCausalLM,
-    make_phases,
     make_rotary_embedding,
-    turn,
+    position_angles,
 )
 from hf_attn.modeling.complexformer.plots import plot_head_angles
+from hf_attn.modeling.complexformer.turn import turn
 from tests.batteries.generation import spread_weights
 
 
@@ -40,7 +40,7 @@ def make_attention(**fields) -> ComplexFormerAttention:
 def scores(attention, hidden_states, first_position=0):
     rotary = make_rotary_embedding(attention.config)
     positions = torch.arange(hidden_states.shape[1])[None] + first_position
-    queries, keys = attention.queries_and_keys(hidden_states, make_phases(rotary, hidden_states, positions))
+    queries, keys = attention.queries_and_keys(hidden_states, position_angles(rotary, hidden_states, positions))
     return queries @ keys.transpose(-1, -2)
 
 
@@ -100,8 +100,16 @@ def test_positions_count_by_their_difference_and_sizes_scale_scores():
 def test_zeros_have_finite_gradients():
     states = torch.zeros(1, 2, 3, 8, requires_grad=True)
     delta, bias = torch.randn(2, 1, 4, requires_grad=True), torch.randn(2, 1, 4, requires_grad=True)
-    turn(states, delta, bias, torch.ones(3, 4, dtype=torch.complex64)).sum().backward()
+    turn(states, delta, bias, torch.zeros(3, 4)).sum().backward()
     assert all(bool(leaf.grad.isfinite().all()) for leaf in (states, delta, bias))
+
+
+def test_gradients_are_those_of_the_definition():
+    states = torch.randn(2, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+    delta, bias = (torch.randn(2, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    positions = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *leaves: turn(*leaves, positions), (states, delta, bias))
+    assert torch.autograd.gradcheck(lambda *leaves: turn(*leaves, None, positions), (states, delta))
 
 
 def test_angles_are_float32_in_a_bfloat16_model():
