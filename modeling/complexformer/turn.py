@@ -8,16 +8,21 @@ from torch.autograd.function import once_differentiable
 EPSILON = 1e-9
 
 
+def _turn(states, delta, bias, positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The turned states, and of the given ones the squared magnitude and the angle."""
+    real, imaginary = states.chunk(2, dim=-1)
+    square = torch.addcmul(real * real + EPSILON, imaginary, imaginary)
+    magnitude, angle = square.sqrt(), torch.atan2(imaginary, real)
+    turned = torch.addcmul(positions if bias is None else positions + bias, angle, delta)
+    return torch.cat((magnitude * turned.cos(), magnitude * turned.sin()), dim=-1), square, angle
+
+
 class _Turn(torch.autograd.Function):
     """Its backward is written out: left to autograd it is several times as many steps over all channels."""
 
     @staticmethod
     def forward(ctx, states, delta, bias, positions):
-        real, imaginary = states.chunk(2, dim=-1)
-        square = torch.addcmul(real * real + EPSILON, imaginary, imaginary)
-        magnitude, angle = square.sqrt(), torch.atan2(imaginary, real)
-        turned = torch.addcmul(positions if bias is None else positions + bias, angle, delta)
-        output = torch.cat((magnitude * turned.cos(), magnitude * turned.sin()), dim=-1)
+        output, square, angle = _turn(states, delta, bias, positions)
         ctx.save_for_backward(states, delta, square, angle, output)
         ctx.bias_shape = None if bias is None else bias.shape
         return output
@@ -58,4 +63,6 @@ def turn(
     """
     precision = torch.promote_types(states.dtype, torch.float32)
     delta, bias = (None if tensor is None else tensor.to(precision) for tensor in (delta, bias))
-    return _Turn.apply(states.to(precision), delta, bias, positions.to(precision)).to(states.dtype)
+    arguments = (states.to(precision), delta, bias, positions.to(precision))
+    output = _Turn.apply(*arguments) if torch.is_grad_enabled() else _turn(*arguments)[0]
+    return output.to(states.dtype)

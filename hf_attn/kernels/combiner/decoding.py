@@ -155,10 +155,6 @@ class CombinerState:
 
     def _begin(self, call: CombinerCall, sequences: Sequences) -> None:
         batch, length = call.query.shape[0], call.query.shape[2]
-        if not sequences.is_causal:
-            raise ValueError(
-                "Only causal attention has a cache, and these tokens see later ones. Pass use_cache=False."
-            )
         self.seen_tokens = length
         self.start = sequences.start
         if self.start is None:
@@ -167,6 +163,8 @@ class CombinerState:
             self.end = "it holds several sequences in one row. Give each sequence a row"
         elif bool((sequences.valid.sum(1) != (length - self.start)[self.start < length]).any()):
             self.end = "its batch is padded on the right. Set tokenizer.padding_side='left'"
+        if not sequences.is_causal:
+            self.end = "its tokens see later ones"
         if self.end:
             return
         key, value = call.repeated_heads()
