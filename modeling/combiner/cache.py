@@ -19,6 +19,7 @@ class CombinerCacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         super().__init__()
         self.state = CombinerState()
+        self.state_device = None
 
     @classmethod
     def in_place_of(cls, layer: CacheLayerMixin) -> "CombinerCacheLayer":
@@ -69,7 +70,13 @@ class CombinerCacheLayer(CacheLayerMixin):
             )
 
     def offload(self) -> None:
-        self.state.apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+        if self.state.key is not None:
+            self.state_device = self.state.key.device
+            self.state.apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state_device is not None:
+            self.state.apply(lambda tensor: tensor.to(self.state_device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
