@@ -235,15 +235,52 @@ _PAPERS = (
         title="ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector "
         "Attention",
         arxiv="2505.10222",
-        becomes="causal LM family",
+        becomes="causal LM family, from scratch or from a Llama",
         code="shaojintian/complexFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="complexformer",
+                config="ComplexFormerConfig",
+                models={"AutoModel": "ComplexFormerModel", "AutoModelForCausalLM": "ComplexFormerForCausalLM"},
+                peft="llama",
+                compares=True,
+            ),
+        ),
+        converter=True,
+        doors={"plot_head_angles": "modeling.complexformer.plots"},
+        note="withdrawn from arXiv by its first author on 27 May 2025; no result of it is quoted here",
     ),
     Paper(
         slug="combiner",
         title="Combiner: Full Attention Transformer with Sparse Computation Cost",
         arxiv="2107.05768",
-        becomes="attention functions (fixed, logsparse, axial) and LM family",
+        becomes="attention functions (fixed, logsparse, axial) with a cache, causal and masked LM families",
         code="google-research/google-research",
+        available=True,
+        families=(
+            Family(
+                model_type="combiner",
+                config="CombinerConfig",
+                models={"AutoModel": "CombinerModel", "AutoModelForCausalLM": "CombinerForCausalLM"},
+                peft="llama",
+                compares=True,
+            ),
+            Family(
+                model_type="combiner_encoder",
+                config="CombinerEncoderConfig",
+                models={"AutoModel": "CombinerEncoderModel", "AutoModelForMaskedLM": "CombinerForMaskedLM"},
+                folder="combiner",
+                peft="llama",
+            ),
+        ),
+        attention=tuple(
+            f"combiner_{kind}{suffix}"
+            for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
+            for suffix in ("", "_eager", "_torch")
+        ),
+        converter=True,
+        doors={"CombinerCache": "modeling.combiner.cache"},
     ),
     Paper(
         slug="wide_attention",
