@@ -191,13 +191,44 @@ _PAPERS = (
         slug="deconstructing_attention",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         arxiv="2510.11602",
-        becomes="causal LM family with replaceable mixers, uniform or hybrid",
+        becomes="causal LM family with replaceable mixers, uniform or hybrid; indicators of attention maps",
+        available=True,
+        families=(
+            Family(
+                model_type="deconstructing_attention",
+                config="DeconstructedConfig",
+                models={"AutoModel": "DeconstructedModel", "AutoModelForCausalLM": "DeconstructedForCausalLM"},
+                # those of Qwen2; a layer of kind `mlp` has the others
+                peft=("q_proj", "v_proj", "self_attn.gate_proj", "self_attn.up_proj"),
+                compares={},
+            ),
+        ),
+        converter=True,
+        doors={"attention_indicators": "analysis.indicators", "measure_attention": "analysis.indicators"},
     ),
     Paper(
         slug="memoryformer",
         title="MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers",
         arxiv="2411.12992",
-        becomes="causal LM family with hashed memory layers",
+        becomes="memory layer, also for pretrained models; causal LM family with hashed memory layers",
+        code="C0-Design/MemoryFormer",
+        available=True,
+        families=(
+            Family(
+                model_type="memoryformer",
+                config="MemoryFormerConfig",
+                models={"AutoModel": "MemoryFormerModel", "AutoModelForCausalLM": "MemoryFormerForCausalLM"},
+                # the only matrix; everything else is tables
+                peft=("lm_head",),
+                compares={"intermediate_size": None},
+            ),
+        ),
+        converter=True,
+        doors={
+            "MemoryLayer": "architectures.memory_layer",
+            "TableOptimizer": "training.memory_optimizer",
+            "convert_linear": "patching.memory_layer",
+        },
     ),
     Paper(
         slug="complexformer",
@@ -256,6 +287,26 @@ _PAPERS = (
         title="Wide Attention Is The Way Forward For Transformers?",
         arxiv="2210.00640",
         becomes="sequence classification family with 10 attention types",
+        available=True,
+        families=(
+            Family(
+                model_type="wide_attention",
+                config="WideTransformerConfig",
+                models={
+                    "AutoModel": "WideTransformerModel",
+                    "AutoModelForSequenceClassification": "WideTransformerForSequenceClassification",
+                    "AutoModelForDocumentMatching": "WideTransformerForDocumentMatching",
+                },
+                peft=("q_proj", "v_proj"),
+            ),
+        ),
+        converter=True,
+        doors={
+            "aspect_ratio": "modeling.wide_attention.configuration_wide_attention",
+            "byte_tokenizer": "modeling.wide_attention.tokenization",
+            "attention_over_text": "modeling.wide_attention.plots",
+            "plot_attention_over_text": "modeling.wide_attention.plots",
+        },
     ),
     Paper(
         slug="unified_long_sequence",
@@ -593,7 +644,22 @@ _PAPERS = (
         slug="vit_analytics",
         title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
         arxiv="2303.13731",
-        becomes="analysis functions, autoencoder family, plots",
+        becomes="analysis of ViTs with an interactive report, autoencoder family of attention patterns",
+        available=True,
+        families=(
+            Family(
+                model_type="vit_pattern_autoencoder",
+                config="VitPatternAutoencoderConfig",
+                models={"AutoModel": "VitPatternAutoencoder"},
+                folder="vit_analytics",
+                peft=("to_latent", "from_latent"),
+            ),
+        ),
+        doors={
+            "analyze_vit": "analysis.vit.analysis",
+            "ViTAnalysis": "analysis.vit.results",
+        },
+        extra="analysis",
     ),
 )
 
@@ -651,7 +717,10 @@ TASKS = (
 )
 
 #: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
-OWN_AUTO_CLASSES: dict[str, str] = {"AutoModelForScanpathPrediction": "scanpath prediction"}
+OWN_AUTO_CLASSES: dict[str, str] = {
+    "AutoModelForDocumentMatching": "document matching",
+    "AutoModelForScanpathPrediction": "scanpath prediction",
+}
 
 #: what belongs to no paper: public name -> ``package.module.name``
 PACKAGE_DOORS: dict[str, str] = {
