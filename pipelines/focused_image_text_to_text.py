@@ -11,6 +11,10 @@ from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
 from hf_attn.modeling.sd_rpn.prompts import is_chat
 
 
+#: where the network is in the folder of a saved pipeline
+_RPN_FOLDER = "rpn"
+
+
 class FocusedImageTextToTextPipeline(Pipeline):
     """Answers about images with a LLaVA, LLaVA-Next or Qwen2.5-VL and a region proposal network for it.
 
@@ -31,7 +35,8 @@ class FocusedImageTextToTextPipeline(Pipeline):
 
     Parameters, for the call or the constructor:
 
-    - **rpn** (constructor only): a [`SdRpnModel`], its Hub id or its folder.
+    - **rpn** (constructor only): a [`SdRpnModel`], its Hub id or its folder. It can be left out for a model that
+      `save_pretrained` of this pipeline has saved, in whose folder it is.
     - **focus_task** (`str`): use the threshold of the paper's evaluation on this task, such as `"textvqa"`.
     - **threshold** (`float`): of the RoI map; a negative one is a fraction of its maximum.
     - **masked** (`bool`, `True`): of several regions, keep only the tokens inside them.
@@ -51,21 +56,43 @@ class FocusedImageTextToTextPipeline(Pipeline):
     def __init__(self, *args, rpn: SdRpnModel | str | Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if rpn is None:
-            raise ValueError(
-                "focused-image-text-to-text needs the region proposal network of the model: rpn=, a SdRpnModel, its Hub id "
-                "or its folder."
-            )
+            rpn = self._rpn_beside_model()
         if self.processor is None:
             raise ValueError("The model was given as an object: give its processor too, processor=...")
         if not isinstance(rpn, SdRpnModel):
             rpn = SdRpnModel.from_pretrained(rpn, dtype=self.model.dtype)
+        # A model object may come from its training.
+        self.model.eval()
         self.generator = SdRpnGenerator(self.model, rpn.to(self.device).eval(), self.processor)
+
+    def _rpn_beside_model(self) -> SdRpnModel:
+        try:
+            return SdRpnModel.from_pretrained(self.model.name_or_path, subfolder=_RPN_FOLDER, dtype=self.model.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                "focused-image-text-to-text needs the region proposal network of the model: rpn=, a SdRpnModel, its Hub id "
+                "or its folder."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Save model, processor and, in the folder `rpn`, the region proposal network.
+
+        Raises:
+            ValueError: for `push_to_hub`, which would make several repositories of one pipeline.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("Save the pipeline to a folder, and upload that: huggingface_hub.upload_folder(...).")
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        self.generator.rpn.save_pretrained(Path(save_directory, _RPN_FOLDER))
 
     def __call__(self, images=None, text=None, batch_size: int | None = None, **kwargs):
         """Answer one prompt or several; see the class."""
         inputs, is_single = _read_inputs(images, text)
         if isinstance(inputs, list):
-            size = batch_size or self._batch_size or 1
+            size = batch_size if batch_size is not None else self._batch_size if self._batch_size is not None else 1
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"batch_size is a number of prompts, at least 1; got {size!r}.")
             batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
             answers = [answer for batch in super().__call__(batches, batch_size=1, **kwargs) for answer in batch]
             return answers[0] if is_single else answers

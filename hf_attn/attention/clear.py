@@ -244,7 +244,13 @@ def _check(query, grid, radius, spatial_weight, text_mask) -> None:
             f"text_mask has shape {tuple(text_mask.shape)} instead of (batch, text) = {(query.shape[0], text_length)}."
         )
     if spatial_weight is not None:
-        check_cells(grid, math.isqrt(spatial_weight.numel()))
+        down_factor = math.isqrt(spatial_weight.numel())
+        if down_factor < 2 or down_factor**2 != spatial_weight.numel():
+            raise ValueError(
+                f"spatial_weight has shape {tuple(spatial_weight.shape)} and must hold the weights of a cell of d x d tokens, d at "
+                "least 2. Pass None for no pooled keys."
+            )
+        check_cells(grid, down_factor)
 
 
 def check_cells(grid: tuple[int, int], down_factor: int) -> None:

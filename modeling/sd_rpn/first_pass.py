@@ -4,6 +4,9 @@ A hook on that layer takes what the layer is given and ends the pass there, so t
 changed, and its next call is a plain one.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +109,48 @@ class _BranchReached(Exception):
     """Ends a forward pass before the layer that the hook is on."""
 
 
+def unwrapped_base(base: nn.Module) -> PreTrainedModel:
+    """The base itself, where it is given inside a `PeftModel`; its adapters are in its layers and stay active.
+
+    Raises:
+        ValueError: for prompt tuning and its kin, which put tokens in front of the prompt that no RoI map counts.
+    """
+    if not hasattr(base, "get_base_model"):
+        return base
+    if base.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The base has a {base.active_peft_config.peft_type.value} adapter, which changes the prompt outside of the base's "
+            "layers. Use an adapter inside the layers, such as LoRA, or the base without it."
+        )
+    return base.get_base_model()
+
+
+def execution_device(base: PreTrainedModel) -> torch.device:
+    """Where the inputs of a base belong. Offloaded weights wait elsewhere, on "meta" at times."""
+    embeddings = base.get_input_embeddings()
+    for module in (base, embeddings):
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return embeddings.weight.device
+
+
+@contextmanager
+def own_weights(module: nn.Module) -> Iterator[None]:
+    """Have the weights that a module itself owns, which offloading brings for the time of its `forward` only."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
 def check_base(config: SdRpnConfig, base: PreTrainedModel) -> None:
     """Check that a network was made for a base.
 
@@ -170,14 +215,18 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
 
 
 def states_before(layer: nn.Module, base: PreTrainedModel, **inputs) -> tuple[torch.Tensor, dict]:
-    """Run a model up to a layer.
+    """Run a model up to a layer. Calls that other threads make meanwhile are not affected.
 
     Returns:
         The hidden states `(batch, sequence, hidden_size)` and the keyword arguments that the layer would have been given.
     """
     reached = {}
+    caller = threading.get_ident()
 
-    def take(module, args, kwargs):
+    # A thread that saw the hook just before it was removed calls it without keyword arguments.
+    def take(module, args, kwargs=None):
+        if threading.get_ident() != caller:
+            return
         reached["states"], reached["arguments"] = args[0], kwargs
         raise _BranchReached
 
@@ -270,4 +319,14 @@ def _runs(tokens: list[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-__all__ = ["FirstPass", "ImageCells", "check_base", "find_images", "run_first_pass", "states_before"]
+__all__ = [
+    "FirstPass",
+    "ImageCells",
+    "check_base",
+    "execution_device",
+    "find_images",
+    "own_weights",
+    "run_first_pass",
+    "states_before",
+    "unwrapped_base",
+]

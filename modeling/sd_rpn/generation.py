@@ -1,5 +1,6 @@
 """Two-pass answers of SD-RPN: find the region that a question is about, encode it again, answer with both."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .first_pass import ImageCells, check_base, run_first_pass
+from .first_pass import ImageCells, check_base, execution_device, own_weights, run_first_pass, unwrapped_base
 from .modeling_sd_rpn import SdRpnModel
 from .overlay import overlay
 from .prompts import ImagesLike, PromptLike, encode_prompts, is_chat, pad_token, read_prompt
@@ -95,8 +96,10 @@ class SdRpnGenerator:
     only those tokens again that the question looks at, see
     :func:`~hf_attn.modeling.sd_rpn.regions.asked_tokens`.
 
+    Several threads may use one generator.
+
     Args:
-        base: LLaVA, LLaVA-Next or Qwen2.5-VL for conditional generation.
+        base: LLaVA, LLaVA-Next or Qwen2.5-VL for conditional generation, also with PEFT adapters in its layers.
         rpn: a region proposal network for this base.
         processor: the base's processor.
 
@@ -105,6 +108,7 @@ class SdRpnGenerator:
     """
 
     def __init__(self, base: PreTrainedModel, rpn: SdRpnModel, processor: ProcessorMixin):
+        base = unwrapped_base(base)
         check_base(rpn.config, base)
         self.base = base
         self.rpn = rpn
@@ -132,9 +136,10 @@ class SdRpnGenerator:
         Returns:
             An answer for each prompt.
         """
-        generate_kwargs.pop("return_dict_in_generate", None)
         focused = self.prepare(prompts, images, task=task, threshold=threshold, masked=masked)
-        sequences = self.base.generate(**focused.model_inputs, **generate_kwargs)
+        generated = self.base.generate(**focused.model_inputs, **generate_kwargs)
+        # A dictionary if the generation configuration asks for one.
+        sequences = getattr(generated, "sequences", generated)
         new_tokens = sequences[:, focused.model_inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         per_prompt = len(texts) // len(focused.images)
@@ -194,7 +199,8 @@ class SdRpnGenerator:
             threshold, masked: see :meth:`prepare`.
         """
         base = self.base
-        inputs = {name: tensor.to(base.device) for name, tensor in inputs.items()}
+        device = execution_device(base)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         features = self._image_features(inputs)
         cells, maps, asked = self._roi_maps(inputs, features) if features else ([], [], [])
         originals = [image for of_prompt in images for image in of_prompt]
@@ -252,18 +258,24 @@ class SdRpnGenerator:
             return self.rpn.config.threshold(task)
         if task is not None:
             raise ValueError("task chooses a threshold; give one of task and threshold.")
-        if not -1 < threshold < 1:
+        if isinstance(threshold, torch.Tensor) and threshold.ndim == 0:
+            threshold = threshold.item()
+        is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+        if not is_number or not -1 < threshold < 1:
             raise ValueError(
-                f"threshold must be between -1 and 1 (a probability, or, if it is negative, a fraction of the map's "
-                f"maximum), got {threshold}."
+                f"threshold must be a number between -1 and 1 (a probability, or, if it is negative, a fraction of the map's "
+                f"maximum), got {threshold!r}."
             )
-        return threshold
+        return float(threshold)
 
     def _image_features(self, inputs: dict) -> list[torch.Tensor]:
         """Features `(tokens, hidden_size)` of each image; both passes use them."""
         names = ("pixel_values", "image_sizes", "image_grid_thw")
         pixels = {name: inputs[name] for name in names if name in inputs}
-        return list(self.base.get_image_features(**pixels).pooler_output) if pixels else []
+        if not pixels:
+            return []
+        with own_weights(self.base.model):
+            return list(self.base.get_image_features(**pixels).pooler_output)
 
     def _roi_maps(
         self, inputs: dict, features: list[torch.Tensor]

@@ -72,7 +72,7 @@ class SdRpnPreTrainedModel(HubModelMixin, PreTrainedModel):
     base_model_prefix = "rpn"
     main_input_name = "hidden_states"
     supports_gradient_checkpointing = True
-    # The loss is a mean over the cells of the batch, whatever the number of items that Trainer counts.
+    # Trainer counts items in `labels`, which there are none of here; SdRpnTrainer counts cells.
     accepts_loss_kwargs = False
     _no_split_modules = ["SdRpnDecoderLayer"]
     _supports_sdpa = True
@@ -125,6 +125,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         query_positions: torch.LongTensor | None = None,
         roi_target_map: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SdRpnOutput:
         """Logits of the RoI maps of a batch of prompts.
@@ -139,6 +140,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
                 that have a map each; the last token if not given.
             roi_target_map: labels of the cells: 1 foreground, 0 background, -100 ignored. `(batch, cells)`, filled up with
                 -100 where a row has fewer image tokens, or a list of one map of any shape for each row.
+            num_items_in_batch: what the summed cross-entropy is divided by; the labelled cells of this batch if not given.
 
         Raises:
             ValueError: if a row's labels and image tokens differ in number, or if there are labels for several queries.
@@ -148,9 +150,8 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
             query_positions = last_positions(attention_mask, batch, sequence, hidden_states.device)
         if roi_target_map is not None and query_positions.ndim > 1:
             raise ValueError("roi_target_map labels the map of one query; give query_positions of shape (batch,).")
-        causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
-        )
+        # The last argument, the cache, has another name from transformers 5.24 on.
+        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
         for layer in self.layers[:-1]:
             hidden_states = layer(
                 hidden_states, attention_mask=causal_mask, position_embeddings=position_embeddings, **kwargs
@@ -171,7 +172,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         loss = None
         if roi_target_map is not None:
             labels = _pad_labels(roi_target_map, image_mask.sum(dim=1).tolist(), logits.device)
-            loss = roi_loss(logits[rows, cells], labels[rows, cells])
+            loss = roi_loss(logits[rows, cells], labels[rows, cells], num_items_in_batch)
         return SdRpnOutput(loss=loss, logits=logits)
 
     def _roi_logits(
@@ -267,16 +268,23 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         return _own_name(name, config) is None
 
 
-def roi_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def roi_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Mean binary cross-entropy over the cells that are not ignored; zero, with zero gradients, if all are.
 
     Args:
         logits, labels: of the same shape; a label is 1 (foreground), 0 (background) or -100 (ignored).
+        num_items_in_batch: number of cells that are not ignored in all batches of an optimizer step, by which the sum is
+            divided in place of those of this batch.
     """
     valid = labels != IGNORE_INDEX
     if not valid.any():
         return 0.0 * logits.sum()
-    return nn.functional.binary_cross_entropy_with_logits(logits[valid], labels[valid].to(logits.dtype))
+    logits, labels = logits[valid], labels[valid].to(logits.dtype)
+    if num_items_in_batch is None:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / num_items_in_batch
 
 
 def last_positions(attention_mask: torch.Tensor | None, batch: int, sequence: int, device) -> torch.Tensor:

@@ -38,7 +38,8 @@ def read_prompt(processor: ProcessorMixin, prompt: PromptLike, images: ImagesLik
 
     Args:
         processor: of the base.
-        prompt: messages of a chat, in transformers' form; a text that contains the processor's image placeholder, which is
+        prompt: messages of a chat, in transformers' form, whose images may also be `image_url` entries as in other
+            libraries; a text that contains the processor's image placeholder, which is
             taken as it is; or a plain question, which becomes a user's message.
         images: the images, in the order of their placeholders. Those of a chat can stand in its messages instead.
 
@@ -78,6 +79,7 @@ def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], im
             f"The processor has no chat template. Write the prompt as the base expects it, with {processor.image_token} "
             "where an image stands, or set processor.chat_template."
         )
+    messages = [_with_images(message) for message in messages]
     entries = [
         entry
         for message in messages
@@ -97,6 +99,19 @@ def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], im
         messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
     )
     return text, inside or images
+
+
+def _with_images(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose `image_url` entries are `image` entries, which chat templates know."""
+    if isinstance(message["content"], str):
+        return message
+    content = []
+    for entry in message["content"]:
+        if entry.get("type") == "image_url":
+            url = entry["image_url"]
+            entry = {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
+        content.append(entry)
+    return {**message, "content": content}
 
 
 def encode_prompts(processor: ProcessorMixin, config: PreTrainedConfig, prompts: Sequence[Prompt]) -> dict:

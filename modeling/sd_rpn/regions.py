@@ -104,16 +104,16 @@ def region_boxes(binary: torch.Tensor, min_area: int = MIN_AREA, max_area: int |
             continue
         x0, y0, x1, y1 = extent(component)
         if area < min_area:
-            x0, x1 = _widened(x0, x1 - 1, width)
-            y0, y1 = _widened(y0, y1 - 1, height)
+            x0, x1 = _widened(x0, x1, width)
+            y0, y1 = _widened(y0, y1, height)
         boxes.append((x0, y0, x1, y1))
     return boxes
 
 
-def _widened(first: int, last: int, size: int) -> tuple[int, int]:
-    """At least three cells around the middle of `first .. last`, the end exclusive."""
-    centre, width = (first + last) / 2, max(3, last - first + 1)
-    return max(0, int(centre - width / 2)), min(size - 1, int(centre + width / 2)) + 1
+def _widened(start: int, end: int, size: int) -> tuple[int, int]:
+    """At least three cells around the middle of `start .. end`, by the official rule: no box reaches the last cell."""
+    centre, width = (start + end) / 2, max(3, end - start + 1)
+    return max(0, int(centre - width / 2)), min(size - 1, int(centre + width / 2))
 
 
 def padded_to_image(box: Box, grid: tuple[int, int], image_size: tuple[int, int], encoder_size: int = 336) -> Box:
@@ -126,13 +126,15 @@ def padded_to_image(box: Box, grid: tuple[int, int], image_size: tuple[int, int]
         encoder_size: side of the square that the vision tower sees.
     """
     width, height = image_size
-    ratio = min(encoder_size / width, encoder_size / height)
+    longer = max(image_size)
     corners = []
     for position, (value, size) in enumerate(zip(box, (width, height, width, height), strict=True)):
         cells = grid[1 - position % 2]
-        padding = (encoder_size - int(size * ratio)) / 2
-        pixel = (value * encoder_size / cells - padding) / ratio
-        corners.append(int(min(max(pixel, 0), size)))
+        # In floats, as the official code does it: the result is one pixel short for a few sizes.
+        padding = encoder_size - int(size * (encoder_size / longer))
+        # Exact: in floats a corner on a whole pixel may come out just below it.
+        pixel = (2 * value * encoder_size - padding * cells) * longer // (2 * cells * encoder_size)
+        corners.append(min(max(pixel, 0), size))
     return tuple(corners)
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import BaseImageProcessor, LlavaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .first_pass import ImageCells
+from .first_pass import ImageCells, execution_device
 
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def encode_crops(
     """
     if not crops:
         return []
-    vision = base.config.vision_config
+    vision, device = base.config.vision_config, execution_device(base)
     if base.config.model_type == "qwen2_5_vl":
-        inputs = image_processor(images=list(crops), return_tensors="pt").to(base.device)
+        inputs = image_processor(images=list(crops), return_tensors="pt").to(device)
         features = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         merge = vision.spatial_merge_size
         grids = [(rows // merge, columns // merge) for _, rows, columns in inputs["image_grid_thw"].tolist()]
@@ -59,7 +59,7 @@ def encode_crops(
         from PIL import Image
 
         squares = [crop.resize((vision.image_size,) * 2, Image.Resampling.BILINEAR) for crop in crops]
-        pixel_values = image_processor(images=squares, return_tensors="pt")["pixel_values"].to(base.device)
+        pixel_values = image_processor(images=squares, return_tensors="pt")["pixel_values"].to(device)
         if pixel_values.ndim == 5:
             # The tiles of LLaVA-Next follow the view of the whole crop.
             pixel_values = pixel_values[:, 0]

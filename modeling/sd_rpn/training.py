@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trai
 
 from hf_attn.hub import HubTrainerMixin
 
-from .first_pass import check_base, run_first_pass
+from .first_pass import check_base, run_first_pass, unwrapped_base
 from .prompts import encode_prompts, pad_to_square, read_prompt
 
 
@@ -86,7 +86,8 @@ class SdRpnTrainer(HubTrainerMixin, Trainer):
     """Trainer of the region proposal network alone.
 
     The base runs its first pass in front of the network, outside of the model that is trained, saved and shared among
-    processes.
+    processes. The loss is the mean over the labelled cells of all batches of an optimizer step, so that accumulating
+    gradients over small batches equals one large batch.
 
     Args:
         args, kwargs: arguments of [`~transformers.Trainer`]; the model is an :class:`SdRpnModel`, the collator a
@@ -100,6 +101,7 @@ class SdRpnTrainer(HubTrainerMixin, Trainer):
     def __init__(self, *args, base: PreTrainedModel, **kwargs):
         super().__init__(*args, **kwargs)
         config = self.accelerator.unwrap_model(self.model).config
+        base = unwrapped_base(base)
         check_base(config, base)
         self.branch_layer = config.branch_layer
         self.dtype = self.accelerator.unwrap_model(self.model).dtype
@@ -107,14 +109,20 @@ class SdRpnTrainer(HubTrainerMixin, Trainer):
         # The collator makes the inputs of the base.
         self.args.remove_unused_columns = False
         self.label_names = ["roi_target_map"]
+        self.model_accepts_loss_kwargs = True
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        # Trainer counts what is in "labels".
+        labels = [torch.cat([labels.flatten() for labels in batch["roi_target_map"]]) for batch in batch_samples]
+        return super()._get_num_items_in_batch([{"labels": each} for each in labels], device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the cells that are not ignored; see [`~transformers.Trainer.compute_loss`]."""
         inputs = dict(inputs)
         labels = inputs.pop("roi_target_map")
         first = run_first_pass(self.base, self.branch_layer, **inputs)
-        output = model(**first.rpn_inputs(dtype=self.dtype), roi_target_map=labels)
-        return (output.loss, output) if return_outputs else output.loss
+        inputs = {**first.rpn_inputs(dtype=self.dtype), "roi_target_map": labels}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 __all__ = ["RoiCollator", "SdRpnTrainer", "labelling_inputs"]

@@ -25,6 +25,8 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
         spectral_init (`str`): `"preserve"` starts every map as the plain one, gamma = sigma(W); `"unit"` at gamma = 1.
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L
             and larger.
+        use_class_token (`bool`): a token besides those of the patches.
+        pooling (`str`): what is classified: `"token"`, the class token, or `"mean"`, the mean of the patches.
         drop_path_rate (`float`): rate of stochastic depth at the last layer; it grows linearly from 0.
 
     The other arguments are those of [`~transformers.ViTConfig`].
@@ -60,6 +62,13 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
     spectral_init: Literal["preserve", "unit"] = "preserve"
     patch_embedding_init_multiplier: float | int = 1.0
     drop_path_rate: float | int = 0.0
+    use_class_token: bool = True
+    pooling: Literal["token", "mean"] = "token"
+
+    def validate_pooling(self):
+        """Part of the validation that `@strict` runs."""
+        if self.pooling == "token" and not self.use_class_token:
+            raise ValueError("pooling='token' needs the class token: set use_class_token=True or pooling='mean'.")
 
 
 __all__ = ["SigmaReparamViTConfig"]

@@ -18,16 +18,16 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     Args:
         official: official names.
         config: arguments of timm's `VisionTransformer` (`img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`,
-            `mlp_ratio`, `num_classes`), of `SNLinear` or `SNConv2d`, or of `SpeechTransformerBlock`.
+            `mlp_ratio`, `num_classes`, `class_token`, `global_pool`), of `SNLinear` or `SNConv2d`, or of `SpeechTransformerBlock`.
     """
-    if "cls_token" in official:
+    if "patch_embed.proj.weight" in official:
         return _convert_vit(official, config)
     if "params.wf.kernel" in official:
         return _convert_speech_block(official, config)
     if "weight" in official:
         return _convert_layer(official, config)
     raise ConversionError(
-        "This is no official layout of sigma-reparam: neither a vision transformer (cls_token), nor a layer (weight), nor "
+        "This is no official layout of sigma-reparam: neither a vision transformer (patch_embed.proj.weight), nor a layer (weight), nor "
         "a Flax speech block (params.wf.kernel)."
     )
 
@@ -58,8 +58,13 @@ _VIT_NAMES = (
 
 
 def _convert_vit(official: StateDict, arguments: dict) -> Converted:
+    pooling = arguments.get("global_pool", "token")
+    if pooling not in ("token", "avg"):
+        raise ConversionError(f"global_pool={pooling!r} is not served; 'token' and 'avg' are.")
     config = SigmaReparamViTConfig(
         image_size=arguments["img_size"],
+        use_class_token="cls_token" in official,
+        pooling="mean" if pooling == "avg" else "token",
         patch_size=arguments["patch_size"],
         hidden_size=arguments["embed_dim"],
         num_hidden_layers=arguments["depth"],
@@ -69,7 +74,7 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         qkv_bias=arguments.get("qkv_bias", True),
         num_labels=arguments["num_classes"],
     )
-    arguments.leave("class_token", "global_pool")
+    arguments.agree(class_token="cls_token" in official)
     state, dropped = {}, []
     for name in official:
         if _is_duplicate(name):

@@ -1,6 +1,7 @@
 """The pipeline `focused-image-text-to-text`."""
 
 import pytest
+import torch
 from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
@@ -145,3 +146,17 @@ def test_what_is_missing_is_said(pipe):
         pipe([picture(10, 10)], text=["What?", "Who?"])
     with pytest.raises(ValueError, match="must be a dictionary with 'text' and 'images', got str"):
         pipe(["a.png", "b.png"])
+
+
+def test_saved_pipeline_keeps_the_network(tmp_path):
+    pipe = make_pipeline("llava")
+    pipe.save_pretrained(tmp_path)
+    loaded = pipeline(TASK, model=str(tmp_path), device="cpu")
+    loaded.model.generation_config.eos_token_id = None
+    for name, tensor in pipe.generator.rpn.state_dict().items():
+        assert torch.equal(loaded.generator.rpn.state_dict()[name], tensor), name
+    image = picture(100, 70)
+    answers = [each(image, text="What?", **OPTIONS)["generated_text"] for each in (pipe, loaded)]
+    assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="upload_folder"):
+        pipe.save_pretrained(tmp_path, push_to_hub=True)

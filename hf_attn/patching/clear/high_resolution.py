@@ -12,12 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 from .patch import clear_processors
 from .processors import diffusers
 from .weights import clear_weights_loaded
+
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("Images are drawn with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
 @contextmanager
@@ -80,7 +85,7 @@ def generate_high_resolution(
         max_sequence_length: tokens to which the text is padded.
         seed: stage i draws its noise from `seed + i`.
         folder: where the image of each stage is saved as soon as it is there, as `stage_0_1024x1024.png` and so on.
-        start_stage: stage to continue with; what a call that was interrupted would have given is what this one gives.
+        start_stage: first stage to run; resuming gives the same images as an uninterrupted call.
         image: of the stage before ``start_stage``; read from the folder by default.
         joint_attention_kwargs: passed to the transformer in all stages, such as the scale of a LoRA adapter.
 

@@ -234,7 +234,7 @@ def clear_parallel(
     Raises:
         TypeError: if the transformer is not one of FLUX.
         ValueError: for layers with full attention or pooled keys, an unknown way to compute text queries; when called, for
-            images with too few rows, and with gradients.
+            images with too few rows, and with gradients; within another such context.
         RuntimeError: if there is no process group.
     """
     if not isinstance(transformer, diffusers.FluxTransformer2DModel):
@@ -245,6 +245,10 @@ def clear_parallel(
         raise ValueError(f"text_queries is one of {', '.join(TEXT_QUERIES)}, not {text_queries!r}.")
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError("There is no process group: start with `torchrun` and call `init_process_group` first.")
+    if getattr(transformer, "_is_clear_parallel", False):
+        raise ValueError(
+            "The transformer runs on several processes already: clear_parallel contexts cannot be nested."
+        )
     processors = clear_processors(transformer)
     if len(processors) < len(transformer.attn_processors):
         raise ValueError(
@@ -284,9 +288,11 @@ def clear_parallel(
         transformer.register_forward_pre_hook(split, with_kwargs=True),
         transformer.register_forward_hook(gather),
     ]
+    transformer._is_clear_parallel = True
     try:
         yield
     finally:
+        del transformer._is_clear_parallel
         for handle in handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""CLEAR (arXiv 2412.16112) on the FLUX and SD3 transformers of diffusers, in place.
+"""CLEAR (arXiv 2412.16112) on the FLUX, Chroma and SD3 transformers of diffusers, in place.
 
     apply_clear(pipe.transformer, radius=8)
     remove_clear(pipe.transformer)
@@ -14,19 +14,20 @@ may hold in ``joint_attention_kwargs``, beside what diffusers knows:
 - ``attention_mask``: padding of the text, `(batch, text)` or `(batch, text and image)` in the order of the model, boolean
   or additive.
 
-For SD3 the rule is this package's own inference from the paper: there is no official code for it.
+For SD3 and Chroma the rule is this package's own inference from the paper: there is no official code for them. The
+``attention_mask`` of a Chroma transformer masks padding here, whether it is boolean or of zeros and ones; diffusers' own
+attention adds one of zeros and ones to the logits.
 """
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ...attention.clear import CLEAR, check_cells, renamed_backend
+from ..patterns import NameFilter, Patterns
 from .processors import (
     ClearContext,
     ClearFluxProcessor,
@@ -56,6 +57,12 @@ _ARCHITECTURES = {
         tuple(inspect.signature(diffusers.FluxTransformer2DModel.forward).parameters)[1:],
         image_first=False,
     ),
+    diffusers.ChromaTransformer2DModel: _Architecture(
+        ClearFluxProcessor,
+        (FluxAttnProcessor,),
+        tuple(inspect.signature(diffusers.ChromaTransformer2DModel.forward).parameters)[1:],
+        image_first=False,
+    ),
     diffusers.SD3Transformer2DModel: _Architecture(
         ClearSD3Processor,
         (JointAttnProcessor2_0, FusedJointAttnProcessor2_0),
@@ -69,7 +76,7 @@ def _architecture(transformer: nn.Module) -> _Architecture:
     for model_class, architecture in _ARCHITECTURES.items():
         if isinstance(transformer, model_class):
             return architecture
-    known = " and ".join(model_class.__name__ for model_class in _ARCHITECTURES)
+    known = ", ".join(model_class.__name__ for model_class in _ARCHITECTURES)
     inner = ""
     for attribute in ("transformer", "_orig_mod", "get_base_model"):
         if hasattr(transformer, attribute):
@@ -137,9 +144,24 @@ def _text_mask(mask: torch.Tensor, text_length: int, image_length: int, image_fi
     return text
 
 
+def _of_zeros_and_ones(mask: torch.Tensor) -> torch.Tensor:
+    """The mask of a Chroma transformer, boolean."""
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            "The attention_mask of a Chroma transformer is of zeros and ones with CLEAR, 1 for what is kept."
+        )
+    return mask.bool()
+
+
 def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the transformer: put the grid of this call into ``joint_attention_kwargs``."""
     architecture = _architecture(transformer)
+    is_chroma = isinstance(transformer, diffusers.ChromaTransformer2DModel)
+    if is_chroma and transformer.gradient_checkpointing and torch.is_grad_enabled():
+        raise ValueError(
+            "diffusers' Chroma drops joint_attention_kwargs under gradient checkpointing, and with them the grid that CLEAR needs. "
+            "Call `disable_gradient_checkpointing()`, or call it under `torch.no_grad()`."
+        )
     arguments = dict(zip(architecture.arguments, args, strict=False)) | kwargs
     attention_kwargs = dict(arguments.get("joint_attention_kwargs") or {})
     if "ip_adapter_image_embeds" in attention_kwargs or "ip_hidden_states" in attention_kwargs:
@@ -158,16 +180,21 @@ def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     for down_factor in transformer._clear_down_factors:
         check_cells(grid, down_factor)
     text_mask = None
-    if attention_kwargs.get("attention_mask") is not None:
+    mask = attention_kwargs.get("attention_mask")
+    if arguments.get("attention_mask") is not None:
+        mask = _of_zeros_and_ones(arguments["attention_mask"])
+        if transformer._clear_is_everywhere:
+            # Chroma would make masks of all pairs of tokens of it.
+            arguments["attention_mask"] = None
+    if mask is not None:
         text_length = arguments["encoder_hidden_states"].shape[1]
-        mask = attention_kwargs["attention_mask"]
         text_mask = _text_mask(mask, text_length, image_length, architecture.image_first)
     attention_kwargs["clear_context"] = ClearContext(grid, text_mask)
     return (), arguments | {"joint_attention_kwargs": attention_kwargs}
 
 
 def _expect_clear(attn: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of changed attention layers: what somebody else has undone is not full attention silently."""
+    """Forward pre-hook of changed attention layers: raises if another library has replaced our processor."""
     if not isinstance(attn.processor, ClearProcessor):
         raise ValueError(
             f"The CLEAR processor of this attention layer was replaced by a {type(attn.processor).__name__}, as by "
@@ -214,8 +241,8 @@ def apply_clear(
     radius: int,
     down_factor: int = 1,
     attn_implementation: str = "auto",
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
+    include: Patterns = "*",
+    exclude: Patterns = (),
     backend: str | None = None,
 ) -> ClearReport:
     """Let the image tokens of a diffusers transformer attend to a disc around them, in place.
@@ -224,15 +251,16 @@ def apply_clear(
     pre-trained weights need the paper's distillation, or :func:`hf_attn.patching.clear.weights.load_clear_weights`.
 
     Args:
-        transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel`.
+        transformer: `FluxTransformer2DModel`, `ChromaTransformer2DModel` or `SD3Transformer2DModel`.
         radius: of the disc, in tokens of 16 pixels; published are 8, 16 and 32. Cells at exactly this distance are
             outside.
         down_factor: side of the cells of tokens whose pooled keys all image tokens attend to as well; published is 4.
             1 for none. The grid of tokens must be divisible by it.
         attn_implementation: one of `"auto"`, `"tiles"` (CPU), `"flex"`, `"dense"`, `"eager"`. Where diffusers'
             `set_attention_backend` was called, with `"native"` or `"flex"`, that counts.
-        include: patterns (as of `fnmatch`) of the names of attention layers to change, such as `"transformer_blocks.0.*"`.
-        exclude: patterns of names to leave as they are.
+        include: pattern (as of `fnmatch`), or several, of the names of attention layers to change, such as
+            `"transformer_blocks.0.*"`.
+        exclude: pattern or patterns of names to leave as they are.
         backend: the old name of `attn_implementation`.
 
     Returns:
@@ -250,21 +278,20 @@ def apply_clear(
             raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}.")
     attn_implementation = renamed_backend(attn_implementation, backend)
     CLEAR.implementation(attn_implementation)
-    include, exclude = tuple(include), tuple(exclude)
+    names = NameFilter(include, exclude)
 
     changed, skipped = [], {}
     chosen: dict[str, object] = {}
     for key, processor in transformer.attn_processors.items():
         name = key.removesuffix(".processor")
-        if not any(fnmatch(name, pattern) for pattern in include):
-            skipped[name] = "not included"
-        elif any(fnmatch(name, pattern) for pattern in exclude):
-            skipped[name] = "excluded"
-        else:
+        reason = names.reason_to_skip(name)
+        if reason is None:
             chosen[name] = processor
+        else:
+            skipped[name] = reason
     if not chosen:
         raise ValueError(
-            f"No attention layer is chosen by include={include} and exclude={exclude}. The layers are called "
+            f"No attention layer is chosen by include={names.include} and exclude={names.exclude}. The layers are called "
             f"{next(iter(skipped))} and so on."
         )
     foreign = {
@@ -301,14 +328,19 @@ def apply_clear(
 
 def _new_processor(architecture, transformer, name, settings, replaced) -> ClearProcessor:
     attn = transformer.get_submodule(name)
-    weights = (tensor for tensor in attn.parameters() if tensor.is_floating_point())
-    return architecture.processor(*settings, replaced, like=next(weights).detach()).train(transformer.training)
+    # Not those that are quantised or stored in eight bits.
+    weights = [tensor for tensor in attn.parameters() if tensor.is_floating_point() and tensor.itemsize > 1]
+    like = weights[0].detach() if weights else torch.empty(0, dtype=transformer.dtype)
+    if like.is_meta:  # offloaded
+        like = torch.empty(0, dtype=like.dtype)
+    return architecture.processor(*settings, replaced, like=like).train(transformer.training)
 
 
 def _unhook(transformer: nn.Module) -> None:
     for handle in transformer.__dict__.pop("_clear_handles", ()):
         handle.remove()
     transformer.__dict__.pop("_clear_down_factors", None)
+    transformer.__dict__.pop("_clear_is_everywhere", None)
 
 
 def _hook(transformer: nn.Module) -> None:
@@ -320,6 +352,7 @@ def _hook(transformer: nn.Module) -> None:
         hook = _expect_clear if name in local else _drop_context
         handles.append(transformer.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     transformer._clear_handles = handles
+    transformer._clear_is_everywhere = len(local) == len(transformer.attn_processors)
     transformer._clear_down_factors = sorted({processor.down_factor for processor in local.values()})
 
 

@@ -1,6 +1,6 @@
 """The attention of CLEAR in the layers of FLUX and SD3 of diffusers: processors, and what a call tells them."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -29,12 +29,17 @@ __all__ = [
     "diffusers",
 ]
 
-if TYPE_CHECKING:
-    from .parallel import Strip
-
-
 #: name of a backend of diffusers' `set_attention_backend` -> ours
 _DIFFUSERS_BACKENDS = {"native": "dense", "flex": "flex"}
+
+
+class ImagePart(Protocol):
+    """A part of an image that one of several processes computes; see :class:`hf_attn.patching.clear.parallel.Strip`."""
+
+    num_tokens: int
+
+    def attend(self, query, key, value, *, radius, text_mask, scaling, attn_implementation) -> torch.Tensor:
+        """CLEAR attention of the text and this part to the text and the whole image."""
 
 
 class ClearContext(NamedTuple):
@@ -43,12 +48,12 @@ class ClearContext(NamedTuple):
     Attributes:
         grid: `(height, width)` of the image in tokens.
         text_mask: boolean `(batch, text)`, False for padding; None if there is none.
-        strip: the rows that this process computes, see :mod:`hf_attn.patching.clear.parallel`; None for all.
+        strip: the part that this process computes; None for the whole image.
     """
 
     grid: tuple[int, int]
     text_mask: torch.Tensor | None
-    strip: "Strip | None" = None
+    strip: ImagePart | None = None
 
 
 class ClearProcessor(nn.Module):
@@ -81,6 +86,10 @@ class ClearProcessor(nn.Module):
             f"radius={self.radius}, down_factor={self.down_factor}, attn_implementation={self.attn_implementation!r}"
         )
 
+    def forward(self) -> torch.Tensor:
+        """The spatial weight. Offloading brings weights for the time of a module's `forward`, and takes them away again."""
+        return self.spatial_weight.clone()
+
     def attend(
         self,
         query: torch.Tensor,
@@ -108,7 +117,12 @@ class ClearProcessor(nn.Module):
         scaling = query.shape[-1] ** -0.5
         if proportional:
             scaling = proportional_scaling(query.shape[-1], text_length + image_length, pooled=self.down_factor > 1)
-        tokens = [states.transpose(1, 2) for states in (query, key, value)]
+        dtype = query.dtype
+        if torch.is_autocast_enabled(query.device.type):
+            # Norms return float32 next to values in half precision, and autocast does not reach every implementation.
+            dtype = torch.get_autocast_dtype(query.device.type)
+        tokens = [states.transpose(1, 2).to(dtype) for states in (query, key, value)]
+        spatial_weight = None if self.spatial_weight is None else self.forward().to(query.device)
         arguments = {
             "radius": self.radius,
             "text_mask": text_mask if text_length else None,
@@ -116,7 +130,7 @@ class ClearProcessor(nn.Module):
             "attn_implementation": self._implementation(),
         }
         if strip is None:
-            output = clear_attention(*tokens, grid=grid, spatial_weight=self.spatial_weight, **arguments)
+            output = clear_attention(*tokens, grid=grid, spatial_weight=spatial_weight, **arguments)
         else:
             output = strip.attend(*tokens, **arguments)
         return output.transpose(1, 2).flatten(2).to(query.dtype)

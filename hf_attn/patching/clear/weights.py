@@ -59,7 +59,8 @@ def load_clear_weights(
     projections, which are fused again.
 
     Args:
-        transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel`.
+        transformer: `FluxTransformer2DModel`, `ChromaTransformer2DModel` or `SD3Transformer2DModel`, neither offloaded nor
+            quantised.
         weights: a `.safetensors` file; a folder with ``clear.safetensors``; a file of the Hub as
             `"owner/repository/file.safetensors"`, or one of the official `"clear_local_8"`, `"clear_local_16"`,
             `"clear_local_32"`, `"clear_local_8_down_4"`, `"clear_local_16_down_4"`; or the tensors by name.
@@ -73,7 +74,8 @@ def load_clear_weights(
 
     Raises:
         ValueError: if radius or down factor can neither be read nor are given, or contradict the file; if a tensor is
-            missing, left over or of another shape; or if adapters are merged into the weights.
+            missing, left over or of another shape; if adapters are merged into the weights; or if the transformer is
+            offloaded or quantised.
         FileNotFoundError: if there is no such file.
     """
     tensors, stored, source = _read(weights)
@@ -89,6 +91,7 @@ def load_clear_weights(
         )
     down_factor = _setting("down_factor", down_factor, in_tensors, source)
     _refuse_merged(transformer)
+    _refuse_out_of_reach(transformer)
 
     # Checked before anything is changed: a file that does not fit leaves the model as it was.
     targets = _targets(transformer)
@@ -137,6 +140,7 @@ def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterat
     """
     if clear_processors(transformer):
         raise ValueError("The transformer has CLEAR attention already. Call `remove_clear` first.")
+    _refuse_out_of_reach(transformer)
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _targets(transformer).items()}
     try:
         yield load_clear_weights(transformer, weights, **arguments)
@@ -153,8 +157,9 @@ def save_clear_weights(
 ) -> Path:
     """Save what CLEAR trains, with radius and down factor.
 
-    With a model card, unless the folder has one. `save_pretrained` of diffusers saves neither; `from_pretrained` then drops the spatial weights, and the model is one
-    with full attention again. :func:`load_clear_weights` reads the folder or the file.
+    Writes a model card as well, unless the folder has one. `save_pretrained` of diffusers saves neither radius nor down factor;
+    `from_pretrained` then drops the spatial weights, and the model is one with full attention again.
+    :func:`load_clear_weights` reads the folder or the file.
 
     Args:
         transformer: with CLEAR on all its attention layers, all with the same settings.
@@ -166,7 +171,8 @@ def save_clear_weights(
 
     Raises:
         ValueError: if some attention layers have full attention or other settings than others, or projections are fused
-            or adapters are merged, so that the weights are not those that count.
+            or adapters are merged, so that the weights are not those that count; or if the transformer is offloaded or
+            quantised.
     """
     processors = clear_processors(transformer)
     settings = {(processor.radius, processor.down_factor) for processor in processors.values()}
@@ -185,7 +191,9 @@ def save_clear_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _targets(transformer)
-    if state_dict is not None:
+    if state_dict is None:
+        _refuse_out_of_reach(transformer)
+    else:
         gathered = {name.replace(".base_layer.", "."): tensor for name, tensor in state_dict.items()}
         tensors = {name: gathered[name] for name in tensors}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -245,6 +253,22 @@ def _refuse_merged(transformer: nn.Module) -> None:
             raise ValueError(
                 f"An adapter is merged into {name}, whose weights are not those of the model any more. Unmerge it "
                 "(`unfuse_lora()`) first."
+            )
+
+
+def _refuse_out_of_reach(transformer: nn.Module) -> None:
+    """Raise where a tensor copied into a parameter would be lost, or would not be the weight."""
+    for name, parameter in _targets(transformer).items():
+        if parameter.is_meta or parameter.numel() == 0:
+            raise ValueError(
+                f"{name} is offloaded and not in memory now. Load or save CLEAR's weights before offloading is enabled "
+                "(`enable_sequential_cpu_offload()` and the like), or after `pipe.reset_device_map()` or `remove_all_hooks()`."
+            )
+        is_foreign = type(parameter).__module__.partition(".")[0] != "torch"
+        if is_foreign or not parameter.is_floating_point() or parameter.itemsize == 1:
+            raise ValueError(
+                f"{name} is quantised ({type(parameter).__name__}, {parameter.dtype}). Load or save CLEAR's weights with the "
+                "transformer in full or half precision, and quantise it afterwards."
             )
 
 

@@ -8,21 +8,19 @@ scalar, so that the spectral norm of each map is a parameter of its own.
 The layers are real subclasses of ``nn.Linear`` and ``nn.Conv2d``: ``weight`` stays a parameter of its usual name and
 shape, which is what state dicts, FSDP, optimizers and adapters look for; ``torch.nn.utils.parametrize`` renames it, and
 what is added to its ``weight`` (merging an adapter) is lost without a word. A layer changes its class in place, so that
-hooks, tied weights and references stay.
+hooks, tied weights and references stay. Whoever reads ``weight`` instead of calling the layer gets W, not W_hat: see
+:mod:`.bypass`.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatch
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization
-
-from ..._import_hooks import when_imported
 
 
 EPS = 1e-12
@@ -54,22 +52,24 @@ class _Reparametrise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight, gamma, sigma, left, right):
+    def forward(weight, gamma, sigma, left, right, start):
         return weight * (gamma.to(sigma.dtype) / sigma).to(weight.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.start = inputs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         weight, gamma, sigma, left, right = ctx.saved_tensors
+        ctx.start = None
         wide = sigma.dtype
         along = torch.dot(gradient.flatten().to(wide), weight.flatten().to(wide)) / sigma
         scale = gamma.to(wide) / sigma
         matrix = torch.addr(gradient.flatten(1).to(wide), left, right * -along).mul_(scale)
-        return matrix.view_as(weight).to(weight.dtype), along.to(gamma.dtype).expand(1), None, None, None
+        return matrix.view_as(weight).to(weight.dtype), along.to(gamma.dtype).expand(1), None, None, None, None
 
 
 class _LinearOfScaledInput(torch.autograd.Function):
@@ -80,17 +80,21 @@ class _LinearOfScaledInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(input, weight, bias, gamma, sigma, left, right):
-        return F.linear(input * (gamma.to(sigma.dtype) / sigma).to(input.dtype), weight, bias)
+    def forward(input, weight, bias, gamma, sigma, left, right, start):
+        rows = input.reshape(-1, weight.shape[1]) * (gamma.to(sigma.dtype) / sigma).to(input.dtype)
+        # A view made here could not be modified in place, as `nn.ReLU(inplace=True)` does.
+        return torch.ops.aten._unsafe_view(F.linear(rows, weight, bias), [*input.shape[:-1], weight.shape[0]])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.start = inputs[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         input, weight, _, gamma, sigma, left, right = ctx.saved_tensors
+        ctx.start = None
         wide = sigma.dtype
         scale = gamma.to(wide) / sigma
         rows, row_gradients = input.reshape(-1, weight.shape[1]), gradient.reshape(-1, weight.shape[0])
@@ -103,11 +107,64 @@ class _LinearOfScaledInput(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             of_bias = row_gradients.sum(0)
         of_input = back.mul_(scale.to(back.dtype)).view_as(input)
-        return of_input, of_weight, of_bias, along.to(gamma.dtype).expand(1), None, None, None
+        return of_input, of_weight, of_bias, along.to(gamma.dtype).expand(1), None, None, None, None
 
 
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def is_plain_weight(weight: object) -> bool:
+    """Whether a weight is one of torch's own tensors of floating point numbers, and not one of a quantiser."""
+    is_foreign = type(weight).__module__.partition(".")[0] != "torch"
+    return not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and not is_foreign)
+
+
+class _Start:
+    """The u from which forward passes began that wait for their backward pass, whose graphs hold this."""
+
+    def __init__(self, u: torch.Tensor):
+        self.u = u
+
+
+class _Starts:
+    """From which u the forward passes of a layer began, for gradient checkpointing, which runs them again.
+
+    Passes before the same backward pass begin from the same u, so that it does not matter which one is run again. Reentrant
+    checkpointing runs them without gradients, unseen by any graph; those begin one after the other and are run again in
+    reverse order.
+    """
+
+    def __init__(self):
+        self.waiting: weakref.ref[_Start] | None = None
+        self.without_graph: deque[torch.Tensor] = deque(maxlen=32)
+
+    def first_run(self, u: torch.Tensor) -> _Start:
+        """Begin a pass from u, or from where those began whose backward pass is still to come."""
+        if not torch.is_grad_enabled():
+            self.without_graph.append(u.clone())
+            return _Start(u)
+        start = self.waiting and self.waiting()
+        if start is None:
+            start = _Start(u.clone())
+            self.waiting = weakref.ref(start)
+        return start
+
+    def second_run(self, u: torch.Tensor) -> _Start:
+        """Begin a pass from where its first run began."""
+        start = self.waiting and self.waiting()
+        if start is not None:
+            return start
+        if self.without_graph:
+            last = self.without_graph[-1]
+            if len(self.without_graph) > 1:
+                self.without_graph.pop()
+            return _Start(last)
+        return _Start(u)
 
 
 class SigmaReparamLayer:
@@ -160,12 +217,15 @@ class SigmaReparamLayer:
                 self.gamma, singular_values[:1] if init == "preserve" else torch.ones_like(singular_values[:1])
             )
 
-    def spectral_norm(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def refresh_u(self) -> None:
+        """Set u to the leading singular vector of the weight as it is now; gamma stays."""
+        right = torch.linalg.svd(self.matrix(), full_matrices=False).Vh
+        self.u.copy_(right[0])
+
+    def spectral_norm(self, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Estimate sigma(W) by one power iteration from u, which stays; see :func:`power_iteration`."""
-        u = self.u
-        if self.training and _in_backward():
-            # Gradient checkpointing runs the forward again: it has to start from where the first one did.
-            u = getattr(self, "_u_before", u)
+        u = self.u if u is None else u
         matrix = self.matrix()
         with torch.autocast(matrix.device.type, enabled=False):
             return power_iteration(matrix, u.to(matrix.dtype))
@@ -176,15 +236,36 @@ class SigmaReparamLayer:
         In training mode u moves by the power iteration that this call makes; in eval mode it stays.
         """
         spectrum = self._next_spectrum()
-        return self.weight if self.stats_only else _Reparametrise.apply(self.weight, self.gamma, *spectrum)
+        if self.stats_only:
+            return self.weight
+        # Exporters know no functions with a backward pass of their own.
+        reparametrise = _Reparametrise.forward if _is_exporting() else _Reparametrise.apply
+        return reparametrise(self.weight, self.gamma, *spectrum)
 
-    def _next_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """sigma(W) and the leading left `(out,)` and right `(in,)` singular vector; moves u in training mode."""
-        sigma, left, right = self.spectral_norm()
-        if self.training and not _in_backward():
-            self._u_before = self.u.clone()
+    def _next_spectrum(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Start | None]:
+        """sigma(W), the leading left `(out,)` and right `(in,)` singular vector, and where the iteration began.
+
+        In training mode u moves, except in the second run of gradient checkpointing.
+        """
+        start, repeated = None, _in_backward()
+        if self.training and not torch.compiler.is_compiling():
+            starts = self.__dict__.setdefault("_starts", _Starts())
+            start = starts.second_run(self.u) if repeated else starts.first_run(self.u)
+        sigma, left, right = self.spectral_norm(None if start is None else start.u)
+        if self.training and not repeated:
             self.u.copy_(right)
-        return (sigma, right, left) if self.track_left else (sigma, left, right)
+        return (sigma, right, left, start) if self.track_left else (sigma, left, right, start)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_starts"}
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "weight" and not is_plain_weight(value):
+            raise ValueError(
+                f"A sigma-reparametrised layer cannot be quantised (to {type(value).__name__}, {value.dtype}): what it computes "
+                "with is not its weight alone. Call fold_sigma_reparam first."
+            )
+        super().__setattr__(name, value)
 
     @contextmanager
     def plain_weight(self):
@@ -193,8 +274,10 @@ class SigmaReparamLayer:
         For adding to the effective weight, as when an adapter is merged.
         """
         self.weight.data = self._frozen_effective_weight()
-        yield
-        self.reset_spectrum("preserve")
+        try:
+            yield
+        finally:
+            self.reset_spectrum("preserve")
 
     @torch.no_grad()
     def _frozen_effective_weight(self) -> torch.Tensor:
@@ -210,7 +293,7 @@ class SigmaReparamLinear(SigmaReparamLayer, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Autocast reaches the operations of a model, but not those of a function with a backward pass of its own.
         autocast = torch.is_autocast_enabled(input.device.type)
-        if self.stats_only or autocast or input.numel() >= self.weight.numel():
+        if self.stats_only or autocast or _is_exporting() or input.numel() >= self.weight.numel():
             return F.linear(input, self.effective_weight(), self.bias)
         return _LinearOfScaledInput.apply(input, self.weight, self.bias, self.gamma, *self._next_spectrum())
 
@@ -222,164 +305,26 @@ class SigmaReparamConv2d(SigmaReparamLayer, nn.Conv2d):
         return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
-_REPARAMETRISED: dict[type[nn.Module], type[nn.Module]] = {
+#: class of a plain layer -> class of the reparametrised one
+REPARAMETRISED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: SigmaReparamLinear,
     nn.Conv2d: SigmaReparamConv2d,
 }
-_PLAIN = {reparametrised: plain for plain, reparametrised in _REPARAMETRISED.items()}
-
-
-@dataclass(frozen=True)
-class SigmaReparamReport:
-    """What :func:`apply_sigma_reparam` did.
-
-    Attributes:
-        converted: names of the layers that were reparametrised.
-        skipped: name of a linear layer that was left alone -> reason.
-    """
-
-    converted: tuple[str, ...]
-    skipped: dict[str, str]
-
-
-def apply_sigma_reparam(
-    model: nn.Module,
-    init: str = "preserve",
-    include: Iterable[str] = ("*",),
-    exclude: Iterable[str] = (),
-) -> SigmaReparamReport:
-    """Reparametrise every linear layer and 2-D convolution of a model, in place.
-
-    `save_pretrained` and `from_pretrained` of transformers keep the result. Libraries that rebuild a model without
-    transformers (timm, diffusers) need this call before the weights are loaded, or a folded model.
-
-    Args:
-        model: any model of transformers, timm, diffusers or plain torch.
-        init: `"preserve"` keeps the function (gamma = sigma(W)); `"unit"` starts every map at spectral norm 1, for
-            training from scratch.
-        include: patterns (as of `fnmatch`) of the names of layers to convert.
-        exclude: patterns of names to leave alone.
-
-    Returns:
-        Which layers were converted and which were not, with the reasons. Layers whose weight is shared with an embedding
-        are left alone, as are subclasses that do not compute a plain linear map.
-
-    Raises:
-        ValueError: for an unknown ``init``; if the model is reparametrised already or quantised; if no layer is left to
-            convert; or if a weight is all zero, which has no spectral norm.
-    """
-    if init not in ("preserve", "unit"):
-        raise ValueError(f"init must be 'preserve' or 'unit', got {init!r}.")
-    include, exclude = tuple(include), tuple(exclude)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    chosen: dict[str, nn.Module] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, SigmaReparamLayer):
-            raise ValueError(f"{name or 'The module'} is reparametrised already. Call fold_sigma_reparam first.")
-        if not isinstance(module, tuple(_REPARAMETRISED)):
-            continue
-        if not module.weight.is_floating_point():
-            raise ValueError(
-                f"{name} is quantised ({module.weight.dtype}); reparametrise the model before it is quantised, and fold it."
-            )
-        if not any(fnmatch(name, pattern) for pattern in include):
-            skipped[name] = "not included"
-        elif any(fnmatch(name, pattern) for pattern in exclude):
-            skipped[name] = "excluded"
-        elif type(module) not in _REPARAMETRISED:
-            skipped[name] = f"is a {type(module).__name__}"
-        elif id(module.weight) in embeddings:
-            skipped[name] = "shares its weight with an embedding"
-        else:
-            chosen[name] = module
-    if not chosen:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear or nn.Conv2d to reparametrise"
-            + (f" ({len(skipped)} were skipped: {_first(skipped)})." if skipped else ".")
-        )
-    zero = [name for name, module in chosen.items() if not module.weight.any()]
-    if zero:
-        raise ValueError(
-            f"The weights of {_first(zero)} are all zero and have no spectral norm. Name them in `exclude`, or apply the "
-            "reparametrisation before they are set to zero."
-        )
-    for module in chosen.values():
-        reparametrise_layer(module)
-        module.reset_spectrum(init)
-    _note_in_config(model, list(chosen))
-    return SigmaReparamReport(tuple(chosen), skipped)
-
-
-def _note_in_config(model: nn.Module, layers: list[str] | None) -> None:
-    """Record the converted layers where `from_pretrained` finds them, or remove the record."""
-    if not hasattr(model, "config_class"):
-        return
-    if layers is None:
-        model.config.__dict__.pop("quantization_config", None)
-        if hasattr(model.config, "reparametrised"):  # a family that builds its layers itself
-            model.config.reparametrised = False
-        return
-    from .loading import SigmaReparamLoading
-
-    model.config.quantization_config = SigmaReparamLoading(layers)
+_PLAIN = {reparametrised: plain for plain, reparametrised in REPARAMETRISED.items()}
 
 
 def reparametrise_layer(module: nn.Module) -> None:
     """Make one plain layer a reparametrised one; its gamma and u are still to be set (see `reset_spectrum`)."""
-    module.__class__ = _REPARAMETRISED[type(module)]
+    module.__class__ = REPARAMETRISED[type(module)]
     module._add_spectrum()
 
 
-def fold_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
-    """Turn every reparametrised layer into a plain one with weight W_hat, in place, with equal outputs in eval mode.
-
-    Fold before quantising or exporting, and for inference at no extra cost.
-
-    Returns:
-        Names of the folded layers.
-
-    Raises:
-        ValueError: if no layer is reparametrised, as when a model is folded twice.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SigmaReparamLayer)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no reparametrised layer: nothing to fold.")
-    for module in layers.values():
-        module.weight.data = module._frozen_effective_weight()
-        if not module.stats_only:
-            del module.gamma
-        del module.u
-        module.__dict__.pop("_u_before", None)
-        module.__class__ = _PLAIN[type(module)]
-    _note_in_config(model, None)
-    return tuple(layers)
-
-
-def _first(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _make_lora_merge_effective_weights(peft_lora) -> None:
-    """Let PEFT's LoRA layers merge into W_hat: they know a reparametrised layer as an `nn.Linear` and add to W."""
-
-    def around_plain_weight(method):
-        def wrapper(self, *args, **kwargs):
-            base_layer = self.get_base_layer()
-            if not isinstance(base_layer, SigmaReparamLayer):
-                return method(self, *args, **kwargs)
-            with base_layer.plain_weight():
-                return method(self, *args, **kwargs)
-
-        wrapper.__doc__, wrapper.__name__ = method.__doc__, method.__name__
-        return wrapper
-
-    for name in ("Linear", "Conv2d"):
-        for cls in getattr(peft_lora, name).__mro__:
-            for method in ("merge", "unmerge"):
-                if method in vars(cls) and cls.__module__ == peft_lora.__name__:
-                    setattr(cls, method, around_plain_weight(vars(cls)[method]))
-
-
-when_imported("peft.tuners.lora.layer", _make_lora_merge_effective_weights)
+def make_plain(module: SigmaReparamLayer) -> None:
+    """Make a reparametrised layer a plain one with the weight that it has, W."""
+    if not module.stats_only:
+        del module.gamma
+    del module.u
+    module.__dict__.pop("_starts", None)
+    module.__dict__.pop("stats_only", None)
+    module.__dict__.pop("track_left", None)
+    module.__class__ = _PLAIN[type(module)]

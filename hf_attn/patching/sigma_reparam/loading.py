@@ -5,27 +5,20 @@ quantised here. :func:`apply_sigma_reparam` notes the converted layers in the mo
 ``quantization_config``, with the method ``sigma_reparam``.
 """
 
+from typing import TYPE_CHECKING
+
+from torch import nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .layers import apply_sigma_reparam, fold_sigma_reparam, reparametrise_layer
-
-
-METHOD = "sigma_reparam"
+from .apply import apply_sigma_reparam, fold_sigma_reparam
+from .layers import REPARAMETRISED, reparametrise_layer
+from .record import METHOD, SigmaReparamLoading
 
 
-class SigmaReparamLoading(QuantizationConfigMixin):
-    """Which layers of a saved model are reparametrised, or how to reparametrise a plain one while it is loaded.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-    Args:
-        layers: names of the reparametrised layers of a saved model.
-        init: for a plain checkpoint, see :func:`apply_sigma_reparam`.
-    """
-
-    def __init__(self, layers: list[str] | None = None, init: str = "preserve", quant_method: str = METHOD):
-        self.quant_method = quant_method
-        self.layers = layers
-        self.init = init
+__all__ = ["METHOD", "SigmaReparamLoader", "SigmaReparamLoading"]
 
 
 class SigmaReparamLoader(HfQuantizer):
@@ -39,15 +32,53 @@ class SigmaReparamLoader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        if self.pre_quantized:
-            for name in self.quantization_config.layers:
-                reparametrise_layer(model.get_submodule(name))
+        if not self.pre_quantized:
+            return
+        layers = _layers_in(model, self.quantization_config.layers)
+        for layer in layers.values():
+            reparametrise_layer(layer)
+        self.quantization_config.layers = list(layers)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             apply_sigma_reparam(model, init=self.quantization_config.init)
+        elif type(model).__name__ not in (model.config.architectures or ()):
+            # A head of another size has a weight of its own, and u of the saved one.
+            inside = f"{model.base_model_prefix}."
+            for name in self.quantization_config.layers:
+                if model.base_model is not model and not name.startswith(inside):
+                    model.get_submodule(name).refresh_u()
         return model
 
     def _dequantize(self, model, dtype=None):
         fold_sigma_reparam(model)
         return model
+
+
+def _layers_in(model: "PreTrainedModel", names: list[str]) -> dict[str, nn.Module]:
+    """The layers of a saved model in one of another class, which may have other heads, or none.
+
+    Args:
+        model: the model that is loaded.
+        names: of layers in the model that was saved, with the prefix of the base model or without.
+
+    Returns:
+        Name in the model -> layer.
+
+    Raises:
+        ValueError: if none is there.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    found = {}
+    for name in names:
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if type(modules.get(candidate)) in REPARAMETRISED:
+                found[candidate] = modules[candidate]
+                break
+    if not found:
+        raise ValueError(
+            f"The checkpoint is sigma-reparametrised, and {type(model).__name__} has none of its {len(names)} layers, such as "
+            f"{names[0]}. Load it with the class that it was saved with, call fold_sigma_reparam, and save it."
+        )
+    return found

@@ -79,7 +79,12 @@ def label_row(
 
 
 def official_labels(
-    path: str | Path, image_folder: str | Path, *, rule: str = "llava", sink_threshold: float = 1e-3
+    path: str | Path,
+    image_folder: str | Path,
+    *,
+    rule: str = "llava",
+    sink_threshold: float = 1e-3,
+    max_samples: int | None = None,
 ) -> "Dataset":
     """Turn one of the official files of attention maps (`YuhengSSS/roi_pseudo` on the Hub) into a data set.
 
@@ -91,6 +96,7 @@ def official_labels(
         image_folder: folder that the paths of its images are relative to.
         rule: labelling rule of the base model, `llava` or `qwen`.
         sink_threshold: mean sink attention from which a cell is a sink; 1e-3 for LLaVA, 1e-2 for Qwen2.5-VL.
+        max_samples: use the first so many maps of the file only.
 
     Returns:
         Data set with the columns of :func:`label_features`.
@@ -107,6 +113,7 @@ def official_labels(
     records = load_plain_pickle(path)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path.name} holds no list of attention maps.")
+    records = records[:max_samples]
     for i, record in enumerate(records):
         wrong = [
             name

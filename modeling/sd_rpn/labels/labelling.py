@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from hf_attn.modeling.sd_rpn.first_pass import execution_device
 from hf_attn.modeling.sd_rpn.training import labelling_inputs
 
 from .answer_attention import AttentionRecipe, answer_attention
@@ -53,7 +54,7 @@ def label_images(
         single token, which has no attention.
     """
     inputs = labelling_inputs(processor, model.config, images, asked or questions)
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(execution_device(model)) for name, tensor in inputs.items()}
     sequences = model.generate(
         **inputs,
         do_sample=False,

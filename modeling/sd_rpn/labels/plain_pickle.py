@@ -3,13 +3,18 @@
 A pickle is a program, and `pickle.load` runs whatever it asks for. Here the names under which NumPy stores arrays lead to
 stand-ins that check what they are given and build the arrays from the bytes; every other name is refused. No function
 of NumPy, or of anything else, is called on behalf of the file.
+
+Nor does a small file fill the memory: its opcodes are read once beforehand, so that no length goes beyond the end of the
+file and no memo is larger than what is put into it, and what is built of bytes that it has once and uses often may not
+be larger than the file.
 """
 
 import math
 import pickle
+import pickletools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,7 +39,9 @@ def load_plain_pickle(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            return _plain(_Unpickler(file).load(), {})
+            _check_opcodes(file, path.stat().st_size)
+            file.seek(0)
+            return _plain(_Unpickler(file, path.stat().st_size).load(), {})
     except OSError:
         raise
     except Exception as error:
@@ -42,6 +49,33 @@ def load_plain_pickle(path: str | Path) -> Any:
             f"{path.name} is not read: {str(error).rstrip('.') or type(error).__name__}. Only numbers, strings, lists, tuples, dictionaries "
             "and arrays of numbers are; a pickle can run any program."
         ) from error
+
+
+def _check_opcodes(file: BinaryIO, size: int) -> None:
+    """Refuse what makes an unpickler reserve memory for data that the file does not have."""
+    puts = 0
+    for opcode, argument, position in pickletools.genops(file):
+        if opcode.name == "FRAME" and argument > size - position:
+            raise PlainPickleError("it announces more data than it has")
+        if opcode.name == "MEMOIZE":
+            puts += 1
+        elif "PUT" in opcode.name:
+            # pickle numbers what it memoises one after the other.
+            if argument > puts:
+                raise PlainPickleError(f"it memoises object {argument} after {puts}")
+            puts += 1
+
+
+class _Budget:
+    """Bytes that may still be built for a file."""
+
+    def __init__(self, size: int):
+        self.left = size
+
+    def spend(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise PlainPickleError("it makes more data than it has")
 
 
 class _StandIn:
@@ -65,6 +99,8 @@ class _ArrayClass(_StandIn):
 class _Dtype(_StandIn):
     """`numpy.dtype` of numbers."""
 
+    budget: _Budget
+
     def __init__(self, code, *flags):
         if not isinstance(code, str) or not re.fullmatch(r"[biuf][1248]", code):
             raise PlainPickleError(f"it has an array of {code!r}, not of numbers")
@@ -82,6 +118,7 @@ class _Dtype(_StandIn):
         whole = isinstance(data, bytes | bytearray) and all(type(side) is int and side >= 0 for side in shape)
         if not whole or math.prod(shape) * dtype.itemsize != len(data):
             raise PlainPickleError(f"it has an array {shape} whose bytes do not fit")
+        self.budget.spend(len(data))
         return np.frombuffer(bytes(data), dtype).reshape(shape, order=order).copy()
 
 
@@ -114,9 +151,12 @@ class _Scalar(_StandIn):
 class _Bytes(_StandIn):
     """`_codecs.encode`, by which old protocols store bytes."""
 
+    budget: _Budget
+
     def __init__(self, text, encoding):
         if encoding != "latin1":
             raise PlainPickleError(f"it encodes text as {encoding!r}")
+        self.budget.spend(len(text))
         self.value = text.encode("latin1")
 
 
@@ -131,9 +171,23 @@ _STAND_INS = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Builds stand-ins.
+
+    Args:
+        file: the pickle.
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, file: BinaryIO, size: int):
+        super().__init__(file)
+        self.stand_ins = dict(_STAND_INS)
+        for name in (("numpy", "dtype"), ("_codecs", "encode")):
+            stand_in = _STAND_INS[name]
+            self.stand_ins[name] = type(stand_in.__name__, (stand_in,), {"budget": _Budget(size)})
+
     def find_class(self, module: str, name: str):
         # NumPy 2 renamed the package.
-        stand_in = _STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
+        stand_in = self.stand_ins.get((module.replace("numpy._core.", "numpy.core."), name))
         if stand_in is None:
             raise PlainPickleError(f"it asks for {module}.{name}")
         return stand_in

@@ -219,14 +219,19 @@ def _two_stage(case: Case) -> dict[str, torch.Tensor]:
     if added != case.info["extra_tokens"]:
         raise AssertionError(f"The prompt grew by {added} tokens instead of {case.info['extra_tokens']}.")
     features = focused.model_inputs["mm_encoder_outputs"]["image"].pooler_output
+    of_regions = {}
+    if found.regions:
+        of_regions = {
+            "boxes_grid": torch.tensor([region.grid_box for region in found.regions]),
+            "boxes_image": torch.tensor(found.boxes),
+            "crop_pixel_values_corner": seen["pixels"][..., ::24, ::24],
+            "sub_features_first_rows": torch.stack([crop[:4] for crop in features[1:]]),
+        }
     return {
         "pixel_values_corner": pixel_values[..., ::24, ::24],
         "roi_logits": outputs["logits"].logits.view(found.roi_map.shape),
         "blurred": blur(found.roi_map),
-        "boxes_grid": torch.tensor([region.grid_box for region in found.regions]),
-        "boxes_image": torch.tensor(found.boxes),
-        "crop_pixel_values_corner": seen["pixels"][..., ::24, ::24],
-        "sub_features_first_rows": torch.stack([crop[:4] for crop in features[1:]]),
+        **of_regions,
         "first_logits": generated.logits[0][0],
         "all_logits": torch.cat(generated.logits),
         "generated_ids": generated.sequences[0, focused.model_inputs["input_ids"].shape[1] :],

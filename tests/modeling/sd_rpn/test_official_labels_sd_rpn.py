@@ -61,6 +61,14 @@ def itself():
 SETS_AN_ATTRIBUTE = b"\x80\x02cnumpy\nndarray\nN}X\x01\x00\x00\x00xK\x01s\x86b."
 #: an array of 2**40 numbers in eight bytes
 TOO_LARGE = pickle.dumps(np.zeros(1), 4).replace(b"K\x01\x85", b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85")
+MANY_TIMES = (
+    b"\x80\x02c_codecs\nencode\nq\x000X\x00\x04\x00\x00"
+    + b"a" * 1024
+    + b"q\x010X\x06\x00\x00\x00latin1q\x020"
+    + b"]("
+    + b"h\x00h\x01h\x02\x86R" * 1000
+    + b"e."
+)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +89,13 @@ TOO_LARGE = pickle.dumps(np.zeros(1), 4).replace(b"K\x01\x85", b"\x8a\x06" + (2*
         (SETS_AN_ATTRIBUTE, "bad.pkl"),
         (TOO_LARGE, "bytes do not fit"),
         (pickle.dumps([1.5] * 9)[:-9], "bad.pkl"),
+        # What an unpickler would reserve 64 GB for, and 8 TB.
+        (b"\x80\x02]r\xff\xff\xff\xff.", "memoises object 4294967295 after 0"),
+        (b"\x80\x04\x95" + (2**43).to_bytes(8, "little") + b"].", "announces more data than it has"),
+        # 1 kB of text as bytes a thousand times
+        (MANY_TIMES, "makes more data than it has"),
         (b"PK\x03\x04 no pickle", "bad.pkl"),
-        (b"", "Ran out of input"),
+        (b"", "exhausted before seeing STOP"),
     ],
 )
 def test_anything_else_is_refused(tmp_path, content, message):

@@ -63,11 +63,12 @@ def cells(*positions: tuple[int, int], grid=G24) -> torch.Tensor:
 
 def test_small_regions_are_widened_and_single_cells_dropped():
     assert region_boxes(cells((5, 7))) == []
-    # Two cells side by side: the middle is 7.5, and three cells around it are 6 .. 9.
-    assert region_boxes(cells((5, 7), (5, 8))) == [(6, 3, 10, 7)]
+    # Two cells side by side end at column 9, exclusive: the middle is 8, and three cells around it are 6 .. 9.
+    # No widened box reaches the last row or column, by the official rule.
+    assert region_boxes(cells((5, 7), (5, 8))) == [(6, 4, 9, 7)]
     assert region_boxes(cells((5, 7), (6, 8), (7, 9))) == [(6, 4, 10, 8)]
-    assert region_boxes(cells((0, 0), (0, 1))) == [(0, 0, 3, 2)]
-    assert region_boxes(cells((23, 22), (23, 23))) == [(21, 21, 24, 24)]
+    assert region_boxes(cells((0, 0), (0, 1))) == [(0, 0, 2, 2)]
+    assert region_boxes(cells((23, 22), (23, 23))) == [(21, 22, 23, 23)]
     assert region_boxes(cells((5, 7), (5, 8), (6, 7), (6, 8))) == [(7, 5, 9, 7)]
 
 
@@ -78,7 +79,7 @@ def test_regions_that_are_too_large_are_dropped():
     binary[15, 0] = True
     assert region_boxes(binary) == []
     binary[20, 20:22] = True
-    assert region_boxes(binary) == [(19, 18, 23, 22)]
+    assert region_boxes(binary) == [(19, 19, 22, 22)]
     assert region_boxes(torch.ones(12, 12, dtype=torch.bool), max_area=144) == [(0, 0, 12, 12)]
 
 
@@ -90,6 +91,9 @@ def test_extent():
 def test_pixels_of_a_padded_image():
     assert padded_to_image((9, 4, 17, 10), G24, (640, 480)) == (240, 26, 453, 186)
     assert padded_to_image((0, 0, 24, 24), G24, (640, 480)) == (0, 0, 640, 480)
+    # Corners on whole pixels, which floats would make one pixel less.
+    assert padded_to_image((9, 10, 15, 13), G24, (600, 200)) == (225, 50, 375, 125)
+    assert padded_to_image((1, 1, 6, 6), G24, (1000, 250))[::2] == (41, 250)
     # Wholly in the padding on the left of an upright image.
     assert padded_to_image((0, 1, 7, 8), G24, (300, 900))[::2] == (0, 0)
 

@@ -174,3 +174,23 @@ def test_learns_where_the_only_square_is(tmp_path):
     share = (labels == 1).sum() / (labels != -100).sum()
     blind = F.binary_cross_entropy(share, share).item()
     assert trainer.evaluate()["eval_loss"] < blind / 2
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path):
+    """Images with unequal numbers of labelled cells, so that a mean of means is another number."""
+    data = rows()
+    data[1]["roi_labels"] = torch.full((GRID, GRID), -100).index_fill_(0, torch.tensor([2]), 1).tolist()
+    data += [{**data[1], "roi_labels": torch.full((GRID, GRID), -100).tolist()}]
+
+    def update(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = make_trainer(tmp_path, **options, optim="sgd", max_grad_norm=0.0, learning_rate=1.0)
+        trainer.train_dataset = data
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        return {name: tensor - before[name] for name, tensor in trainer.model.state_dict().items()}
+
+    together, accumulated = update(3, 1), update(1, 3)
+    for name, tensor in together.items():
+        torch.testing.assert_close(accumulated[name], tensor, atol=2e-7, rtol=1e-3)
+    assert max(tensor.abs().max() for tensor in together.values()) > 1e-3

@@ -409,7 +409,9 @@ def test_a_whole_graph_with_a_given_grid():
     apply_clear(model, radius=2, attn_implementation="tiles")
     expected = run(model, inputs)
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=1e-4, atol=1e-4)
+    # The compiler's vectorised exponentials and sines are off by some units in the last place, of outputs up to 25.
+    atol = 2e-5 * expected.abs().max().item()
+    torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=0, atol=atol)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -446,7 +448,10 @@ def test_other_models_are_refused():
 
     with pytest.raises(TypeError, match=r"this is a Pipeline. Pass its `transformer`"):
         apply_clear(Pipeline(), radius=2)
-    with pytest.raises(TypeError, match=r"FluxTransformer2DModel and SD3Transformer2DModel .* this is a Linear.$"):
+    with pytest.raises(
+        TypeError,
+        match=r"FluxTransformer2DModel, ChromaTransformer2DModel, SD3Transformer2DModel .* this is a Linear.$",
+    ):
         apply_clear(nn.Linear(2, 2), radius=2)
     with pytest.raises(TypeError, match=r"this is a OptimizedModule. Pass its `_orig_mod`"):
         apply_clear(torch.compile(tiny_flux()), radius=2)

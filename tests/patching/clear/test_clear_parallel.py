@@ -84,6 +84,7 @@ def errors(group):
         note("halo", lambda: run(model, inputs))
         note("rows", lambda: run(model, flux_inputs(height=3)))
         note("gradients", lambda: model(**flux_inputs(height=12)))
+        note("nested", lambda: clear_parallel(model, group=group).__enter__())
     return found
 
 
@@ -167,6 +168,7 @@ def test_what_is_refused_when_called(results):
             "halo": "8 rows of tokens on 4 processes leave one with 2, and its neighbour needs 3 of them with a radius of 4. "
             "Use fewer processes, or larger images.",
             "rows": "3 rows of tokens are too few for 4 processes. Use fewer.",
+            "nested": "The transformer runs on several processes already: clear_parallel contexts cannot be nested.",
             "gradients": "CLEAR on several processes is for inference: call the model under `torch.no_grad()`.",
         }
 

@@ -239,7 +239,8 @@ def test_from_pretrained_loads_what_was_saved(make, auto_class, input_ids, tmp_p
 
     loaded, info = auto_class.from_pretrained(tmp_path / "reparametrised", output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    # Equal weights, at other addresses, which kernels may treat differently.
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-6, rtol=1e-5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
@@ -323,7 +324,7 @@ class TestBadInput:
     def test_quantised_weight(self):
         layer = nn.Linear(4, 4)
         layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(ValueError, match=r"quantised \(torch.int8\)"):
+        with pytest.raises(ValueError, match=r"quantised \(Parameter, torch.int8\)"):
             apply_sigma_reparam(nn.Sequential(layer))
 
     def test_unknown_initialisation(self):
