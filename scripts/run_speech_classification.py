@@ -21,7 +21,6 @@ Not a diagnostic device: see the model card.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from transformers import (
     BertConfig,
     DeiTConfig,
     EarlyStoppingCallback,
-    HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
     set_seed,
@@ -64,6 +62,12 @@ from hf_attn.modeling.dementia_fusion.processing_dementia_fusion import (
     SpeechImageFeatureExtractor,
 )
 from hf_attn.modeling.dementia_fusion.training import TwoRatesTrainer
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "run_speech_classification.py"
 
 
 SMALL_ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -90,8 +94,8 @@ class ModelArguments:
     )
     fusion: str = field(default="attention", metadata={"help": "Fusion of the streams.", "choices": CHOICES["fusion"]})
     loss_smoothing: float = field(default=0.1, metadata={"help": "Label smoothing of the model's own loss."})
-    lora_rank: int = field(
-        default=0, metadata={"help": "Train the encoders by LoRA of this rank; 0 trains all their weights."}
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train the encoders by LoRA of this rank; all their weights if not given."}
     )
 
 
@@ -104,8 +108,8 @@ class DataArguments:
     mix_channels: bool = field(default=False, metadata={"help": "Average the channels of recordings with several."})
     num_speakers: int = field(default=400, metadata={"help": "Made-up speakers, of two recordings each."})
     modalities: list[str] = field(
-        default_factory=lambda: ["both"],
-        metadata={"help": f"Of {', '.join(MODALITIES)}; all of them for made-up recordings if not given."},
+        default_factory=list,
+        metadata={"help": f"Of {', '.join(MODALITIES)}; if not given both, and for made-up recordings all."},
     )
 
 
@@ -131,7 +135,7 @@ class ScriptTrainingArguments(TrainingArguments):
 
 
 def stop(message: str) -> SystemExit:
-    return SystemExit(f"run_speech_classification.py: {message}")
+    return command_line.stop(NAME, message)
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
@@ -140,9 +144,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     pretrained = (model_args.text_model, model_args.vision_model)
     if any(pretrained) != all(pretrained):
         raise stop("give both --text_model and --vision_model, of the same width")
@@ -152,10 +156,12 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     if starts != bool(data_args.table):
         raise stop("pretrained models and --table go together; without both, a small model learns made-up recordings")
     unknown = set(data_args.modalities) - set(MODALITIES)
-    if unknown or not data_args.modalities:
+    if unknown:
         raise stop(f"--modalities are of {', '.join(MODALITIES)}, got {', '.join(data_args.modalities)}")
-    if not data_args.table and "--modalities" not in arguments:
-        data_args.modalities = list(MODALITIES)
+    if not data_args.modalities:
+        data_args.modalities = ["both"] if data_args.table else list(MODALITIES)
+    if training_args.resume_from_checkpoint:
+        raise stop("trainings of several seeds are not resumed; --overwrite_output_dir true starts anew")
     if training_args.num_seeds < 1:
         raise stop(f"--num_seeds must be at least 1, got {training_args.num_seeds}")
     if model_args.lora_rank and not is_peft_available():
@@ -171,9 +177,6 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     training_args.remove_unused_columns = False
     training_args.label_names = ["labels"]
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    output_dir = Path(training_args.output_dir)
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not training_args.overwrite_output_dir:
-        raise stop(f"--output_dir {output_dir} is not empty; --overwrite_output_dir writes into it")
     return model_args, data_args, training_args
 
 
@@ -307,6 +310,14 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
     """Run the script; returns the table, modality -> measure -> mean and standard deviation."""
     model_args, data_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        return train_and_evaluate(model_args, data_args, training_args)
+
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Train all seeds and modalities; returns the table."""
     recordings, classes = load_recordings(data_args, training_args.seed)
     processor = make_processor(model_args, data_args)
     try:
@@ -336,7 +347,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
         results = {"table": table, "temperature": best["temperature"], "num_seeds": training_args.num_seeds}
         # What is not defined is null: JSON has no NaN.
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)
-        (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        with written_whole(folder / "results.json") as part:
+            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
         try:
             plot_reliability(best["probabilities"], best["labels"]).savefig(folder / "reliability.png")
         except ImportError as error:
@@ -349,4 +361,4 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

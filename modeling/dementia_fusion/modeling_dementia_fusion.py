@@ -171,6 +171,8 @@ class DementiaFusionModel(DementiaFusionPreTrainedModel):
         if pixel_values is None:
             raise ValueError("pixel_values, the spectrograms, are missing; SpeechImageFeatureExtractor makes them.")
         text = input_ids if input_ids is not None else inputs_embeds
+        if len(text) == 0:
+            raise ValueError("The batch is empty.")
         if len(text) != len(pixel_values):
             raise ValueError(f"There are {len(text)} transcripts and {len(pixel_values)} spectrograms.")
         longest = getattr(self.config.text_config, "max_position_embeddings", None)

@@ -145,6 +145,8 @@ def test_inputs_that_make_no_sense(inputs):
         model(inputs["input_ids"])
     with pytest.raises(ValueError, match="3 transcripts and 2 spectrograms"):
         model(inputs["input_ids"], inputs["pixel_values"][:2])
+    with pytest.raises(ValueError, match="batch is empty"):
+        model(inputs["input_ids"][:0], inputs["pixel_values"][:0])
     with pytest.raises(ValueError, match="65 tokens"):
         model(torch.ones(1, 65, dtype=torch.long), inputs["pixel_values"][:1])
     with pytest.raises(ValueError, match="no tokens at all"):
