@@ -1,7 +1,7 @@
 """Recording the attention maps of a model that usually computes without them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -9,14 +9,31 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+#: dimensions of an input with its batch, where they are not the two of tokens and their masks
+_DIMENSIONS = {
+    "pixel_values": 4,
+    "pixel_mask": 3,
+    "pixel_values_videos": 5,
+    "input_features": 3,
+    "inputs_embeds": 3,
+    "decoder_inputs_embeds": 3,
+    "bbox": 3,
+}
+
+
+def eager_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Put a model in eval mode with `attn_implementation="eager"`, which returns maps; restore both afterwards."""
+    return attention_implementation(model, "eager")
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Put a model in eval mode with an attention implementation; restore both afterwards."""
     training = model.training
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     implementations = [(config, config._attn_implementation) for config in configs.values()]
     model.eval()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -51,7 +68,8 @@ def attention_maps(
     """
     with torch.no_grad(), eager_attention(model):
         for sample in tqdm(dataset, desc=description, unit="sample", disable=not progress):
-            inputs = _model_inputs(sample, tokenizer, max_length)
+            # The frames of a video have as many dimensions as a batch of images.
+            inputs = _model_inputs(sample, tokenizer, max_length, is_video=hasattr(model.config, "num_frames"))
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
             if not attentions or any(layer is None for layer in attentions):
@@ -62,7 +80,9 @@ def attention_maps(
             yield attentions
 
 
-def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, torch.Tensor]:
+def _model_inputs(
+    sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int, is_video: bool = False
+) -> dict[str, torch.Tensor]:
     if isinstance(sample, str):
         if tokenizer is None:
             raise ValueError("The dataset holds texts; pass the model's tokenizer as well.")
@@ -76,8 +96,12 @@ def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_le
             "A sample must be token ids, a dictionary of model inputs, or a text with a tokenizer; got "
             f"{type(sample).__name__}: {error}"
         ) from error
-    # Tokens have two dimensions with their batch, images four.
-    inputs = {name: value if value.dim() % 2 == 0 else value[None] for name, value in inputs.items()}
+    if not inputs or any(value.numel() == 0 for value in inputs.values()):
+        raise ValueError("A sample is empty: a text or a sequence without tokens has no attention maps. Leave it out.")
+    dimensions = {**_DIMENSIONS, "pixel_values": 5} if is_video else _DIMENSIONS
+    inputs = {
+        name: value[None] if value.dim() == dimensions.get(name, 2) - 1 else value for name, value in inputs.items()
+    }
     if "attention_mask" in inputs and not inputs["attention_mask"].all():
         raise ValueError(
             "A sample is padded; maps of padding would be compared. Pass sequences one at a time, unpadded."
