@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """MemoryLayer against nn.Linear of the same width.
 
-Ratios are linear / memory for times, so above 1 the memory layer is faster. `few` runs a stack of layers whose weights do not
+Ratios are linear / memory for the shortest of several times, so above 1 the memory layer is faster. `few` runs a stack of layers whose weights do not
 fit the cache of the processor, on fresh inputs: `alone` hashes for each layer, `qkv` once for three. `many` runs one layer on
 many tokens, forward, and with backward with dense and with sparse gradients of the tables; `plain gather` is the time of the sum
 as it is written.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, peak_memory, print_table, write_json
+from _common import alternating_times, peak_memory, print_table, write_json
 from torch import nn
 
 from hf_attn.architectures.memory_layer import MemoryLayer
@@ -23,6 +23,10 @@ from hf_attn.kernels.memory import plain_lookup
 
 #: weights of a stack of linear layers; more than the caches of usual processors hold
 STACK_BYTES = 64 * 2**20
+
+
+def _shortest(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    return {name: min(seconds) for name, seconds in alternating_times(runs, repeats, warmup).items()}
 
 
 def fresh(function: Callable[[torch.Tensor], object], *shape: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -67,7 +71,7 @@ def few_tokens(
             states = states.roll(1, -1)
 
     runs = {"linear": in_turn(linears), "alone": in_turn(memories), "qkv": with_one_hash}
-    seconds = alternating_medians(
+    seconds = _shortest(
         {name: fresh(run, tokens, width, dtype=dtype) for name, run in runs.items()}, repeats, warmup=2
     )
     return {
@@ -113,7 +117,7 @@ def many_tokens(width: int, tokens: int, dtype: torch.dtype, repeats: int) -> di
         "sparse backward": both(sparse),
     }
     runs = {name: fresh(run, tokens, width, dtype=dtype) for name, run in runs.items()}
-    seconds = alternating_medians(runs, repeats)
+    seconds = _shortest(runs, repeats)
     return {
         "width": width,
         "tokens": tokens,
