@@ -1,4 +1,4 @@
-"""Long sequences: exact attention over several processes."""
+"""Long sequences: exact attention over several processes, and token mixers."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,12 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import distributed, multiprocessing, nn
 
+from hf_attn import from_official
 from hf_attn.distributed.exchange import Peers
 from hf_attn.distributed.functional import distributed_attention, layout_spans, partial_attention
 from hf_attn.distributed.heads import head_spans, project_heads
 from hf_attn.distributed.sharding import Sharding, shard_tensor, unshard_tensor
+from hf_attn.mixers import MIXERS
 
 from ..case import Case
 
@@ -123,8 +125,23 @@ def _distributed(case: Case) -> dict[str, torch.Tensor]:
     return {name: array for arrays in found for name, array in arrays.items()}
 
 
-ENTRIES = {"exact distributed multi-head attention": _distributed}
+def _mixers(case: Case) -> dict[str, torch.Tensor]:
+    x = case.input("x")
+    batch = x if x.ndim == 3 else x[None]
+    found = {}
+    for name in MIXERS:
+        if name in case.expected:
+            mixer = from_official("unified_long_sequence", case.weights, config={**case.config, "mixer": name})
+            mixed = mixer(batch)
+            found[name] = mixed if x.ndim == 3 else mixed[0]
+    return found
+
+
+ENTRIES = {
+    "exact distributed multi-head attention": _distributed,
+    "token-mixing template instances": _mixers,
+}
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
-    return ENTRIES[case.entry](case)
+    return next(function for entry, function in ENTRIES.items() if case.entry.startswith(entry))(case)
