@@ -37,8 +37,7 @@ def relu_features(states: torch.Tensor, directions: torch.Tensor, mask: torch.Te
 def softmax_features(states: torch.Tensor, directions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Performer's positive features of the softmax kernel, `exp(W x - |x|^2 / 2)`, of states scaled by `head_dim ** -0.25`.
 
-    Each row may have a factor of its own as a query, and all rows together one as keys: both cancel, so the largest exponent
-    of a key is subtracted from all. For queries, call it row by row with `rows=True`.
+    All keys share one factor, which the division of attention removes: the largest exponent is subtracted from all.
     """
     return _softmax_features(states, directions, mask, (-2, -1))
 
