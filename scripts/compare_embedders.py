@@ -17,18 +17,20 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-import run_embedding
-
 from hf_attn.analysis.figures import new_figure
 from hf_attn.analysis.paired_tests import PairedTest, paired_tests
+from hf_attn.training import arguments as command_line
 from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
+NAME = "compare_embedders.py"
 SIGNIFICANT = 0.05
 
 
 def scores_of(folder: Path, arguments: list[str], design: int, seed: int) -> dict[str, float]:
     """Mean reciprocal rank of each task after a run, which is made unless it has been."""
+    import run_embedding  # the script beside this one
+
     results = folder / "task_results.json"
     if not results.is_file():
         if folder.exists():
@@ -67,17 +69,27 @@ def main(arguments: list[str] | None = None) -> dict:
     if "--" in arguments:
         cut = arguments.index("--")
         own, shared = arguments[:cut], arguments[cut + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--designs", type=int, nargs="+", default=[1, 2, 3, 4, 5], choices=range(1, 6))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Start anew; an earlier run in output_dir is kept beside it.",
+    )
     options = parser.parse_args(own)
     if len(set(options.designs)) < 2:
         parser.error("--designs: name two or more")
     try:
-        claim_output_folder(options.output_dir, {"arguments": shared, "seeds": options.seeds})
+        claim_output_folder(
+            options.output_dir,
+            {"arguments": shared, "seeds": options.seeds},
+            options.overwrite_output_dir,
+            command=NAME,
+        )
     except OutputFolderError as error:
-        raise SystemExit(f"compare_embedders.py: {error}") from error
+        raise command_line.stop(NAME, error) from error
     scores = {}
     for design in dict.fromkeys(options.designs):
         runs = [
@@ -94,4 +106,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run_script(NAME, main)

@@ -16,21 +16,25 @@ measured before and after. The output folder holds the merged model: `SentenceTr
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
 from hf_attn import PoolingAttentionConfig, PoolingAttentionModel, embedding_tokenizer
 from hf_attn.analysis.retrieval import retrieval_ranks, retrieval_scores
 from hf_attn.examples.assets import smollm2_folder
 from hf_attn.examples.text_pairs import text_pairs
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training import arguments as command_line
 from hf_attn.training.contrastive import ContrastiveCollator, ContrastiveTrainerMixin
+
+
+NAME = "run_embedding.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
@@ -70,6 +74,9 @@ class EmbeddingArguments(TrainingArguments):
     logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 class EmbeddingTrainer(ContrastiveTrainerMixin, HubTrainerMixin, transformers.Trainer):
@@ -90,17 +97,14 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
     rows = datasets.load_dataset(arguments.dataset_name, split=arguments.dataset_split)
     missing = {"query", "positive"} - set(rows.column_names)
     if missing:
-        raise SystemExit(
-            f"run_embedding.py: {arguments.dataset_name} has no column {', '.join(sorted(missing))}, only "
-            f"{', '.join(rows.column_names)}"
+        raise stop(
+            f"{arguments.dataset_name} has no column {', '.join(sorted(missing))}, only {', '.join(rows.column_names)}"
         )
     columns = ("query", "positive", "negative", "task")
     rows = rows.select_columns([name for name in columns if name in rows.column_names])
     rows = rows.shuffle(seed=0).to_list()
     if len(rows) < 2 * arguments.held_back:
-        raise SystemExit(
-            f"run_embedding.py: {len(rows)} rows are too few to hold back {arguments.held_back} (--held_back)"
-        )
+        raise stop(f"{len(rows)} rows are too few to hold back {arguments.held_back} (--held_back)")
     return rows[arguments.held_back :], rows[: arguments.held_back]
 
 
@@ -186,22 +190,21 @@ def add_lora(model: PoolingAttentionModel, rank: int):
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = HfArgumentParser((ScriptArguments, EmbeddingArguments))
-    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    """Run the script; returns the retrieval before and after, which is also in `eval_results.json`."""
+    script, training = command_line.parse_arguments(NAME, (ScriptArguments, EmbeddingArguments), arguments, __doc__)
+    command_line.resolve_resume(NAME, training)
+    training.dataloader_pin_memory &= torch.accelerator.is_available()
+    with command_line.training_folder(NAME, training, command_line.settings_of(script)):
+        return train_and_measure(script, training)
+
+
+def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> dict[str, float]:
+    """Train, measure the retrieval before and after, and save."""
     output_dir = Path(training.output_dir)
-    resume = training.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        if resume is None:
-            raise SystemExit(f"run_embedding.py: there is no checkpoint in {output_dir} to resume from")
-    elif resume is None and training.process_index == 0 and output_dir.is_dir() and any(output_dir.iterdir()):
-        raise SystemExit(
-            f"run_embedding.py: --output_dir {output_dir} is not empty; choose another or --resume_from_checkpoint last"
-        )
     set_seed(training.seed)
     train, held_back = load_pairs(script)
     if len(train) < training.train_batch_size * training.world_size:
-        raise SystemExit(f"run_embedding.py: {len(train)} pairs are fewer than one step needs")
+        raise stop(f"{len(train)} pairs are fewer than one step needs")
     model, tokenizer = make_model(script)
     # Several processes train; the first one measures.
     measures = training.process_index == 0
@@ -218,7 +221,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         scale=script.scale,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {}
     if measures:
@@ -240,4 +243,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run_script(NAME, main)

@@ -1,4 +1,4 @@
-"""Saved embedders in sentence-transformers: loading, prompts, training, MTEB's protocol."""
+"""Saved embedders in sentence-transformers: loading, prompts, training."""
 
 import numpy as np
 import pytest
