@@ -21,7 +21,11 @@ EXTRAS = {
     "train": ["datasets>=4", "evaluate>=0.4", "scikit-image", "scikit-learn"],
     "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib"],
+    "analysis": ["matplotlib", "pandas>=2.2", "pillow", "scikit-image", "scikit-learn"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
+    "embeddings": ["sentence-transformers>=6"],
+    "ot": ["POT>=0.9.5"],
+    "speech": ["scipy", "soundfile"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 
@@ -73,7 +77,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"hf_attn": "hf_attn", **{f"hf_attn.{folder}": folder for folder in MAPPED}},
-    package_data={"hf_attn": ["py.typed"], "hf_attn.model_cards": ["*.md"]},
+    package_data={"hf_attn": ["py.typed"], "hf_attn.analysis.vit.report": ["page.*"], "hf_attn.model_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",
         "transformers>=5.23,<5.25",

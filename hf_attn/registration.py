@@ -202,6 +202,16 @@ def _register_peft_targets(module: ModuleType) -> None:
                 table.setdefault(family.model_type, list(family.peft))
 
 
+def _allow_peft_imports(module: ModuleType) -> None:
+    # An adapter without a task type names the class of its model, which PEFT imports only from a list of packages.
+    allowed = module.get_default_import_allowlist
+
+    def get_default_import_allowlist() -> list[str]:
+        return [*allowed(), "hf_attn"]
+
+    module.get_default_import_allowlist = get_default_import_allowlist
+
+
 def _register_sigma_reparam_loading(module: ModuleType) -> None:
     from .patching.sigma_reparam.loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
 
@@ -228,3 +238,4 @@ def register() -> None:
     when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
     when_imported("transformers.pipelines", _register_pipelines)
     when_imported("peft.utils.constants", _register_peft_targets)
+    when_imported("peft.auto", _allow_peft_imports)

@@ -16,20 +16,18 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_attn.distributed.context import activated
 from hf_attn.distributed.exchange import count_sent_bytes
@@ -38,6 +36,13 @@ from hf_attn.distributed.measure import forward_bytes
 from hf_attn.distributed.trainer import SequenceParallelTrainerMixin
 from hf_attn.examples.assets import AssetError, read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "train_long_context.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
@@ -67,6 +72,9 @@ class ScriptTrainingArguments(TrainingArguments):
     )
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
@@ -159,8 +167,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, 
     Raises:
         SystemExit: with a message for the user, if arguments contradict each other.
     """
-    parser = HfArgumentParser((LongContextArguments, ScriptTrainingArguments), description=__doc__.split("\n\n")[0])
-    script_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    script_args, training_args = command_line.parse_arguments(
+        NAME, (LongContextArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     problem = None
     if script_args.layout not in LAYOUTS:
         problem = f"--layout {script_args.layout} is not one of {', '.join(LAYOUTS)}"
@@ -172,17 +181,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, 
         problem = f"--train_file {script_args.train_file} does not exist"
     elif script_args.block_size < 2:
         problem = f"--block_size {script_args.block_size} is too short to predict anything"
-    output = Path(training_args.output_dir)
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    if problem is None and training_args.resume_from_checkpoint == "last":
-        problem = None if last else f"there is no checkpoint in {output} to resume from"
-        training_args.resume_from_checkpoint = last
-    elif (
-        problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0
-    ):
-        problem = f"--output_dir {output} holds a run; `--resume_from_checkpoint last` continues it"
     if problem:
-        raise SystemExit(f"train_long_context.py: {problem}")
+        raise stop(f"{problem}")
+    command_line.resolve_resume(NAME, training_args)
     return script_args, training_args
 
 
@@ -192,15 +193,13 @@ def load_model(script_args: LongContextArguments, training_args: TrainingArgumen
         with training_args.main_process_first(desc="model"):
             name = script_args.model_name_or_path or str(smollm2_folder())
     except (AssetError, ImportError) as error:
-        raise SystemExit(f"train_long_context.py: {error}") from error
+        raise stop(f"{error}") from error
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=torch.float32, attn_implementation=f"distributed_{script_args.layout}"
     )
     longest = model.config.max_position_embeddings
     if script_args.block_size > longest:
-        raise SystemExit(
-            f"train_long_context.py: --block_size {script_args.block_size} is more than the {longest} positions of the model."
-        )
+        raise stop(f"--block_size {script_args.block_size} is more than the {longest} positions of the model.")
     if script_args.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -211,6 +210,12 @@ def load_model(script_args: LongContextArguments, training_args: TrainingArgumen
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the numbers of the report."""
     script_args, training_args = parse_arguments(arguments)
+    with training_folder(NAME, training_args, command_line.settings_of(script_args)):
+        return train(script_args, training_args)
+
+
+def train(script_args: LongContextArguments, training_args: ScriptTrainingArguments) -> dict[str, float]:
+    """Report and train; returns the numbers of the report."""
     set_seed(training_args.seed)
     model, tokenizer = load_model(script_args, training_args)
     try:
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
         blocks = token_blocks(texts, tokenizer, script_args.block_size)
     except ValueError as error:
-        raise SystemExit(f"train_long_context.py: {error}") from error
+        raise stop(f"{error}") from error
     if training_args.should_log:
         print(f"{type(model).__name__}: {len(blocks):,} sequences of {script_args.block_size:,} tokens")
 
@@ -245,7 +250,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     if training_args.should_save:
-        Path(training_args.output_dir, "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        with written_whole(Path(training_args.output_dir, "report.json")) as part:
+            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -254,6 +260,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -18,13 +18,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from hf_attn.distributed.context import activated, global_loss
 from hf_attn.distributed.exchange import Peers
@@ -34,6 +33,13 @@ from hf_attn.distributed.zeppelin.partition import PlanError
 from hf_attn.distributed.zeppelin.trainer import ZeppelinCollator, ZeppelinTrainerMixin
 from hf_attn.examples.assets import AssetError, read_texts, smollm2_folder
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "train_zeppelin.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class ZeppelinArguments:
     max_length: int = field(default=2048, metadata={"help": "Longer documents are cut into pieces of this length."})
     num_nodes: int = field(default=1, metadata={"help": "Nodes that the processes are on, equally many on each."})
     capacity: int | None = field(
-        default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15% more."}
+        default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15%% more."}
     )
     lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
     report: bool = field(default=True, metadata={"help": "Measure idle shares on the first batch before training."})
@@ -65,6 +71,9 @@ class ScriptTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it; documents have tokens only."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
@@ -157,22 +166,15 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ZeppelinArguments, Scr
     Raises:
         SystemExit: with a message for the user, if arguments contradict each other.
     """
-    parser = HfArgumentParser((ZeppelinArguments, ScriptTrainingArguments), description=__doc__.split("\n\n")[0])
-    script_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    script_args, training_args = command_line.parse_arguments(
+        NAME, (ZeppelinArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     problem = None
     if script_args.max_length < 2:
         problem = f"--max_length {script_args.max_length} is too short to predict anything"
-    output = Path(training_args.output_dir)
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    if problem is None and training_args.resume_from_checkpoint == "last":
-        problem = None if last else f"there is no checkpoint in {output} to resume from"
-        training_args.resume_from_checkpoint = last
-    elif (
-        problem is None and training_args.resume_from_checkpoint is None and last and training_args.process_index == 0
-    ):
-        problem = f"--output_dir {output} holds a run; `--resume_from_checkpoint last` continues it"
     if problem:
-        raise SystemExit(f"train_zeppelin.py: {problem}")
+        raise stop(f"{problem}")
+    command_line.resolve_resume(NAME, training_args)
     return script_args, training_args
 
 
@@ -181,7 +183,7 @@ def load_documents(script_args: ZeppelinArguments, tokenizer) -> list[dict[str, 
     try:
         texts = read_texts("train", script_args.dataset_name, script_args.dataset_config_name, script_args.text_column)
     except ValueError as error:
-        raise SystemExit(f"train_zeppelin.py: {error}") from error
+        raise stop(f"{error}") from error
     size = script_args.max_length
     documents = []
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
@@ -192,12 +194,18 @@ def load_documents(script_args: ZeppelinArguments, tokenizer) -> list[dict[str, 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
     """Run the script; returns the measurements."""
     script_args, training_args = parse_arguments(arguments)
+    with training_folder(NAME, training_args, command_line.settings_of(script_args)):
+        return train(script_args, training_args)
+
+
+def train(script_args: ZeppelinArguments, training_args: ScriptTrainingArguments) -> dict[str, dict]:
+    """Report and train; returns the numbers of the report."""
     set_seed(training_args.seed)
     try:
         with training_args.main_process_first(desc="model"):
             name = script_args.model_name_or_path or str(smollm2_folder())
     except (AssetError, ImportError) as error:
-        raise SystemExit(f"train_zeppelin.py: {error}") from error
+        raise stop(f"{error}") from error
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="distributed_zeppelin")
     if script_args.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
@@ -227,13 +235,14 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             results = report(trainer, trainer._prepare_inputs(first))
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     except PlanError as error:
-        raise SystemExit(f"train_zeppelin.py: {error}") from error
+        raise stop(f"{error}") from error
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     if training_args.should_save:
-        Path(training_args.output_dir, "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        with written_whole(Path(training_args.output_dir, "report.json")) as part:
+            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -242,6 +251,4 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -106,7 +106,7 @@ def test_what_the_caller_knows_is_in_the_card(echo_att):
     assert card.data.language == ["en"]
     assert card.data.datasets == ["roneneldan/TinyStories"]
     assert card.data.tags.count("hf_attn") == 1 and "small" in card.data.tags
-    assert "| Perplexity | 12.35 |" in text and "| Tokens | 1000 |" in text
+    assert "| Perplexity | 12.3457 |" in text and "| Tokens | 1000 |" in text
     assert "| learning_rate | 0.0001 |" in text
     assert text.index("## Evaluation") < text.index("## Training") < text.index("## Citation")
 
@@ -130,9 +130,58 @@ def test_the_base_is_known_after_from_base(tmp_path):
     assert student.base_report.base == str(tmp_path)
     assert ModelCard(model_card(student)).data.base_model is None
 
+    assert ModelCard(model_card(student)).data.license == "unknown"
+
     base.config.name_or_path = "someone/base"
     student = EchoAttForCausalLM.from_base(base, shared_layers=[1])
     assert ModelCard(model_card(student)).data.base_model == "someone/base"
+
+
+def test_base_and_licence_stay_with_the_model(echo_att, tmp_path):
+    """Through saving, loading, saving elsewhere, a lost card, adapters that are merged, and training."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def origin(folder) -> tuple:
+        data = ModelCard.load(folder / "README.md").data
+        return data.base_model, data.license
+
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    base = LlamaForCausalLM(config)
+    base.config.name_or_path = "someone/base"
+    EchoAttForCausalLM.from_base(base, shared_layers=[1]).save_pretrained(tmp_path / "made")
+    EchoAttForCausalLM.from_pretrained(tmp_path / "made").save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "README.md").unlink()
+    model = EchoAttForCausalLM.from_pretrained(tmp_path / "again")
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig()).merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name in ("made", "merged"):
+        assert origin(tmp_path / name) == ("someone/base", "other")
+
+    # A folder as the base: what its card says; a folder without one is nothing to name.
+    base.save_pretrained(tmp_path / "base")
+    facts = "license: llama3\nbase_model: someone/original"
+    (tmp_path / "base" / "README.md").write_text(f"---\n{facts}\n---\n")
+    EchoAttForCausalLM.from_base(tmp_path / "base", shared_layers=[1]).save_pretrained(tmp_path / "from_folder")
+    assert origin(tmp_path / "from_folder") == ("someone/original", "llama3")
+    shutil.rmtree(tmp_path / "base")
+    EchoAttForCausalLM.from_pretrained(tmp_path / "from_folder").save_pretrained(tmp_path / "from_folder_again")
+    assert origin(tmp_path / "from_folder_again") == ("someone/original", "llama3")
+    echo_att.save_pretrained(tmp_path / "scratch")
+    card = ModelCard(model_card(echo_att, base_model=str(tmp_path / "scratch")))
+    assert (card.data.base_model, card.data.license) == (None, "unknown")
+
+
+@pytest.mark.parametrize("model_type", ["hat", "drct", "gman", "oat"])
+def test_a_model_without_a_head_gets_no_example_of_its_task(model_type, tmp_path):
+    text = model_card(tiny_model(FAMILIES[model_type], "AutoModel"), str(tmp_path))
+    assert 'pipeline("' not in text
+    assert "has no head" in text
+    tiny_model(FAMILIES[model_type], "AutoModel").save_pretrained(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, namespace := {})
+    assert type(namespace["model"]).__name__ == FAMILIES[model_type].models["AutoModel"]
 
 
 def test_numbers_and_names_keep_their_meaning_in_a_table():

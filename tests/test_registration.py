@@ -61,6 +61,10 @@ def test_import_alone_imports_neither_torch_nor_transformers():
         "hf_attn._import_hooks",
         "hf_attn._moved",
         "hf_attn.catalog",
+        "hf_attn.catalog.domains",
+        "hf_attn.catalog.entries",
+        "hf_attn.catalog.images",
+        "hf_attn.catalog.text",
         "hf_attn.registration",
     }
 

@@ -36,6 +36,7 @@ from hf_attn.kernels.landmark.call import landmark_block_size
 
 from .cache import LandmarkCache
 from .configuration_landmark import LandmarkConfig
+from .data import LandmarkDataCollator
 from .insertion import LANDMARK_TOKEN, Insertion, add_landmark_token
 from .memory import MemoryStep, begin_step, rotate
 from .retrieval import attend_to_memory
@@ -340,6 +341,11 @@ class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCau
 
     model_class = LandmarkModel
     takes_sliding_windows = False
+
+    def prepare_training_batch(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Insert landmarks into a batch of plain sequences; see [`LandmarkDataCollator`]."""
+        rows = ({"input_ids": ids, "labels": row} for ids, row in zip(input_ids, labels, strict=True))
+        return LandmarkDataCollator(self.config)(list(rows))
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """Inputs of a step of `generate`: plain tokens, between which the model inserts landmarks."""

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,8 +175,9 @@ def test_folders_and_fields_that_are_wrong(script, folder, tmp_path):
 
 def test_does_not_overwrite(script, folder, tmp_path):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(SystemExit, match="is not empty"):
-        script.main(tiny(folder, tmp_path))
+    for more in ([], ["--overwrite_output_dir"]):
+        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+            script.main(tiny(folder, tmp_path, *more))
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +252,21 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
 def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message):
         script.main(tiny(folder, tmp_path, *more))
+
+
+def test_two_processes_evaluate_images_of_different_sizes(script, folder, tmp_path):
+    """Three images of three sizes in two processes: the same metrics as in one."""
+    options = ["--do_eval", "--scale", "2", "--seed", "3"]
+    one = script.main(tiny(folder, tmp_path / "one", *options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    run = subprocess.run(
+        [*command, *tiny(folder, tmp_path / "two", *options, "--ddp_backend", "gloo")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    two = json.loads((tmp_path / "two" / "eval_results.json").read_text())
+    for name in ("eval_psnr", "eval_ssim", "eval_loss", "eval_bicubic_psnr"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaPreTrainedModel, LlamaRotaryEmbedding
@@ -158,6 +158,12 @@ class DecoderModel(DecoderPreTrainedModel):
         """
         if isinstance(attention_mask, dict):
             return attention_mask
+        cache = kwargs.get(CACHE)
+        static = isinstance(cache, Cache) and any(isinstance(kept, StaticLayer) for kept in cache.layers)
+        if static and not cache.is_compileable:
+            # transformers leaves out masks that only say "causal", unless a cache can be compiled: then it has empty slots.
+            # With states beside them, these slots are in a cache that cannot.
+            kwargs.setdefault("and_mask_function", _allow_everything)
         masks = {}
         for kind in sorted({layer.self_attn.mask_kind for layer in layers}):
             if kind == "padding":
@@ -200,6 +206,10 @@ class DecoderModel(DecoderPreTrainedModel):
         for layer in layers:
             hidden_states = layer(hidden_states, attention_mask=masks[layer.self_attn.mask_kind], **kwargs)
         return hidden_states
+
+
+def _allow_everything(batch_idx, head_idx, q_idx, kv_idx):
+    return q_idx.new_ones((), dtype=torch.bool)
 
 
 def _padding_of_input(
