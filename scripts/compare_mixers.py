@@ -4,8 +4,8 @@
 
 Trains one small model a mixer and length on two tasks:
 
-- `recall`, associative recall at a growing distance: pairs of a key and a value, then filler, then one of the keys; the model names its
-  value. A classifier, so that all mixers can take part.
+- `recall`, associative recall at a growing distance: pairs of a key and a value, each a token, then filler, then one of the keys; the model
+  names its value. A classifier, so that all mixers can take part.
 - `text`, the next byte of the documentation that comes with Python; causal mixers only.
 
     python scripts/compare_mixers.py --output_dir mixers
@@ -34,7 +34,8 @@ from hf_attn.training.output_folder import OutputFolderError, claim_output_folde
 TASKS = {"recall": "accuracy", "text": "bits per byte"}
 COLUMNS = ("task", "mixer", "length", "quality", "step_ms", "parameters")
 KEYS, VALUES, PAIRS = 8, 8, 4
-FILLER = KEYS + VALUES
+#: a token for each pair of a key and a value, one for each key alone, filler, padding
+FILLER = KEYS * VALUES + KEYS
 EVALUATION_BATCHES = 8
 
 
@@ -44,9 +45,8 @@ def recall_batch(length: int, size: int, generator: torch.Generator) -> dict[str
     values = torch.randint(VALUES, (size, PAIRS), generator=generator)
     asked = torch.randint(PAIRS, (size, 1), generator=generator)
     input_ids = torch.full((size, length), FILLER)
-    input_ids[:, 0 : 2 * PAIRS : 2] = keys
-    input_ids[:, 1 : 2 * PAIRS : 2] = values + KEYS
-    input_ids[:, -1:] = keys.gather(1, asked)
+    input_ids[:, :PAIRS] = keys * VALUES + values
+    input_ids[:, -1:] = KEYS * VALUES + keys.gather(1, asked)
     return {"input_ids": input_ids, "labels": values.gather(1, asked)[:, 0]}
 
 
@@ -178,7 +178,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
@@ -186,8 +186,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite_output_dir", action="store_true", help="delete what is in the folder")
     options = parser.parse_args(arguments)
-    if min(options.lengths) < 2 * PAIRS + 1:
-        parser.error(f"--lengths must be at least {2 * PAIRS + 1}: {PAIRS} pairs and a key")
+    if min(options.lengths) <= PAIRS:
+        parser.error(f"--lengths must be at least {PAIRS + 1}: {PAIRS} pairs and a key")
     if min(options.steps, options.batch_size, options.hidden_size, options.layers) < 1:
         parser.error("--steps, --batch_size, --hidden_size and --layers must be at least 1")
     return options

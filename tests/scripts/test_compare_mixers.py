@@ -38,7 +38,8 @@ def test_all_mixers_run_and_a_run_is_continued(tmp_path, capsys):
 
 def test_the_recall_task_asks_for_the_value_of_a_key():
     batch = compare_mixers.recall_batch(20, 50, torch.Generator().manual_seed(0))
+    values = compare_mixers.VALUES
     for row, label in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-        pairs = dict(zip(row[0:8:2], row[1:8:2], strict=True))
-        assert len(pairs) == 4 and set(row[8:-1]) == {compare_mixers.FILLER}
-        assert pairs[row[-1]] - compare_mixers.KEYS == label
+        pairs = dict(divmod(token, values) for token in row[:4])
+        assert len(pairs) == 4 and set(row[4:-1]) == {compare_mixers.FILLER}
+        assert pairs[row[-1] - compare_mixers.KEYS * values] == label
