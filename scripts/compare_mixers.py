@@ -28,9 +28,11 @@ from transformers import set_seed
 from hf_attn import TokenMixerConfig, TokenMixerForCausalLM, TokenMixerForSequenceClassification
 from hf_attn.analysis.figures import new_figure
 from hf_attn.mixers import MIXERS, causal_mixers
+from hf_attn.training.arguments import Parser, run_script, stop
 from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
+NAME = "compare_mixers.py"
 TASKS = {"recall": "accuracy", "text": "bits per byte"}
 COLUMNS = ("task", "mixer", "length", "quality", "step_ms", "parameters")
 KEYS, VALUES, PAIRS = 8, 8, 4
@@ -173,7 +175,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
@@ -184,7 +186,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="delete what is in the folder")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
     options = parser.parse_args(arguments)
     if min(options.lengths) <= PAIRS:
         parser.error(f"--lengths must be at least {PAIRS + 1}: {PAIRS} pairs and a key")
@@ -198,9 +200,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     names = ("steps", "batch_size", "hidden_size", "layers", "learning_rate", "seed")
     try:
         settings = {name: getattr(options, name) for name in names}
-        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir)
+        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME)
     except OutputFolderError as error:
-        raise SystemExit(f"{error} (--overwrite_output_dir deletes what is there.)") from None
+        raise stop(NAME, error) from None
     path = options.output_dir / "results.csv"
     rows = read_results(path)
     finished = {(row["task"], row["mixer"], row["length"]) for row in rows}
@@ -221,4 +223,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)
