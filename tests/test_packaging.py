@@ -62,7 +62,8 @@ def installed(wheel, tmp_path_factory):
 @pytest.mark.xdist_group("packaging")
 class TestWheel:
     def test_it_holds_every_module_and_template_and_nothing_else(self, wheel):
-        expected = {"hf_attn/py.typed"}
+        page = "hf_attn/analysis/vit/report/page"
+        expected = {"hf_attn/py.typed", f"{page}.html", f"{page}.css", f"{page}.js"}
         for folder, target in MAPPED.items():
             for pattern in ("*.py", "*.md") if folder == "model_cards" else ("*.py",):
                 expected |= {f"{target}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob(pattern)}

@@ -2,7 +2,7 @@
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
 
-from .configuration_dementia_fusion import DementiaFusionConfig
+from .configuration_dementia_fusion import CHOICES, DementiaFusionConfig
 from .layers import ATTENTIONS, FusionHead
 
 
@@ -26,7 +26,6 @@ _PREFIXES = {
     "fusion.": "classifier.fusion.",
     "classifier.": "classifier.classifier.",
 }
-_CONTEXTS = {"global": "global", "deep": "deep", "deep-global": "deep-global", "deep_global": "deep-global"}
 _GATES = {"agsa": "channel", "channel": "channel", "muan": "scalar", "scalar": "scalar"}
 
 
@@ -90,10 +89,10 @@ def _attention_fields(official: StateDict, config: OfficialArguments, prefix: st
     else:
         fields["intra"] = "context"
         states = official[f"{prefix}context_query.weight"].shape[1] // hidden_size
-        context = config.get("context", "global")
-        if context not in _CONTEXTS:
-            raise ConversionError(f"context={context!r} is not known; there are {', '.join(_CONTEXTS)}.")
-        fields["context"] = _CONTEXTS[context]
+        context = str(config.get("context", "global")).replace("_", "-")
+        if context not in CHOICES["context"]:
+            raise ConversionError(f"context={context!r} is not known; there are {', '.join(CHOICES['context'])}.")
+        fields["context"] = context
         if context == "global":
             config.leave("num_states")
         else:

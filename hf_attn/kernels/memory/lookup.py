@@ -17,7 +17,9 @@ _MANY_TOKENS = 64
 
 
 def _product(factors: torch.Tensor) -> torch.Tensor:
-    """Product over the last dimension, by halves: every step is one vectorised multiplication."""
+    """Product over the last dimension. With gradients by halves: each step is one multiplication, and so is its backward."""
+    if not factors.requires_grad:
+        return factors.prod(-1)
     while (size := factors.shape[-1]) > 1:
         half = size // 2
         product = factors[..., :half] * factors[..., half : 2 * half]
@@ -45,8 +47,8 @@ def hash_chunks(
     num_tables = chunks.shape[-2]
     device = chunks.device
     powers = 2.0 ** torch.arange(code_length - 1, -1, -1, device=device)
-    rows = ((chunks >= 0).float() @ powers).long()
-    rows += torch.arange(0, num_tables << code_length, 1 << code_length, device=device)
+    starts = torch.arange(0, num_tables << code_length, 1 << code_length, device=device)
+    rows = starts + ((chunks >= 0).float() @ powers).long()
     size = chunks.to(torch.promote_types(chunks.dtype, torch.float32)).abs()
     unlikelihood = _product((size * (-2 / temperature)).exp() + 1)
     return rows, (size.sum(-1) / unlikelihood if bucket_weight == "l1_scaled" else unlikelihood.reciprocal())

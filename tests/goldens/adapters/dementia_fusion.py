@@ -17,14 +17,27 @@ from ..tools import recorded
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
+    if case.weights:
+        return _head(case) if "classifier.weight" in case.weights else _attention(case)
     for word, function in _ENTRIES.items():
         if word in case.entry:
             return function(case)
     raise LookupError(f"No entry {case.entry!r}.")
 
 
+#: the arguments that do not follow from the weights
+_ARGUMENTS = ("num_heads", "context", "cross", "ot_reg", "ot_iters", "label_smoothing")
+
+
+def _official(case: Case) -> torch.nn.Module:
+    config = {name: case.config[name] for name in _ARGUMENTS if name in case.config}
+    if any("gate_out" in name for name in case.weights):
+        config.pop("context", None)
+    return from_official("dementia_fusion", case.weights, config=config)
+
+
 def _attention(case: Case) -> dict[str, torch.Tensor]:
-    layer = from_official("dementia_fusion", case.weights, config=case.config)
+    layer = _official(case)
     states, valid = case.input("states"), case.optional_input("valid")
     states = (states if states.ndim == 3 else states[None]).requires_grad_()
     taps = {"lambda_query": "query_gate", "lambda_key": "key_gate", "gate": "gate"}
@@ -47,7 +60,7 @@ def _attention(case: Case) -> dict[str, torch.Tensor]:
 
 
 def _head(case: Case) -> dict[str, torch.Tensor]:
-    head = from_official("dementia_fusion", case.weights, config=case.config)
+    head = _official(case)
     mask = case.optional_input("text_mask")
     states = [case.input(name).unbind(1) for name in ("text_states", "image_states")]
     found = {}
@@ -69,7 +82,7 @@ def _transport(case: Case) -> dict[str, torch.Tensor]:
     source, target = (case.input(name)[None].double() for name in ("source", "target"))
     cost = squared_distances(source, target, normalize=case.config.get("norm") == "max")
     # The cases are iterated until nothing changes.
-    plans = {"sinkhorn": entropic_plan(cost, case.config.get("reg_e", 0.1), 5000)}
+    plans = {"sinkhorn": entropic_plan(cost, case.config.get("reg_e", 0.1), 20000)}
     plans |= {f"emd@{solver}": exact_plan(cost, solver=solver) for solver in ("pot", "scipy")}
     found = {"cost": cost[0]}
     for name, plan in plans.items():
@@ -119,9 +132,6 @@ def _metrics(case: Case) -> dict[str, torch.Tensor]:
 
 
 _ENTRIES = {
-    "self-attention": _attention,
-    "gate": _attention,
-    "head": _head,
     "ot.da": _transport,
     "librosa": _features,
     "metrics": _metrics,
