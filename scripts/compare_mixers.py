@@ -4,8 +4,8 @@
 
 Trains one small model a mixer and length on two tasks:
 
-- `recall`, associative recall at a growing distance: pairs of a key and a value, then filler, then one of the keys; the model names its
-  value. A classifier, so that all mixers can take part.
+- `recall`, associative recall at a growing distance: pairs of a key and a value, each a token, then filler, then one of the keys; the model
+  names its value. A classifier, so that all mixers can take part.
 - `text`, the next byte of the documentation that comes with Python; causal mixers only.
 
     python scripts/compare_mixers.py --output_dir mixers
@@ -28,13 +28,16 @@ from transformers import set_seed
 from hf_attn import TokenMixerConfig, TokenMixerForCausalLM, TokenMixerForSequenceClassification
 from hf_attn.analysis.figures import new_figure
 from hf_attn.mixers import MIXERS, causal_mixers
+from hf_attn.training.arguments import Parser, run_script, stop
 from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
+NAME = "compare_mixers.py"
 TASKS = {"recall": "accuracy", "text": "bits per byte"}
 COLUMNS = ("task", "mixer", "length", "quality", "step_ms", "parameters")
 KEYS, VALUES, PAIRS = 8, 8, 4
-FILLER = KEYS + VALUES
+#: a token for each pair of a key and a value, one for each key alone, filler, padding
+FILLER = KEYS * VALUES + KEYS
 EVALUATION_BATCHES = 8
 
 
@@ -44,9 +47,8 @@ def recall_batch(length: int, size: int, generator: torch.Generator) -> dict[str
     values = torch.randint(VALUES, (size, PAIRS), generator=generator)
     asked = torch.randint(PAIRS, (size, 1), generator=generator)
     input_ids = torch.full((size, length), FILLER)
-    input_ids[:, 0 : 2 * PAIRS : 2] = keys
-    input_ids[:, 1 : 2 * PAIRS : 2] = values + KEYS
-    input_ids[:, -1:] = keys.gather(1, asked)
+    input_ids[:, :PAIRS] = keys * VALUES + values
+    input_ids[:, -1:] = KEYS * VALUES + keys.gather(1, asked)
     return {"input_ids": input_ids, "labels": values.gather(1, asked)[:, 0]}
 
 
@@ -173,21 +175,21 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="delete what is in the folder")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
     options = parser.parse_args(arguments)
-    if min(options.lengths) < 2 * PAIRS + 1:
-        parser.error(f"--lengths must be at least {2 * PAIRS + 1}: {PAIRS} pairs and a key")
+    if min(options.lengths) <= PAIRS:
+        parser.error(f"--lengths must be at least {PAIRS + 1}: {PAIRS} pairs and a key")
     if min(options.steps, options.batch_size, options.hidden_size, options.layers) < 1:
         parser.error("--steps, --batch_size, --hidden_size and --layers must be at least 1")
     return options
@@ -198,9 +200,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     names = ("steps", "batch_size", "hidden_size", "layers", "learning_rate", "seed")
     try:
         settings = {name: getattr(options, name) for name in names}
-        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir)
+        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME)
     except OutputFolderError as error:
-        raise SystemExit(f"{error} (--overwrite_output_dir deletes what is there.)") from None
+        raise stop(NAME, error) from None
     path = options.output_dir / "results.csv"
     rows = read_results(path)
     finished = {(row["task"], row["mixer"], row["length"]) for row in rows}
@@ -221,4 +223,4 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

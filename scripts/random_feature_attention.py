@@ -32,9 +32,11 @@ from hf_attn.modeling.random_feature_attention.modeling_random_feature_attention
 )
 from hf_attn.modeling.random_feature_attention.ridge import gram_matrix, ridge_dual
 from hf_attn.modeling.random_feature_attention.targets import sphere, target_function
+from hf_attn.training.arguments import Parser, run_script, stop
 from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
 
 
+NAME = "random_feature_attention.py"
 MODELS = ("RFA", "BRFA", "RFMLP")
 TARGETS = {
     "key p=1": {"name": "key", "p": 1},
@@ -165,13 +167,13 @@ def plot(summary: dict[tuple[str, str, int], tuple[float, float]], path: Path) -
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--samples", type=int, nargs="+", help="numbers of training samples")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="delete what is in the folder")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
     options = parser.parse_args(arguments)
     options.samples = sorted(set(options.samples or SIZES[options.size][1]))
     if options.samples[0] < 2 or options.seeds < 1:
@@ -183,9 +185,9 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str, int], tuple
     options = parse(arguments)
     settings = {"size": options.size, "samples": options.samples, "targets": options.targets}
     try:
-        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir)
+        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME)
     except OutputFolderError as error:
-        raise SystemExit(f"{error} (--overwrite_output_dir deletes what is there.)") from None
+        raise stop(NAME, error) from None
     path = options.output_dir / "errors.csv"
     rows = read_errors(path)
     finished = {row["seed"] for row in rows}
@@ -199,4 +201,4 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str, int], tuple
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

@@ -5,8 +5,8 @@ import math
 import torch
 
 
-#: rows of the Gram matrix that are computed by one product
-_STRIPS = 16
+#: the Gram matrix is computed in as many strips of rows, none with fewer rows than make a product efficient
+_STRIPS, _MIN_ROWS = 16, 64
 
 
 def gram_matrix(features: torch.Tensor) -> torch.Tensor:
@@ -17,7 +17,7 @@ def gram_matrix(features: torch.Tensor) -> torch.Tensor:
     """
     n = len(features)
     gram = features.new_zeros(n, n)
-    strip = max(1, -(-n // _STRIPS))
+    strip = max(_MIN_ROWS, -(-n // _STRIPS))
     for start in range(0, n, strip):
         stop = min(start + strip, n)
         torch.matmul(features[start:stop], features[:stop].T, out=gram[start:stop, :stop])
