@@ -44,7 +44,7 @@ format: $(INSTALLED) ## apply style and formatting
 docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue, and build the site into build/site
 	$(BIN)/python scripts/make_docs.py
 
-quickstart: $(INSTALLED) ## distil SmolLM2-135M into an EchoAtt model, end to end, into outputs/quickstart
+quickstart: $(INSTALLED) ## train a small HAT that beats bicubic enlargement, two minutes, into outputs/quickstart
 	$(BIN)/hf-attn quickstart --output outputs/quickstart $(ARGS)
 
 clean: ## remove .venv and what the tools leave behind

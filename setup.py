@@ -23,6 +23,9 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "analysis": ["matplotlib", "pandas>=2.2", "pillow", "scikit-image", "scikit-learn"],
     "traffic": ["pandas>=2.2", "scipy", "tables"],
+    "embeddings": ["sentence-transformers>=6"],
+    "ot": ["POT>=0.9.5"],
+    "speech": ["scipy", "soundfile"],
     "kernels": ["triton>=3.6; platform_system == 'Linux'"],
 }
 
@@ -77,7 +80,7 @@ setup(
     package_data={"hf_attn": ["py.typed"], "hf_attn.analysis.vit.report": ["page.*"], "hf_attn.model_cards": ["*.md"]},
     install_requires=[
         "torch>=2.13",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.23,<5.25",
         "accelerate>=1.15",
         "safetensors>=0.6",
         "huggingface_hub>=1.0",

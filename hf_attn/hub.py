@@ -53,6 +53,11 @@ _PIPELINE_TAGS = {
 }
 _HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+#: an example for a task that is no task of the Hub
+_OTHER_TASK = re.compile(r'pipeline\("(image-restoration|traffic-forecasting|scanpath-prediction)"')
+
 #: fields of a configuration that say little about the model; the labels of a classifier can be thousands
 _BOOKKEEPING = ("architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
 
@@ -95,9 +100,10 @@ def model_card(
     Args:
         model: a model of one of the families; wrappers (``torch.compile``, distributed training, PEFT) are looked through.
         repo_id: name of the repository or folder that users load it from.
-        base_model: Hub id of the model that it was made from; the one that it was loaded from, if that is known.
-        license: licence of the weights, as a key of the Hub. If it is not given and there is a base model, the card
-            refers to the base model's licence; else it is that of the template.
+        base_model: Hub id, or folder with a card, of the model that it was made from; the one that it was made or loaded
+            from, if that is known.
+        license: licence of the weights, as a key of the Hub. If it is not given, the card refers to the licence of the base
+            model; without one it is `unknown`.
         language: ISO codes of the languages.
         datasets: Hub ids of the data sets of training.
         tags: tags besides those of the template.
@@ -115,15 +121,12 @@ def model_card(
     template = resources.files("hf_attn.model_cards").joinpath(f"{paper.slug}.md").read_text(encoding="utf-8")
     card = ModelCard(Template(template).substitute(facts))
 
-    base_model = base_model or _base_model(model)
-    if base_model is not None and base_model != repo_id:
-        card.data.base_model = base_model
-        if license is None:
-            card.data.license = "other"
-            card.data.license_name = "as-the-base-model"
-            card.data.license_link = f"https://huggingface.co/{base_model}"
+    for name, value in {"license": "unknown", **_origin(model, base_model, repo_id)}.items():
+        card.data[name] = value
     if license is not None:
         card.data.license = license
+        for name in ("license_name", "license_link"):
+            card.data.pop(name, None)
     if language is not None:
         card.data.language = language
     if datasets:
@@ -131,7 +134,10 @@ def model_card(
     card.data.pipeline_tag = facts["pipeline_tag"] or card.data.pipeline_tag
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
 
-    text, citation, rest = str(card).partition("## Citation")
+    text = str(card)
+    if facts["is_headless"] and _OTHER_TASK.search(text):
+        text = _without_head(text, facts, family)
+    text, citation, rest = text.partition("## Citation")
     sections = [text.rstrip()]
     if evaluation:
         sections.append("## Evaluation\n\n" + _table(("Metric", "Value"), evaluation))
@@ -178,6 +184,7 @@ def _facts(model: "PreTrainedModel", paper: Paper, family: Family, repo_id: str 
         "auto_class": auto_class,
         "model_class": model_class,
         "model_type": family.model_type,
+        "is_headless": headless,
         "pipeline_tag": tag or _PIPELINE_TAGS.get(auto_class, ""),
         "num_parameters": f"{model.num_parameters():,}",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -207,12 +214,76 @@ def _classes(model: "PreTrainedModel", family: Family) -> tuple[str, str]:
     return "AutoModel", type(model).__name__
 
 
-def _base_model(model: "PreTrainedModel") -> str | None:
-    """Hub id that a model was made or loaded from, as far as it is known and not a folder."""
-    source = getattr(getattr(model, "base_report", None), "base", None) or model.config.name_or_path or ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
-        return source
-    return None
+def _without_head(text: str, facts: Mapping[str, str], family: Family) -> str:
+    """The card with an example that a model without a head can run."""
+    use, configuration = text.index("## Use"), text.index("## Configuration")
+    install = re.search(r"    pip install .*", text[use:configuration])
+    heads = [name for auto, name in family.models.items() if auto not in ("AutoModel", "AutoBackbone")]
+    example = f"""## Use
+
+{install[0] if install else "    pip install hf_attn"}
+
+```python
+import hf_attn  # registers the model type; without it, pass trust_remote_code=True
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{facts["repo_id"]}")
+```
+
+The model has no head: it gives features. {" and ".join(f"`{head}.from_pretrained`" for head in heads)} would start with a head of
+random weights, which has to be trained before its results mean anything.
+
+"""
+    return text[:use] + example + text[configuration:]
+
+
+def hub_id(name: str | Path | None) -> str | None:
+    """The name of a model if it is a Hub id and no folder; else the base model that the card in the folder names."""
+    name = str(name or "")
+    if name and Path(name).is_dir():
+        base = _card_data(Path(name)).get("base_model")
+        base = base[0] if isinstance(base, list) and base else base
+        return base if isinstance(base, str) and _HUB_ID.fullmatch(base) else None
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def _origin(model: "PreTrainedModel", base_model: str | None, repo_id: str | None) -> dict[str, str]:
+    """Base model and licence, as fields of a card, as far as they are known.
+
+    The card of the folder that a model comes from tells what the model does not.
+    """
+    report = getattr(model, "base_report", None)
+    for name in (base_model, getattr(report, "base", None), model.config.name_or_path):
+        if name and Path(name).is_dir():
+            data = _card_data(Path(name))
+            known = {field: data[field] for field in ("license", "license_name", "license_link") if data.get(field)}
+            if (base := hub_id(name)) is not None and base != repo_id:
+                known = {"base_model": base, **(known or _licence_of(base))}
+            if known:
+                return known
+        elif (base := hub_id(name)) is not None and base != repo_id:
+            return {"base_model": base, **_licence_of(base)}
+    base = hub_id(getattr(model.config, "base_model_name_or_path", None))
+    return {} if base is None or base == repo_id else {"base_model": base, **_licence_of(base)}
+
+
+def _licence_of(base: str) -> dict[str, str]:
+    return {
+        "license": "other",
+        "license_name": "as-the-base-model",
+        "license_link": f"https://huggingface.co/{base}",
+    }
+
+
+def _card_data(folder: Path) -> dict[str, object]:
+    """Metadata of the card in a folder; none if there is no card, or one that cannot be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        text = (folder / CARD_NAME).read_text(encoding="utf-8")
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, object]) -> str:

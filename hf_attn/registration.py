@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ._import_hooks import when_imported
-from .catalog import OWN_AUTO_CLASSES, TASKS, families
+from .catalog import DISTRIBUTED_ATTENTION, OWN_AUTO_CLASSES, TASKS, families
 
 
 def load(reference: str) -> type:
@@ -159,6 +159,18 @@ def _register_attention(module: ModuleType) -> None:
         for name in mechanism.names:
             module.AttentionInterface.register(name, mechanism.attention_function(name))
             AttentionMaskInterface.register(name, mechanism.mask_function)
+    for name in DISTRIBUTED_ATTENTION:
+        module.AttentionInterface.register(
+            name, _imported_when_called("hf_attn.distributed.interface.attention_forward")
+        )
+        AttentionMaskInterface.register(name, _imported_when_called("hf_attn.distributed.interface.attention_mask"))
+
+
+def _imported_when_called(reference: str) -> Callable:
+    def function(*args, **kwargs):
+        return load(reference)(*args, **kwargs)
+
+    return function
 
 
 def _register_pipelines(module: ModuleType) -> None:
@@ -190,6 +202,16 @@ def _register_peft_targets(module: ModuleType) -> None:
                 table.setdefault(family.model_type, list(family.peft))
 
 
+def _allow_peft_imports(module: ModuleType) -> None:
+    # An adapter without a task type names the class of its model, which PEFT imports only from a list of packages.
+    allowed = module.get_default_import_allowlist
+
+    def get_default_import_allowlist() -> list[str]:
+        return [*allowed(), "hf_attn"]
+
+    module.get_default_import_allowlist = get_default_import_allowlist
+
+
 def _register_sigma_reparam_loading(module: ModuleType) -> None:
     from .patching.sigma_reparam.loading import METHOD, SigmaReparamLoader, SigmaReparamLoading
 
@@ -216,3 +238,4 @@ def register() -> None:
     when_imported("transformers.quantizers.auto", _register_sigma_reparam_loading)
     when_imported("transformers.pipelines", _register_pipelines)
     when_imported("peft.utils.constants", _register_peft_targets)
+    when_imported("peft.auto", _allow_peft_imports)

@@ -61,6 +61,8 @@ class FocusedImageTextToTextPipeline(Pipeline):
             raise ValueError("The model was given as an object: give its processor too, processor=...")
         if not isinstance(rpn, SdRpnModel):
             rpn = SdRpnModel.from_pretrained(rpn, dtype=self.model.dtype)
+        # A model object may come from its training.
+        self.model.eval()
         self.generator = SdRpnGenerator(self.model, rpn.to(self.device).eval(), self.processor)
 
     def _rpn_beside_model(self) -> SdRpnModel:
@@ -88,7 +90,9 @@ class FocusedImageTextToTextPipeline(Pipeline):
         """Answer one prompt or several; see the class."""
         inputs, is_single = _read_inputs(images, text)
         if isinstance(inputs, list):
-            size = batch_size or self._batch_size or 1
+            size = batch_size if batch_size is not None else self._batch_size if self._batch_size is not None else 1
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"batch_size is a number of prompts, at least 1; got {size!r}.")
             batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
             answers = [answer for batch in super().__call__(batches, batch_size=1, **kwargs) for answer in batch]
             return answers[0] if is_single else answers

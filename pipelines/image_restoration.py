@@ -9,7 +9,7 @@ from transformers.utils import logging
 from hf_attn.architectures.restoration import memory
 from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
 from hf_attn.restoration import tiling
-from hf_attn.restoration.images import DecodedImage, decode_image, encode_image, resize_alpha
+from hf_attn.restoration.images import DecodedImage, decode_frames, encode_image, resize_alpha
 
 
 #: BT.601 luma, as Pillow converts RGB to grey
@@ -26,7 +26,10 @@ class ImageRestorationPipeline(Pipeline):
     An image is a Pillow image, a path, a URL or an array (see :func:`hf_attn.restoration.images.decode_image`), or a list of
     them; sizes may differ and start at 1x1. The result is a Pillow image of exactly `scale` times the size. EXIF orientation
     is applied; grey images stay grey; an alpha channel is enlarged beside the image; depth is kept: grey 16-bit images come
-    back as Pillow's `I;16`, and 16-bit colour and floating images, for which Pillow has no mode, as arrays.
+    back as Pillow's `I;16`, and 16-bit colour and floating images, for which Pillow has no mode, as arrays. Colour profile,
+    dpi and the duration of a frame are in `info` of the result; some formats save them only if they are passed to `save`.
+    Of an animation or a file of several pages the result is the list of all frames; of photographs with previews (MPO) the
+    photograph, with a warning.
 
     Parameters, for the call or the constructor:
 
@@ -50,9 +53,17 @@ class ImageRestorationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A model object may come from its training: drop path would make each call another image.
+        self.model.eval()
+
     def __call__(self, inputs, batch_size: int | None = None, **kwargs):
         """Restore an image or a list of images; see the class for the parameters."""
-        batch_size = batch_size or self._batch_size or 1
+        if batch_size is None:
+            batch_size = 1 if self._batch_size is None else self._batch_size
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size is a number of tiles, at least 1; got {batch_size!r}.")
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         # A batch is made of tiles, which have one shape, and not of images.
@@ -69,11 +80,14 @@ class ImageRestorationPipeline(Pipeline):
         return ({} if timeout is None else {"timeout": timeout}), forward, {}
 
     def preprocess(self, image, timeout: float | None = None) -> dict:
-        return {"image": decode_image(image, timeout)}
+        return {"frames": decode_frames(image, timeout)}
 
-    def _forward(
+    def _forward(self, inputs: dict, **parameters) -> dict:
+        return {"frames": [self._restore(frame, **parameters) for frame in inputs["frames"]]}
+
+    def _restore(
         self,
-        inputs: dict,
+        image: DecodedImage,
         tile: int | None = None,
         max_memory: str | int | None = None,
         tile_overlap: int = 32,
@@ -82,7 +96,6 @@ class ImageRestorationPipeline(Pipeline):
         self_ensemble: bool = False,
         tile_batch_size: int = 1,
     ) -> dict:
-        image: DecodedImage = inputs["image"]
         config = self.model.config
         channels, height, width = image.colour.shape
         tiling.check_tiles(tile, tile_overlap, blend, config.window_size)
@@ -112,10 +125,11 @@ class ImageRestorationPipeline(Pipeline):
             for first_row, band in bands:
                 result[first_row : first_row + band.shape[1]] = image.quantise(band).permute(1, 2, 0)
         alpha = None if image.alpha is None else resize_alpha(image.alpha, scale, image.peak)
-        return {"colour": result, "alpha": alpha, "peak": image.peak}
+        return {"colour": result, "alpha": alpha, "peak": image.peak, "info": image.info}
 
     def postprocess(self, outputs: dict):
-        return encode_image(outputs["colour"], outputs["alpha"], outputs["peak"])
+        images = [encode_image(**frame) for frame in outputs["frames"]]
+        return images if len(images) > 1 else images[0]
 
     def _choose_tile(
         self, image: DecodedImage, max_memory: str | int | None, overlap: int, blend: str, batch_size: int

@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import Pipeline
 
 from hf_attn.modeling.oat.drawing import draw_scanpath
 from hf_attn.modeling.oat.layout import box_centres, check_boxes, grid_boxes, object_of_box
+
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("Images are drawn with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
 class ScanpathPredictionPipeline(Pipeline):

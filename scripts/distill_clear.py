@@ -14,7 +14,7 @@ and ends with the same weights. In two processes: `ACCELERATE_USE_CPU=true torch
 FLUX.1-dev as in the paper, on 4 GPUs, whose memory holds a shard of the student and a whole teacher each:
 
     accelerate launch --config_file scripts/configs/clear_fsdp.yaml scripts/distill_clear.py --output_dir outputs/clear_16 \\
-        --teacher black-forest-labs/FLUX.1-dev --prompts prompts.txt --num_samples 10000 --resolution 1024 --radius 16 \\
+        --model_name_or_path black-forest-labs/FLUX.1-dev --prompts prompts.txt --num_samples 10000 --resolution 1024 --radius 16 \\
         --max_sequence_length 512 --optimizer prodigy --learning_rate 1 --batch_size 2 --gradient_accumulation_steps 4 \\
         --max_steps 10000 --gradient_checkpointing --eval_steps 250 --checkpoint_steps 500
 
@@ -26,38 +26,55 @@ import hashlib
 import json
 import math
 import shutil
-import sys
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from hf_attn.patching.clear import apply_clear
-from hf_attn.patching.clear.distillation import (
-    ClearDistillation,
-    ClearDistillationOutput,
-    compared_attention,
-    freeze_for_distillation,
-)
-from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
-from hf_attn.patching.clear.example import DIRECTIONS, PIXELS_OF_A_TOKEN, tiny_flux_pipeline, train_tiny_flux
-from hf_attn.patching.clear.weights import save_clear_weights
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder, output_folder
+from hf_attn.training.writing import part_of, written_whole
+
+
+try:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from hf_attn.patching.clear import apply_clear
+    from hf_attn.patching.clear.distillation import (
+        ClearDistillation,
+        ClearDistillationOutput,
+        compared_attention,
+        freeze_for_distillation,
+    )
+    from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
+    from hf_attn.patching.clear.example import DIRECTIONS, PIXELS_OF_A_TOKEN, tiny_flux_pipeline, train_tiny_flux
+    from hf_attn.patching.clear.weights import save_clear_weights
+except ImportError as error:
+    raise SystemExit("This script needs the extra `diffusers`: pip install 'hf_attn[diffusers]'") from error
+
+NAME = "distill_clear.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
 class DataArguments:
     """The teacher, and what it generates to learn from; the defaults are those of the tiny example."""
 
-    teacher: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a FLUX pipeline. Default: a tiny one, trained first."}
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The base, which is the teacher: folder or Hub id of a FLUX pipeline. Default: a tiny one, trained first."
+        },
     )
-    prompts: Path | None = field(default=None, metadata={"help": "Text file with a prompt a line; with --teacher."})
+    prompts: Path | None = field(
+        default=None, metadata={"help": "Text file with a prompt a line; with --model_name_or_path."}
+    )
     num_samples: int = field(default=288, metadata={"help": "Images to generate; prompts are repeated as needed."})
     num_held_back: int = field(default=32, metadata={"help": "Of these, images to measure the error on."})
     resolution: int = field(default=24, metadata={"help": "Pixels to a side (paper: 1024)."})
@@ -91,7 +108,9 @@ class DistillationArguments:
     eval_steps: int = field(default=25, metadata={"help": "Steps between two measurements of the error."})
     checkpoint_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints to continue from."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 class Curve:
@@ -107,66 +126,38 @@ class Curve:
         self.rows = state["rows"]
 
     def save(self, folder: Path) -> None:
-        (folder / "curve.json").write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        with written_whole(folder / "curve.json") as part:
+            part.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, DistillationArguments]:
-    parser = HfArgumentParser((DataArguments, DistillationArguments))
-    data, options = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
-    if (data.teacher is None) != (data.prompts is None):
-        parser.error("--teacher and --prompts go together: the example has its own")
+    data, options = command_line.parse_arguments(NAME, (DataArguments, DistillationArguments), arguments, __doc__)
+    if (data.model_name_or_path is None) != (data.prompts is None):
+        raise stop("--model_name_or_path and --prompts go together: the example has its own")
     if data.prompts is not None and not data.prompts.is_file():
-        parser.error(f"--prompts: there is no file {data.prompts}")
+        raise stop(f"--prompts: there is no file {data.prompts}")
     if not 0 < data.num_held_back < data.num_samples:
-        parser.error("--num_held_back must be at least 1 and less than --num_samples")
-    for group, names in (
-        (
-            data,
-            ("num_inference_steps", "max_sequence_length", "generation_batch_size", "resolution", "teacher_steps"),
-        ),
-        (
-            options,
-            (
-                "radius",
-                "down_factor",
-                "max_steps",
-                "batch_size",
-                "gradient_accumulation_steps",
-                "eval_steps",
-                "checkpoint_steps",
-            ),
-        ),
-    ):
-        for name in names:
-            if getattr(group, name) < 1:
-                parser.error(f"--{name} must be at least 1, got {getattr(group, name)}")
+        raise stop("--num_held_back must be at least 1 and less than --num_samples")
     if options.optimizer not in ("adamw", "prodigy"):
-        parser.error(f"--optimizer is adamw or prodigy, not {options.optimizer}")
-    side = (PIXELS_OF_A_TOKEN if data.teacher is None else 16) * options.down_factor
+        raise stop(f"--optimizer is adamw or prodigy, not {options.optimizer}")
+    side = (PIXELS_OF_A_TOKEN if data.model_name_or_path is None else 16) * options.down_factor
     if data.resolution % side:
-        parser.error(f"--resolution must be a multiple of {side} pixels, got {data.resolution}")
+        raise stop(f"--resolution must be a multiple of {side} pixels, got {data.resolution}")
     return data, options
-
-
-def settings_of(*groups, without: tuple[str, ...]) -> dict:
-    """What a result depends on, as JSON values."""
-    settings = {name: value for group in groups for name, value in asdict(group).items() if name not in without}
-    return json.loads(json.dumps(settings, default=str))
 
 
 def load_pipeline(data: DataArguments, output: Path, accelerator: Accelerator, seed: int) -> tuple[FluxPipeline, Path]:
     """The teacher's pipeline and where it is; the tiny one is trained once and kept in the output folder."""
-    if data.teacher is not None:
+    if data.model_name_or_path is not None:
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        return FluxPipeline.from_pretrained(data.teacher, torch_dtype=dtype), data.teacher
+        return FluxPipeline.from_pretrained(data.model_name_or_path, torch_dtype=dtype), data.model_name_or_path
     folder = output / "teacher"
     if accelerator.is_main_process and not folder.exists():
         pipe = tiny_flux_pipeline(seed)
         side = data.resolution // PIXELS_OF_A_TOKEN
         train_tiny_flux(pipe, (side, side), data.teacher_steps, seed=seed)
-        part = output / "teacher.part"
-        pipe.save_pretrained(part)
-        part.rename(folder)
+        with written_whole(folder) as part:
+            pipe.save_pretrained(part)
     accelerator.wait_for_everyone()
     return FluxPipeline.from_pretrained(folder), folder
 
@@ -200,20 +191,24 @@ def prepare_samples(data: DataArguments, options: DistillationArguments, acceler
     return SampleFolder(folder / "samples", data.num_samples), sigmas, teacher
 
 
-def claim_folders(data: DataArguments, options: DistillationArguments, accelerator: Accelerator) -> None:
-    """Make sure that output and data folder belong to this run, or are new."""
+def claim_folders(
+    data: DataArguments, options: DistillationArguments, accelerator: Accelerator, stack: ExitStack
+) -> None:
+    """Make sure that output and data folder belong to this run, or are new, and hold the output folder."""
     ignored = ("output_dir", "data_dir", "overwrite_output_dir", "generation_batch_size")
     settings = settings_of(data, options, without=ignored)
     settings |= {"num_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
     if data.prompts is not None:
         settings["prompts"] = hashlib.sha256(data.prompts.read_bytes()).hexdigest()
-    if claim_output_folder(options.output_dir, settings, options.overwrite_output_dir):
-        print(f"Continuing the run in {options.output_dir}.")
+    stack.enter_context(output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME))
     if data.data_dir is not None:
-        if data.teacher is None:
-            raise OutputFolderError("--data_dir is for images of a --teacher: the tiny one belongs to its run.")
+        if data.model_name_or_path is None:
+            raise OutputFolderError(
+                "--data_dir is for images of a --model_name_or_path: the tiny one belongs to its run."
+            )
         names = [name for name in asdict(data) if name not in (*ignored, "num_held_back", "teacher_steps")]
-        claim_output_folder(data.data_dir, {name: settings[name] for name in (*names, "seed")})
+        samples = {name: settings[name] for name in (*names, "seed")}
+        claim_output_folder(data.data_dir, samples, command=f"{NAME} (samples)")
 
 
 def make_optimizer(parameters: list[nn.Parameter], options: DistillationArguments) -> torch.optim.Optimizer:
@@ -223,7 +218,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: DistillationArgument
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise SystemExit("--optimizer prodigy needs a package: pip install prodigyopt") from error
+        raise stop("--optimizer prodigy needs a package: pip install prodigyopt") from error
     return Prodigy(parameters, **arguments, decouple=True, use_bias_correction=True, safeguard_warmup=True)
 
 
@@ -302,18 +297,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Save all that the rest of the run depends on, and drop the checkpoint before."""
-    before = last_checkpoint(folder)
-    part = folder / "part"
-    if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        # Renamed into place: a checkpoint that has the name of its step is complete.
-        part.rename(folder / f"step_{step}")
-        if before is not None:
-            shutil.rmtree(before)
+    before, checkpoint = last_checkpoint(folder), folder / f"step_{step}"
+    # All processes save together; the first one makes the place before, and the checkpoint after.
+    with written_whole(checkpoint) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(part_of(checkpoint)))
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process and before is not None:
+        shutil.rmtree(before)
     accelerator.wait_for_everyone()
 
 
@@ -418,21 +409,22 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     """Generate, distil and save; returns the curve."""
     data, options = parse_arguments(arguments)
     accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)
-    try:
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                claim_folders(data, options, accelerator)
-    except OutputFolderError as error:
-        raise SystemExit(f"distill_clear.py: {error} (--overwrite_output_dir)") from error
-    samples, sigmas, teacher_folder = prepare_samples(data, options, accelerator)
-    curve = distil(data, options, samples, sigmas, teacher_folder, accelerator)
-    if accelerator.is_main_process:
-        plot(curve, options.output_dir / "curve.png")
-        print(f"The weights are in {options.output_dir / 'clear.safetensors'}.")
-    # A process that exits with its group open can abort; ending the training also forgets what was prepared.
-    accelerator.end_training()
+    with ExitStack() as stack:
+        try:
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    claim_folders(data, options, accelerator, stack)
+        except OutputFolderError as error:
+            raise stop(error) from error
+        samples, sigmas, teacher_folder = prepare_samples(data, options, accelerator)
+        curve = distil(data, options, samples, sigmas, teacher_folder, accelerator)
+        if accelerator.is_main_process:
+            plot(curve, options.output_dir / "curve.png")
+            print(f"The weights are in {options.output_dir / 'clear.safetensors'}.")
+        # A process that exits with its group open can abort; ending the training also forgets what was prepared.
+        accelerator.end_training()
     return curve.rows
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

@@ -3,7 +3,8 @@
 
     python scripts/distill_echo_att.py --output_dir outputs/student --num_shared 7 --max_steps 100 --block_size 128
 
-takes SmolLM2-135M and the topics of Python's documentation; `--teacher` and `--dataset_name` take anything else. The
+takes SmolLM2-135M-Instruct and the topics of Python's documentation; `--model_name_or_path` and `--dataset_name` take
+anything else. The
 layers that share an attention map are the ones whose maps resemble the others' most, or those of `--shared_layers`.
 Started again with the same arguments it continues where it was, and ends with the same weights.
 
@@ -14,14 +15,13 @@ Several processes on one machine without GPUs:
 Several GPUs, the student sharded by FSDP, with a whole frozen teacher in each process:
 
     accelerate launch --config_file scripts/configs/echo_att_fsdp.yaml scripts/distill_echo_att.py --bf16 true \
-        --teacher TinyLlama/TinyLlama_v1.1 --dataset_name cerebras/SlimPajama-627B --output_dir ...
+        --model_name_or_path TinyLlama/TinyLlama_v1.1 --dataset_name cerebras/SlimPajama-627B --output_dir ...
 """
 
 import copy
-import json
 import math
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -44,17 +43,25 @@ from hf_attn.examples.assets import read_texts, smollm2_folder, token_blocks
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer, check_teacher
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
 from hf_attn.training.stages import train_stage
+
+
+NAME = "distill_echo_att.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
 class ModelArguments:
     """The teacher, and which of its layers share."""
 
-    teacher: str | None = field(
+    model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: SmolLM2-135M."},
+        metadata={
+            "help": "The base model, which is the teacher: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. "
+            "Default: SmolLM2-135M-Instruct."
+        },
     )
     student: str | None = field(
         default=None,
@@ -105,7 +112,9 @@ class DistillationArguments(TrainingArguments):
         default="student_teacher", metadata={"help": "student_teacher (as printed) or teacher_student."}
     )
     intermediate_reduction: str = field(default="mean", metadata={"help": "mean or sum of squared differences."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 class RefinementTrainer(HubTrainerMixin, transformers.Trainer):
@@ -114,20 +123,16 @@ class RefinementTrainer(HubTrainerMixin, transformers.Trainer):
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, DistillationArguments]:
     """Parse command line arguments, or the JSON file that is the only one of them."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, DistillationArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        parsed = parser.parse_json_file(arguments[0])
-    else:
-        parsed = parser.parse_args_into_dataclasses(arguments)
-    model_args, data_args, training_args = parsed
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, DistillationArguments), arguments, __doc__
+    )
     choices = (model_args.student, model_args.shared_layers, model_args.num_shared)
     if sum(choice is not None for choice in choices) != 1:
-        parser.error("give exactly one of --num_shared, --shared_layers and --student")
+        raise stop("give exactly one of --num_shared, --shared_layers and --student")
     if data_args.dataset_name is not None and data_args.train_file is not None:
-        parser.error("give either --dataset_name or --train_file")
+        raise stop("give either --dataset_name or --train_file")
     if len(training_args.loss_weights) != 3:
-        parser.error(f"--loss_weights takes three numbers, got {training_args.loss_weights}")
+        raise stop(f"--loss_weights takes three numbers, got {training_args.loss_weights}")
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return model_args, data_args, training_args
 
@@ -155,8 +160,7 @@ def settings_of(model_args: ModelArguments, data_args: DataArguments, training_a
         "intermediate_reduction",
     ]
     training = {name: getattr(training_args, name) for name in names}
-    settings = {**asdict(model_args), **asdict(data_args), **training}
-    return json.loads(json.dumps(settings, default=str))
+    return {**command_line.settings_of(model_args, data_args), **training}
 
 
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel, blocks: torch.Tensor) -> EchoAttForCausalLM:
@@ -190,19 +194,18 @@ def stage_arguments(training_args: DistillationArguments, folder: Path, ratio: f
 
 def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(arguments)
+    settings = settings_of(model_args, data_args, training_args)
+    with training_folder(NAME, training_args, settings, continues=True):
+        distil(model_args, data_args, training_args)
+
+
+def distil(model_args: ModelArguments, data_args: DataArguments, training_args: DistillationArguments) -> None:
+    """Both stages, as far as they are not done yet."""
     output = Path(training_args.output_dir)
-    try:
-        with training_args.main_process_first(desc="output folder", local=False):
-            if training_args.process_index == 0:
-                settings = settings_of(model_args, data_args, training_args)
-                if claim_output_folder(output, settings, training_args.overwrite_output_dir):
-                    print(f"Continuing the run in {output}.")
-    except OutputFolderError as error:
-        raise SystemExit(f"distill_echo_att.py: {error} (--overwrite_output_dir)") from error
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="fetching the teacher"):
-        teacher_name = model_args.teacher or smollm2_folder()
+        teacher_name = model_args.model_name_or_path or smollm2_folder()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(teacher_name)
     # The student is made of these weights and trained in full precision.
     teacher = AutoModelForCausalLM.from_pretrained(
@@ -256,6 +259,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

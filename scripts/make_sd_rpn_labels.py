@@ -4,12 +4,12 @@
 
 The paper's labels for LLaVA-1.5-7B, from the first question about each GQA image of LLaVA's instruction data:
 
-    accelerate launch scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --dtype bfloat16 \\
+    accelerate launch scripts/make_sd_rpn_labels.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dtype bfloat16 \\
         --json_file llava_v1_5_mix665k.json --image_folder data --path_contains gqa --output_dir labels/gqa
 
 One of the official files of attention maps (pickles), without a model; nothing in it is run:
 
-    python scripts/make_sd_rpn_labels.py --base llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
+    python scripts/make_sd_rpn_labels.py --model_name_or_path llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
         --output_dir labels/official
 
 Other sources: a data set of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
@@ -22,9 +22,10 @@ For a model without a published choice of heads: `--grounding_heads 14:13,24,26 
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_attn.modeling.sd_rpn.labels.answer_attention import AttentionRecipe, attention_recipe
 from hf_attn.modeling.sd_rpn.labels.labelling import BOX_REQUEST, SHORT_ANSWER, label_images
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of
+from hf_attn.training.output_folder import OutputFolderError, output_folder
+from hf_attn.training.writing import written_whole
 
 
 try:
@@ -49,6 +53,9 @@ except ImportError as error:
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
     ) from error
 
+NAME = "make_sd_rpn_labels.py"
+stop = partial(command_line.stop, NAME)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -56,7 +63,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 class Arguments:
     """What to label, and by whose attention."""
 
-    base: str = field(metadata={"help": "Folder or Hub id of a LLaVA or Qwen2.5-VL."})
+    model_name_or_path: str = field(metadata={"help": "The base: folder or Hub id of a LLaVA or Qwen2.5-VL."})
     output_dir: str = field(metadata={"help": "Folder for the labels."})
     dtype: str = field(default="auto", metadata={"help": "Of the base: float32, bfloat16, float16, auto."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
@@ -95,11 +102,9 @@ class Arguments:
     batch_size: int = field(default=8, metadata={"help": "Images in a batch."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
     part_size: int = field(default=500, metadata={"help": "Images between two states to continue from."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
-
-
-def stop(message: str) -> SystemExit:
-    return SystemExit(f"make_sd_rpn_labels.py: {message}")
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> Arguments:
@@ -108,12 +113,7 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(Arguments)
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        (args,) = parser.parse_json_file(arguments[0])
-    else:
-        (args,) = parser.parse_args_into_dataclasses(arguments)
+    (args,) = command_line.parse_arguments(NAME, Arguments, arguments, __doc__)
     sources = (args.dataset_name, args.json_file, args.official_file, args.question)
     if sum(source is not None for source in sources) != 1:
         raise stop("give exactly one of --dataset_name, --json_file, --official_file, --question")
@@ -121,9 +121,6 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
         raise stop("--json_file, --official_file and --question need --image_folder")
     if args.path_contains is not None and (args.dataset_name or args.official_file):
         raise stop("--path_contains is for --json_file and --question")
-    for name in ("batch_size", "part_size", "max_new_tokens", "max_samples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise stop(f"--{name} must be at least 1, got {getattr(args, name)}")
     if (args.grounding_heads is None) != (args.rule is None):
         raise stop("--grounding_heads and --rule go together")
     if args.grounding_heads is None and (args.sink_heads is not None or args.sink_threshold is not None):
@@ -135,7 +132,7 @@ def make_recipe(args: Arguments) -> AttentionRecipe:
     """The published recipe of the base, or the one of the arguments."""
     try:
         if args.grounding_heads is None:
-            return attention_recipe(args.base, args.image_kind)
+            return attention_recipe(args.model_name_or_path, args.image_kind)
         grounding, sink = parse_heads(args.grounding_heads), parse_heads(args.sink_heads or [])
         if None in grounding.values():
             raise ValueError("`all` is for --sink_heads.")
@@ -248,8 +245,10 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
     """Label the parts of this process that are not there yet, each into a folder of its own."""
     state = PartialState()
     recipe = make_recipe(args)
-    processor = AutoProcessor.from_pretrained(args.base)
-    model = AutoModelForImageTextToText.from_pretrained(args.base, dtype=args.dtype).eval().to(state.device)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    model = (
+        AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, dtype=args.dtype).eval().to(state.device)
+    )
     # Photographs are labelled by where Qwen2.5-VL looks when it is asked for boxes.
     asks_for_boxes = recipe.rule == "qwen" and args.image_kind == "natural"
     starts = range(0, len(questions), args.part_size)
@@ -270,9 +269,8 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
                 )
                 rows += [row for row in labelled if row is not None]
                 bar.update(len(images) * state.num_processes)
-            unfinished = parts / f".{folder.name}"
-            datasets.Dataset.from_list(rows, features=label_features()).save_to_disk(unfinished)
-            unfinished.rename(folder)
+            with written_whole(folder) as part:
+                datasets.Dataset.from_list(rows, features=label_features()).save_to_disk(part)
     bar.close()
 
 
@@ -304,10 +302,8 @@ def load_official(args: Arguments) -> datasets.Dataset:
 def save(labelled: datasets.Dataset, target: Path, base: str) -> None:
     """Put a data set in its place when it is complete."""
     labelled.info.description = f"Pseudo-labels for SD-RPN by the attention of {base}."
-    unfinished = target.with_name(f".{target.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    labelled.save_to_disk(unfinished)
-    unfinished.rename(target)
+    with written_whole(target) as part:
+        labelled.save_to_disk(part)
 
 
 def describe(labelled: datasets.Dataset) -> str:
@@ -328,22 +324,31 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
     questions = None if args.official_file else load_questions(args)
     # Without being told, accelerate takes processes on a machine without GPUs for strangers.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    with ExitStack() as stack:
+        if state.is_main_process:
+            settings = settings_of(args, without=("overwrite_output_dir",))
+            try:
+                stack.enter_context(output_folder(args.output_dir, settings, args.overwrite_output_dir, command=NAME))
+            except OutputFolderError as error:
+                raise stop(error) from error
+        return label(args, questions, state)
+
+
+def label(args: Arguments, questions: Questions | None, state: PartialState) -> datasets.Dataset:
+    """Label what is not labelled yet; returns the labels."""
     output = Path(args.output_dir)
     parts, target = output / "parts", output / "labels"
-    if state.is_main_process:
-        settings = {name: value for name, value in asdict(args).items() if name != "overwrite_output_dir"}
-        try:
-            if claim_output_folder(output, settings, args.overwrite_output_dir):
-                print(f"Continuing the run in {output}.")
-        except OutputFolderError as error:
-            raise stop(f"{error} (--overwrite_output_dir)") from error
     state.wait_for_everyone()
     if not target.is_dir():
         if questions is not None:
             label_parts(args, questions, parts)
             state.wait_for_everyone()
         if state.is_main_process:
-            save(load_official(args) if questions is None else join_parts(parts, len(questions)), target, args.base)
+            save(
+                load_official(args) if questions is None else join_parts(parts, len(questions)),
+                target,
+                args.model_name_or_path,
+            )
             shutil.rmtree(parts, ignore_errors=True)
     state.wait_for_everyone()
     labelled = datasets.load_from_disk(target)
@@ -353,6 +358,4 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

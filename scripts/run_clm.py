@@ -16,25 +16,19 @@ The evaluation prints the unigram entropy of the held-back text beside the loss:
 have a lower loss. See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
 """
 
-import difflib
-import json
-import math
-import os
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,14 +37,17 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import hf_attn
+from hf_attn.analysis.context_perplexity import perplexity_of
 from hf_attn.catalog import families
 from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.writing import files_written_whole
 
 
 try:
@@ -58,7 +55,8 @@ try:
 except ImportError as error:
     raise SystemExit("This script needs the extra `train`: pip install 'hf_attn[train]'") from error
 
-logger = logging.get_logger("run_clm")
+NAME = "run_clm.py"
+stop = partial(command_line.stop, NAME)
 
 MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForCausalLM" in family.models)
 
@@ -136,7 +134,7 @@ class ScriptTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output_dir that is not empty, without resuming."}
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
@@ -153,22 +151,18 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        model_args, data_args, training_args = parser.parse_json_file(arguments[0])
-    else:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     problem = _problem(model_args, data_args)
     if problem is not None:
-        raise SystemExit(f"run_clm.py: {problem}")
+        raise stop(problem)
     if training_args.learning_rate is None:
         training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 3e-3
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    _check_output_dir(training_args)
+    command_line.resolve_resume(NAME, training_args)
     return model_args, data_args, training_args
 
 
@@ -191,30 +185,7 @@ def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None
         path = getattr(data_args, name)
         if path is not None and not Path(path).is_file():
             return f"--{name} {path} does not exist"
-    if not 0 < data_args.validation_split_percentage < 100:
-        return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
     return None
-
-
-def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
-    """Resolve `--resume_from_checkpoint last`, and refuse a folder whose contents would be overwritten."""
-    output_dir = Path(training_args.output_dir)
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if training_args.resume_from_checkpoint == "last":
-        if last is None:
-            raise SystemExit(f"run_clm.py: there is no checkpoint in {output_dir} to resume from")
-        training_args.resume_from_checkpoint = last
-    resume = training_args.resume_from_checkpoint
-    if resume is not None and not Path(resume).is_dir():
-        raise SystemExit(f"run_clm.py: --resume_from_checkpoint {resume} is not a folder")
-    # The other processes may come here when the first one has begun to write.
-    if resume is not None or training_args.overwrite_output_dir or training_args.process_index != 0:
-        return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        advice = "`--resume_from_checkpoint last` continues, " if last is not None else ""
-        raise SystemExit(
-            f"run_clm.py: --output_dir {output_dir} is not empty; {advice}`--overwrite_output_dir` starts anew"
-        )
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -225,11 +196,11 @@ def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
     if data_args.dataset_name is not None:
         raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
         if "train" not in raw:
-            raise SystemExit(f"run_clm.py: {data_args.dataset_name} has no split 'train', only {', '.join(raw)}")
+            raise stop(f"{data_args.dataset_name} has no split 'train', only {', '.join(raw)}")
         columns = raw["train"].column_names
         if data_args.text_column not in columns:
-            raise SystemExit(
-                f"run_clm.py: {data_args.dataset_name} has no column {data_args.text_column!r}; give one of "
+            raise stop(
+                f"{data_args.dataset_name} has no column {data_args.text_column!r}; give one of "
                 f"{', '.join(columns)} as --text_column"
             )
         splits = [split for split in ("train", "validation") if split in raw]
@@ -285,7 +256,8 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(name)
     folder = training_args.resume_from_checkpoint or training_args.output_dir
     if training_args.resume_from_checkpoint is None and training_args.local_process_index == 0:
-        train_tokenizer(documents, model_args.vocab_size).save_pretrained(folder)
+        with files_written_whole(folder) as part:
+            train_tokenizer(documents, model_args.vocab_size).save_pretrained(part)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -328,8 +300,8 @@ def make_blocks(
 
 def _check_enough(blocks: datasets.Dataset, split: str, block_size: int, at_least: int = 1) -> None:
     if len(blocks) < at_least:
-        raise SystemExit(
-            f"run_clm.py: the {split} text has {len(blocks)} sequences of {block_size} tokens and needs {at_least}; give "
+        raise stop(
+            f"the {split} text has {len(blocks)} sequences of {block_size} tokens and needs {at_least}; give "
             "more text or a smaller --block_size"
         )
 
@@ -344,29 +316,6 @@ def unigram_entropy(blocks: datasets.Dataset) -> float:
 # --- model ---------------------------------------------------------------------------------------------------------
 
 
-def parse_overrides(overrides: list[str], config_class: type[PreTrainedConfig]) -> dict[str, object]:
-    """`["hidden_size=512", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
-
-    Raises:
-        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
-    """
-    known = [config_field.name for config_field in fields(config_class)]
-    parsed = {}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise SystemExit(f"run_clm.py: --config_overrides takes name=value, got {override!r}.")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f". It has {', '.join(known)}."
-            raise SystemExit(f"run_clm.py: {config_class.__name__} has no field {name!r}{hint}")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
-
-
 def make_config(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedConfig:
@@ -379,16 +328,16 @@ def make_config(
     }
     if model_args.config_name is not None:
         config = AutoConfig.from_pretrained(model_args.config_name)
-        overrides = parse_overrides(model_args.config_overrides, type(config))
+        overrides = parse_overrides(NAME, model_args.config_overrides, type(config))
         return type(config).from_dict({**config.to_dict(), **ids, **overrides})
 
     config_class = type(AutoConfig.for_model(model_args.model_type))
-    overrides = {**ids, **parse_overrides(model_args.config_overrides, config_class)}
+    overrides = {**ids, **parse_overrides(NAME, model_args.config_overrides, config_class)}
     if model_args.variant is not None:
         variants = getattr(config_class, "variants", {})
         if model_args.variant not in variants:
-            raise SystemExit(
-                f"run_clm.py: {model_args.model_type} has no variant {model_args.variant!r}; its variants: "
+            raise stop(
+                f"{model_args.model_type} has no variant {model_args.variant!r}; its variants: "
                 f"{', '.join(variants) or 'none'}"
             )
         return config_class.from_variant(model_args.variant, **overrides)
@@ -406,8 +355,8 @@ def make_model(
     if model_args.model_name_or_path is not None:
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32, **attention)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise SystemExit(
-                f"run_clm.py: the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}; "
+            raise stop(
+                f"the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}; "
                 "give the tokenizer of the model."
             )
     else:
@@ -418,7 +367,7 @@ def make_model(
         try:
             apply_sigma_reparam(model, init=model_args.sigma_reparam)
         except ValueError as error:
-            raise SystemExit(f"run_clm.py: --sigma_reparam: {error}") from error
+            raise stop(f"--sigma_reparam: {error}") from error
     return model
 
 
@@ -427,8 +376,8 @@ def choose_block_size(data_args: DataArguments, config: PreTrainedConfig) -> int
     longest = getattr(config, "max_position_embeddings", None) or 1024
     block_size = data_args.block_size or min(longest, 1024)
     if block_size > longest:
-        raise SystemExit(
-            f"run_clm.py: --block_size {block_size} is more than the {longest} positions of the model (max_position_embeddings)."
+        raise stop(
+            f"--block_size {block_size} is more than the {longest} positions of the model (max_position_embeddings)."
         )
     return block_size
 
@@ -436,10 +385,16 @@ def choose_block_size(data_args: DataArguments, config: PreTrainedConfig) -> int
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data_args, training_args = parse_arguments(arguments)
-    os.makedirs(training_args.output_dir, exist_ok=True)
     logging.set_verbosity(training_args.get_process_log_level())
-    set_seed(training_args.seed)
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        set_seed(training_args.seed)
+        return train_and_evaluate(model_args, data_args, training_args)
 
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, float]:
+    """Train and evaluate as asked for; returns the metrics of the evaluation."""
     with training_args.main_process_first(desc="data"):
         documents = load_documents(data_args)
         tokenizer = load_tokenizer(model_args, training_args, documents["train"])
@@ -469,7 +424,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if training_args.do_eval:
         metrics = trainer.evaluate()
-        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+        metrics["eval_perplexity"] = perplexity_of(metrics["eval_loss"])
         metrics["eval_unigram_entropy"] = unigram_entropy(blocks["validation"])
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
@@ -483,6 +438,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -17,10 +17,10 @@ pre-trained encoder is an ordinary DeBERTa of transformers there, made fast by `
 
 import json
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ from transformers import (
     DataCollatorWithPadding,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     TrainingArguments,
@@ -43,6 +42,13 @@ from transformers import (
 from hf_attn import DataCollatorForNGramMasking, DebertaEMDConfig, SiFTTrainerMixin, apply_fast_attention
 from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "run_deberta.py"
+stop = partial(command_line.stop, NAME)
 
 
 @dataclass
@@ -81,6 +87,12 @@ class PretrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
 
 
 class PretrainingTrainer(HubTrainerMixin, transformers.Trainer):
@@ -97,7 +109,7 @@ def load_documents(arguments: ScriptArguments) -> tuple[list[str], list[str]]:
         return load_texts("train"), load_texts("test")
     lines = [line for line in Path(arguments.train_file).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < 20:
-        raise SystemExit(f"run_deberta.py: {arguments.train_file} has {len(lines)} documents (lines) and needs 20")
+        raise stop(f"{arguments.train_file} has {len(lines)} documents (lines) and needs 20")
     held_back = max(1, len(lines) // 20)
     return lines[held_back:], lines[:held_back]
 
@@ -260,10 +272,16 @@ def finetune(
 
 def main(arguments: list[str] | None = None) -> dict:
     """Run the script; returns all metrics, which are also in `results.json`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    script, training = HfArgumentParser((ScriptArguments, PretrainingArguments)).parse_args_into_dataclasses(arguments)
+    script, training = command_line.parse_arguments(NAME, (ScriptArguments, PretrainingArguments), arguments, __doc__)
+    command_line.resolve_resume(NAME, training)
     training.dataloader_pin_memory &= torch.accelerator.is_available()
     transformers.logging.set_verbosity(training.get_process_log_level())
+    with training_folder(NAME, training, command_line.settings_of(script)):
+        return pretrain_and_finetune(script, training)
+
+
+def pretrain_and_finetune(script: ScriptArguments, training: PretrainingArguments) -> dict:
+    """Both stages; returns all metrics."""
     set_seed(training.seed)
     results = {"pretraining": pretrain(script, training)}
     if script.finetune_epochs > 0 and script.train_file is None:
@@ -274,9 +292,10 @@ def main(arguments: list[str] | None = None) -> dict:
         cost = results["sift"]["seconds"] / results["plain"]["seconds"]
         print(f"SiFT takes {cost:.2f} times as long as plain fine-tuning")
     if training.should_save:
-        (Path(training.output_dir) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with written_whole(Path(training.output_dir) / "results.json") as part:
+            part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

@@ -15,23 +15,19 @@ several GPUs, with mixup and label smoothing, and the model pushed at the end:
 See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
 """
 
-import difflib
-import json
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     BitImageProcessor,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
@@ -45,6 +41,16 @@ import hf_attn
 from hf_attn.architectures.imaging import image_processor_for
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.modeling.rmt.token_labeling import (
+    draw_box,
+    mixed_tokens,
+    position_grid,
+    token_labeling_loss,
+    unmix_token_logits,
+)
+from hf_attn.restoration.images import as_rgb
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
 
 
 try:
@@ -55,6 +61,9 @@ except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
     ) from error
+
+NAME = "run_image_classification.py"
+stop = partial(command_line.stop, NAME)
 
 MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageClassification" in family.models)
 
@@ -164,6 +173,13 @@ class DataArguments:
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mix pairs of images (mixup) if positive."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Paste parts of images (CutMix) if positive."})
+    mix_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Train an RMT with token_labeling as its authors did: two images share a map, whose positions have the "
+            "labels of their images. In place of CutMix."
+        },
+    )
 
 
 @dataclass
@@ -185,6 +201,12 @@ class ScriptTrainingArguments(TrainingArguments):
         metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
@@ -192,11 +214,13 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
 
     Args:
         train_collator: makes the batches of the training; those of the evaluation are made by `data_collator`.
+        token_labeling: train with the loss of RMT's token labelling.
     """
 
-    def __init__(self, *args, train_collator, **kwargs):
+    def __init__(self, *args, train_collator, token_labeling: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
+        self.token_labeling = token_labeling
 
     def get_train_dataloader(self):
         data_collator, self.data_collator = self.data_collator, self.train_collator
@@ -214,6 +238,8 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.token_labeling and model.training:
+            return self._token_labeling_loss(model, inputs, return_outputs)
         if inputs["labels"].ndim == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
@@ -223,19 +249,34 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
         )
         return (loss, outputs) if return_outputs else loss
 
+    def _token_labeling_loss(self, model, inputs, return_outputs):
+        """Two images share a map, and the label of an image is that of each of its positions (RMT's token labelling)."""
+        labels, rmt = inputs.pop("labels"), self.accelerator.unwrap_model(model)
+        num_labels = rmt.num_labels
+        targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, num_labels)
+        smoothing = self.args.label_smoothing_factor
+        targets = (1 - smoothing) * targets.to(torch.float32) + smoothing / num_labels
+        height, width = position_grid(rmt, inputs["pixel_values"])
+        box = draw_box(height, width)
+        with mixed_tokens(rmt, box):
+            outputs = model(**inputs)
+        token_logits = unmix_token_logits(outputs.token_logits, box, width)
+        loss = token_labeling_loss(outputs.logits, token_logits, targets, box)
+        return (loss, outputs) if return_outputs else loss
+
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
-    """Parse command line arguments.
+    """Parse command line arguments, or the JSON file that is the only one of them.
 
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-    problem = _problem(model_args, data_args, training_args)
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
+    problem = _problem(model_args, data_args)
     if problem is not None:
-        raise SystemExit(f"run_image_classification.py: {problem}")
+        raise stop(problem)
     if training_args.learning_rate is None:
         training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 2e-3
     if data_args.augmentation is None:
@@ -244,12 +285,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.do_train = training_args.do_eval = True
     training_args.remove_unused_columns = False  # images become pixel values when they are looked at
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    command_line.resolve_resume(NAME, training_args)
     return model_args, data_args, training_args
 
 
-def _problem(
-    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
-) -> str | None:
+def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None:
     """What is wrong with the arguments, if something is."""
     if (model_args.model_name_or_path is None) == (model_args.model_type is None):
         return "give either --model_name_or_path or --model_type"
@@ -257,16 +297,8 @@ def _problem(
         return f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}"
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
         return "--variant and --config_overrides would not fit the weights of --model_name_or_path"
-    if not 0 < data_args.validation_split_percentage < 100:
-        return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
-    for name in ("mixup_alpha", "cutmix_alpha"):
-        if getattr(data_args, name) < 0:
-            return f"--{name} {getattr(data_args, name)} is negative"
-    output_dir = Path(training_args.output_dir)
-    # The other processes may come here when the first one has begun to write.
-    starts_anew = training_args.process_index == 0 and training_args.resume_from_checkpoint is None
-    if starts_anew and output_dir.is_dir() and any(output_dir.iterdir()):
-        return f"--output_dir {output_dir} is not empty; give another, or --resume_from_checkpoint"
+    if data_args.mix_tokens and data_args.cutmix_alpha > 0:
+        return "--mix_tokens and --cutmix_alpha both mix parts of images; give one of them"
     return None
 
 
@@ -296,7 +328,7 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
     else:
         splits = datasets.load_dataset(name, data_args.dataset_config_name)
     if "train" not in splits:
-        raise SystemExit(f"run_image_classification.py: {name} has no split 'train', only {', '.join(splits)}")
+        raise stop(f"{name} has no split 'train', only {', '.join(splits)}")
     columns = {
         "image": _column(splits["train"], data_args.image_column, datasets.Image, "image_column"),
         "label": _column(splits["train"], data_args.label_column, datasets.ClassLabel, "label_column"),
@@ -304,6 +336,7 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
     held_back = next((split for split in ("validation", "test") if split in splits), None)
     if held_back is None:
         share = data_args.validation_split_percentage / 100
+        _check_classes(splits["train"], columns["label"], share)
         parts = splits["train"].train_test_split(share, seed=seed, stratify_by_column=columns["label"])
         splits, held_back = parts, "test"
     splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_back]})
@@ -315,6 +348,24 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
     return splits
 
 
+def _check_classes(images: datasets.Dataset, column: str, share: float) -> None:
+    """See that images of each class can be trained on and held back."""
+    names = images.features[column].names
+    counts = np.bincount(images[column], minlength=len(names))
+    few = [f"{name} ({count})" for name, count in zip(names, counts.tolist(), strict=True) if count < 2]
+    if few:
+        raise stop(
+            f"there is no validation split, and of a class with fewer than 2 images none can be held back: {', '.join(few)}. "
+            "Add images to these classes, leave them out, or give a folder with train/ and validation/."
+        )
+    held_back = int(np.ceil(share * len(images)))
+    if min(held_back, len(images) - held_back) < len(names):
+        raise stop(
+            f"--validation_split_percentage {100 * share:g} of {len(images)} images does not give each of the {len(names)} "
+            "classes an image on both sides; change it, add images, or give a folder with train/ and validation/."
+        )
+
+
 def _column(images: datasets.Dataset, name: str | None, kind: type, argument: str) -> str:
     candidates = [column for column, feature in images.features.items() if isinstance(feature, kind)]
     if name is None and len(candidates) == 1:
@@ -324,7 +375,7 @@ def _column(images: datasets.Dataset, name: str | None, kind: type, argument: st
     found = (
         f"there are {', '.join(candidates)}" if candidates else f"there is none in {', '.join(images.column_names)}"
     )
-    raise SystemExit(f"run_image_classification.py: --{argument} must name a {kind.__name__} column; {found}")
+    raise stop(f"--{argument} must name a {kind.__name__} column; {found}")
 
 
 def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: str):
@@ -348,14 +399,17 @@ def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, 
     )
 
 
-def with_pixel_values(images: datasets.Dataset, transform) -> datasets.Dataset:
-    """The dataset with each image transformed when it is looked at."""
+def with_pixel_values(images: datasets.Dataset, transform, num_channels: int) -> datasets.Dataset:
+    """The dataset with each image transformed when it is looked at; `num_channels` 1 is greyscale."""
+    mode = "L" if num_channels == 1 else "RGB"
 
     def apply(batch: dict) -> dict:
-        pixel_values = [transform(image.convert("RGB")) for image in batch["image"]]
+        # Decoded here for an error that names the file, and because `datasets` leaves images deeper than 8 bits to Pillow.
+        pictures = [as_rgb(image["bytes"] or image["path"], image["path"]) for image in batch["image"]]
+        pixel_values = [transform(picture.convert(mode)) for picture in pictures]
         return {"pixel_values": pixel_values, "labels": batch["label"]}
 
-    return images.with_transform(apply)
+    return images.cast_column("image", datasets.Image(decode=False)).with_transform(apply)
 
 
 def make_collator(data_args: DataArguments, num_labels: int):
@@ -398,29 +452,6 @@ def first_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch
 # --- model ---------------------------------------------------------------------------------------------------------
 
 
-def parse_overrides(overrides: list[str], config_class: type[PreTrainedConfig]) -> dict[str, object]:
-    """`["image_size=96", "depths=[1,1,2]"]` as a dictionary; values are JSON, or else strings.
-
-    Raises:
-        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
-    """
-    known = [config_field.name for config_field in fields(config_class)]
-    parsed = {}
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if name not in known or not value:
-            close = difflib.get_close_matches(name, known, n=1) or known
-            raise SystemExit(
-                f"run_image_classification.py: --config_overrides takes field=value of {config_class.__name__}, got "
-                f"{override!r}; did you mean {', '.join(close)}?"
-            )
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
-
-
 def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model to train and how its images are prepared; `names` are those of the classes."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -433,12 +464,12 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
         return model, AutoImageProcessor.from_pretrained(checkpoint)
 
     config_class = type(AutoConfig.for_model(model_args.model_type))
-    overrides = parse_overrides(model_args.config_overrides, config_class)
+    overrides = parse_overrides(NAME, model_args.config_overrides, config_class)
     if model_args.variant is not None:
         variants = getattr(config_class, "variants", {})
         if model_args.variant not in variants:
-            raise SystemExit(
-                f"run_image_classification.py: {model_args.model_type} has no variant {model_args.variant!r}; its "
+            raise stop(
+                f"{model_args.model_type} has no variant {model_args.variant!r}; its "
                 f"variants: {', '.join(variants) or 'none'}"
             )
         config = config_class.from_variant(model_args.variant, **labels, **overrides)
@@ -453,6 +484,7 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
         processor = BitImageProcessor(
             size={"height": height, "width": width},
             do_center_crop=False,
+            do_convert_rgb=config.num_channels == 3,
             resample=official.resample,
             image_mean=official.image_mean,
             image_std=official.image_std,
@@ -467,11 +499,23 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
-    set_seed(training_args.seed)
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        set_seed(training_args.seed)
+        return train_and_evaluate(model_args, data_args, training_args)
 
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, float]:
+    """Train and evaluate as asked for; returns the metrics of the evaluation."""
     with training_args.main_process_first(desc="data"):
         images = load_images(data_args, training_args.seed)
     model, processor = make_model(model_args, images["train"].features["label"].names)
+    if data_args.mix_tokens and not getattr(model.config, "token_labeling", False):
+        raise stop(
+            "--mix_tokens is for an RMT with token_labeling: --variant rmt_s_token_label, or --config_overrides "
+            "token_labeling=true"
+        )
     train_transform = training_transform(processor, model.config, data_args.augmentation)
     eval_transform = training_transform(processor, model.config, "none")
     if training_args.should_log:
@@ -480,15 +524,22 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
         print(", ".join(f"{split}: {len(rows):,} images" for split, rows in images.items()))
 
+    batch = training_args.train_batch_size * training_args.world_size
+    if training_args.do_train and training_args.dataloader_drop_last and len(images["train"]) < batch:
+        raise stop(
+            f"there are {len(images['train'])} images to train on, fewer than a batch of {batch}, and the last batch is left "
+            f"out; give a --per_device_train_batch_size of at most {len(images['train']) // training_args.world_size}."
+        )
     metric = TopAccuracy(keep_in_memory=True)
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=with_pixel_values(images["train"], train_transform),
-        eval_dataset=with_pixel_values(images["validation"], eval_transform),
+        train_dataset=with_pixel_values(images["train"], train_transform, model.config.num_channels),
+        eval_dataset=with_pixel_values(images["validation"], eval_transform, model.config.num_channels),
         processing_class=processor,
         data_collator=default_data_collator,
         train_collator=make_collator(data_args, model.config.num_labels),
+        token_labeling=data_args.mix_tokens,
         compute_metrics=lambda evaluation: metric.compute(
             predictions=evaluation.predictions, references=evaluation.label_ids
         ),
@@ -516,6 +567,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

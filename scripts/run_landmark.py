@@ -4,8 +4,8 @@
 
     python scripts/run_landmark.py --output_dir outputs/landmark --learning_rate 2e-4 --max_minutes 30
 
-takes SmolLM2-135M and the topics of Python's documentation; `--base` and `--dataset_name` take anything else. The evaluation
-prints, for the base and for the landmark model, the perplexity of held-back text by the length of the context, and the
+takes SmolLM2-135M-Instruct and the topics of Python's documentation; `--model_name_or_path` and `--dataset_name` take anything
+else. The evaluation prints, for the base and for the landmark model, the perplexity of held-back text by the length of the context, and the
 pass-key test, whose plot it draws. The landmark model retrieves `--cache_top_k` blocks, the base attends to everything.
 To evaluate again, or at other lengths:
 
@@ -17,7 +17,7 @@ What an earlier evaluation left in the folder for the model that is not evaluate
 Several GPUs, the paper's schedule:
 
     accelerate launch --config_file scripts/configs/landmark_fsdp.yaml scripts/run_landmark.py --bf16 true \\
-        --base huggyllama/llama-7b --mem_freq 50 --dataset_name togethercomputer/RedPajama-Data-1T-Sample \\
+        --model_name_or_path huggyllama/llama-7b --mem_freq 50 --dataset_name togethercomputer/RedPajama-Data-1T-Sample \\
         --validation_file held_back.txt --max_steps 15000 --per_device_train_batch_size 2 \\
         --gradient_accumulation_steps 8 --output_dir outputs/llama-landmark
 
@@ -25,18 +25,18 @@ See `--help` for the arguments of this script, and transformers' `TrainingArgume
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import PartialState
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -52,7 +52,13 @@ from hf_attn.modeling.landmark.cache import RETRIEVALS, LandmarkCache
 from hf_attn.modeling.landmark.data import LandmarkDataCollator
 from hf_attn.modeling.landmark.insertion import check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.writing import written_whole
 
+
+NAME = "run_landmark.py"
+stop = partial(command_line.stop, NAME)
 
 BASE, LANDMARK = "base", "landmark"
 
@@ -64,13 +70,12 @@ BLOCKS = {"mem_freq": 63, "train_context_length": 512, "include_landmark_in_loss
 class ModelArguments:
     """The base, and how blocks are made of its text, which a landmark model has in its configuration."""
 
-    base: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: SmolLM2-135M."},
-    )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a landmark model to train further or evaluate, instead of a new one."},
+        metadata={
+            "help": "The base model: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: "
+            "SmolLM2-135M-Instruct. Or a landmark model, to train it further or to evaluate it."
+        },
     )
     mem_freq: int | None = field(
         default=None, metadata={"help": "Regular tokens of a block. Default: 63 (paper: 50), for kernels of 64."}
@@ -101,8 +106,9 @@ class DataArguments:
 class EvaluationArguments:
     """What is measured after training."""
 
-    evaluate: list[str] = field(
-        default_factory=lambda: [BASE, LANDMARK], metadata={"help": f"Models to evaluate: {BASE}, {LANDMARK}."}
+    evaluate: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Models to evaluate: {BASE}, {LANDMARK}. Default: both; only {LANDMARK} if it is given."},
     )
     perplexity_lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048, 4096, 8192],
@@ -143,7 +149,10 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Stop training after this time, wherever the schedule is."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train into an output_dir that is not empty, without resuming."}
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
 
 
@@ -172,18 +181,15 @@ def parse_arguments(
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, EvaluationArguments, ScriptTrainingArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        parsed = parser.parse_json_file(arguments[0])
-    else:
-        parsed = parser.parse_args_into_dataclasses(arguments)
+    classes = (ModelArguments, DataArguments, EvaluationArguments, ScriptTrainingArguments)
+    parsed = command_line.parse_arguments(NAME, classes, arguments, __doc__)
     training_args = parsed[-1]
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
     problem = _problem(*parsed)
     if problem is not None:
-        parser.error(problem)
+        raise stop(problem)
+    command_line.resolve_resume(NAME, training_args)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return parsed
 
@@ -196,7 +202,12 @@ def _problem(
 ) -> str | None:
     """What is wrong with the arguments, if something is."""
     blocks = {name: value for name, value in vars(model_args).items() if name in BLOCKS and value is not None}
-    if model_args.model_name_or_path is not None and blocks:
+    is_landmark = is_landmark_model(model_args.model_name_or_path)
+    if evaluation_args.evaluate is None:
+        evaluation_args.evaluate = [LANDMARK] if is_landmark else [BASE, LANDMARK]
+    if is_landmark and BASE in evaluation_args.evaluate:
+        return f"--model_name_or_path is a landmark model; its {BASE} is evaluated if that is given instead"
+    if is_landmark and blocks:
         return f"--{', --'.join(blocks)}: the landmark model of --model_name_or_path has its own"
     mem_freq, context, _ = {**BLOCKS, **blocks}.values()
     if context < 2 * (mem_freq + 1):
@@ -218,14 +229,17 @@ def _problem(
         return f"--retrieval {evaluation_args.retrieval} is not one of {', '.join(RETRIEVALS)}"
     if len(evaluation_args.passkey_trials) not in (1, len(evaluation_args.passkey_lengths)):
         return "--passkey_trials takes one number, or one for each of --passkey_lengths"
-    if not training_args.do_train and LANDMARK in evaluation_args.evaluate and model_args.model_name_or_path is None:
-        return "--do_eval without --do_train needs the --model_name_or_path of a landmark model, or --evaluate base"
-    output = Path(training_args.output_dir)
-    fresh = training_args.do_train and not (training_args.overwrite_output_dir or training_args.resume_from_checkpoint)
-    # The other processes may come here when the first one has begun to write.
-    if fresh and training_args.process_index == 0 and output.is_dir() and any(output.iterdir()):
-        return f"--output_dir {output} is not empty; --overwrite_output_dir trains into it all the same"
+    if not training_args.do_train and LANDMARK in evaluation_args.evaluate and not is_landmark:
+        return "--do_eval without --do_train needs a landmark model as --model_name_or_path, or --evaluate base"
     return None
+
+
+def is_landmark_model(name: str | None) -> bool:
+    """Whether a folder or Hub id holds a landmark model."""
+    try:
+        return name is not None and AutoConfig.from_pretrained(name).model_type == "landmark"
+    except (OSError, ValueError) as error:
+        raise stop(f"--model_name_or_path {name} cannot be loaded: {error}") from error
 
 
 def texts_of(data_args: DataArguments, split: str) -> list[str]:
@@ -237,16 +251,16 @@ def texts_of(data_args: DataArguments, split: str) -> list[str]:
 
 
 def train(
-    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments, base: str
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments, source: str
 ) -> None:
     """Make the landmark model of the base, or load one, train it and save it with its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path or base)
-    if model_args.model_name_or_path is not None:
-        model = LandmarkForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if is_landmark_model(source):
+        model = LandmarkForCausalLM.from_pretrained(source, dtype=torch.float32)
         check_landmark_token(tokenizer, model.config)
     else:
         model = LandmarkForCausalLM.from_base(
-            base,
+            source,
             tokenizer=tokenizer,
             dtype=torch.float32,
             **{name: given if (given := getattr(model_args, name)) is not None else BLOCKS[name] for name in BLOCKS},
@@ -275,7 +289,7 @@ def train(
     metrics = {**result.metrics, "steps": trainer.state.global_step}
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
-    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.base}
+    card = {"dataset_tags": data_args.dataset_name, "finetuned_from": model_args.model_name_or_path}
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     else:
@@ -286,18 +300,16 @@ def train(
 
 
 def evaluate(
-    model_args: ModelArguments,
     data_args: DataArguments,
     evaluation_args: EvaluationArguments,
     training_args: ScriptTrainingArguments,
-    base: str,
+    given: str,
 ) -> None:
     """Measure the models, each in a file of its own, and report what the folder holds."""
     output = Path(training_args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    landmark = output if training_args.do_train else model_args.model_name_or_path
     for name in evaluation_args.evaluate:
-        source = base if name == BASE else landmark
+        source = output if name == LANDMARK and training_args.do_train else given
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source).to(training_args.device)
         if isinstance(model, LandmarkForCausalLM):
@@ -308,7 +320,8 @@ def evaluate(
             "perplexity": measure_perplexity(model, held_back, evaluation_args),
             "passkey": [asdict(answer) for answer in measure_passkey(model, tokenizer, evaluation_args).answers],
         }
-        (output / f"evaluation_{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with written_whole(output / f"evaluation_{name}.json") as part:
+            part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     report(output)
 
 
@@ -382,16 +395,18 @@ def report(output: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, evaluation_args, training_args = parse_arguments(arguments)
-    set_seed(training_args.seed)
-    with training_args.main_process_first(desc="fetching the base"):
-        base = model_args.base or str(smollm2_folder())
-    if training_args.do_train:
-        train(model_args, data_args, training_args, base)
-    if training_args.do_eval and PartialState().is_main_process:
-        evaluate(model_args, data_args, evaluation_args, training_args, base)
+    only_evaluates = not training_args.do_train
+    settings = settings_of(model_args, data_args)
+    # An evaluation adds to what an earlier one, or the training, has left.
+    with training_folder(NAME, training_args, settings, continues=False, adds=only_evaluates):
+        set_seed(training_args.seed)
+        with training_args.main_process_first(desc="fetching the base"):
+            source = model_args.model_name_or_path or str(smollm2_folder())
+        if training_args.do_train:
+            train(model_args, data_args, training_args, source)
+        if training_args.do_eval and PartialState().is_main_process:
+            evaluate(data_args, evaluation_args, training_args, source)
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -21,7 +21,6 @@ table: the greedy scanpath, the mean of `--num_samples` sampled ones, and the ba
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_attn.analysis.scanpaths import ScanpathMetrics
@@ -50,6 +47,13 @@ from hf_attn.modeling.oat.modeling_oat import OATForScanpathPrediction
 from hf_attn.modeling.oat.processing_oat import OATImageProcessor, collate_scenes
 from hf_attn.modeling.oat.readers import read_amazon, read_shelves, read_trials
 from hf_attn.modeling.oat.trials import ScanpathDataset, Trial, split_by_image, without_outliers
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "run_scanpaths.py"
+stop = partial(command_line.stop, NAME)
 
 
 #: a model from scratch for the generated shelves
@@ -111,11 +115,12 @@ class ScriptTrainingArguments(TrainingArguments):
     patience: int = field(default=30, metadata={"help": "Epochs without a better delta after which training stops."})
     seed: int = field(default=1234, metadata={"help": "Of the split, the model and the generated shelves."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
-
-
-def stop(message: str) -> SystemExit:
-    return SystemExit(f"run_scanpaths.py: {message}")
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
@@ -124,12 +129,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        model_args, data_args, training_args = parser.parse_json_file(arguments[0])
-    else:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     if model_args.model_name_or_path is not None and model_args.variant is not None:
         raise stop("--variant is for models from scratch; leave it out with --model_name_or_path")
     if model_args.variant not in (None, *OATConfig.variants):
@@ -155,23 +157,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     training_args.remove_unused_columns = False
     training_args.label_names = ["labels"]
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    _check_output_dir(training_args)
+    command_line.resolve_resume(NAME, training_args)
     return model_args, data_args, training_args
-
-
-def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
-    """Resolve `--resume_from_checkpoint last`, and refuse a folder whose contents would be overwritten."""
-    output_dir = Path(training_args.output_dir)
-    if training_args.resume_from_checkpoint == "last":
-        training_args.resume_from_checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        if training_args.resume_from_checkpoint is None:
-            raise stop(f"there is no checkpoint in {output_dir} to resume from")
-    if training_args.resume_from_checkpoint or training_args.overwrite_output_dir or training_args.process_index != 0:
-        return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise stop(
-            f"--output_dir {output_dir} is not empty; `--resume_from_checkpoint last` continues, `--overwrite_output_dir` starts anew"
-        )
 
 
 def load_trials(data_args: DataArguments, seed: int) -> list[Trial]:
@@ -274,6 +261,14 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script; returns the table of the test images."""
     model_args, data_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        return train_and_evaluate(model_args, data_args, training_args)
+
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, dict[str, float]]:
+    """Train and evaluate as asked for; returns the table of the test images."""
     set_seed(training_args.seed)
     trials = load_trials(data_args, training_args.seed)
     try:
@@ -312,7 +307,8 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
         print_table(table)
         folder = Path(training_args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "test_results.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
+        with written_whole(folder / "test_results.json") as part:
+            part.write_text(json.dumps(table, indent=2), encoding="utf-8")
         draw_pictures(model, test, folder / "pictures", data_args.num_pictures)
     card = {"finetuned_from": model_args.model_name_or_path}
     if training_args.push_to_hub:
@@ -323,6 +319,4 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

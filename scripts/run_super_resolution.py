@@ -28,31 +28,25 @@ as the scale) of the averaged weights, and of bicubic enlargement.
 Left out: the queue from which the published training draws its degraded batches. Here each patch has a degradation of its own.
 """
 
-import difflib
-import json
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageToImage,
-    HfArgumentParser,
     PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import hf_attn  # noqa: F401
@@ -60,12 +54,23 @@ from hf_attn.architectures.restoration.warm_start import start_as_interpolation
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
-from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
-from hf_attn.restoration.metrics import RestorationMetrics
-from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
-from hf_attn.restoration.resize import bicubic_resize
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.writing import written_whole
 
+
+try:
+    from hf_attn.restoration.adversarial import PerceptualLoss, UNetDiscriminator
+    from hf_attn.restoration.adversarial_training import AdversarialTrainerMixin
+    from hf_attn.restoration.metrics import RestorationMetrics
+    from hf_attn.restoration.pairs import DEGRADATIONS, Images, Patches, WholeImages
+    from hf_attn.restoration.resize import bicubic_resize
+except ImportError as error:
+    raise SystemExit("This script needs the extra `vision`: pip install 'hf_attn[vision]'") from error
+
+
+NAME = "run_super_resolution.py"
+stop = partial(command_line.stop, NAME)
 
 logger = logging.get_logger("run_super_resolution")
 
@@ -191,15 +196,11 @@ class ScriptTrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output_dir that is not empty, without resuming."}
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
-
-
-def stop(message: str) -> SystemExit:
-    return SystemExit(f"run_super_resolution.py: {message}")
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
@@ -208,13 +209,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        model_args, data_args, training_args = parser.parse_json_file(arguments[0])
-    else:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     if (model_args.model_name_or_path is None) == (model_args.model_type is None):
         raise stop("give exactly one of --model_name_or_path, --model_type")
     if model_args.model_type not in (None, *MODEL_TYPES):
@@ -243,10 +240,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.ema_decay = 0.99 if training_args.recipe is None else 0.999
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
-    training_args.batch_eval_metrics = True
     training_args.remove_unused_columns = False
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    _check_output_dir(training_args)
+    command_line.resolve_resume(NAME, training_args)
     return model_args, data_args, training_args
 
 
@@ -265,23 +261,6 @@ def _set_up_real_photographs(data_args: DataArguments, training_args: ScriptTrai
             raise stop("--perceptual_weights are for the adversarial training (--adversarial true)")
         if not Path(training_args.perceptual_weights).is_file():
             raise stop(f"--perceptual_weights {training_args.perceptual_weights} is not a file")
-
-
-def _check_output_dir(training_args: ScriptTrainingArguments) -> None:
-    """Resolve `--resume_from_checkpoint last`, and refuse a folder whose contents would be overwritten."""
-    output_dir = Path(training_args.output_dir)
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if training_args.resume_from_checkpoint == "last":
-        if last is None:
-            raise stop(f"there is no checkpoint in {output_dir} to resume from")
-        training_args.resume_from_checkpoint = last
-    if training_args.resume_from_checkpoint is not None and not Path(training_args.resume_from_checkpoint).is_dir():
-        raise stop(f"--resume_from_checkpoint {training_args.resume_from_checkpoint} is not a folder")
-    if training_args.resume_from_checkpoint or training_args.overwrite_output_dir or training_args.process_index != 0:
-        return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        advice = "`--resume_from_checkpoint last` continues, " if last is not None else ""
-        raise stop(f"--output_dir {output_dir} is not empty; {advice}`--overwrite_output_dir` starts anew")
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -360,11 +339,21 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
     scale = {} if model_args.scale is None else {"upscale": model_args.scale}
     attention = {"attn_implementation": model_args.attn_implementation}
     if model_args.model_name_or_path is not None:
-        return AutoModelForImageToImage.from_pretrained(
-            model_args.model_name_or_path, dtype=torch.float32, **attention, **scale
+        model, info = AutoModelForImageToImage.from_pretrained(
+            model_args.model_name_or_path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=model_args.scale is not None,
+            output_loading_info=True,
+            **attention,
+            **scale,
         )
+        # Only the enlarging convolutions depend on the scale.
+        unfit = [name for name, *_ in info["mismatched_keys"] if not name.startswith("reconstruction.convolutions.")]
+        if unfit:
+            raise stop(f"{model_args.model_name_or_path} has weights of other shapes: {', '.join(sorted(unfit))}")
+        return model
     config_class = type(AutoConfig.for_model(model_args.model_type))
-    overrides = {**scale, **parse_overrides(model_args.config_overrides, config_class)}
+    overrides = {**scale, **parse_overrides(NAME, model_args.config_overrides, config_class)}
     if model_args.variant is not None:
         if not issubclass(config_class, VariantsMixin):
             raise stop(f"{model_args.model_type} has no published variants; leave --variant out")
@@ -377,25 +366,6 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
     if model_args.start == "interpolation":
         start_as_interpolation(model)
     return model
-
-
-def parse_overrides(overrides: list[str], config_class: type) -> dict[str, object]:
-    """`["embed_dim=48", "loss_type=l2"]` as a dictionary; values are JSON, or else strings."""
-    known = [config_field.name for config_field in fields(config_class)]
-    parsed = {}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise stop(
-                f"--config_overrides takes fields of {config_class.__name__} as name=value, got {override!r}{hint}"
-            )
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
 
 
 class WeightAverage(TrainerCallback):
@@ -425,7 +395,8 @@ class WeightAverage(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file(self.average, folder / self.file_name)
+            with written_whole(folder / self.file_name) as part:
+                save_file(self.average, part)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -451,9 +422,9 @@ class WeightAverage(TrainerCallback):
 class Trainer(HubTrainerMixin, transformers.Trainer):
     """Evaluates averaged weights, halves the learning rate by a recipe, and writes the model card of the family."""
 
-    def __init__(self, *args, weight_average: WeightAverage, **kwargs):
+    def __init__(self, *args, weight_average: WeightAverage, metrics: RestorationMetrics | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.weight_average = weight_average
+        self.weight_average, self.metrics = weight_average, metrics
         self.add_callback(weight_average)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -470,6 +441,19 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
     def evaluate(self, *args, **kwargs):
         with self.weight_average.in_place():
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the scores of the images in the place of the images, which differ in size from process to process."""
+        loss, outputs, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        reconstruction = outputs[0] if isinstance(outputs, tuple) else outputs
+        scores = [self.metrics.scores(*pair) for pair in zip(reconstruction, labels, strict=True)]
+        scores = torch.tensor(scores, device=labels.device)
+        return loss, scores, scores
+
+
+def mean_scores(evaluation: transformers.EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` of the scores `(images, 2)` of all processes."""
+    return dict(zip(RestorationMetrics.score_names, evaluation.predictions.mean(axis=0).tolist(), strict=True))
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
@@ -494,10 +478,16 @@ def make_adversary(training_args: ScriptTrainingArguments, output_side: int) -> 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data_args, training_args = parse_arguments(arguments)
-    os.makedirs(training_args.output_dir, exist_ok=True)
     logging.set_verbosity(training_args.get_process_log_level())
-    set_seed(training_args.seed)
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        set_seed(training_args.seed)
+        return train_and_evaluate(model_args, data_args, training_args)
 
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, float]:
+    """Train and evaluate as asked for; returns the metrics of the evaluation."""
     model = make_model(model_args)
     scale = model.config.upscale
     train_images, eval_images = load_images(data_args)
@@ -527,7 +517,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         train_dataset=patches if training_args.do_train else None,
         eval_dataset=eval_pairs,
         data_collator=default_data_collator,
-        compute_metrics=metrics,
+        compute_metrics=mean_scores,
+        metrics=metrics,
         weight_average=weight_average,
         **adversary,
     )
@@ -557,6 +548,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -18,14 +18,14 @@ down, and the weights of the best epoch on the validation part, which is the ten
 See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
 """
 
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, pipeline, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, pipeline, set_seed
 from transformers.utils import logging
 
 from hf_attn import GMANConfig, GMANForPrediction
@@ -42,6 +42,12 @@ from hf_attn.modeling.gman.data import (
 from hf_attn.modeling.gman.graph import read_adjacency, read_spatial_embedding, spectral_embedding
 from hf_attn.modeling.gman.metrics import forecast_errors
 from hf_attn.modeling.gman.training import BatchNormMomentumCallback, staircase_schedule
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
+
+
+NAME = "run_traffic.py"
+stop = partial(command_line.stop, NAME)
 
 
 VARIANTS = [name for name in GMANConfig.variants if name != "tiny"]
@@ -109,6 +115,12 @@ class ScriptTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch."})
     metric_for_best_model: str = field(default="loss", metadata={"help": "What makes an epoch the best."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation loss before stopping."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
@@ -128,18 +140,16 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    parser = HfArgumentParser((DataArguments, ModelArguments, ScriptTrainingArguments))
+    given: set[str] = set()
+
     # The epochs default to what suits the data, which the base class must not see as None.
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    given = {argument.split("=")[0] for argument in arguments}
-    for name, for_synthetic, otherwise in (("--learning_rate", "3e-3", "1e-3"), ("--num_train_epochs", "5", "1000")):
-        if name not in given:
-            arguments += [name, otherwise if "--data_file" in given else for_synthetic]
-    data_args, model_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    def defaults(arguments: list[str]) -> dict[str, float]:
+        given.update(argument.split("=")[0] for argument in arguments)
+        synthetic = "--data_file" not in given
+        return {"learning_rate": 3e-3 if synthetic else 1e-3, "num_train_epochs": 5.0 if synthetic else 1000.0}
 
-    def fail(message: str):
-        raise SystemExit(f"run_traffic.py: {message}")
-
+    classes = (DataArguments, ModelArguments, ScriptTrainingArguments)
+    data_args, model_args, training_args = command_line.parse_arguments(NAME, classes, arguments, __doc__, defaults)
     # An evaluation in each epoch sets `do_eval`, so that it does not tell what was asked for.
     if not given & {"--do_train", "--do_eval", "--do_predict"}:
         training_args.do_train = training_args.do_eval = True
@@ -148,15 +158,15 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
             name for name, value in vars(model_args).items() if value is not None and name != "model_name_or_path"
         ]
         if others:
-            fail(f"--model_name_or_path has its own {', '.join(others)}; leave them out")
+            raise stop(f"--model_name_or_path has its own {', '.join(others)}; leave them out")
         if data_args.adjacency_file or data_args.spatial_embedding_file:
-            fail("--model_name_or_path has its own vectors of the sensors; leave the files of the graph out")
+            raise stop("--model_name_or_path has its own vectors of the sensors; leave the files of the graph out")
     elif data_args.data_file is not None and (data_args.adjacency_file is None) == (
         data_args.spatial_embedding_file is None
     ):
-        fail("give one of --adjacency_file and --spatial_embedding_file, which tell where the sensors are")
+        raise stop("give one of --adjacency_file and --spatial_embedding_file, which tell where the sensors are")
     if data_args.data_file is None and (data_args.adjacency_file or data_args.spatial_embedding_file):
-        fail("the synthetic data have a graph of their own; files of a graph need a --data_file")
+        raise stop("the synthetic data have a graph of their own; files of a graph need a --data_file")
     return data_args, model_args, training_args
 
 
@@ -246,6 +256,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the test part."""
     data_args, model_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
+    with training_folder(NAME, training_args, command_line.settings_of(model_args, data_args)):
+        return train_and_evaluate(data_args, model_args, training_args)
+
+
+def train_and_evaluate(
+    data_args: DataArguments, model_args: ModelArguments, training_args: ScriptTrainingArguments
+) -> dict[str, float]:
+    """Train and evaluate as asked for; returns the metrics of the test part."""
     set_seed(training_args.seed)
     try:
         table, steps_per_day, synthetic = load_data(data_args)
@@ -261,16 +279,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             for name, part in parts.items()
         }
     except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"run_traffic.py: {error}") from error
+        raise stop(f"{error}") from error
     if model_args.model_name_or_path is None:
         config.value_mean, config.value_std = windows["train"].statistics(config.null_value)
     horizons = data_args.horizons or sorted(
         {max(1, config.prediction_length // 4), max(1, config.prediction_length // 2), config.prediction_length}
     )
     if any(not 1 <= horizon <= config.prediction_length for horizon in horizons):
-        raise SystemExit(
-            f"run_traffic.py: --horizons must be between 1 and {config.prediction_length}, got {horizons}"
-        )
+        raise stop(f"--horizons must be between 1 and {config.prediction_length}, got {horizons}")
     if training_args.should_log:
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {config.num_nodes} sensors")
         print(", ".join(f"{name}: {len(part):,} windows" for name, part in windows.items()))
@@ -327,4 +343,4 @@ def draw(model: GMANForPrediction, table, test, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

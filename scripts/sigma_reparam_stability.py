@@ -30,6 +30,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_attn.analysis.entropy_callback import AttentionEntropyCallback
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
+from hf_attn.training.arguments import Parser, run_script, stop
+from hf_attn.training.output_folder import OutputFolderError, output_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "sigma_reparam_stability.py"
 
 
 ARCHITECTURES = ("post_ln", "no_ln")
@@ -85,12 +91,19 @@ class Run:
         return statistics.fmean(self.losses[-LAST_STEPS:])
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def load_digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Patches `(images, tokens, pixels)` and classes of the splits `train` and `test`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise SystemExit("This script needs scikit-learn: pip install scikit-learn") from error
+        raise stop(NAME, "the digits need the extra `train`: pip install 'hf_attn[train]'") from error
 
     digits = load_digits()
     images = 2 * (torch.tensor(digits.images, dtype=torch.float32) / 16 - MEAN_PIXEL)
@@ -212,20 +225,33 @@ def plot(runs: list[Run], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> list[Run]:
     """Run the experiment; returns its runs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--init", choices=["preserve", "unit"], default="preserve", help="As in apply_sigma_reparam.")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--entropy_every", type=int, default=10, help="Steps between two measurements of the entropy.")
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--batch_size", type=positive, default=64)
+    parser.add_argument("--depth", type=positive, default=12)
+    parser.add_argument("--hidden_size", type=positive, default=64)
+    parser.add_argument(
+        "--entropy_every", type=positive, default=10, help="Steps between two measurements of the entropy."
+    )
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Start anew; an earlier run is kept.")
     options = parser.parse_args(arguments)
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("output_dir", "overwrite_output_dir")
+    }
+    try:
+        with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME, continues=False):
+            return compare(options)
+    except OutputFolderError as error:
+        raise stop(NAME, error) from error
 
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+
+def compare(options: argparse.Namespace) -> list[Run]:
+    """Train all models, and report."""
     data = load_digits()
     runs = [
         Run(architecture, reparametrised, learning_rate, seed)
@@ -236,11 +262,12 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     for run in tqdm(runs, desc="runs"):
         train(run, data, options)
     print_table(runs)
-    (options.output_dir / "results.json").write_text(json.dumps([asdict(run) for run in runs]), encoding="utf-8")
+    with written_whole(options.output_dir / "results.json") as part:
+        part.write_text(json.dumps([asdict(run) for run in runs]), encoding="utf-8")
     highest = max(options.learning_rates)
     plot([run for run in runs if run.learning_rate == highest], options.output_dir / "stability.png")
     return runs
 
 
 if __name__ == "__main__":
-    main()
+    run_script(NAME, main)

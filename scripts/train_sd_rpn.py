@@ -10,7 +10,7 @@ ones on held-back images, and draws examples into `output_dir/overlays`:
 
 The paper's recipe for LLaVA-1.5-7B on labels that scripts/make_sd_rpn_labels.py has made, on four GPUs:
 
-    accelerate launch --num_processes 4 scripts/train_sd_rpn.py --base llava-hf/llava-1.5-7b-hf --bf16 true \\
+    accelerate launch --num_processes 4 scripts/train_sd_rpn.py --model_name_or_path llava-hf/llava-1.5-7b-hf --bf16 true \\
         --labels labels/gqa/labels labels/ocr_vqa/labels --output_dir rpn-7b --push_to_hub true
 
 The network ends up in `output_dir/rpn`. Started again with the same arguments the script continues where it was, and ends with
@@ -19,9 +19,9 @@ the same weights. Batch sizes, learning rate and so on are those of the paper fo
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    HfArgumentParser,
     PreTrainedModel,
     ProcessorMixin,
     TrainingArguments,
@@ -45,8 +44,10 @@ from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
 from hf_attn.modeling.sd_rpn.planted import PlantedSquares, tiny_llava
 from hf_attn.modeling.sd_rpn.regions import Box, llava_regions
 from hf_attn.modeling.sd_rpn.training import RoiCollator, SdRpnTrainer
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
 from hf_attn.training.stages import train_stage
+from hf_attn.training.writing import written_whole
 
 
 try:
@@ -56,6 +57,9 @@ except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
     ) from error
+
+NAME = "train_sd_rpn.py"
+stop = partial(command_line.stop, NAME)
 
 #: type of the base -> defaults of the paper's training, on four processes; "planted" is the task without data
 RECIPES = {
@@ -73,7 +77,7 @@ PLANTED_BRANCH, PLANTED_GRID, PLANTED_THRESHOLD = 2, 12, 0.5
 class ModelArguments:
     """The base, and the network to train."""
 
-    base: str | None = field(
+    model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id of a LLaVA, LLaVA-Next or Qwen2.5-VL. Default: a tiny random LLaVA."},
     )
@@ -92,7 +96,8 @@ class DataArguments:
     """What to train on."""
 
     labels: list[str] | None = field(
-        default=None, metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --base."}
+        default=None,
+        metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --model_name_or_path."},
     )
     validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
     num_overlays: int = field(default=8, metadata={"help": "Held-back images to draw maps and boxes over."})
@@ -113,14 +118,12 @@ class ScriptTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "All parameters that are trained are used in each step."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 Arguments = tuple[ModelArguments, DataArguments, ScriptTrainingArguments]
-
-
-def stop(message: str) -> SystemExit:
-    return SystemExit(f"train_sd_rpn.py: {message}")
 
 
 def parse_arguments(arguments: list[str] | None) -> Arguments:
@@ -129,19 +132,15 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        arguments = [
-            text
-            for name, value in given.items()
-            for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-        ]
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    parser.set_defaults(**RECIPES[_kind_of_base(arguments)])
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
-    if (model_args.base is None) != (data_args.labels is None):
-        raise stop("--base and --labels go together; without both, the task without data is trained")
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME,
+        (ModelArguments, DataArguments, ScriptTrainingArguments),
+        arguments,
+        __doc__,
+        lambda arguments: RECIPES[_kind_of_base(arguments)],
+    )
+    if (model_args.model_name_or_path is None) != (data_args.labels is None):
+        raise stop("--model_name_or_path and --labels go together; without both, the task without data is trained")
     if model_args.rpn is not None and model_args.branch_layer is not None:
         raise stop("--branch_layer is for a new network; that of --rpn has its own")
     if data_args.validation_size < data_args.num_overlays:
@@ -153,13 +152,18 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
 def _kind_of_base(arguments: list[str]) -> str:
     """Which recipe the arguments ask for."""
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only.add_argument("--base")
-    base = only.parse_known_args(arguments)[0].base
+    only.add_argument("--model_name_or_path")
+    base = only.parse_known_args(arguments)[0].model_name_or_path
     if base is None:
         return "planted"
-    kind = AutoConfig.from_pretrained(base).model_type
+    try:
+        kind = AutoConfig.from_pretrained(base).model_type
+    except (OSError, ValueError) as error:
+        raise stop(f"--model_name_or_path {base} cannot be loaded: {error}") from error
     if kind not in RECIPES:
-        raise stop(f"--base {base} is a {kind!r}; SD-RPN is for {', '.join(sorted(set(RECIPES) - {'planted'}))}")
+        raise stop(
+            f"--model_name_or_path {base} is a {kind!r}; SD-RPN is for {', '.join(sorted(set(RECIPES) - {'planted'}))}"
+        )
     return kind
 
 
@@ -183,7 +187,7 @@ def settings_of(model_args: ModelArguments, data_args: DataArguments, training_a
         "fp16",
     ]
     training = {name: getattr(training_args, name) for name in names}
-    return json.loads(json.dumps({**asdict(model_args), **asdict(data_args), **training}, default=str))
+    return {**command_line.settings_of(model_args, data_args), **training}
 
 
 # --- model and data ------------------------------------------------------------------------------------------------
@@ -193,18 +197,19 @@ def load_base(
     model_args: ModelArguments, training_args: ScriptTrainingArguments
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The base and its processor; the tiny one is kept in the output folder, for use with the network."""
-    if model_args.base is None:
+    if model_args.model_name_or_path is None:
         base, processor = tiny_llava(PLANTED_GRID)
         folder = Path(training_args.output_dir, "base")
         if training_args.process_index == 0 and not folder.is_dir():
-            base.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            with written_whole(folder) as part:
+                base.save_pretrained(part)
+                processor.save_pretrained(part)
         return base, processor
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     base = AutoModelForImageTextToText.from_pretrained(
-        model_args.base, dtype=dtype, attn_implementation=model_args.attn_implementation
+        model_args.model_name_or_path, dtype=dtype, attn_implementation=model_args.attn_implementation
     )
-    return base, AutoProcessor.from_pretrained(model_args.base)
+    return base, AutoProcessor.from_pretrained(model_args.model_name_or_path)
 
 
 def make_rpn(model_args: ModelArguments, base: PreTrainedModel) -> SdRpnModel:
@@ -212,7 +217,7 @@ def make_rpn(model_args: ModelArguments, base: PreTrainedModel) -> SdRpnModel:
     if model_args.rpn is not None:
         return SdRpnModel.from_pretrained(model_args.rpn, dtype=torch.float32)
     options = {"num_hidden_layers": model_args.num_rpn_layers}
-    if model_args.base is None:
+    if model_args.model_name_or_path is None:
         options |= {"branch_layer": PLANTED_BRANCH, "thresholds": {"default": PLANTED_THRESHOLD}}
     if model_args.branch_layer is not None:
         options["branch_layer"] = model_args.branch_layer
@@ -293,10 +298,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure on the held-back images and draw some of them; the untrained network is measured beside the trained one."""
     model_args, data_args, training_args = args
-    shown = held_back if model_args.base is None else held_back.select(range(data_args.num_overlays))
+    shown = held_back if model_args.model_name_or_path is None else held_back.select(range(data_args.num_overlays))
     found = look(SdRpnGenerator(base, rpn.eval(), processor), shown)
     metrics = {}
-    if model_args.base is None:
+    if model_args.model_name_or_path is None:
         before = look(SdRpnGenerator(base, untrained.eval(), processor), held_back)
         metrics = {
             "mean_iou": mean_iou([image.boxes for image in found], held_back),
@@ -312,16 +317,17 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
-    args = model_args, data_args, training_args = parse_arguments(arguments)
+    args = _, _, training_args = parse_arguments(arguments)
+    with training_folder(NAME, training_args, settings_of(*args), continues=True):
+        return train_and_evaluate(*args)
+
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, float]:
+    """Train, as far as it is not done yet, and evaluate; returns the metrics of the evaluation."""
+    args = model_args, data_args, training_args
     output = Path(training_args.output_dir)
-    try:
-        with training_args.main_process_first(desc="output folder", local=False):
-            if training_args.process_index == 0 and claim_output_folder(
-                output, settings_of(*args), training_args.overwrite_output_dir
-            ):
-                print(f"Continuing the run in {output}.")
-    except OutputFolderError as error:
-        raise stop(f"{error} (--overwrite_output_dir)") from error
     set_seed(training_args.seed)
 
     base, processor = load_base(model_args, training_args)
@@ -367,16 +373,17 @@ def report(
     """Print the metrics, and keep them in a file and in the model card."""
     for name, value in metrics.items():
         print(f"{name.replace('_', ' '):20}{value:8.3f}")
-    (output / "eval_results.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    with written_whole(output / "eval_results.json") as part:
+        part.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     training = {
         name: getattr(training_args, name)
         for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
     }
-    write_model_card(output / "rpn", rpn, base_model=model_args.base, evaluation=metrics, training=training)
+    write_model_card(
+        output / "rpn", rpn, base_model=model_args.model_name_or_path, evaluation=metrics, training=training
+    )
     print(f"The network is in {output / 'rpn'}, pictures of where it looks are in {output / 'overlays'}.")
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

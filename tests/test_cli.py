@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -298,17 +299,48 @@ def test_a_part_of_a_model_has_no_folder(official, tmp_path, capsys):
 
 def test_quickstart_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
-    fake = SimpleNamespace(quickstart=lambda *arguments, **options: calls.append((arguments, options)))
-    monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", fake)
+    for name, function in (("quickstart", "quickstart"), ("echo_att", "echo_att")):
+        record = lambda *arguments, name=name, **options: calls.append((name, arguments, options))  # noqa: E731
+        monkeypatch.setitem(sys.modules, f"hf_attn.examples.{name}", SimpleNamespace(**{function: record}))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
     assert main(["quickstart", "--steps", "3", "--output", str(tmp_path)]) == 0
     assert main(["quickstart"]) == 0
-    assert calls == [((tmp_path,), {"steps": 3}), ((Path("outputs/quickstart"),), {})]
+    assert main(["quickstart", "--example", "echo_att"]) == 0
+    assert calls == [
+        ("quickstart", (tmp_path,), {"steps": 3}),
+        ("quickstart", (Path("outputs/quickstart"),), {}),
+        ("echo_att", (Path("outputs/echo_att"),), {}),
+    ]
 
 
 def test_quickstart_takes_these_options():
+    from hf_attn.examples.echo_att import echo_att
     from hf_attn.examples.quickstart import quickstart
 
-    inspect.signature(quickstart).bind(Path("output"), steps=3)
+    for example in (quickstart, echo_att):
+        inspect.signature(example).bind(Path("output"), steps=3)
+
+
+def test_threads_are_told_to_wait_before_torch_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hf_attn.examples.quickstart", SimpleNamespace(quickstart=lambda output: None))
+    for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+        # Set first, so that it is unset again after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert main(["quickstart"]) == 0
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["KMP_BLOCKTIME"]) == ("passive", "0")
+    code = "import sys, hf_attn.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "import subprocess, sys\nsys.exit(__import__('hf_attn.cli', fromlist=['main']).main(['papers', '--json']))"
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    assert writer.wait() == 0
 
 
 @pytest.mark.parametrize("error", [AssetError, OutputFolderError, ImportError])

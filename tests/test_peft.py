@@ -149,3 +149,17 @@ def test_a_fresh_process_loads_adapters_whatever_is_imported_first(imports, tmp_
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str(sorted(model.peft_config["default"].target_modules))
+
+
+def test_an_adapter_without_a_task_type_loads(tmp_path):
+    """Image families have no task type in PEFT: the adapter names the class of its model."""
+    set_seed(0)
+    base = tiny_model(next(family for family in families() if family.model_type == "shvit"))
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    adapted = perturbed(peft.get_peft_model(model, peft.LoraConfig())).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, adapted(images).logits)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_attn
-from hf_attn.catalog import OWN_AUTO_CLASSES, PAPERS, families
+from hf_attn.catalog import DISTRIBUTED_ATTENTION, OWN_AUTO_CLASSES, PAPERS, families
 from hf_attn.registration import LazyContent, load
 from tests.batteries.fork_server import ForkServer
 
@@ -61,6 +61,10 @@ def test_import_alone_imports_neither_torch_nor_transformers():
         "hf_attn._import_hooks",
         "hf_attn._moved",
         "hf_attn.catalog",
+        "hf_attn.catalog.domains",
+        "hf_attn.catalog.entries",
+        "hf_attn.catalog.images",
+        "hf_attn.catalog.text",
         "hf_attn.registration",
     }
 
@@ -356,7 +360,8 @@ def test_catalogue_lists_the_attention_names_that_are_registered():
     from hf_attn.attention import MECHANISMS
 
     listed = [name for paper in PAPERS.values() for name in paper.attention]
-    assert sorted(listed) == sorted(name for mechanism in MECHANISMS for name in mechanism.names)
+    computed = [name for mechanism in MECHANISMS for name in mechanism.names]
+    assert sorted(listed) == sorted([*computed, *DISTRIBUTED_ATTENTION])
 
 
 def test_public_names_resolve():

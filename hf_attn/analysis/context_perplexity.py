@@ -8,6 +8,14 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 
+def perplexity_of(loss: float) -> float:
+    """Perplexity of a mean loss in nats a token; infinite where it is beyond what a number can hold."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @torch.no_grad()
 def perplexity_by_context(
     model: PreTrainedModel,
@@ -39,6 +47,8 @@ def perplexity_by_context(
     Raises:
         ValueError: for a length below 2, or one that the text is too short for.
     """
+    if not lengths or piece < 1:
+        raise ValueError(f"There must be a length, and pieces of at least 1 token; got {list(lengths)} and {piece}.")
     if min(lengths) < 2:
         raise ValueError(f"A segment needs at least 2 tokens, got lengths {list(lengths)}.")
     longest = max(lengths)
@@ -61,5 +71,5 @@ def perplexity_by_context(
                     ).item()
                     count += len(targets)
                     bar.update(len(ids))
-            perplexities[length] = math.exp(loss / count)
+            perplexities[length] = perplexity_of(loss / count)
     return perplexities

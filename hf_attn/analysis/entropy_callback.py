@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 QUERY_NAMES = ("q_proj", "query", "qkv", "q_lin")
 KEY_NAMES = ("k_proj", "key", "qkv", "k_lin")
 
+_DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
+
 
 class AttentionEntropyCallback(TrainerCallback):
     """Trainer callback that logs the entropy of attention per layer and head on a fixed batch, and warns of its collapse.
@@ -35,7 +37,9 @@ class AttentionEntropyCallback(TrainerCallback):
     (the largest lower bound of the layers); everything is kept in `history`.
 
     Args:
-        batch: inputs of the model, as tensors; labels are ignored. Rows of attention that see padding count as well.
+        batch: inputs of the model, as tensors or nested lists with a batch dimension. Labels are ignored, but an
+            encoder-decoder without `decoder_input_ids` makes them of the labels. Rows of attention that see padding count
+            as well. Of an encoder-decoder the layers are those of the encoder, of the decoder, and the cross-attentions.
         every_steps: steps between measurements.
         collapse_below: warn when the mean entropy of a layer falls below this fraction of the entropy of uniform
             attention (for causal models the uniform attention over the keys that each row may see).
@@ -50,7 +54,14 @@ class AttentionEntropyCallback(TrainerCallback):
             raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
         if not 0 < collapse_below < 1:
             raise ValueError(f"collapse_below is a fraction between 0 and 1, got {collapse_below}.")
-        self.batch = {name: tensor for name, tensor in batch.items() if not name.startswith("label")}
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batch must be a dictionary of the inputs of the model, got {type(batch).__name__}.")
+        try:
+            self.batch = {name: torch.as_tensor(value) for name, value in batch.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The inputs in batch must be tensors or rectangular lists of numbers: {error}"
+            ) from error
         self.every_steps = every_steps
         self.collapse_below = collapse_below
         self.history: list[dict] = []
@@ -84,14 +95,18 @@ class AttentionEntropyCallback(TrainerCallback):
         """
         model = getattr(model, "module", model)
         device = next(model.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in self.batch.items()}
+        inputs = {name: tensor.to(device) for name, tensor in self.batch.items() if not name.startswith("label")}
+        if getattr(model.config, "is_encoder_decoder", False) and not inputs.keys() & _DECODER_INPUTS:
+            if "labels" not in self.batch:
+                raise ValueError("batch needs decoder_input_ids or labels: the model is an encoder-decoder.")
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(self.batch["labels"].to(device))
         layers = _attention_layers(model)
         norms: dict[nn.Module, float] = {}
         handles = [layer.register_forward_pre_hook(_input_norm(norms), with_kwargs=True) for layer in layers]
         try:
             # In eval mode throughout: reparametrised projections must not move their singular vectors.
             with eager_attention(model):
-                attentions = model(**inputs, output_attentions=True).attentions
+                attentions, bounded = _attentions(model(**inputs, output_attentions=True))
                 logit_norms = [_logit_norm(layer, norms[layer]) for layer in layers if layer in norms]
         finally:
             for handle in handles:
@@ -108,7 +123,7 @@ class AttentionEntropyCallback(TrainerCallback):
             "bound": [None] * len(attentions),
             "uniform": sum(count.float().log().mean().item() for count in visible) / len(visible),
         }
-        if len(logit_norms) == len(attentions):
+        if bounded and len(logit_norms) == len(attentions):
             entry["bound"] = [
                 None if norm is None else entropy_lower_bound(norm, keys).mean().item()
                 for norm, keys in zip(logit_norms, visible, strict=True)
@@ -142,8 +157,11 @@ class AttentionEntropyCallback(TrainerCallback):
             path: file to write; its suffix sets the format.
 
         Raises:
+            ValueError: if nothing has been measured yet.
             ImportError: if matplotlib (the extra `plot`) is not installed.
         """
+        if not self.history:
+            raise ValueError("Nothing has been measured yet: train with the callback, or call `measure`.")
         figure = new_figure(7, 4)
         from matplotlib import colormaps  # there, or the line above has said so
 
@@ -158,6 +176,17 @@ class AttentionEntropyCallback(TrainerCallback):
         if num_layers <= 12:
             axes.legend(fontsize="small", ncols=2)
         figure.savefig(path, dpi=150)
+
+
+def _attentions(outputs) -> tuple[tuple[torch.Tensor, ...], bool]:
+    """Attention maps of all layers, and whether the bound holds for them.
+
+    The keys of a cross-attention come from elsewhere than its queries, and the order of modules is another one there.
+    """
+    if getattr(outputs, "attentions", None):
+        return outputs.attentions, True
+    names = ("encoder_attentions", "decoder_attentions", "cross_attentions")
+    return tuple(layer for name in names for layer in (getattr(outputs, name, None) or ())), False
 
 
 def summary(entry: dict) -> dict[str, float]:

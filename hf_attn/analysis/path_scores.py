@@ -12,6 +12,10 @@ from transformers import PreTrainedModel, default_data_collator
 from .figures import new_figure
 
 
+#: label of samples that are left out, as in the losses of torch
+IGNORED = -100
+
+
 @dataclass(frozen=True)
 class PathScores:
     """Accuracy of the paths of a model.
@@ -21,7 +25,7 @@ class PathScores:
         ensemble: accuracy of the ensemble.
         alone: accuracy of each path alone, `(paths,)`.
         without: accuracy of the ensemble without each path, `(paths,)`; equal to `ensemble` for pruned paths.
-        num_samples: number of images.
+        num_samples: number of images that were counted.
     """
 
     names: tuple[str, ...]
@@ -90,13 +94,16 @@ def path_scores(
 
     Args:
         model: a `PathEnsembleForImageClassification`.
-        dataset: samples with `pixel_values` `(channels, height, width)` and `labels`, the index of a class.
+        dataset: samples with `pixel_values` `(channels, height, width)` and `labels`, the index of a class; those with the
+            label -100 are left out.
         batch_size: number of samples of a forward pass.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if the model has no paths, or if the data set is empty or has no labels.
+        ValueError: if the model has no paths, if the data set is empty or has no labels, or if a label is no class.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not hasattr(model, "path_logits"):
         raise ValueError(
             f"{type(model).__name__} has no paths. Make a path ensemble of it: "
@@ -107,19 +114,17 @@ def path_scores(
     try:
         hits, count = 0, 0
         for batch in tqdm(_batches(dataset, batch_size), desc="Path scores", unit="batch", disable=not progress):
-            if "labels" not in batch:
-                raise ValueError(
-                    f"The samples have no labels, only {', '.join(batch)}: there is nothing to compare with."
-                )
             labels = batch["labels"].to(model.device)
+            _check_labels(labels, model.config.num_labels)
+            counted = labels != IGNORED
             logits = model.path_logits(batch["pixel_values"].to(model.device))
             scores = torch.cat([logits.ensemble[None], logits.alone, logits.without])
-            hits = hits + (scores.argmax(dim=-1) == labels).sum(dim=-1).cpu()
-            count += len(labels)
+            hits = hits + (scores.argmax(dim=-1) == labels)[:, counted].sum(dim=-1).cpu()
+            count += int(counted.sum())
     finally:
         model.train(was_training)
     if count == 0:
-        raise ValueError("The data set is empty: there is nothing to score the paths on.")
+        raise ValueError("The data set is empty, or all its labels are -100: there is nothing to score the paths on.")
     accuracy = hits.float() / count
     paths = model.config.num_paths
     return PathScores(
@@ -131,10 +136,31 @@ def path_scores(
     )
 
 
+def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Refuse labels that would count as misses because they are no class."""
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"A label must be the index of one class, a whole number; got {labels.dtype} of shape {tuple(labels.shape)}, "
+            f"such as {labels.flatten()[:1].tolist()}."
+        )
+    outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
+    if len(outside):
+        raise ValueError(
+            f"There are labels that are no class of the model, which has the classes 0 to {num_classes - 1}: "
+            f"{outside[0].item()}. A label of {IGNORED} leaves a sample out."
+        )
+
+
 def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int):
     samples = []
-    for sample in dataset:
-        samples.append(sample)
+    for number, sample in enumerate(dataset):
+        missing = [name for name in ("pixel_values", "labels") if name not in sample]
+        if missing:
+            raise ValueError(
+                f"Sample {number} has no {' and no '.join(missing)}, only {', '.join(sample)}: there is nothing to compare."
+            )
+        # The others, such as the name of a file, may not fit into a batch.
+        samples.append({name: sample[name] for name in ("pixel_values", "labels")})
         if len(samples) == batch_size:
             yield default_data_collator(samples)
             samples = []

@@ -5,17 +5,17 @@ the mean over samples of the cosine between their maps, flattened over heads and
 its mean similarity with all others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .figures import new_figure
-from .recording import eager_attention
+from .recording import attention_maps
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class AttentionSimilarity:
                 batch dimension.
 
         Raises:
-            ValueError: if there is no sample, or if the maps of the layers have different shapes.
+            ValueError: if there is no sample, if the maps of the layers have different shapes, or if a map is empty or not
+                finite.
         """
         total, count = 0.0, 0
         for maps in samples:
@@ -48,17 +49,17 @@ class AttentionSimilarity:
                 raise ValueError(
                     f"The attention maps of the layers cannot be compared, their shapes differ: {shapes}."
                 )
+            if 0 in shapes[0]:
+                raise ValueError(f"An attention map is empty, its shape is {shapes[0]}: the sample has no tokens.")
             if len(shapes[0]) == 3:
                 maps = [layer[None] for layer in maps]
             for sequence in range(maps[0].shape[0]):
-                flat = torch.stack([layer[sequence].flatten().float() for layer in maps])
-                flat = torch.nn.functional.normalize(flat, dim=-1)
-                total = total + flat @ flat.T
+                total = total + _cosines([layer[sequence] for layer in maps])
                 count += 1
         if count == 0:
             raise ValueError("The dataset is empty: there is nothing to measure the similarity on.")
-        similarity = (total / count).cpu()
-        return cls(((similarity + similarity.T) / 2).fill_diagonal_(1.0), count)
+        similarity = ((total + total.T) / (2 * count)).clamp(max=1.0)
+        return cls(similarity.fill_diagonal_(1.0).float(), count)
 
     @property
     def num_layers(self) -> int:
@@ -66,8 +67,8 @@ class AttentionSimilarity:
 
     @property
     def scores(self) -> torch.Tensor:
-        """Mean similarity of each layer with all other layers, `(layers,)`."""
-        return (self.similarity.sum(dim=-1) - self.similarity.diagonal()) / (self.num_layers - 1)
+        """Mean similarity of each layer with all other layers, `(layers,)`; 0 for a single layer."""
+        return (self.similarity.sum(dim=-1) - self.similarity.diagonal()) / max(1, self.num_layers - 1)
 
     @property
     def untouched_ends(self) -> tuple[int, int]:
@@ -186,8 +187,8 @@ def attention_similarity(
     Args:
         model: a decoder or an encoder of transformers.
         dataset: samples without padding. A sample is a tensor or a list of token ids `(sequence,)` or
-            `(batch, sequence)`, a dictionary of the model's inputs (such as a row of a `datasets.Dataset`; labels are
-            ignored), or a text.
+            `(batch, sequence)`, a dictionary of the model's inputs with or without a batch dimension (such as a row of a
+            `datasets.Dataset`; labels are ignored), or a text.
         tokenizer: needed for texts.
         max_length: texts are cut to this many tokens.
         progress: whether to show a progress bar.
@@ -197,40 +198,27 @@ def attention_similarity(
             else.
     """
 
-    def maps() -> Iterator[tuple[torch.Tensor, ...]]:
-        for sample in tqdm(dataset, desc="Attention similarity", unit="sample", disable=not progress):
-            inputs = _model_inputs(sample, tokenizer, max_length)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
-            if not attentions or any(layer is None for layer in attentions):
-                raise ValueError(
-                    f"{type(model).__name__} returns no attention maps, so their similarity cannot be measured. It needs "
-                    "a model whose `output_attentions=True` fills `attentions` with one softmax map a layer."
-                )
-            yield attentions
-
-    with torch.no_grad(), eager_attention(model):
-        return AttentionSimilarity.from_maps(maps())
+    maps = attention_maps(model, dataset, tokenizer, max_length, "Attention similarity", progress)
+    return AttentionSimilarity.from_maps(maps)
 
 
-def _model_inputs(sample: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, torch.Tensor]:
-    if isinstance(sample, str):
-        if tokenizer is None:
-            raise ValueError("The dataset holds texts; pass the model's tokenizer as well.")
-        sample = tokenizer(sample, truncation=True, max_length=max_length)
-    elif isinstance(sample, torch.Tensor | list | tuple):
-        sample = {"input_ids": sample}
-    try:
-        inputs = {name: torch.as_tensor(value) for name, value in sample.items() if not name.startswith("label")}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            "A sample must be token ids, a dictionary of model inputs, or a text with a tokenizer; got "
-            f"{type(sample).__name__}: {error}"
-        ) from error
-    # Tokens have two dimensions with their batch, images four.
-    inputs = {name: value if value.dim() % 2 == 0 else value[None] for name, value in inputs.items()}
-    if "attention_mask" in inputs and not inputs["attention_mask"].all():
-        raise ValueError(
-            "A sample is padded; maps of padding would be compared. Pass sequences one at a time, unpadded."
-        )
-    return inputs
+def _cosines(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Cosines between the maps of one sequence, `(layers, layers)` in float64 on the CPU.
+
+    A map has `heads * tokens**2` numbers, whose sum in float32 would be off by a few thousandths.
+    """
+    # The numbers of one row of attention, of all heads, at a time: in float64 whole maps would take twice their memory.
+    products = 0.0
+    for rows in zip(*(layer.split(64, dim=-2) for layer in layers), strict=True):
+        flat = torch.stack([row.flatten() for row in rows])
+        flat = (flat.cpu() if flat.device.type == "mps" else flat).double()
+        products = products + flat @ flat.T
+    products = products.cpu()
+    for layer, square in enumerate(products.diagonal().tolist()):
+        if not math.isfinite(square) or square == 0:
+            raise ValueError(
+                f"The attention map of layer {layer} is {'empty' if square == 0 else 'not finite'}: there is no similarity "
+                "with it. Look for NaN in the weights of the model or in its inputs."
+            )
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms)

@@ -1,6 +1,9 @@
 """Image preprocessing of the published models, by transformers' own image processors."""
 
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ class ImagePreprocessingMixin:
     image_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     crop_ratio: float | None = 0.875
 
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """`image_mean` and `image_std` for each of `num_channels`; for other images than RGB their averages."""
+        mean, std = (
+            list(values) if len(values) == self.num_channels else [sum(values) / len(values)] * self.num_channels
+            for values in (self.image_mean, self.image_std)
+        )
+        return mean, std
+
     @property
     def image_height_width(self) -> tuple[int, int]:
         """`image_size`, which is one number for square images."""
@@ -34,6 +45,31 @@ class ImagePreprocessingMixin:
     def resized_edge(self) -> int:
         """Shortest side that images are resized to before the crop to `image_size`."""
         return int(max(self.image_height_width) / self.crop_ratio)
+
+
+@cache
+def imagenet_names() -> tuple[str, ...] | None:
+    """Names of the 1,000 classes of ImageNet, in order, as transformers' own configurations have them.
+
+    They are those that timm carries; none if timm is not installed.
+    """
+    timm = find_spec("timm")
+    if timm is None or timm.origin is None:
+        return None
+    folder = Path(timm.origin).parent / "data" / "_info"
+    synsets, lemmas = folder / "imagenet_synsets.txt", folder / "imagenet_synset_to_lemma.txt"
+    if not (synsets.is_file() and lemmas.is_file()):
+        return None
+    names = dict(line.split("\t", 1) for line in lemmas.read_text(encoding="utf-8").splitlines())
+    return tuple(names[synset] for synset in synsets.read_text(encoding="utf-8").split())
+
+
+def published_labels(num_labels: int) -> dict[str, Any]:
+    """Fields of a configuration for the labels of a published classifier: the names of ImageNet, if it has 1,000."""
+    names = imagenet_names() if num_labels == 1000 else None
+    if names is None:
+        return {"num_labels": num_labels}
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
@@ -61,12 +97,13 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
         raise ImportError("Image processors need torchvision and Pillow: `pip install 'hf_attn[vision]'`.")
     height, width = config.image_height_width
     image_size = {"height": height, "width": width}
+    mean, std = config.channel_statistics()
     return BitImageProcessor(
         size=image_size if config.crop_ratio is None else {"shortest_edge": config.resized_edge},
         do_center_crop=config.crop_ratio is not None,
         crop_size=image_size,
         do_convert_rgb=config.num_channels == 3,
         resample=3,
-        image_mean=list(config.image_mean),
-        image_std=list(config.image_std),
+        image_mean=mean,
+        image_std=std,
     )

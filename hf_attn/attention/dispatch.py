@@ -89,7 +89,11 @@ class AttentionFunction:
             ValueError: for an unknown name, and if the pinned implementation cannot serve the call.
         """
         pinned = None if name is None else self.implementation(name)
-        for implementation in self.preferred(call) if pinned is None else (pinned,):
+        candidates = self.preferred(call) if pinned is None else (pinned,)
+        if pinned is None and torch.compiler.is_exporting():
+            # `eager` has operators of torch only, which other runtimes know.
+            candidates = self.implementations[-1:]
+        for implementation in candidates:
             if pinned is None and implementation.gpu_kernel and not self._is_proven(implementation, call):
                 continue
             found = implementation.check(call)

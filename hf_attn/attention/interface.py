@@ -181,9 +181,11 @@ def uses_attention(model: nn.Module, name: str) -> None:
             f"`from_pretrained(..., attn_implementation={name!r})` or call `model.set_attn_implementation({name!r})`."
         )
     for module in model.modules():
-        forward = inspect.unwrap(type(module).forward)
-        if "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", uses_attention.__code__).co_names:
-            return
+        # The decoder body looks the function up in a method of its own.
+        for method in (type(module).forward, getattr(type(module), "attention_function", None)):
+            code = getattr(inspect.unwrap(method), "__code__", uses_attention.__code__)
+            if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+                return
     raise ValueError(
         f"{type(model).__name__} ignores attn_implementation: its attention does not go through transformers' attention "
         f"interface, so {name!r} would be accepted and never called. Use a model that does, such as Llama, Qwen2, "

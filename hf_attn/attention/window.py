@@ -13,6 +13,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from ..kernels.call import AttentionCall, Refusal
 from .dispatch import AttentionFunction, Implementation
+from .softmax import eager_attention_forward
 
 
 @dataclass(eq=False)
@@ -36,12 +37,17 @@ class WindowCall(AttentionCall):
 
 def window_attention_eager(call: WindowCall, found: None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification."""
-    logits = call.scaling * call.query @ call.key.transpose(-2, -1) + call.position_bias
-    if call.attention_mask is not None:
-        logits = logits + call.attention_mask
-    weights = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(call.query.dtype)
-    weights = nn.functional.dropout(weights, p=call.dropout)
-    return weights @ call.value, weights
+    output, weights = eager_attention_forward(
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        call.attention_mask,
+        scaling=call.scaling,
+        dropout=call.dropout,
+        position_bias=call.position_bias,
+    )
+    return output.transpose(1, 2), weights
 
 
 def _sdpa(call: WindowCall, found: None) -> tuple[torch.Tensor, None]:

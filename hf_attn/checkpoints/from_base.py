@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..attention.family import OwnAttentionMixin
+from ..hub import hub_id
+from .quiet import quietly
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,14 @@ class FromBaseMixin:
         """
         dropped = tuple(name for name in base_state if cls.dropped_from_base(name, config))
         kept_state = {name: tensor.clone() for name, tensor in base_state.items() if name not in dropped}
-        model, info = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=cls.state_from_base(kept_state, config),
-            output_loading_info=True,
-            dtype=dtype,
-        )
+        with quietly():  # every tensor is accounted for below
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=cls.state_from_base(kept_state, config),
+                output_loading_info=True,
+                dtype=dtype,
+            )
         new = tuple(sorted(info["missing_keys"]))
         unfilled = [name for name in new if not cls.new_to_base(name, config)]
         if info["unexpected_keys"] or unfilled:
@@ -147,6 +150,9 @@ class FromBaseMixin:
                 f"{', '.join(sorted(info['unexpected_keys'])) or 'none'}; tensors that the base lacks: "
                 f"{', '.join(unfilled) or 'none'}."
             )
+        # Saved with the configuration: the base stays with the model wherever it goes.
+        if (base := hub_id(base_name)) is not None:
+            model.config.base_model_name_or_path = base
         state = model.state_dict()
         model.base_report = BaseReport(
             base=base_name,

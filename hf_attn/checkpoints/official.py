@@ -1,8 +1,7 @@
 """Official checkpoints -> families of this package, strictly: nothing is left over and nothing stays unfilled."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,6 +14,7 @@ from torch import nn
 
 from ..catalog import PAPERS, get_paper
 from .files import INDEX_SUFFIX, ConversionError, LazyTensors, open_checkpoint
+from .quiet import quietly
 
 
 #: names under which training code keeps the weights in its files; the first that is there is taken, averages before the rest
@@ -204,22 +204,6 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bar and report on keys; our own error says what does not fit."""
-    from transformers.utils import logging
-
-    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_progress_bar:
-            logging.enable_progress_bar()
-
-
 def load_strict(
     model_class: type[nn.Module], config: Any, state_dict: dict[str, torch.Tensor], source: str
 ) -> nn.Module:
@@ -250,7 +234,7 @@ def load_strict(
         if not (missing or unexpected or mismatched):
             model.load_state_dict(state_dict)
     else:
-        with _quietly():
+        with quietly():
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state_dict, ignore_mismatched_sizes=True, output_loading_info=True
             )

@@ -1,16 +1,17 @@
 """The `hf-attn` command: one module a command, each with `add_parser`; what a command needs is imported when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze_vit, check_gpu, convert, papers, quickstart
+from . import analyze_vit, check_gpu, compare, convert, papers, plan, quickstart
 from ._command import CommandError, formatter
 
 
 #: in the order of `hf-attn --help`
-COMMANDS = (papers, convert, quickstart, analyze_vit, check_gpu)
+COMMANDS = (papers, convert, quickstart, compare, analyze_vit, plan, check_gpu)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough (`hf-attn papers | head`). What is still in the buffer would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CommandError, ValueError, OSError) as error:
         print(f"hf-attn: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

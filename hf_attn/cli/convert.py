@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..training.output_folder import LOCK, locked
 from ._command import CommandError, formatter
 
 
@@ -48,6 +49,11 @@ def run(options: argparse.Namespace) -> None:
     _check_output(options.output, options.overwrite, options.checkpoint)
     config = _read_config(options.config) if options.config else None
 
+    with locked(options.output):
+        _convert(options, config)
+
+
+def _convert(options: argparse.Namespace, config: dict | None) -> None:
     from transformers import PreTrainedModel
 
     from ..architectures.imaging import ImagePreprocessingMixin, image_processor_for
@@ -88,7 +94,7 @@ def _check_output(output: Path, overwrite: bool, checkpoint: Path) -> None:
         raise CommandError(f"--output {output} is the folder of the official checkpoint; name another one.")
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output {output} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not overwrite:
         raise CommandError(f"--output {output} is not empty; name another folder, or pass --overwrite.")
 
 

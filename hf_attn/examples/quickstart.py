@@ -1,304 +1,261 @@
-"""EchoAtt on a real model, end to end in minutes on two CPU cores: measure, share, distil, compare, save, load back.
+"""The quickstart: a hybrid attention transformer learns to enlarge photographs better than bicubic interpolation does.
 
-Every step keeps its result in the output folder, so a run that was stopped goes on where it was and a finished one is
-only reported again.
+It needs no download and takes two minutes, however busy the machine is: the training ends with its time. What is measured
+are the right quarters of the photographs, which the training does not see.
 """
 
+import copy
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    pipeline,
-    set_seed,
-)
+from transformers import default_data_collator, pipeline, set_seed
 from transformers.utils import logging
 
-from ..analysis import AttentionSimilarity, attention_similarity
+from ..architectures.restoration.warm_start import start_as_interpolation
 from ..hub import write_model_card
-from ..modeling.echo_att.distillation import EchoAttDistillationTrainer
-from ..modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-from ..training.output_folder import claim_output_folder
-from ..training.stages import train_stage
-from .assets import SMOLLM2, load_texts, smollm2_folder, token_blocks
+from ..modeling.hat.configuration_hat import HATConfig
+from ..modeling.hat.modeling_hat import HATForImageSuperResolution
+from ..restoration.metrics import RestorationMetrics, psnr, to_uint8
+from ..restoration.pairs import Images, Patches, WholeImages
+from ..restoration.resize import bicubic_resize
+from ..training.output_folder import output_folder
+from ..training.writing import files_written_whole, written_whole
+from .threads import use_free_cores
 
 
-BATCH_SIZE = 4
-TRAIN_LENGTH = 128
-TEST_LENGTH = 256
-SIMILARITY_SAMPLES = 8
-TEST_SAMPLES = 16
-PROMPT = "The lambda expression"
+SCALE, PATCH_SIZE, BATCH_SIZE, LEARNING_RATE = 2, 16, 8, 1e-3
+SIZES = {
+    "embed_dim": 24,
+    "depths": [2],
+    "num_heads": [2],
+    "window_size": 8,
+    "compress_ratio": 4,
+    "squeeze_factor": 8,
+    "upscale": SCALE,
+}
+#: shares of the training after which the model is measured
+MEASUREMENTS = (0.15, 0.35, 0.6, 1.0)
+#: held-back photograph of the picture, and the corner and side of the part of its low resolution that is shown
+SHOWN, CORNER, SIDE = 2, (20, 4), 56
 
 
-def quickstart(
-    output: str | Path,
-    steps: int = 40,
-    num_shared: int = 12,
-    base: str | Path | None = None,
-    learning_rate: float = 3e-4,
-) -> dict[str, Any]:
-    """Make an EchoAtt student of SmolLM2-135M and report what it costs and gains.
+def quickstart(output: str | Path, steps: int | None = None, seconds: float = 90) -> dict[str, Any]:
+    """Train a small HAT, compare it with bicubic enlargement, save it for the Hub and load it back.
 
     Args:
         output: folder for the results; continued if it holds an unfinished run with the same settings.
-        steps: optimisation steps of stage 1 of the distillation; stage 2 has a quarter of them.
-        num_shared: number of layers that share an attention map.
-        base: folder or Hub id of another Llama, Mistral, Qwen2 or Qwen3 model.
-        learning_rate: of both stages; higher than the paper's 1e-4 because the steps are few.
+        steps: optimisation steps, instead of a time.
+        seconds: time to train for.
 
     Returns:
         The measured numbers, which are also in `results.json`.
 
     Raises:
-        OutputFolderError: if `output` holds something else.
-        AssetError: if the base model is not cached and cannot be fetched.
+        ValueError: if the training has no length, or if `output` holds something else.
+        ImportError: if the extras with the photographs are not installed.
     """
-    return _Quickstart(Path(output), steps, num_shared, base, learning_rate).run()
+    if (steps is not None and steps < 1) or not 0 < seconds < math.inf:
+        raise ValueError(f"The training must have a length, got {steps} steps and {seconds} seconds.")
+    length = {"seconds": seconds} if steps is None else {"steps": steps}
+    with output_folder(output, {"example": "super_resolution", **length}, command="hf-attn quickstart"):
+        return _Quickstart(Path(output), **length).run()
 
 
 class _Quickstart:
-    def __init__(self, output: Path, steps: int, num_shared: int, base: str | Path | None, learning_rate: float):
-        self.output = output
-        self.steps = steps
-        self.num_shared = num_shared
-        self.learning_rate = learning_rate
-        settings = {
-            "base": str(base or SMOLLM2),
-            "steps": steps,
-            "num_shared": num_shared,
-            "learning_rate": learning_rate,
-        }
-        if claim_output_folder(output, settings):
-            print(f"Continuing the run in {output}.")
-        self.results_file = output / "results.json"
-        self.results = json.loads(self.results_file.read_text()) if self.results_file.is_file() else {}
-        self.base_is_default = base is None
-        self.base_folder = base or smollm2_folder()
-        self.base_name = settings["base"]
-        self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
-        self._base = None
+    def __init__(self, output: Path, steps: int | None = None, seconds: float = math.inf):
+        self.output, self.steps, self.seconds = output, steps, seconds
+        self.results_file, self.state_file = output / "results.json", output / "training.pt"
+        self.folder = output / "model"
 
     def run(self) -> dict[str, Any]:
+        verbose = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            similarity = self.measure_similarity()
-            layers = similarity.shared_layers(num_shared=self.num_shared)
-            similarity.plot(self.output / "attention_similarity.png", layers)
-            print(f"\nHeat map: {self.output / 'attention_similarity.png'}\n{self.num_shared} layers share: {layers}")
-            self.distil(layers)
-            folder = self.save()
-            self.compare(folder)
-            self.generate(folder)
+            if self.results_file.is_file():
+                results = json.loads(self.results_file.read_text(encoding="utf-8"))
+                print("This run is finished already.")
+            else:
+                results = self.train_and_save()
         finally:
-            logging.enable_progress_bar()
-        self.report(folder)
-        return self.results
+            if verbose:
+                logging.enable_progress_bar()
+        self.report(results)
+        return results
+
+    def train_and_save(self) -> dict[str, Any]:
+        threads = use_free_cores()
+        print(
+            f"\n[1/3] A hybrid attention transformer (HAT) learns to enlarge photographs, on {threads} CPU threads\n"
+        )
+        set_seed(0)
+        photographs = load_photographs()
+        self.patches = Patches(Images(photographs, "left"), SCALE, PATCH_SIZE)
+        held_back = WholeImages(Images(photographs, "right"), SCALE, 256)
+        self.pairs = [held_back[index] for index in range(len(held_back))]
+        self.metrics = RestorationMetrics(crop_border=SCALE)
+        bicubic = self.measure(lambda images: bicubic_resize(images, SCALE))
+        self.model = HATForImageSuperResolution(HATConfig(**SIZES))
+        start_as_interpolation(self.model)
+        print(
+            f"{self.model.num_parameters():,} parameters, {len(photographs)} photographs; their right quarters are held back.\n"
+            f"\n{'':14}{'seconds':>9}{'steps':>8}{'PSNR':>10}{'SSIM':>9}\n"
+            f"{'bicubic':14}{'':9}{'':8}{bicubic['psnr']:7.2f} dB{bicubic['ssim']:9.4f}",
+            flush=True,
+        )
+        rows = self.train()
+        print("\n[2/3] A folder for the Hub, loaded back by `pipeline`\n", flush=True)
+        self.save(rows, bicubic)
+        results = {"bicubic": bicubic, "hat": rows[-1], "course": rows, **self.draw()}
+        with written_whole(self.results_file) as part:
+            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        self.state_file.unlink(missing_ok=True)
+        return results
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def measure_similarity(self) -> AttentionSimilarity:
-        self._headline(1, f"Similarity of the attention maps of {self.base_name} on real text")
-        blocks = self.train_blocks(TEST_LENGTH)[:SIMILARITY_SAMPLES]
-        rows = self._once("similarity", lambda: attention_similarity(self.base, blocks).similarity.tolist())
-        similarity = AttentionSimilarity(torch.tensor(rows), len(blocks))
-        print(similarity)
-        return similarity
+    def train(self) -> list[dict[str, float]]:
+        """Train to the end; returns the measurements of the averaged weights, which are the model then."""
+        model = self.model.train()
+        average = copy.deepcopy(model).eval()
+        optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+        rows, step, elapsed = [], 0, 0.0
+        if self.state_file.is_file():
+            state = torch.load(self.state_file, weights_only=True)
+            for part, weights in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+                part.load_state_dict(state[weights])
+            rows, step, elapsed = state["rows"], state["step"], state["elapsed"]
+        for row in rows:
+            _print_row(row)
+        with tqdm(total=100, unit="%", leave=False, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+            while (done := self.share_done(step, elapsed)) < 1 or len(rows) < len(MEASUREMENTS):
+                start = time.monotonic()
+                rate = LEARNING_RATE * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * min(done, 1))) / 2
+                self.optimise(model, optimizer, rate)
+                step += 1
+                # The average forgets its start quickly, and later follows more slowly.
+                decay = min(0.99, step / (step + 10))
+                with torch.no_grad():
+                    for averaged, weight in zip(average.parameters(), model.parameters(), strict=True):
+                        averaged.lerp_(weight, 1 - decay)
+                elapsed += time.monotonic() - start
+                done = self.share_done(step, elapsed)
+                bar.update(min(100, round(100 * done)) - bar.n)
+                if len(rows) < len(MEASUREMENTS) and done >= MEASUREMENTS[len(rows)]:
+                    self.model = average
+                    scores = self.measure(lambda images: average(images[None]).reconstruction[0])
+                    rows.append({"seconds": round(elapsed, 1), "steps": step, **scores})
+                    bar.clear()
+                    _print_row(rows[-1])
+                    state = {"model": model.state_dict(), "average": average.state_dict(), "rows": rows}
+                    state |= {"optimizer": optimizer.state_dict(), "step": step, "elapsed": elapsed}
+                    with written_whole(self.state_file) as part:
+                        torch.save(state, part)
+        self.model = average
+        return rows
 
-    def distil(self, layers: list[int]) -> None:
-        self._headline(2, "EchoAtt student, distilled in two stages")
-        if not (self.output / "distilled").is_dir():
-            student = self.make_student(layers)
-            print(student.base_report)
-            print(f"\nStage 1: {self.steps} steps on the teacher's hidden states and predictions")
-            trainer = EchoAttDistillationTrainer(teacher=self.base, **self.trainer_arguments(student, 1, self.steps))
-            train_stage(trainer, self.output / "distilled")
-            shutil.rmtree(trainer.args.output_dir)
-        if not (self.output / "refined").is_dir():
-            steps = math.ceil(self.steps / 4)
-            print(f"\nStage 2: {steps} steps of next-token training")
-            student = EchoAttForCausalLM.from_pretrained(self.output / "distilled")
-            trainer = Trainer(**self.trainer_arguments(student, 2, steps))
-            train_stage(trainer, self.output / "refined")
-            shutil.rmtree(trainer.args.output_dir)
-        self.layers = layers
+    def share_done(self, step: int, elapsed: float) -> float:
+        return elapsed / self.seconds if self.steps is None else step / self.steps
 
-    def save(self) -> Path:
-        self._headline(3, "A folder for the Hub")
-        folder = self.output / "model"
-        if not folder.is_dir():
-            unfinished = self.output / ".model-unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            student = EchoAttForCausalLM.from_pretrained(self.output / "refined")
-            student.save_pretrained(unfinished)
-            self.tokenizer.save_pretrained(unfinished)
-            unfinished.rename(folder)
-        print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-        return folder
-
-    def compare(self, folder: Path) -> None:
-        self._headline(4, "Teacher and student, on text that was held back")
-        distilled = None
-        if not {"perplexity", "cost"} <= self.results.keys():
-            distilled = AutoModelForCausalLM.from_pretrained(folder)
-        self._once(
-            "perplexity",
-            lambda: {
-                "teacher": self.perplexity(self.base, "teacher"),
-                "untrained student": self.perplexity(self.make_student(self.layers), "untrained student"),
-                "distilled student": self.perplexity(distilled, "distilled student"),
-            },
-        )
-        self._once("cost", lambda: costs({"teacher": self.base, "distilled student": distilled}))
-        if distilled is not None:
-            self.write_card(folder, distilled)
-
-    def write_card(self, folder: Path, model: PreTrainedModel) -> None:
-        facts = {"base_model": f"HuggingFaceTB/{SMOLLM2}", "license": "apache-2.0"} if self.base_is_default else {}
-        perplexity = {f"Perplexity of the {name}": value for name, value in self.results["perplexity"].items()}
-        training = {
-            "distillation steps": self.steps,
-            "batch size": BATCH_SIZE,
-            "sequence length": TRAIN_LENGTH,
-            "learning rate": self.learning_rate,
-        }
-        write_model_card(folder, model, language="en", evaluation=perplexity, training=training, **facts)
-
-    def generate(self, folder: Path) -> None:
-        self._headline(5, f"A sample: AutoModelForCausalLM and pipeline on {folder}")
-
-        def sample() -> str:
-            generator = pipeline("text-generation", model=str(folder))
-            reply = generator(PROMPT, max_new_tokens=40, do_sample=False, return_full_text=True)
-            return reply[0]["generated_text"]
-
-        print(self._once("sample", sample))
-
-    def report(self, folder: Path) -> None:
-        perplexity, cost = self.results["perplexity"], self.results["cost"]
-        teacher, student = cost["teacher"], cost["distilled student"]
-        print(f"\n{'':24}{'teacher':>14}{'untrained':>14}{'student':>14}{'change':>10}")
-        values = [perplexity[name] for name in ("teacher", "untrained student", "distilled student")]
-        print(f"{'perplexity':24}{values[0]:14.1f}{values[1]:14.1f}{values[2]:14.1f}")
-        for name, label, digits in (
-            ("parameters", "parameters", 0),
-            ("cache_bytes", "KV-cache bytes a token", 0),
-            ("tokens_per_second", "tokens a second", 1),
-        ):
-            change = student[name] / teacher[name] - 1
-            print(f"{label:24}{teacher[name]:14,.{digits}f}{'':14}{student[name]:14,.{digits}f}{change:+10.1%}")
-        print(
-            f"\nPush it with `AutoModelForCausalLM.from_pretrained({str(folder)!r}).push_to_hub('your-name/model')`."
-        )
-
-    # --- parts -------------------------------------------------------------------------------------------------------
-
-    @property
-    def base(self) -> PreTrainedModel:
-        if self._base is None:
-            self._base = AutoModelForCausalLM.from_pretrained(self.base_folder, dtype=torch.float32)
-        return self._base
-
-    def make_student(self, layers: list[int]) -> EchoAttForCausalLM:
-        return EchoAttForCausalLM.from_base(self.base, shared_layers=layers)
-
-    def train_blocks(self, length: int) -> torch.Tensor:
-        blocks = token_blocks(load_texts("train"), self.tokenizer, length)
-        return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
-
-    def trainer_arguments(self, student: EchoAttForCausalLM, stage: int, steps: int) -> dict[str, Any]:
-        set_seed(stage)
-        blocks = self.train_blocks(TRAIN_LENGTH)
-        arguments = TrainingArguments(
-            output_dir=str(self.output / f"stage{stage}"),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            logging_steps=max(1, steps // 8),
-            save_steps=max(1, steps // 4),
-            save_total_limit=1,
-            report_to=[],
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            seed=stage,
-        )
-        dataset = [{"input_ids": block, "labels": block} for block in blocks]
-        return {
-            "model": student,
-            "args": arguments,
-            "train_dataset": dataset,
-            "data_collator": default_data_collator,
-            "processing_class": self.tokenizer,
-        }
+    def optimise(self, model: HATForImageSuperResolution, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        chosen = torch.randint(len(self.patches), (BATCH_SIZE,)).tolist()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        model(**default_data_collator([self.patches[index] for index in chosen])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     @torch.no_grad()
-    def perplexity(self, model: PreTrainedModel, name: str) -> float:
-        blocks = token_blocks(load_texts("test"), self.tokenizer, TEST_LENGTH)[:TEST_SAMPLES]
-        model.eval()
-        loss = 0.0
-        for block in tqdm(blocks, desc=f"Perplexity of the {name}", unit="sequence"):
-            block = block[None].to(model.device)
-            loss += model(input_ids=block, labels=block, use_cache=False).loss.item()
-        return math.exp(loss / len(blocks))
+    def measure(self, enlarge) -> dict[str, float]:
+        """Mean PSNR and SSIM on the held-back parts."""
+        for pair in self.pairs:
+            self.metrics.add(enlarge(pair["pixel_values"]), pair["labels"])
+        return self.metrics.compute()
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A result of this run or of an earlier one."""
-        if name not in self.results:
-            self.results[name] = compute()
-            part = self.results_file.with_suffix(".part")
-            part.write_text(json.dumps(self.results, indent=2), encoding="utf-8")
-            part.rename(self.results_file)
-        return self.results[name]
+    def save(self, rows: list[dict[str, float]], bicubic: dict[str, float]) -> None:
+        evaluation = {
+            "PSNR on held-back photographs, dB": rows[-1]["psnr"],
+            "SSIM": rows[-1]["ssim"],
+            "PSNR of bicubic enlargement, dB": bicubic["psnr"],
+            "SSIM of bicubic enlargement": bicubic["ssim"],
+        }
+        training = {"steps": rows[-1]["steps"], "batch size": BATCH_SIZE, "patch size": PATCH_SIZE}
+        with files_written_whole(self.folder) as part:
+            self.model.save_pretrained(part)
+            write_model_card(part, self.model, evaluation=evaluation, training=training)
 
-    def _headline(self, number: int, text: str) -> None:
-        print(f"\n[{number}/5] {text}\n", flush=True)
+    def draw(self) -> dict[str, float]:
+        """Draw a held-back part as bicubic and the pipeline enlarge it, beside the photograph; returns their PSNR."""
+        pair = self.pairs[SHOWN]
+        low, original = to_uint8(pair["pixel_values"]), to_uint8(pair["labels"])
+        enlarged = pipeline("image-restoration", model=str(self.folder), device="cpu")(low.permute(1, 2, 0).numpy())
+        enlarged = torch.from_numpy(np.array(enlarged)).permute(2, 0, 1)
+        bicubic = to_uint8(bicubic_resize(pair["pixel_values"], SCALE))
+        scores = {"shown_bicubic_psnr": psnr(bicubic, original, SCALE), "shown_psnr": psnr(enlarged, original, SCALE)}
+        top, left = (SCALE * corner for corner in CORNER)
+        part = (slice(None), slice(top, top + SCALE * SIDE), slice(left, left + SCALE * SIDE))
+        panels = {
+            f"bicubic, {scores['shown_bicubic_psnr']:.1f} dB": bicubic[part],
+            f"HAT, {scores['shown_psnr']:.1f} dB": enlarged[part],
+            "photograph": original[part],
+        }
+        with written_whole(self.output / "comparison.png") as picture:
+            _side_by_side(panels).save(picture, format="PNG")
+        return scores
+
+    def report(self, results: dict[str, Any]) -> None:
+        hat, bicubic = results["hat"], results["bicubic"]
+        gain = hat["psnr"] - bicubic["psnr"]
+        # 10 dB are a factor of ten in the squared error.
+        less = 1 - 10 ** (-gain / 10)
+        print(
+            f"\n[3/3] On photographs that it has not seen: {hat['psnr']:.2f} dB, bicubic {bicubic['psnr']:.2f} dB ({gain:+.2f} dB, "
+            f"{abs(less):.0%} {'less' if less >= 0 else 'more'} squared error)\n\n"
+            f"Look at it:     {self.output / 'comparison.png'}\n"
+            f'Use it:         python -c "import hf_attn; from transformers import pipeline; '
+            f"pipeline('image-restoration', model='{self.folder}')('photo.jpg').save('large.png')\"\n"
+            f"Push it:        hf upload YOUR-NAME/small-hat {self.folder}\n"
+            f"Train longer:   python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir outputs/hat\n"
+            "Another paper:  hf-attn quickstart --example echo_att"
+        )
 
 
-def costs(models: dict[str, PreTrainedModel], context: int = 128, new_tokens: int = 24, rounds: int = 3) -> dict:
-    """Parameters, cache size and decoding speed of models, measured in turns so that all see the same machine.
+def load_photographs() -> list[np.ndarray]:
+    """The photographs that scikit-learn and scikit-image carry.
 
-    Args:
-        models: name -> causal language model.
-        context: tokens before the decoded ones.
-        new_tokens: tokens to decode in a round.
-        rounds: the fastest one counts.
-
-    Returns:
-        name -> `parameters`, `cache_bytes` (of a token) and `tokens_per_second` (batch size 1).
+    Raises:
+        ImportError: if these packages are not installed.
     """
-    seconds = dict.fromkeys(models, math.inf)
-    result = {name: {"parameters": model.num_parameters()} for name, model in models.items()}
-    for _ in tqdm(range(rounds), desc="Speed of decoding", unit="round"):
-        for name, model in models.items():
-            elapsed, cache = _decode(model, context, new_tokens)
-            seconds[name] = min(seconds[name], elapsed)
-            cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            result[name]["cache_bytes"] = cached // cache.get_seq_length()
-    for name in models:
-        result[name]["tokens_per_second"] = new_tokens / seconds[name]
-    return result
+    try:
+        import skimage.data
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ImportError("The photographs need the extra `train`: pip install 'hf_attn[train]'") from error
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
 
 
-@torch.no_grad()
-def _decode(model: PreTrainedModel, context: int, new_tokens: int) -> tuple[float, DynamicCache]:
-    tokens = torch.arange(context, device=model.device)[None] % model.config.vocab_size
-    outputs = model.eval()(tokens, use_cache=True, logits_to_keep=1)
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        token = outputs.logits[:, -1:].argmax(dim=-1)
-        outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
-    return time.perf_counter() - start, outputs.past_key_values
+def _print_row(row: dict[str, float]) -> None:
+    print(
+        f"{'HAT':14}{row['seconds']:9.0f}{row['steps']:8,}{row['psnr']:7.2f} dB{row['ssim']:9.4f}",
+        flush=True,
+    )
+
+
+def _side_by_side(panels: dict[str, torch.Tensor], zoom: int = 3):
+    """Pictures `(3, height, width)` beside each other, enlarged pixel by pixel, with their names below."""
+    from PIL import Image, ImageDraw
+
+    height, width = (zoom * side for side in next(iter(panels.values())).shape[-2:])
+    picture = Image.new("RGB", (len(panels) * (width + 8) - 8, height + 20), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, (name, pixels) in enumerate(panels.items()):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture.paste(image.resize((width, height), Image.Resampling.NEAREST), (index * (width + 8), 0))
+        draw.text((index * (width + 8) + 2, height + 4), name, fill="black")
+    return picture

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from ..architectures.restoration.layers import mirror
+
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("Images are compressed with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
 Range = tuple[float, float]

@@ -104,24 +104,27 @@ class RestorationMetrics:
     """
 
     name = "restoration"
+    score_names = ("psnr", "ssim")
 
     def __init__(self, crop_border: int, channel: Literal["y", "rgb"] = "y"):
         self.crop_border = crop_border
         self.channel = channel
         self._scores: list[tuple[float, float]] = []
 
-    def add(self, prediction, reference) -> None:
-        """Measure one image, `(channels, height, width)`: in [0, 1] if it is floating, else of 8 bits."""
+    def scores(self, prediction, reference) -> tuple[float, float]:
+        """PSNR and SSIM of one image, `(channels, height, width)`: in [0, 1] if it is floating, else of 8 bits."""
         prediction, reference = (
             to_uint8(image) if image.is_floating_point() else image
             for image in (torch.as_tensor(prediction), torch.as_tensor(reference))
         )
-        self._scores.append(
-            (
-                psnr(prediction, reference, self.crop_border, self.channel),
-                ssim(prediction, reference, self.crop_border, self.channel),
-            )
+        return (
+            psnr(prediction, reference, self.crop_border, self.channel),
+            ssim(prediction, reference, self.crop_border, self.channel),
         )
+
+    def add(self, prediction, reference) -> None:
+        """Measure one image, see :meth:`scores`."""
+        self._scores.append(self.scores(prediction, reference))
 
     def add_batch(self, predictions: Sequence, references: Sequence) -> None:
         """Measure images, which may differ in size."""
@@ -137,7 +140,7 @@ class RestorationMetrics:
         if not self._scores:
             raise ValueError("There are no images to measure.")
         scores, self._scores = self._scores, []
-        return dict(zip(("psnr", "ssim"), np.mean(scores, axis=0).tolist(), strict=True))
+        return dict(zip(self.score_names, np.mean(scores, axis=0).tolist(), strict=True))
 
     def __call__(self, evaluation: Any, compute_result: bool = True) -> dict[str, float]:
         """`compute_metrics` of `Trainer`: a `transformers.EvalPrediction` of reconstructions and labels."""

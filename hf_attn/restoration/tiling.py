@@ -71,8 +71,14 @@ def check_tiles(tile: int | None, overlap: int, blend: str, multiple: int) -> No
     """Raise `ValueError` for tiles that the network or the blending cannot do; says what can."""
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}.")
+    if not isinstance(overlap, int):
+        raise ValueError(f"tile_overlap is a whole number of pixels, got {overlap!r}.")
     if tile is None:
+        if overlap < 0:
+            raise ValueError(f"tile_overlap cannot be negative, got {overlap}.")
         return
+    if not isinstance(tile, int):
+        raise ValueError(f"tile is a whole number of pixels, got {tile!r}.")
     if tile < 1 or tile % multiple:
         nearest = max(round(tile / multiple), 1) * multiple
         raise ValueError(

@@ -1,10 +1,12 @@
 """Trainings that are started again after they were killed, and then end as if they had not been."""
 
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer_callback import TrainerState
+
+from .writing import part_of, written_whole
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
@@ -35,13 +37,10 @@ def train_stage(trainer: Trainer, folder: str | Path) -> Path:
     if folder.is_dir():
         return folder
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(unfinished, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(unfinished))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        unfinished.rename(folder)
+    # All processes save together; the first one makes the place before, and the folder after.
+    with written_whole(folder) if trainer.is_world_process_zero() else nullcontext():
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(part_of(folder)))
+        trainer.accelerator.wait_for_everyone()
     trainer.accelerator.wait_for_everyone()
     return folder

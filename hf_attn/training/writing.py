@@ -14,6 +14,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def part_of(path: str | Path) -> Path:
+    """Where :func:`written_whole` has a file or folder until it is complete, for processes that write it together."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.part")
+
+
 @contextmanager
 def files_written_whole(folder: str | Path) -> Iterator[Path]:
     """Write files into a folder that may hold others: they are moved there when the block ends.
@@ -27,7 +33,7 @@ def files_written_whole(folder: str | Path) -> Iterator[Path]:
         An empty folder to write to.
     """
     folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part")
+    part = part_of(folder)
     _remove(part)
     part.mkdir(parents=True)
     try:
@@ -58,7 +64,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, earlier = (path.with_name(f".{path.name}.{state}") for state in ("part", "earlier"))
+    part, earlier = part_of(path), path.with_name(f".{path.name}.earlier")
     _remove(part)
     try:
         yield part

@@ -2,15 +2,12 @@
 """Configuration of the Activator models."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.patch_mixer.configuration import PatchMixerConfig
 
 
 @strict
-class ActivatorConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, PreTrainedConfig):
+class ActivatorConfig(PatchMixerConfig):
     r"""Configuration of an [`ActivatorForImageClassification`] (arXiv 2405.15953). The defaults are those of the paper's
     CIFAR-10 model with an MLP.
 
@@ -31,44 +28,12 @@ class ActivatorConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Pr
     """
 
     model_type = "activator"
-    crop_ratio = None
     variants = {
         "activator_cifar10": {"num_labels": 10},
         "activator_geglu_only_cifar10": {"num_labels": 10, "use_mlp": False, "hidden_dropout_prob": 0.0},
     }
 
-    tiny = {
-        "image_size": 16,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "hidden_dropout_prob": 0.1,
-    }
-
-    image_size: int = 32
-    patch_size: int = 4
-    num_channels: int = 3
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
     use_mlp: bool = True
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.5
-    layer_norm_eps: float = 1e-5
-
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Mean of each channel that the image processor subtracts."""
-        return (0.5,) * self.num_channels
-
-    image_std = image_mean
-
-    def validate_image_size(self):
-        """Part of the validation that `@strict` runs."""
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}."
-            )
 
 
 __all__ = ["ActivatorConfig"]

@@ -13,7 +13,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_attn.architectures.patch_mixer import FeedForward, PatchClassifierMixin, PatchModelMixin, PatchPreTrainedModel
+from hf_attn.architectures.patch_mixer.modeling import (
+    FeedForward,
+    PatchClassifierMixin,
+    PatchModelMixin,
+    PatchPreTrainedModel,
+)
 
 from .configuration_activator import ActivatorConfig
 

@@ -4,13 +4,9 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
 from hf_attn.architectures.ranges import COUNT, SIZE, Range
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
 #: heads of full attention, whatever the width
@@ -27,7 +23,7 @@ _STL = {
 
 
 @strict
-class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig):
+class BiFormerConfig(StagedVisionConfig):
     r"""Configuration of a [`BiFormerForImageClassification`] (arXiv 2303.08810); the defaults are those of BiFormer-T.
 
     Args:
@@ -70,6 +66,7 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
     """
 
     model_type = "biformer"
+    per_stage = ("hidden_sizes", "depths", "mlp_ratios", "n_win", "topks", "qk_dims")
     variants = {
         "biformer_tiny": {"num_labels": 1000},
         "biformer_small": {"depths": [4, 4, 18, 4], "drop_path_rate": 0.15, "num_labels": 1000},
@@ -99,8 +96,6 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
         "kv_downsample_ratios": Range(at_least=1, also=(-1,)),
     }
 
-    image_size: int = 224
-    num_channels: int = 3
     layout: Literal["biformer", "stl", "stl_nchw"] = "biformer"
     hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     depths: list[int] | tuple[int, ...] = (2, 2, 8, 2)
@@ -123,7 +118,6 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
     layer_scale_init_value: float | int | None = None
     hidden_act: str = "gelu"
     drop_path_rate: float | int = 0.0
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     batch_norm_eps: float = 1e-5
 
@@ -132,18 +126,13 @@ class BiFormerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Bac
             self.n_win = [self.n_win] * len(self.depths)
         if self.qk_dims is None:
             self.qk_dims = list(self.hidden_sizes)
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, len(self.depths) + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        lists = ["hidden_sizes", "depths", "mlp_ratios", "n_win", "topks", "qk_dims"]
+        super().validate_architecture()
         if self.kv_pool is not None:
-            lists.append("kv_per_wins" if self.kv_pool.startswith("ada") else "kv_downsample_ratios")
-        for name in lists:
+            name = "kv_per_wins" if self.kv_pool.startswith("ada") else "kv_downsample_ratios"
             value = getattr(self, name)
             if value is None or len(value) != len(self.depths):
                 raise ValueError(f"{name} must have an entry for each of the {len(self.depths)} stages, got {value}.")

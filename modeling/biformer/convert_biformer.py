@@ -2,10 +2,16 @@
 
 import re
 
-from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.architectures.imaging import published_labels
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
 
-from .configuration_biformer import BiFormerConfig
-from .modeling_biformer import BiFormerBackbone, BiFormerForImageClassification
+from .configuration_biformer import NUM_FULL_ATTENTION_HEADS, BiFormerConfig
+from .modeling_biformer import (
+    BiFormerBackbone,
+    BiFormerForImageClassification,
+    BiFormerFullAttention,
+    BiFormerRoutingAttention,
+)
 
 
 #: official name inside a block -> ours
@@ -31,8 +37,16 @@ _BLOCK = {
 }
 #: linear layers, which are 1x1 convolutions in some of the official code
 _LINEAR = ("qkv", "proj", "fc1", "fc2")
+#: the projection to queries, keys and values of an attention module by itself
+_ATTENTION = ("qkv.qkv.weight", "qkv_linear.weight", "qkv.weight")
 #: constructor arguments that would change the function -> the value that is served
-_REFUSED = {"qk_scale": (None,), "pe": (None,), "param_attention": ("qkvo",), "drop_rate": (0, 0.0)}
+_REFUSED = {
+    "qk_scale": (None,),
+    "pe": (None,),
+    "param_attention": ("qkvo",),
+    "drop_rate": (0, 0.0),
+    "kv_downsample_kernel": (None,),
+}
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -40,10 +54,14 @@ def convert_official(official: StateDict, config: dict) -> Converted:
 
     Args:
         official: official state dict, or a training checkpoint that holds it under `model`. With `extra_norms` it is that
-            of a backbone for dense prediction.
+            of a backbone for dense prediction. Or that of one attention module: `BiLevelRoutingAttention`, `nchwBRA`, or
+            the full attention of the last stage.
         config: constructor arguments of `BiFormer`, `BiFormerSTL` or `nchwBiFormerSTL`; those of the published variant with
-            the same layout, depths and widths if there are none.
+            the same layout, depths and widths if there are none. Of an attention module: `dim`, `num_heads`, `n_win`, `topk`,
+            `side_dwconv`...
     """
+    if any(name in official for name in _ATTENTION):
+        return _convert_attention(official, config)
     family_config = _config(official, config)
     is_backbone = "extra_norms.0.weight" in official
     prefix = "" if is_backbone else "biformer."
@@ -59,6 +77,60 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             tensor = tensor.flatten(1)
         state[ours] = tensor
     return Converted(BiFormerBackbone if is_backbone else BiFormerForImageClassification, family_config, state)
+
+
+def _convert_attention(official: StateDict, config: OfficialArguments) -> Converted:
+    """Convert an attention module by itself; ours take maps whose channels are last."""
+    _refuse(config)
+    weight = official[next(name for name in _ATTENTION if name in official)]
+    is_full, is_nchw = "qkv.weight" in official, weight.ndim == 4
+    dim = config["dim"]
+    qk_dim = config.get("qk_dim") or dim
+    num_heads = config.get("num_heads", 8)
+    topk = config.get("topk", 4)
+    if is_full:
+        if num_heads != NUM_FULL_ATTENTION_HEADS:
+            raise ConversionError(
+                f"Full attention has {NUM_FULL_ATTENTION_HEADS} heads in every BiFormer, got num_heads={num_heads}."
+            )
+        topk = -1 if is_nchw or "lepe.weight" not in official else -2
+    side_dwconv = official["lepe.weight"].shape[-1] if "lepe.weight" in official else 0
+    config.agree(side_dwconv=side_dwconv, qkv_bias=not is_full)
+    config.leave("attn_backend", "attn_drop", "proj_drop")
+    mode = config.get("kv_downsample_mode", "identity")
+    family_config = BiFormerConfig(
+        layout="stl_nchw" if is_nchw else "biformer",
+        hidden_sizes=[dim],
+        depths=[1],
+        mlp_ratios=[1],
+        n_win=[config.get("n_win", 7)],
+        topks=[topk],
+        head_dim=qk_dim // num_heads,
+        qk_dims=[qk_dim],
+        side_dwconv=side_dwconv,
+        auto_pad=config.get("auto_pad", False),
+        kv_pool=None if mode == "identity" else mode,
+        kv_per_wins=[config.get("kv_per_win", 4)],
+        kv_downsample_ratios=[config.get("kv_downsample_ratio", 4)],
+        soft_routing=config.get("soft_routing", False),
+        diff_routing=config.get("diff_routing", False),
+        param_routing=config.get("param_routing", False),
+    )
+    state = {}
+    for name in official:
+        module, _, kind = f"attn.{name}".rpartition(".")
+        if module in _BLOCK:
+            tensor = official[name]
+            ours = _BLOCK[module].removeprefix("attention.")
+            state[f"{ours}.{kind}"] = tensor.flatten(1) if ours in _LINEAR and tensor.ndim == 4 else tensor
+    attention_class = BiFormerFullAttention if is_full else BiFormerRoutingAttention
+    return Converted(attention_class, {"config": family_config, "stage": 0}, state)
+
+
+def _refuse(config: dict) -> None:
+    for name, served in _REFUSED.items():
+        if config.get(name, served[0]) not in served:
+            raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
 
 
 def _our_name(name: str, prefix: str) -> str | None:
@@ -94,14 +166,15 @@ def _config(official: StateDict, config: dict) -> BiFormerConfig:
     if "downsample_layers.0.0.weight" not in official:
         raise ConversionError("This is no checkpoint of BiFormer: it has no downsample_layers.0.0.weight.")
     layout = _layout(official)
-    labels = {"num_labels": official["head.weight"].shape[0]} if "head.weight" in official else {}
+    num_labels = official["head.weight"].shape[0] if "head.weight" in official else 0
+    labels = published_labels(num_labels)
     if not config:
         return BiFormerConfig.from_variant(_variant(official, layout), **labels)
-    for name, served in _REFUSED.items():
-        if config.get(name, served[0]) not in served:
-            raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
+    _refuse(config)
 
-    config.agree(num_classes=labels.get("num_labels", config.get("num_classes")))
+    if "extra_norms.0.weight" not in official:
+        config.agree(num_classes=num_labels)
+    config.leave("num_classes")
     # The norms are those of the layout; representation_size is not used by the official code.
     config.leave("norm_layer", "qk_scale", "use_checkpoint_stages", "representation_size", "pretrained")
     # Pooling is an option of the first layout, where it is on by default.

@@ -15,25 +15,31 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutput,
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
-from hf_attn.architectures.layers import DropPath, check_pixel_values, drop_path_rates, eager_attention_forward
-from hf_attn.hub import HubModelMixin
+from hf_attn.architectures.image_classification import ImageClassifierMixin
+from hf_attn.architectures.layers import (
+    ChannelLayerNorm,
+    ChannelsLastDepthwiseConv,
+    DropPath,
+    check_pixel_values,
+    eager_attention_forward,
+    make_layer_scale,
+    refuse_free_size_in_export,
+    scaled,
+)
+from hf_attn.architectures.staged_vision.modeling import (
+    StagedBackboneMixin,
+    StagedEncoderMixin,
+    StagedModelMixin,
+    VisionPreTrainedModel,
+)
 
 from .configuration_biformer import NUM_FULL_ATTENTION_HEADS, BiFormerConfig
 
@@ -57,19 +63,10 @@ def pad_to_multiple(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch
     """Add zeros, right and bottom, until height and width of `(batch, height, width, channels)` are multiples of `size`."""
     height, width = hidden_states.shape[1:3]
     bottom, right = -height % size[0], -width % size[1]
-    if bottom == 0 and right == 0:
+    # An exported graph pads by what it is given, which is nothing where the traced image fits.
+    if not torch.compiler.is_exporting() and bottom == 0 and right == 0:
         return hidden_states
     return nn.functional.pad(hidden_states, (0, 0, 0, right, 0, bottom))
-
-
-class BiFormerDepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of a map `(batch, height, width, channels)` that keeps its size."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class BiFormerAttention(nn.Module):
@@ -101,7 +98,7 @@ class BiFormerAttention(nn.Module):
         self.qk_dim = qk_dim
         self.scaling = scaling
         self.qkv = nn.Linear(hidden_size, 2 * qk_dim + hidden_size, bias=qkv_bias)
-        self.lepe = BiFormerDepthwiseConv(hidden_size, config.side_dwconv) if lepe and config.side_dwconv else None
+        self.lepe = ChannelsLastDepthwiseConv(hidden_size, config.side_dwconv) if lepe and config.side_dwconv else None
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def attend(
@@ -194,14 +191,20 @@ class BiFormerRoutingAttention(BiFormerAttention):
             )
         return height // self.n_win, width // self.n_win
 
-    @staticmethod
-    def region_means(hidden_states: torch.Tensor, region_size: tuple[int, int]) -> torch.Tensor:
+    def region_means(self, hidden_states: torch.Tensor, region_size: tuple[int, int]) -> torch.Tensor:
         """`(batch, height, width, channels)` -> `(batch, regions, channels)`, in single precision at least.
 
         A region that the map does not fill has the mean of what it holds. A rounding can change the choice of regions,
         which is not continuous, hence the precision.
         """
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        if self.config.layout != "stl_nchw":
+            return to_regions(hidden_states, region_size).mean(dim=1).unflatten(0, (-1, self.n_win**2))
+        refuse_free_size_in_export(
+            region_size,
+            "In the layout 'stl_nchw' regions are means over windows whose size follows the image, and an exported pooling has "
+            "a constant window.",
+        )
         means = nn.functional.avg_pool2d(
             hidden_states.permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
         )
@@ -290,7 +293,7 @@ class BiFormerConvMixer(nn.Module):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
         self.fc1 = nn.Linear(hidden_size, hidden_size)
-        self.depthwise_conv = BiFormerDepthwiseConv(hidden_size, kernel_size=5)
+        self.depthwise_conv = ChannelsLastDepthwiseConv(hidden_size, kernel_size=5)
         self.fc2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor]:
@@ -304,7 +307,9 @@ class BiFormerMLP(nn.Module):
         hidden_size = config.hidden_sizes[stage]
         intermediate_size = int(config.mlp_ratios[stage] * hidden_size)
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.depthwise_conv = BiFormerDepthwiseConv(intermediate_size, kernel_size=3) if config.mlp_dwconv else None
+        self.depthwise_conv = (
+            ChannelsLastDepthwiseConv(intermediate_size, kernel_size=3) if config.mlp_dwconv else None
+        )
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
@@ -319,13 +324,15 @@ class BiFormerMLP(nn.Module):
 class BiFormerLayer(GradientCheckpointingLayer):
     """Position convolution, attention and MLP, each with a residual."""
 
+    layer_scale_names = ("attention_scale", "mlp_scale")
+
     def __init__(self, config: BiFormerConfig, stage: int, drop_path_rate: float):
         super().__init__()
         hidden_size, topk = config.hidden_sizes[stage], config.topks[stage]
         self.pre_norm = config.pre_norm
         self.position_conv = None
         if config.before_attn_dwconv:
-            self.position_conv = BiFormerDepthwiseConv(hidden_size, config.before_attn_dwconv)
+            self.position_conv = ChannelsLastDepthwiseConv(hidden_size, config.before_attn_dwconv)
         if topk > 0:
             self.attention = BiFormerRoutingAttention(config, stage)
         elif topk < 0:
@@ -336,10 +343,11 @@ class BiFormerLayer(GradientCheckpointingLayer):
         self.mlp = BiFormerMLP(config, stage)
         self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.drop_path = DropPath(drop_path_rate)
-        self.attention_scale = self.mlp_scale = None
-        if config.layer_scale_init_value and config.layer_scale_init_value > 0:
-            self.attention_scale = nn.Parameter(torch.full((hidden_size,), float(config.layer_scale_init_value)))
-            self.mlp_scale = nn.Parameter(torch.full((hidden_size,), float(config.layer_scale_init_value)))
+        initial_scale = config.layer_scale_init_value
+        if initial_scale is not None and initial_scale <= 0:
+            initial_scale = None
+        self.attention_scale = make_layer_scale(hidden_size, initial_scale)
+        self.mlp_scale = make_layer_scale(hidden_size, initial_scale)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """`(batch, height, width, hidden_size)` -> the same shape."""
@@ -348,18 +356,14 @@ class BiFormerLayer(GradientCheckpointingLayer):
 
         residual = hidden_states
         output = self.attention(self.norm1(hidden_states) if self.pre_norm else hidden_states, **kwargs)[0]
-        hidden_states = residual + self.drop_path(_scaled(output, self.attention_scale))
+        hidden_states = residual + self.drop_path(scaled(output, self.attention_scale))
         if not self.pre_norm:
             hidden_states = self.norm1(hidden_states)
 
         residual = hidden_states
         output = self.mlp(self.norm2(hidden_states) if self.pre_norm else hidden_states)
-        hidden_states = residual + self.drop_path(_scaled(output, self.mlp_scale))
+        hidden_states = residual + self.drop_path(scaled(output, self.mlp_scale))
         return hidden_states if self.pre_norm else self.norm2(hidden_states)
-
-
-def _scaled(hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    return hidden_states if scale is None else scale * hidden_states
 
 
 class BiFormerEmbeddings(nn.Sequential):
@@ -457,50 +461,24 @@ class BiFormerImageClassifierOutput(ImageClassifierOutput):
     routing_indices: tuple[torch.LongTensor, ...] | None = None
 
 
-class BiFormerPreTrainedModel(HubModelMixin, PreTrainedModel):
+class BiFormerPreTrainedModel(VisionPreTrainedModel):
     """Base of the BiFormer models."""
 
     config: BiFormerConfig
     base_model_prefix = "biformer"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["BiFormerLayer"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": BiFormerStage,
         "attentions": BiFormerAttention,
         "routing_indices": OutputRecorder(BiFormerRouter, index=1),
     }
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, BiFormerLayer):
-            for scale in (module.attention_scale, module.mlp_scale):
-                if scale is not None:
-                    init.constant_(scale, self.config.layer_scale_init_value)
 
-
-class BiFormerEncoder(BiFormerPreTrainedModel):
+class BiFormerEncoder(StagedEncoderMixin, BiFormerPreTrainedModel):
     """The stages."""
 
-    main_input_name = "hidden_states"
-
-    def __init__(self, config: BiFormerConfig):
-        super().__init__(config)
-        rates = drop_path_rates(config.drop_path_rate, config.depths)
-        self.stages = nn.ModuleList([BiFormerStage(config, stage, rates[stage]) for stage in range(len(rates))])
-        self.post_init()
+    stage_class = BiFormerStage
+    output_class = BiFormerEncoderOutput
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -510,134 +488,43 @@ class BiFormerEncoder(BiFormerPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BiFormerEncoderOutput:
-        """Run the stages on the output of the stem, `(batch, hidden_sizes[0], height, width)`."""
-        for stage in self.stages:
-            hidden_states = stage(hidden_states, **kwargs)
-        return BiFormerEncoderOutput(last_hidden_state=hidden_states)
+
+class BiFormerModel(StagedModelMixin, BiFormerPreTrainedModel):
+    """BiFormer without a classifier, for images whose feature maps can be cut into regions. The stride is 32."""
+
+    embeddings_class = BiFormerEmbeddings
+    encoder_class = BiFormerEncoder
+    output_class = BiFormerModelOutput
+
+    def final_norm(self, config: BiFormerConfig) -> nn.Module:
+        return nn.BatchNorm2d(config.hidden_sizes[-1], eps=config.batch_norm_eps)
 
 
-class BiFormerModel(BiFormerPreTrainedModel):
-    """BiFormer without a classifier."""
-
-    def __init__(self, config: BiFormerConfig):
-        super().__init__(config)
-        self.embeddings = BiFormerEmbeddings(config)
-        self.encoder = BiFormerEncoder(config)
-        self.norm = nn.BatchNorm2d(config.hidden_sizes[-1], eps=config.batch_norm_eps)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.FloatTensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BiFormerModelOutput:
-        r"""Encode images.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
-
-        Raises:
-            ValueError: for an image whose feature maps cannot be cut into regions.
-        """
-        outputs: BiFormerEncoderOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
-        last_hidden_state = self.norm(outputs.last_hidden_state)
-        return BiFormerModelOutput(
-            last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state.mean((2, 3)),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            routing_indices=outputs.routing_indices,
-        )
-
-
-class BiFormerForImageClassification(BiFormerPreTrainedModel):
+class BiFormerForImageClassification(ImageClassifierMixin, BiFormerPreTrainedModel):
     """BiFormer with a linear classifier on the mean of its last feature map."""
 
-    # The loss is a mean over the images of a call whatever the problem type, so Trainer has to average over calls.
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: BiFormerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.biformer = BiFormerModel(config)
-        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels) if config.num_labels else nn.Identity()
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BiFormerImageClassifierOutput:
-        r"""Classify images.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
-            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): class indices, or targets in the form that
-                `config.problem_type` says.
-        """
-        outputs: BiFormerModelOutput = self.biformer(pixel_values, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return BiFormerImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            routing_indices=outputs.routing_indices,
-        )
+    body_class = BiFormerModel
+    output_class = BiFormerImageClassifierOutput
 
 
-class BiFormerChannelLayerNorm(nn.LayerNorm):
-    """Layer norm over the channels of a map `(batch, channels, height, width)`."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-
-
-class BiFormerBackbone(BackboneMixin, BiFormerPreTrainedModel):
+class BiFormerBackbone(StagedBackboneMixin, BiFormerPreTrainedModel):
     """BiFormer as a backbone: feature maps with strides 4 (`"stem"`), 4, 8, 16 and 32 (`"stage1"`...), each normalised.
 
     For segmentation and detection the paper's code uses `auto_pad=True` and `n_win` 8 (512 pixels) or 16 (COCO).
     """
 
-    def __init__(self, config: BiFormerConfig):
-        super().__init__(config)
-        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
-        self.embeddings = BiFormerEmbeddings(config)
-        self.encoder = BiFormerEncoder(config)
-        self.hidden_states_norms = nn.ModuleDict(
-            {
-                stage: BiFormerChannelLayerNorm(channels, eps=config.layer_norm_eps)
-                for stage, channels in zip(self.out_features, self.channels, strict=True)
-            }
-        )
-        self.post_init()
+    embeddings_class = BiFormerEmbeddings
+    encoder_class = BiFormerEncoder
+    norms_name = "hidden_states_norms"
 
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        r"""Compute feature maps.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): normalised images.
-
-        Returns:
-            `feature_maps`, contiguous `(batch_size, channels, height / stride, width / stride)` for each of
-            `config.out_features`.
-        """
-        outputs: BiFormerEncoderOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
-        features = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
-        return BackboneOutput(
-            feature_maps=tuple(self.hidden_states_norms[stage](features[stage]) for stage in self.out_features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def feature_norm(self, stage: str, channels: int) -> nn.Module:
+        return ChannelLayerNorm(channels, eps=self.config.layer_norm_eps)
 
 
-__all__ = ["BiFormerBackbone", "BiFormerForImageClassification", "BiFormerModel", "BiFormerPreTrainedModel"]
+__all__ = [
+    "BiFormerBackbone",
+    "BiFormerForImageClassification",
+    "BiFormerModel",
+    "BiFormerPreTrainedModel",
+    "BiFormerRoutingAttention",
+]

@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import DebertaV2Config
 
+from hf_attn.architectures.ranges import COUNT, RATE, SIZE, Activation, Range
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -62,15 +63,26 @@ class DebertaEMDConfig(HubConfigMixin, VariantsMixin, DebertaV2Config):
         "v3-base": {},
         "v3-large": _LARGE,
         "mdeberta-v3-base": {"vocab_size": 251000},
-        "tiny": {
-            "vocab_size": 99,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "max_position_embeddings": 64,
-            "position_buckets": 8,
-        },
+    }
+    tiny = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "position_buckets": 8,
+    }
+    ranges = {
+        "type_vocab_size": COUNT,
+        "max_relative_positions": Range(at_least=-1),
+        "position_buckets": Range(at_least=-1),
+        "pooler_dropout": RATE,
+        "conv_kernel_size": COUNT,
+        "conv_groups": SIZE,
+        "embedding_size": SIZE,
+        "pooler_hidden_act": Activation(),
+        "conv_act": Activation(),
     }
 
     hidden_size: int = 768

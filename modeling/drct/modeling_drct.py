@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_attn.architectures.restoration.layers import MLP, DropPath, WindowAttention, WindowAttentionBase
+from hf_attn.architectures.layers import DropPath
+from hf_attn.architectures.restoration.layers import MLP, WindowAttention, WindowAttentionBase
 from hf_attn.architectures.restoration.modeling import (
     ForImageSuperResolutionMixin,
     ImageRestorationModelMixin,

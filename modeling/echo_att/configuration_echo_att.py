@@ -4,11 +4,9 @@
 from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
 
+from hf_attn.architectures.decoder import DecoderConfig
 from hf_attn.architectures.ranges import COUNT, SIZE
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
 
 
 _TINYLLAMA = {
@@ -24,7 +22,7 @@ _TINYLLAMA = {
 
 
 @strict
-class EchoAttConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
+class EchoAttConfig(DecoderConfig):
     r"""Configuration of an [`EchoAttForCausalLM`]: a Llama-like model in which some layers reuse another layer's attention
     map.
 
@@ -32,14 +30,8 @@ class EchoAttConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
         shared_layers (`list[int]`): layers (counted from 0) that have no query and key projections of their own.
         shared_source (`list[int]`, *optional*): for each entry of `shared_layers` the layer whose map it uses; the nearest
             earlier layer that has a map of its own if not given.
-        attention_output_bias (`bool`, *optional*): whether the output projection has a bias; as `attention_bias` (which
-            is about queries, keys and values) if not given.
-        qk_norm (`bool`): whether queries and keys are normalised in each head, as in Qwen3.
-        sliding_window (`int`, *optional*): width of the attention window of layers of type `sliding_attention`.
-        layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` for each layer; all of the second
-            kind if there is a `sliding_window`, else of the first.
 
-    The other arguments are those of [`~transformers.LlamaConfig`].
+    The other arguments are those of [`~hf_attn.architectures.decoder.DecoderConfig`].
     """
 
     model_type = "echo_att"
@@ -68,18 +60,9 @@ class EchoAttConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
 
     shared_layers: list[int] | tuple[int, ...] = field(default_factory=list)
     shared_source: list[int] | tuple[int, ...] | None = None
-    attention_output_bias: bool | None = None
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         self.shared_layers = list(self.shared_layers)
-        if self.attention_output_bias is None:
-            self.attention_output_bias = self.attention_bias
-        if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
         if self.shared_source is None and self._shared_layers_in_range():
             self.shared_source = [self._nearest_source(layer) for layer in self.shared_layers]
         super().__post_init__(**kwargs)

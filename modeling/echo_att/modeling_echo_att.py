@@ -17,28 +17,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers import AutoConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from hf_attn.checkpoints.from_base import FromBaseMixin
-from hf_attn.hub import HubModelMixin
+from hf_attn.architectures.decoder import (
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+    FromLlamaMixin,
+    takes_cache,
+)
 
 from .configuration_echo_att import EchoAttConfig
 
@@ -53,31 +45,6 @@ if TYPE_CHECKING:
 MAX_SHARED_MAP = 256 * 256
 
 
-class ValueCacheLayer(DynamicLayer):
-    """Cache of a layer without keys: `keys` has no width, so that lengths and reordering work as usual."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        self.keys = self.values[..., :0]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.values.shape[-2] if self.is_initialized and self.values.numel() > 0 else 0
-
-
-def cache_values(past_key_values: Cache, value_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-    """Add values to the cache of a layer that has no keys, and return all of them."""
-    layers = past_key_values.layers
-    while len(layers) <= layer_idx and past_key_values.layer_class_to_replicate is not None:
-        layers.append(past_key_values.layer_class_to_replicate())
-    # A plain dynamic layer measures its length by its keys.
-    if type(layers[layer_idx]) is DynamicLayer:
-        layers[layer_idx] = ValueCacheLayer()
-    return past_key_values.update(value_states[..., :0], value_states, layer_idx)[1]
-
-
 def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`A V` without repeating the values of a group.
 
@@ -90,8 +57,9 @@ def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch
     """
     batch, heads, q_len, kv_len = weights.shape
     value = value[:, :, :kv_len]
-    output = weights.reshape(batch, value.shape[1], -1, kv_len) @ value
-    return output.view(batch, heads, q_len, -1).transpose(1, 2).contiguous()
+    kv_heads, head_dim = value.shape[1], value.shape[3]
+    output = weights.reshape(batch, kv_heads, heads // kv_heads * q_len, kv_len) @ value
+    return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous()
 
 
 def eager_attention_forward(
@@ -112,8 +80,10 @@ def eager_attention_forward(
     if attention_mask is None and q_len > 1:
         key = key[:, :, :q_len]
         attention_mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query.device).tril()
-    scores = query.reshape(batch, key.shape[1], -1, head_dim) @ key.transpose(-1, -2) * scaling
-    scores = scores.view(batch, heads, q_len, -1)
+    kv_heads = key.shape[1]
+    query = query.reshape(batch, kv_heads, heads // kv_heads * q_len, head_dim)
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = scores.view(batch, heads, q_len, key.shape[2])
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
@@ -123,34 +93,18 @@ def eager_attention_forward(
     return apply_attention_weights(dropped, value), weights
 
 
-class EchoAttAttention(nn.Module):
+class EchoAttAttention(DecoderAttention):
     """Attention of one layer: with a map of its own, or with the map of the layer that it shares with."""
 
+    eager_attention_forward = staticmethod(eager_attention_forward)
+
     def __init__(self, config: EchoAttConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.source_idx = config.attention_source.get(layer_idx)
+        source_idx = config.attention_source.get(layer_idx)
+        super().__init__(config, layer_idx, has_queries_and_keys=source_idx is None)
+        self.source_idx = source_idx
         self.is_source = layer_idx in config.attention_source.values()
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
-        query_size, key_value_size = (
-            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        if self.source_idx is None:
-            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-            self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-            if config.qk_norm:
-                self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-                self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -159,7 +113,7 @@ class EchoAttAttention(nn.Module):
         shared_key: torch.Tensor | None = None,
         shared_weights: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Attend.
@@ -175,64 +129,35 @@ class EchoAttAttention(nn.Module):
             Output `(batch, sequence, hidden_size)`, and weights (if they were computed), queries and keys for the layers
             that share them.
         """
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-
+        value_states, attn_weights = self.values(hidden_states), None
         if self.source_idx is not None:
             query_states, key_states, attn_weights = shared_query, shared_key, shared_weights
-            if past_key_values is not None:
-                value_states = cache_values(past_key_values, value_states, self.layer_idx)
+            value_states = self.cached_values(value_states, cache)
         else:
-            query_states, key_states = self._queries_and_keys(hidden_states, hidden_shape, position_embeddings)
-            attn_weights = None
-            if past_key_values is not None:
-                key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+            query_states, key_states = self.queries_and_keys(hidden_states, position_embeddings)
+            if cache is not None:
+                key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
-        dropout = self.attention_dropout if self.training else 0.0
         if attn_weights is not None:
-            dropped = nn.functional.dropout(attn_weights, p=dropout)
+            dropped = nn.functional.dropout(attn_weights, p=self.attention_dropout, training=self.training)
             attn_output = apply_attention_weights(dropped, value_states)
         else:
-            attn_output, attn_weights = self._attention_interface(query_states, key_states)(
-                self,
-                query_states,
-                key_states,
-                value_states,
-                attention_mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                **kwargs,
-            )
-        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
-        return attn_output, attn_weights, query_states, key_states
+            attn_output, attn_weights = self.attend(query_states, key_states, value_states, attention_mask, **kwargs)
+        return self.output(attn_output), attn_weights, query_states, key_states
 
-    def _queries_and_keys(self, hidden_states, hidden_shape, position_embeddings):
-        query_states = self.q_proj(hidden_states).view(hidden_shape)
-        key_states = self.k_proj(hidden_states).view(hidden_shape)
-        if self.config.qk_norm:
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        return apply_rotary_pos_emb(query_states.transpose(1, 2), key_states.transpose(1, 2), *position_embeddings)
-
-    def _attention_interface(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa" and self.is_source:
+    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
+        if self.config._attn_implementation == "sdpa" and self.is_source:
             queries, keys = query_states.shape[2], key_states.shape[2]
             if queries == 1 or (self.training and queries * keys <= MAX_SHARED_MAP):
                 return eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return super().attention_function(query_states, key_states)
 
 
-class EchoAttDecoderLayer(GradientCheckpointingLayer):
+class EchoAttDecoderLayer(DecoderLayer):
     """A Llama layer that takes and returns an attention map, as plain tensors so that every checkpointing sees them."""
 
-    def __init__(self, config: EchoAttConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = EchoAttAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def make_mixer(self, config: EchoAttConfig, layer_idx: int) -> EchoAttAttention:
+        return EchoAttAttention(config, layer_idx)
 
     def forward(
         self,
@@ -258,95 +183,32 @@ class EchoAttDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, None, None, None
 
 
-class EchoAttPreTrainedModel(HubModelMixin, LlamaPreTrainedModel):
+class EchoAttPreTrainedModel(DecoderPreTrainedModel):
     config: EchoAttConfig
-    _no_split_modules = ["EchoAttDecoderLayer"]
-    _can_record_outputs = {"hidden_states": EchoAttDecoderLayer, "attentions": EchoAttAttention}
+    layer_class = EchoAttDecoderLayer
 
 
-class EchoAttModel(EchoAttPreTrainedModel, LlamaModel):
+class EchoAttModel(EchoAttPreTrainedModel, DecoderModel):
     """The decoder without a head."""
 
-    def __init__(self, config: EchoAttConfig):
-        # Not LlamaModel's, which would build its own layers first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [EchoAttDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """Run the decoder; the arguments are those of transformers' `LlamaModel.forward`."""
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            mask_arguments = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {kind: MASKS[kind](**mask_arguments) for kind in sorted(set(self.config.layer_types))}
-
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+    def run_layers(self, layers: nn.ModuleList, hidden_states: torch.Tensor, masks: dict, **kwargs) -> torch.Tensor:
         maps = {}
-        for layer_idx, decoder_layer in enumerate(self.layers):
-            hidden_states, *attention_map = decoder_layer(
+        for layer_idx, layer in enumerate(layers):
+            hidden_states, *attention_map = layer(
                 hidden_states,
-                *maps.get(decoder_layer.self_attn.source_idx, (None, None, None)),
-                position_embeddings=position_embeddings,
-                attention_mask=masks[self.config.layer_types[layer_idx]],
-                past_key_values=past_key_values,
+                *maps.get(layer.self_attn.source_idx, (None, None, None)),
+                attention_mask=masks[layer.self_attn.mask_kind],
                 **kwargs,
             )
-            if decoder_layer.self_attn.is_source:
+            if layer.self_attn.is_source:
                 maps[layer_idx] = attention_map
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return hidden_states
 
 
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-
-
-class EchoAttForCausalLM(FromBaseMixin, EchoAttPreTrainedModel, LlamaForCausalLM):
+class EchoAttForCausalLM(FromLlamaMixin, EchoAttPreTrainedModel, DecoderForCausalLM):
     """The decoder with a language modelling head; `from_base` makes one from a Llama-like model."""
 
-    def __init__(self, config: EchoAttConfig):
-        # Not LlamaForCausalLM's, which would build a Llama first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = EchoAttModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    model_class = EchoAttModel
 
     @classmethod
     def from_base(
@@ -401,24 +263,11 @@ class EchoAttForCausalLM(FromBaseMixin, EchoAttPreTrainedModel, LlamaForCausalLM
         )
 
     @classmethod
-    def config_from_base(cls, base_config: PreTrainedConfig, **overrides) -> EchoAttConfig:
-        """Configuration for a base of type Llama, Mistral, Qwen2, Qwen3 or EchoAtt.
-
-        Raises:
-            ValueError: for another architecture.
-        """
-        adapt = BASES.get(base_config.model_type)
-        if adapt is None:
-            raise ValueError(
-                f"EchoAtt cannot be made from a {base_config.model_type!r} model. Supported bases: {', '.join(BASES)}."
-            )
-        fields = EchoAttConfig.__dataclass_fields__
-        values = {name: value for name, value in base_config.to_dict().items() if name in fields}
-        for name in ("architectures", "model_type", "transformers_version"):
-            values.pop(name, None)
+    def config_from_base(cls, base_config, **overrides) -> EchoAttConfig:
         if "shared_layers" in overrides:
-            values.pop("shared_source", None)
-        return EchoAttConfig(**{**values, **adapt(base_config), **overrides})
+            # The sources of a model that shares already belong to its own shared layers.
+            overrides = {"shared_source": None, **overrides}
+        return super().config_from_base(base_config, **overrides)
 
 
 def evenly_shared_layers(num_layers: int, num_shared: int) -> list[int]:
@@ -436,26 +285,6 @@ def evenly_shared_layers(num_layers: int, num_shared: int) -> list[int]:
     num_blocks = len(inner) - num_shared
     starts = {inner[len(inner) * block // num_blocks] for block in range(num_blocks)}
     return [layer for layer in inner if layer not in starts]
-
-
-def _plain(base_config) -> dict:
-    return {}
-
-
-def _mistral(base_config) -> dict:
-    return {"attention_bias": False, "layer_types": None}
-
-
-def _qwen2(base_config) -> dict:
-    return {"attention_bias": True, "attention_output_bias": False}
-
-
-def _qwen3(base_config) -> dict:
-    return {"qk_norm": True}
-
-
-#: model type of a base -> fields in which its layers differ from Llama's
-BASES = {"llama": _plain, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "echo_att": _plain}
 
 
 __all__ = ["EchoAttForCausalLM", "EchoAttModel", "EchoAttPreTrainedModel", "evenly_shared_layers"]

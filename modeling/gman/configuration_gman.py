@@ -6,6 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.ranges import COUNT, FINITE, POSITIVE, RATE, SIZE, Range
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -68,15 +69,35 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         "gman_port_1": {"num_hidden_layers": 1, **_PORT},
         "gman_port_3": {"num_hidden_layers": 3, **_PORT},
         "gman_port_5": {"num_hidden_layers": 5, **_PORT},
-        "tiny": {
-            "num_nodes": 6,
-            "context_length": 5,
-            "prediction_length": 4,
-            "steps_per_day": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "head_dim": 4,
-        },
+    }
+    tiny = {
+        "num_nodes": 6,
+        "context_length": 5,
+        "prediction_length": 4,
+        "steps_per_day": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+    }
+    ranges = {
+        **dict.fromkeys(
+            (
+                "num_nodes",
+                "context_length",
+                "prediction_length",
+                "steps_per_day",
+                "group_size",
+                "spatial_embedding_dim",
+            ),
+            SIZE,
+        ),
+        "output_dropout": RATE,
+        "attention_scaling": POSITIVE,
+        "attention_output_layers": COUNT,
+        "batch_norm_momentum": Range(above=0, at_most=1),
+        "value_mean": FINITE,
+        "value_std": POSITIVE,
+        "null_value": FINITE,
     }
 
     num_nodes: int = 325
@@ -114,17 +135,6 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        for name in (
-            "context_length",
-            "prediction_length",
-            "steps_per_day",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "head_dim",
-            "spatial_embedding_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.num_nodes < 2:
             raise ValueError(
                 f"num_nodes must be at least 2, because the sensors are normalised as a batch; got {self.num_nodes}."
@@ -136,8 +146,6 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
                 f"group_size must be between 1 and num_nodes ({self.num_nodes}), got {self.group_size}. Without groups it "
                 "is None."
             )
-        if self.value_std <= 0:
-            raise ValueError(f"value_std must be positive, got {self.value_std}.")
         if self.sensor_ids is not None:
             if len(self.sensor_ids) != self.num_nodes:
                 raise ValueError(f"{len(self.sensor_ids)} sensor_ids were given for num_nodes={self.num_nodes}.")

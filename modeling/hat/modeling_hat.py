@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_attn.architectures.layers import DropPath, squeeze_excitation
 from hf_attn.architectures.restoration.layers import (
     MLP,
-    DropPath,
     WindowAttention,
     WindowAttentionBase,
     merge_windows,
@@ -38,8 +38,7 @@ class HATChannelBranch(nn.Module):
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         """`(batch, embed_dim, height, width)` -> the same shape. The attention averages over the whole map."""
         feature_map = self.conv2(self.activation(self.conv1(feature_map)))
-        average = feature_map.mean(dim=(2, 3), keepdim=True)
-        return feature_map * self.excite(self.squeeze(average).relu()).sigmoid()
+        return squeeze_excitation(feature_map, feature_map.mean(dim=(2, 3), keepdim=True), self.squeeze, self.excite)
 
 
 class HATBlock(GradientCheckpointingLayer):

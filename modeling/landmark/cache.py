@@ -227,6 +227,11 @@ class LandmarkCache(Cache):
         self.is_landmark: torch.Tensor | None = None
         super().__init__(layers=[LandmarkCacheLayer(self) for _ in range(config.num_hidden_layers)])
 
+    def new(self, config: LandmarkConfig) -> "LandmarkCache":
+        """An empty cache with the same settings that records nothing."""
+        settings = ("top_k", "retrieval", "max_chunk_length", "offload_to_cpu", "max_blocks")
+        return LandmarkCache(config, **{name: getattr(self, name) for name in settings})
+
     @property
     def shares_choice(self) -> tuple[int, ...]:
         """Dimensions of `(batch, heads, tokens, blocks)` that share a choice of blocks."""

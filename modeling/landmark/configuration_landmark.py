@@ -1,18 +1,14 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the models with landmark attention."""
 
-from typing import Literal
-
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
 
+from hf_attn.architectures.decoder import DecoderConfig
 from hf_attn.architectures.ranges import COUNT, SIZE
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
 
 
 @strict
-class LandmarkConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
+class LandmarkConfig(DecoderConfig):
     r"""Configuration of a [`LandmarkForCausalLM`]: a Llama-like model with landmark attention.
 
     Args:
@@ -22,13 +18,8 @@ class LandmarkConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
             the input together with the retrieved blocks is kept within it.
         include_landmark_in_loss (`bool`): whether landmarks were targets at training. If so, the token after a block is
             predicted from the block's landmark; if not, from the token before the landmark.
-        norm_type (`str`): `"rms_norm"`, or `"layer_norm"` without bias.
-        gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
-        attention_output_bias (`bool`, *optional*): whether the output projection has a bias; as `attention_bias` (which is
-            about queries, keys and values) if not given.
-        qk_norm (`bool`): whether queries and keys are normalised in each head, as in Qwen3.
 
-    The other arguments are those of [`~transformers.LlamaConfig`].
+    The other arguments are those of [`~hf_attn.architectures.decoder.DecoderConfig`]; layer norms have no bias.
     """
 
     model_type = "landmark"
@@ -81,19 +72,11 @@ class LandmarkConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
     mem_freq: int = 50
     train_context_length: int = 512
     include_landmark_in_loss: bool = True
-    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    gated_mlp: bool = True
-    attention_output_bias: bool | None = None
-    qk_norm: bool = False
+    norm_bias: bool = False
 
     def __post_init__(self, **kwargs):
         if self.landmark_token_id is None:
             self.landmark_token_id = self.vocab_size - 1
-        if self.attention_output_bias is None:
-            self.attention_output_bias = self.attention_bias
-        if not self.gated_mlp:
-            plan = self.base_model_tp_plan or {}
-            self.base_model_tp_plan = {name: how for name, how in plan.items() if not name.endswith(".gate_proj")}
         super().__post_init__(**kwargs)
 
     @property
@@ -107,6 +90,11 @@ class LandmarkConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
             raise ValueError(
                 f"landmark_token_id ({self.landmark_token_id}) must be a token of the vocabulary, which has "
                 f"{self.vocab_size}."
+            )
+        if self.sliding_window is not None or "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"Landmark attention attends to everything: sliding_window must be None, got {self.sliding_window}, and all "
+                "layer_types must be 'full_attention'."
             )
 
 

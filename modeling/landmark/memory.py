@@ -38,7 +38,6 @@ class RetrievalStep:
         newest: `(batch,)`, first of the blocks that are at their true places.
         newest_slots: `(batch, top_k)`, slots of these blocks; one after the last used slot where a row has fewer.
         numbers: `(batch, used slots of blocks)`, number of the block in each slot; -1 for none.
-        rows_by_slots: rows with the same number of filled slots, and that number.
         places: of the blocks, `(batch, 1, 1, top_k + 1, head_dim)`.
         recent_slots: `(batch, recent)`, slots of the tokens of the block that is being filled.
         recent_valid: `(batch, recent)`.
@@ -52,7 +51,6 @@ class RetrievalStep:
     newest: torch.Tensor
     newest_slots: torch.Tensor
     numbers: torch.Tensor
-    rows_by_slots: tuple[tuple[torch.Tensor, int], ...]
     places: Tables
     recent_slots: torch.Tensor
     recent_valid: torch.Tensor
@@ -198,12 +196,6 @@ def _begin_retrieval(
     newest_slots = torch.where(newest_numbers < counts[:, None], newest_numbers % slots, len(slot))
     place_starts = (newest[:, None] - 1 + torch.arange(top_k + 1, device=lengths.device)) * block
 
-    # Each row chooses from the slots that it has filled. The others would take part in how `topk` decides between equal
-    # scores, as those of the first layer are for all old blocks, and rows would depend on each other.
-    filled = counts.clamp(max=slots)
-    rows_by_slots = tuple(
-        ((filled == number).nonzero()[:, 0], number) for number in filled.unique().tolist() if number > 0
-    )
     recent = int((lengths % block).max())
     recent_positions = (counts * block)[:, None] + torch.arange(recent, device=lengths.device)
     return RetrievalStep(
@@ -211,7 +203,6 @@ def _begin_retrieval(
         newest=newest,
         newest_slots=newest_slots,
         numbers=numbers,
-        rows_by_slots=rows_by_slots,
         places=tuple(table[:, None, None] for table in rotary_emb(states, place_starts)),
         recent_slots=recent_positions % (slots * block),
         recent_valid=recent_positions < lengths[:, None],

@@ -7,88 +7,45 @@ highest, whatever the length of the text.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_attn.architectures.decoder import (
+    CACHE,
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+    FromLlamaMixin,
+    takes_cache,
+)
 from hf_attn.attention.family import OwnAttentionMixin
 from hf_attn.attention.landmark import LANDMARK
-from hf_attn.checkpoints.from_base import FromBaseMixin
-from hf_attn.hub import HubModelMixin
 from hf_attn.kernels.landmark.call import landmark_block_size
 
 from .cache import LandmarkCache
 from .configuration_landmark import LandmarkConfig
+from .data import LandmarkDataCollator
 from .insertion import LANDMARK_TOKEN, Insertion, add_landmark_token
 from .memory import MemoryStep, begin_step, rotate
 from .retrieval import attend_to_memory
 
 
-eager_attention_forward = LANDMARK.attention_function("landmark_eager")
-
-
-def make_norm(config: LandmarkConfig) -> nn.Module:
-    if config.norm_type == "layer_norm":
-        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=False)
-    return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class LandmarkPlainMLP(nn.Module):
-    """Feed-forward block without a gate."""
-
-    def __init__(self, config: LandmarkConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class LandmarkAttention(nn.Module):
+class LandmarkAttention(DecoderAttention):
     """Grouped-softmax attention to the input and to the memory."""
 
-    def __init__(self, config: LandmarkConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-
-        query_size, key_value_size = (
-            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+    eager_attention_forward = staticmethod(LANDMARK.attention_function("landmark_eager"))
 
     def forward(
         self,
@@ -112,14 +69,8 @@ class LandmarkAttention(nn.Module):
             Output `(batch, sequence, hidden_size)` and weights, if they were computed. With retrieval the weights are those
             of the retrieved blocks, of the block that is being filled, and of the input, in this order.
         """
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape)
-        key_states = self.k_proj(hidden_states).view(hidden_shape)
-        if self.config.qk_norm:
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states, key_states = self.queries_and_keys(hidden_states, None)
+        value_states = self.values(hidden_states)
         tables = tuple(table.unsqueeze(1) for table in position_embeddings)
         rotated_query, rotated_key = (rotate(states, tables) for states in (query_states, key_states))
 
@@ -140,73 +91,38 @@ class LandmarkAttention(nn.Module):
                 past_keys, past_values = memory.past(self.layer_idx)
                 all_keys = torch.cat([past_keys, rotated_key], dim=2)
                 all_values = torch.cat([past_values, value_states], dim=2)
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            attn_output, attn_weights = attention_interface(
-                self,
-                rotated_query,
-                all_keys,
-                all_values,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                is_landmark=is_landmark,
-                **kwargs,
+            attn_output, attn_weights = self.attend(
+                rotated_query, all_keys, all_values, attention_mask, is_landmark=is_landmark, **kwargs
             )
         if memory is not None:
             memory.store(self.layer_idx, key_states, value_states)
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        return self.output(attn_output), attn_weights
 
 
-class LandmarkDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LandmarkConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = LandmarkAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config) if config.gated_mlp else LandmarkPlainMLP(config)
-        self.input_layernorm = make_norm(config)
-        self.post_attention_layernorm = make_norm(config)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+class LandmarkDecoderLayer(DecoderLayer):
+    def make_mixer(self, config: LandmarkConfig, layer_idx: int) -> LandmarkAttention:
+        return LandmarkAttention(config, layer_idx)
 
 
-class LandmarkPreTrainedModel(HubModelMixin, OwnAttentionMixin, LlamaPreTrainedModel):
+class LandmarkPreTrainedModel(OwnAttentionMixin, DecoderPreTrainedModel):
     config: LandmarkConfig
     attention_mechanism = LANDMARK
-    _no_split_modules = ["LandmarkDecoderLayer"]
-    _can_record_outputs = {"hidden_states": LandmarkDecoderLayer, "attentions": LandmarkAttention}
+    layer_class = LandmarkDecoderLayer
     # The memory is a cache of growing blocks, not one of a fixed size.
     _can_compile_fullgraph = False
 
 
-class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
+class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
     """The decoder without a head."""
 
-    def __init__(self, config: LandmarkConfig):
-        # Not LlamaModel's, which would build its own layers first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [LandmarkDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        self.norm = make_norm(config)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
     @merge_with_config_defaults
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: LandmarkCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         is_landmark: torch.Tensor | None = None,
@@ -216,8 +132,9 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
         """Run the decoder. The arguments are those of transformers' `LlamaModel.forward`, and
 
         Args:
-            past_key_values: a [`LandmarkCache`]. What is beyond its `max_chunk_length` is processed in pieces. With a filled
-                cache `position_ids` are not looked at: it counts the tokens of each row.
+            position_ids: with a cache, or where landmarks are inserted, the model counts the tokens of each row, and these
+                are not needed; others are refused.
+            cache: a [`LandmarkCache`]. What is beyond its `max_chunk_length` is processed in pieces.
             is_landmark: boolean `(batch, sequence)`, which tokens are landmarks; found by their id if not given. Needed only
                 with `inputs_embeds`.
             insert_landmarks: the input has no landmarks; insert one after every `mem_freq` tokens of each row, padding not
@@ -229,18 +146,16 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: for a cache of another kind, model or batch size, landmarks in an input that they shall be inserted into,
-                landmarks at other places than retrieval needs, padding inside a row, or a mask for pairs of tokens with a
-                cache.
+                landmarks at other places than retrieval needs, padding inside a row, a mask for pairs of tokens with a cache,
+                or positions that the model cannot use.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         if self.gradient_checkpointing and self.training:
-            past_key_values = None
-        if past_key_values is not None and not isinstance(past_key_values, LandmarkCache):
-            raise ValueError(
-                f"past_key_values must be a LandmarkCache, got {type(past_key_values).__name__}, which keeps no landmarks."
-            )
+            cache = None
+        if cache is not None and not isinstance(cache, LandmarkCache):
+            raise ValueError(f"{CACHE} must be a LandmarkCache, got {type(cache).__name__}, which keeps no landmarks.")
         if is_landmark is None and input_ids is not None:
             is_landmark = input_ids == self.config.landmark_token_id
         if inputs_embeds is None:
@@ -249,16 +164,17 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
             is_landmark = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
         pairwise_mask = attention_mask is not None and attention_mask.dim() == 4
-        if pairwise_mask and (past_key_values is not None or insert_landmarks):
+        if pairwise_mask and (cache is not None or insert_landmarks):
             raise ValueError("A mask for pairs of tokens goes neither with a LandmarkCache nor with insert_landmarks.")
-        if past_key_values is None and use_cache and not pairwise_mask:
-            past_key_values = LandmarkCache(self.config)
-        cache = past_key_values
+        if cache is None and use_cache and not pairwise_mask:
+            cache = LandmarkCache(self.config)
         num_columns = inputs_embeds.shape[1]
         if cache is not None:
             cache.start(self.config, inputs_embeds.shape[0], inputs_embeds.device, insert_landmarks)
 
         valid = self._valid_tokens(attention_mask, inputs_embeds, cache)
+        if position_ids is not None and (cache is not None or insert_landmarks):
+            _check_positions(position_ids, valid, cache, insert_landmarks)
         insertion = None
         if insert_landmarks:
             if is_landmark.any():
@@ -285,14 +201,14 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
                 f"The input ({length} tokens) is processed in pieces of {chunk}, and their attention weights are over "
                 "different keys. Ask for them with a larger max_chunk_length or in pieces of your own."
             )
-        outputs = []
-        for start in range(0, length, chunk) if length else ():
-            piece = slice(start, start + chunk)
+        outputs, is_one_piece = [], chunk >= length
+        for start in (0,) if is_one_piece else range(0, length, chunk):
+            piece = slice(start, None if is_one_piece else start + chunk)
             outputs.append(
                 self._forward_piece(
                     inputs_embeds[:, piece],
-                    attention_mask=attention_mask if chunk >= length else None,
-                    position_ids=position_ids if chunk >= length else None,
+                    attention_mask=attention_mask if is_one_piece else None,
+                    position_ids=position_ids if is_one_piece else None,
                     valid=valid[:, piece],
                     is_landmark=is_landmark[:, piece],
                     cache=cache,
@@ -304,7 +220,7 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
             output.last_hidden_state = insertion.read(output.last_hidden_state, self.config.include_landmark_in_loss)
         if cache is not None:
             cache.seen_tokens += num_columns
-            output.past_key_values = cache
+            output[CACHE] = cache
         return output if return_dict else output.to_tuple()
 
     def _valid_tokens(
@@ -356,29 +272,54 @@ class LandmarkModel(LandmarkPreTrainedModel, LlamaModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=None,
                 position_ids=position_ids,
+                **{CACHE: None},
             )
 
         # Found out once for all layers: it waits for the device.
         block_size = None
         if not torch.compiler.is_compiling():
             block_size = landmark_block_size(keys_are_landmarks, keys_are_landmarks.shape[1])
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
-            hidden_states = decoder_layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                is_landmark=keys_are_landmarks,
-                landmark_block_size=block_size,
-                attention_mask=mask,
-                memory=memory,
-                **kwargs,
-            )
+        hidden_states = self.run_layers(
+            self.layers[: self.config.num_hidden_layers],
+            inputs_embeds,
+            {"full_attention": mask},
+            is_landmark=keys_are_landmarks,
+            landmark_block_size=block_size,
+            memory=memory,
+            **self.layer_arguments(inputs_embeds, position_ids, None),
+            **kwargs,
+        )
         if cache is not None:
             cache.append_tokens(valid, is_landmark)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+
+def _check_positions(
+    position_ids: torch.Tensor, valid: torch.Tensor, cache: LandmarkCache | None, insert_landmarks: bool
+) -> None:
+    """Check that the caller's positions are those that the model counts; before the first input they may be shifted, which
+    changes nothing.
+
+    Args:
+        position_ids: `(batch or 1, length)`, of the caller's tokens.
+        valid: `(batch, length)`.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    counted = valid.cumsum(-1) - 1
+    is_first = cache is None or cache.seen_tokens == 0
+    if not is_first:
+        counted = counted + (cache.regular_tokens() if insert_landmarks else cache.lengths)[:, None]
+    shift = position_ids.to(counted.device) - counted
+    first = valid.long().argmax(-1, keepdim=True)
+    expected = shift.gather(1, first) if is_first else torch.zeros_like(shift)
+    if bool(((shift != expected) & valid).any()):
+        raise ValueError(
+            "position_ids are not those of consecutive tokens, from the end of the cache on. Inserted landmarks and the memory "
+            "count the tokens of each row, padding left out: leave position_ids out, and give every sequence a row of its own."
+        )
 
 
 def _joined(outputs: list[BaseModelOutputWithPast]) -> BaseModelOutputWithPast:
@@ -391,25 +332,36 @@ def _joined(outputs: list[BaseModelOutputWithPast]) -> BaseModelOutputWithPast:
     return joined
 
 
-class LandmarkForCausalLM(FromBaseMixin, LandmarkPreTrainedModel, LlamaForCausalLM):
+class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCausalLM):
     """The decoder with a language modelling head; `from_base` makes one from a Llama-like model.
 
     `forward` takes inputs that hold landmarks, as they are at training, or inserts them (`insert_landmarks=True`, see
     [`LandmarkModel`]); `generate` always inserts and hides them.
     """
 
-    def __init__(self, config: LandmarkConfig):
-        # Not LlamaForCausalLM's, which would build a Llama first.
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = LandmarkModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    model_class = LandmarkModel
+    takes_sliding_windows = False
+
+    def prepare_training_batch(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Insert landmarks into a batch of plain sequences; see [`LandmarkDataCollator`]."""
+        rows = ({"input_ids": ids, "labels": row} for ids, row in zip(input_ids, labels, strict=True))
+        return LandmarkDataCollator(self.config)(list(rows))
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """Inputs of a step of `generate`: plain tokens, between which the model inserts landmarks."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return {**inputs, "insert_landmarks": True}
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                # It calls the model itself, with the prompt left out and a memory of its own.
+                processor.model = partial(self, insert_landmarks=True)
+                memory = (kwargs.get("model_kwargs") or {}).get(CACHE)
+                if isinstance(memory, LandmarkCache):
+                    processor.unconditional_context[CACHE] = memory.new(self.config)
+        return processors
 
     def generate(
         self,
@@ -451,8 +403,10 @@ class LandmarkForCausalLM(FromBaseMixin, LandmarkPreTrainedModel, LlamaForCausal
             raise ValueError(
                 f"cache_implementation={option('cache_implementation')!r} is no memory with landmarks; leave it out."
             )
-        if kwargs.get("past_key_values") is None and option("use_cache") is not False:
-            kwargs["past_key_values"] = LandmarkCache(self.config, **memory)
+        if "past_key_values" in kwargs:
+            kwargs[CACHE] = kwargs.pop("past_key_values")
+        if kwargs.get(CACHE) is None and option("use_cache") is not False:
+            kwargs[CACHE] = LandmarkCache(self.config, **memory)
         elif any(memory[name] for name in memory if name != "retrieval"):
             raise ValueError(
                 "The options of the memory have no effect with use_cache=False or with past_key_values, which has its own."
@@ -507,39 +461,6 @@ class LandmarkForCausalLM(FromBaseMixin, LandmarkPreTrainedModel, LlamaForCausal
             new=tuple(f"{name}[{token_id}]" for name in tables),
             new_parameters=self.num_parameters() - self.base_report.kept_parameters,
         )
-
-    @classmethod
-    def config_from_base(cls, base_config: PreTrainedConfig, **overrides) -> LandmarkConfig:
-        """Configuration for a base of type Llama, Mistral, Qwen2 or Qwen3.
-
-        Raises:
-            ValueError: for another architecture, or for one with sliding windows.
-        """
-        if base_config.model_type not in BASES:
-            raise ValueError(
-                f"A landmark model cannot be made from a {base_config.model_type!r} model. Supported bases: "
-                f"{', '.join(BASES)}."
-            )
-        windows = "sliding_attention" in (getattr(base_config, "layer_types", None) or ())
-        if windows or (base_config.model_type == "mistral" and base_config.sliding_window is not None):
-            raise ValueError(
-                f"The base has sliding windows ({base_config.sliding_window} tokens); landmark attention needs a base that "
-                "attends to everything."
-            )
-        fields = LandmarkConfig.__dataclass_fields__
-        values = {name: value for name, value in base_config.to_dict().items() if name in fields}
-        for name in ("architectures", "model_type", "transformers_version"):
-            values.pop(name, None)
-        return LandmarkConfig(**{**values, **BASES[base_config.model_type], **overrides})
-
-
-#: model type of a base -> fields in which its layers differ from Llama's
-BASES = {
-    "llama": {},
-    "mistral": {"attention_bias": False},
-    "qwen2": {"attention_bias": True, "attention_output_bias": False},
-    "qwen3": {"qk_norm": True},
-}
 
 
 __all__ = [

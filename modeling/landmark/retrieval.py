@@ -4,6 +4,11 @@ over them and the tokens at hand (arXiv 2305.16300, section 3.3).
 
 A retrieved block is one entry of the query's softmax, with the score of its landmark, and the value of the softmax within
 the block.
+
+Blocks tie whose scores differ from that of the last retrieved one by at most [`TIE_TOLERANCE`] of the largest score (by
+magnitude), or by one unit in the last place of the dtype if that is more. Of them the newer ones are retrieved, so that
+rounding, which depends on threads and devices, does not decide. In the first layer all old blocks tie: their landmarks have
+one key.
 """
 
 from dataclasses import dataclass
@@ -15,6 +20,9 @@ from hf_attn.attention.landmark import grouped_softmax
 from .cache import LandmarkCacheLayer
 from .memory import MemoryStep, rotate
 
+
+#: Relative difference up to which scores tie.
+TIE_TOLERANCE = 1e-5
 
 #: Largest number of elements of retrieved keys that are gathered at once.
 GATHERED_ELEMENTS = 2**22
@@ -121,21 +129,35 @@ def _choose(step: MemoryStep, layer: LandmarkCacheLayer, at_places: torch.Tensor
         scores = scores.amax(step.cache.shares_choice, keepdim=True)
         scores = scores.masked_fill((plan.numbers < 0)[:, None, None, :], -1.0)
 
-    if plan.is_complete and len(plan.rows_by_slots) == 1:
-        slots = scores.topk(plan.top_k, dim=-1).indices
-    else:
-        slots = torch.full((*scores.shape[:3], plan.top_k), -1, device=scores.device)
-        for rows, filled in plan.rows_by_slots:
-            found = scores[rows, ..., :filled].topk(min(plan.top_k, filled), dim=-1).indices
-            slots[rows, ..., : found.shape[-1]] = found
-    numbers = plan.numbers[:, None, None].expand(*slots.shape[:3], -1).gather(-1, slots.clamp(min=0))
-    numbers = numbers.masked_fill(slots < 0, -1)
+    block_numbers = plan.numbers[:, None, None]
+    slots = _best(scores, block_numbers, plan.top_k)
+    numbers = block_numbers.expand(*slots.shape[:3], -1).gather(-1, slots)
     numbers, order = numbers.sort(dim=-1)
-    slots = slots.clamp(min=0).gather(-1, order)
+    slots = slots.gather(-1, order)
     missing = (numbers < 0).sum(-1, keepdim=True)
     rank = torch.arange(plan.top_k, device=slots.device) - missing
     places = (rank + (numbers >= plan.newest[:, None, None, None]).long()).clamp(min=0)
     return Chosen(slots, numbers, places)
+
+
+def _best(scores: torch.Tensor, numbers: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Slots of the blocks with the highest scores, of those that tie the newer ones.
+
+    Args:
+        scores: `(batch, heads or 1, queries or 1, slots)`; those of missing blocks are the lowest.
+        numbers: `(batch, 1, 1, slots)`, numbers of the blocks; -1 for missing ones.
+        top_k: how many, at most the number of slots.
+
+    Returns:
+        `(batch, heads or 1, queries or 1, top_k)`, in no particular order.
+    """
+    last = scores.topk(top_k, dim=-1).values[..., -1:]
+    relative = max(TIE_TOLERANCE, torch.finfo(scores.dtype).eps)
+    tolerance = relative * scores.masked_fill(numbers < 0, 0.0).abs().amax(-1, keepdim=True)
+    # There are fewer than top_k blocks above the last one and its equals.
+    above = numbers + numbers.amax().clamp(min=0) + 1
+    rank = torch.where(scores > last + tolerance, above, numbers)
+    return rank.masked_fill(scores < last - tolerance, -2).topk(top_k, dim=-1).indices
 
 
 def _read_blocks(

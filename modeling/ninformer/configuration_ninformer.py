@@ -2,15 +2,12 @@
 """Configuration of the NiNformer models."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.patch_mixer.configuration import PatchMixerConfig
 
 
 @strict
-class NiNformerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, PreTrainedConfig):
+class NiNformerConfig(PatchMixerConfig):
     r"""Configuration of a [`NiNformerForImageClassification`] (arXiv 2403.02411). The defaults are those of the paper's
     CIFAR-10 model.
 
@@ -27,45 +24,12 @@ class NiNformerConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Pr
     """
 
     model_type = "ninformer"
-    crop_ratio = None
     variants = {"ninformer_cifar10": {"num_labels": 10}}
-
-    tiny = {
-        "image_size": 16,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "hidden_dropout_prob": 0.1,
-    }
-
-    image_size: int = 32
-    patch_size: int = 4
-    num_channels: int = 3
-    hidden_size: int = 256
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.5
-    layer_norm_eps: float = 1e-5
 
     @property
     def num_tokens(self) -> int:
         """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def image_mean(self) -> tuple[float, ...]:
-        """Mean of each channel that the image processor subtracts."""
-        return (0.5,) * self.num_channels
-
-    image_std = image_mean
-
-    def validate_image_size(self):
-        """Part of the validation that `@strict` runs."""
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}."
-            )
 
 
 __all__ = ["NiNformerConfig"]

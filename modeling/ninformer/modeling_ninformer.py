@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_attn.architectures.patch_mixer import (
+from hf_attn.architectures.patch_mixer.modeling import (
     FeedForward,
     PatchClassifierMixin,
     PatchEmbeddings,

@@ -4,6 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from hf_attn.architectures.ranges import COUNT, FINITE, POSITIVE, SIZE
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
@@ -72,19 +73,28 @@ class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         # Yogurt and wine shelves in one training: the table serves both.
         "shelves": {"num_rows": 3, "num_columns": 9, "num_positions": 11},
         **{f"amazon_spp{levels}": {**_AMAZON, "pyramid_levels": levels} for levels in (2, 3, 4)},
-        "tiny": {
-            "num_rows": 2,
-            "num_columns": 3,
-            "crop_height": 24,
-            "crop_width": 20,
-            "pyramid_levels": 2,
-            "hidden_size": 24,
-            "encoder_layers": 1,
-            "decoder_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_scanpath_length": 8,
-        },
+    }
+    tiny = {
+        "num_rows": 2,
+        "num_columns": 3,
+        "crop_height": 24,
+        "crop_width": 20,
+        "pyramid_levels": 2,
+        "hidden_size": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_scanpath_length": 8,
+    }
+    ranges = {
+        **dict.fromkeys(
+            ("num_rows", "num_columns", "num_positions", "crop_height", "crop_width", "num_pointer_heads"), SIZE
+        ),
+        **dict.fromkeys(("pointer_scaling_dim", "max_scanpath_length"), SIZE),
+        **dict.fromkeys(("pyramid_levels", "encoder_layers", "decoder_layers"), COUNT),
+        "position_sigma": POSITIVE,
+        "position_alpha": FINITE,
     }
 
     num_rows: int = 6
@@ -149,8 +159,6 @@ class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             raise ValueError(
                 f"position_encoding must be one of {', '.join(POSITION_ENCODINGS)}, got {self.position_encoding!r}."
             )
-        if self.position_sigma <= 0:
-            raise ValueError(f"position_sigma must be positive, got {self.position_sigma}.")
         if min(self.crop_height, self.crop_width) < self.smallest_crop:
             raise ValueError(
                 f"Images of {self.crop_height} x {self.crop_width} are too small for the object encoder, which needs at least "

@@ -4,9 +4,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from .layout import box_centres
+
+
+try:
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    raise ImportError("Images are drawn with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
 BOX, TARGET, PATH, TEXT = (150, 150, 150), (0, 160, 60), (215, 40, 60), (255, 255, 255)

@@ -27,7 +27,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_attn.architectures.layers import check_pixel_values
+from hf_attn.architectures.image_classification import check_has_classifier, linear_classifier
+from hf_attn.architectures.layers import check_pixel_values, make_layer_scale, scaled
 from hf_attn.checkpoints.from_base import FromBaseMixin
 from hf_attn.hub import HubModelMixin
 
@@ -120,12 +121,8 @@ class PathEnsembleLayer(ViTLayer):
 
     def __init__(self, config: PathEnsembleConfig):
         super().__init__(config)
-        self.attention_scale = self.mlp_scale = None
-        if config.layer_scale_init_value is not None:
-            self.attention_scale = nn.Parameter(
-                torch.full((config.hidden_size,), float(config.layer_scale_init_value))
-            )
-            self.mlp_scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
+        self.attention_scale = make_layer_scale(config.hidden_size, config.layer_scale_init_value)
+        self.mlp_scale = make_layer_scale(config.hidden_size, config.layer_scale_init_value)
 
     def forward(
         self,
@@ -135,10 +132,10 @@ class PathEnsembleLayer(ViTLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(batch, tokens, hidden_size)` -> the output, the attention branch and the MLP branch, of the same shape."""
         attention, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-        attention = self.dropout(attention if self.attention_scale is None else self.attention_scale * attention)
+        attention = self.dropout(scaled(attention, self.attention_scale))
         hidden_states = attention + hidden_states
         mlp = self.mlp(self.layernorm_after(hidden_states))
-        mlp = self.dropout(mlp if self.mlp_scale is None else self.mlp_scale * mlp)
+        mlp = self.dropout(scaled(mlp, self.mlp_scale))
         return mlp + hidden_states, attention, mlp
 
 
@@ -278,11 +275,10 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
         self.num_labels = config.num_labels
         self.vit = PathEnsembleModel(config)
 
-        def head() -> nn.Module:
-            return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-
-        self.classifier = head()
-        self.distillation_classifier = head() if config.distillation_head else None
+        self.classifier = linear_classifier(config.hidden_size, config.num_labels)
+        self.distillation_classifier = None
+        if config.distillation_head:
+            self.distillation_classifier = linear_classifier(config.hidden_size, config.num_labels)
         self.post_init()
 
     # --- from a base --------------------------------------------------------------------------------------------------
@@ -423,6 +419,7 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
         logits = self._classify_pooled(outputs.pooler_output)
         loss, losses = None, {}
         if labels is not None:
+            check_has_classifier(self.num_labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             if distils:
                 losses = self._distill(outputs.paths, outputs.ensemble, logits)

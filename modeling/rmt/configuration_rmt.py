@@ -2,13 +2,9 @@
 """Configuration of RMT."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
 from hf_attn.architectures.ranges import FACTOR, POSITIVE, SIZE
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
 _T = {
@@ -56,7 +52,7 @@ _L = {
 
 
 @strict
-class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig):
+class RMTConfig(StagedVisionConfig):
     r"""Configuration of a [`RMTForImageClassification`]; the defaults are RMT-T.
 
     Args:
@@ -84,6 +80,17 @@ class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
     """
 
     model_type = "rmt"
+    keys_to_ignore_at_inference = ["class_logits", "token_logits", "hidden_states", "attentions"]
+    per_stage = (
+        "hidden_sizes",
+        "depths",
+        "num_attention_heads",
+        "decay_initial_values",
+        "decay_ranges",
+        "mlp_ratios",
+        "axis_decomposed",
+        "layerscales",
+    )
     variants = {
         "rmt_t": _T,
         "rmt_s": _S,
@@ -108,8 +115,6 @@ class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
     # A decay is 1 - 2 ** -exponent.
     ranges = {"decay_initial_values": POSITIVE, "decay_ranges": FACTOR, "projection_dim": SIZE}
 
-    image_size: int = 224
-    num_channels: int = 3
     hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 256, 512)
     depths: list[int] | tuple[int, ...] = (2, 2, 8, 2)
     num_attention_heads: list[int] | tuple[int, ...] = (4, 4, 8, 16)
@@ -124,14 +129,6 @@ class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-6
     batch_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs):
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, len(self.depths) + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
-        super().__post_init__(**kwargs)
 
     @property
     def crop_ratio(self) -> float:
@@ -142,19 +139,7 @@ class RMTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        per_stage = (
-            "hidden_sizes",
-            "depths",
-            "num_attention_heads",
-            "decay_initial_values",
-            "decay_ranges",
-            "mlp_ratios",
-            "axis_decomposed",
-            "layerscales",
-        )
-        lengths = {name: len(getattr(self, name)) for name in per_stage}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"Each of {', '.join(per_stage)} needs one entry for each stage, got {lengths} entries.")
+        super().validate_architecture()
         for stage, (hidden_size, heads) in enumerate(zip(self.hidden_sizes, self.num_attention_heads, strict=True)):
             if hidden_size % (2 * heads) != 0:
                 raise ValueError(

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_rmt import RMTConfig
@@ -117,7 +118,8 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
         # An argument that is neither given nor published is an error that names it.
         return list(variant[field]) if field in variant and name not in config else list(config[name])
 
-    is_classifier = "head.weight" in official
+    is_classifier = "proj.weight" in official
+    num_labels = official["head.weight"].shape[0] if "head.weight" in official else 0
     token_labeling = "aux_head.weight" in official
     if token_labeling and official["aux_head.weight"].shape[1] != hidden_sizes[-1]:
         raise ConversionError(
@@ -134,7 +136,7 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
         in_chans=num_channels, embed_dims=hidden_sizes, depths=depths, mlp_ratios=mlp_ratios, layerscales=layerscales
     )
     if is_classifier:
-        config.agree(num_classes=official["head.weight"].shape[0], projection=official["proj.weight"].shape[0])
+        config.agree(num_classes=num_labels, projection=official["proj.weight"].shape[0])
     # Switches of the training, and the options of dense prediction, whose weights say the same.
     config.leave(
         "num_classes", "projection", "norm_layer", "use_checkpoints", "patch_norm", "token_label", "out_indices"
@@ -153,7 +155,7 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
         projection_dim=official["proj.weight"].shape[0] if is_classifier else 1024,
         token_labeling=token_labeling,
         drop_path_rate=config.get("drop_path_rate", variant.get("drop_path_rate", 0.0)),
-        num_labels=official["head.weight"].shape[0] if is_classifier else 2,
+        **published_labels(num_labels if is_classifier else 2),
     )
 
 

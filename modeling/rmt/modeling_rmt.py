@@ -1,25 +1,32 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """RMT: attention that decays with the Manhattan distance between positions (arXiv 2309.11523)."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs
 
-from hf_attn.architectures.layers import DropPath, check_pixel_values, drop_path_rates, eager_attention_forward
-from hf_attn.hub import HubModelMixin
+from hf_attn.architectures.image_classification import ImageClassifierMixin, linear_classifier
+from hf_attn.architectures.layers import (
+    ChannelLayerNorm,
+    DropPath,
+    check_pixel_values,
+    eager_attention_forward,
+    make_layer_scale,
+    scaled,
+)
+from hf_attn.architectures.staged_vision.modeling import (
+    StagedBackboneMixin,
+    StagedEncoderMixin,
+    StagedModelMixin,
+    VisionPreTrainedModel,
+)
 
 from .configuration_rmt import RMTConfig
 
@@ -182,6 +189,8 @@ class RMTMLP(nn.Module):
 
 
 class RMTLayer(GradientCheckpointingLayer):
+    layer_scale_names = ("layer_scale1", "layer_scale2")
+
     def __init__(self, config: RMTConfig, stage: int, drop_path_rate: float):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
@@ -191,10 +200,9 @@ class RMTLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.mlp = RMTMLP(hidden_size, int(hidden_size * config.mlp_ratios[stage]))
         self.drop_path = DropPath(drop_path_rate)
-        self.layer_scale1 = self.layer_scale2 = None
-        if config.layerscales[stage]:
-            self.layer_scale1 = nn.Parameter(torch.full((hidden_size,), config.layer_scale_init_value))
-            self.layer_scale2 = nn.Parameter(torch.full((hidden_size,), config.layer_scale_init_value))
+        initial_scale = config.layer_scale_init_value if config.layerscales[stage] else None
+        self.layer_scale1 = make_layer_scale(hidden_size, initial_scale)
+        self.layer_scale2 = make_layer_scale(hidden_size, initial_scale)
 
     def forward(
         self, hidden_states: torch.Tensor, positions: RMTPositions, **kwargs: Unpack[TransformersKwargs]
@@ -202,13 +210,9 @@ class RMTLayer(GradientCheckpointingLayer):
         """`(batch, height, width, channels)` -> the same."""
         hidden_states = hidden_states + self.position_conv(hidden_states)
         branch, _ = self.attention(self.norm1(hidden_states), positions, **kwargs)
-        if self.layer_scale1 is not None:
-            branch = self.layer_scale1 * branch
-        hidden_states = hidden_states + self.drop_path(branch)
+        hidden_states = hidden_states + self.drop_path(scaled(branch, self.layer_scale1))
         branch = self.mlp(self.norm2(hidden_states))
-        if self.layer_scale2 is not None:
-            branch = self.layer_scale2 * branch
-        return hidden_states + self.drop_path(branch)
+        return hidden_states + self.drop_path(scaled(branch, self.layer_scale2))
 
 
 class RMTConvNorm(nn.Module):
@@ -268,86 +272,35 @@ class RMTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         check_pixel_values(pixel_values, self.num_channels)
-        hidden_states = self.layers[0](pixel_values)
+        hidden_states = self.layers[0](pixel_values.to(self.layers[0].conv.weight.dtype))
         for layer in self.layers[1:]:
             hidden_states = layer(nn.functional.gelu(hidden_states))
         return hidden_states
 
 
-class RMTPreTrainedModel(HubModelMixin, PreTrainedModel):
+class RMTPreTrainedModel(VisionPreTrainedModel):
     """What all RMT models share."""
 
     config: RMTConfig
     base_model_prefix = "rmt"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["RMTLayer"]
-    _supports_sdpa = True
     # The decay is a float mask with values of its own for each head, which FlashAttention does not take.
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RMTStage, "attentions": RMTAttention}
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, RMTLayer) and module.layer_scale1 is not None:
-            init.constant_(module.layer_scale1, self.config.layer_scale_init_value)
-            init.constant_(module.layer_scale2, self.config.layer_scale_init_value)
+
+class RMTEncoder(StagedEncoderMixin, RMTPreTrainedModel):
+    stage_class = RMTStage
 
 
-class RMTEncoder(RMTPreTrainedModel):
-    main_input_name = "hidden_states"
+class RMTModel(StagedModelMixin, RMTPreTrainedModel):
+    """RMT without a classifier, for images of any size.
 
-    def __init__(self, config: RMTConfig):
-        super().__init__(config)
-        rates = drop_path_rates(config.drop_path_rate, config.depths)
-        self.stages = nn.ModuleList([RMTStage(config, stage, rates[stage]) for stage in range(len(config.depths))])
-        self.post_init()
+    The stride is 32. The `attentions` of a block are `(batch, heads, positions, positions)`, in stages with
+    `axis_decomposed` what the attention along both axes amounts to.
+    """
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
-        for stage in self.stages:
-            hidden_states = stage(hidden_states, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-class RMTModel(RMTPreTrainedModel):
-    """RMT without a classifier."""
-
-    def __init__(self, config: RMTConfig):
-        super().__init__(config)
-        self.embeddings = RMTEmbeddings(config)
-        self.encoder = RMTEncoder(config)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutput:
-        """Encode images.
-
-        Args:
-            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
-
-        Returns:
-            `last_hidden_state` `(batch, hidden_sizes[-1], height / 32, width / 32)`, rounded up; `hidden_states`, if asked
-            for, the outputs of the stem and of each stage; `attentions` `(batch, heads, positions, positions)` of each
-            block, in stages with `axis_decomposed` what the attention along both axes amounts to.
-        """
-        return self.encoder(self.embeddings(pixel_values), **kwargs)
+    embeddings_class = RMTEmbeddings
+    encoder_class = RMTEncoder
 
 
 class RMTHead(nn.Module):
@@ -370,104 +323,63 @@ class RMTImageClassifierOutput(ModelOutput):
     Args:
         loss: `()`, given `labels`.
         logits: `(batch, num_labels)`; of a model with `token_labeling` in evaluation those of both classifiers together.
-        token_logits: `(batch, positions, num_labels)`, of the classifier of positions, while training with
-            `token_labeling`.
+        class_logits: `(batch, num_labels)`, of the classifier of images alone, with `token_labeling`.
+        token_logits: `(batch, positions, num_labels)`, of the classifier of positions, with `token_labeling`.
         hidden_states, attentions: see [`RMTModel.forward`].
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    class_logits: torch.FloatTensor | None = None
     token_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class RMTForImageClassification(RMTPreTrainedModel):
-    """RMT with a classifier, and with `config.token_labeling` another one on each position."""
+class RMTForImageClassification(ImageClassifierMixin, RMTPreTrainedModel):
+    """RMT with a classifier, and with `config.token_labeling` another one on each position.
 
-    accepts_loss_kwargs = False
+    In evaluation the largest score over all positions then counts half. In training the label of an image is that of each
+    position, and their loss counts half; for soft targets see [`~hf_attn.modeling.rmt.token_labeling`].
+    """
 
-    def __init__(self, config: RMTConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.rmt = RMTModel(config)
+    body_class = RMTModel
+    output_class = RMTImageClassifierOutput
+
+    def add_classifiers(self, config: RMTConfig) -> None:
         self.head = RMTHead(config)
-        self.classifier = nn.Linear(config.projection_dim, config.num_labels)
+        self.classifier = linear_classifier(config.projection_dim, config.num_labels)
         self.token_classifier = None
         if config.token_labeling:
-            self.token_classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
-        self.post_init()
+            self.token_classifier = linear_classifier(config.hidden_sizes[-1], config.num_labels)
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> RMTImageClassifierOutput:
-        """Classify images.
+    def classify(self, outputs):
+        logits = self.classifier(self.head(outputs.last_hidden_state))
+        if self.token_classifier is None or not self.num_labels:
+            return {"logits": logits}
+        token_logits = self.token_classifier(outputs.last_hidden_state.flatten(2).transpose(1, 2))
+        both = logits if self.training else logits + 0.5 * token_logits.amax(dim=1)
+        return {"logits": both, "class_logits": logits, "token_logits": token_logits}
 
-        Args:
-            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
-            labels: `(batch,)`, class indices. With `token_labeling`, the label of an image is that of each position, and
-                their loss counts half in training; for a loss with labels of positions use `token_logits`.
-        """
-        outputs: BaseModelOutput = self.rmt(pixel_values, **kwargs)
-        logits, token_logits = self.classifier(self.head(outputs.last_hidden_state)), None
-        if self.token_classifier is not None:
-            token_logits = self.token_classifier(outputs.last_hidden_state.flatten(2).transpose(1, 2))
-            if not self.training:
-                logits, token_logits = logits + 0.5 * token_logits.amax(dim=1), None
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config)
-            if token_logits is not None:
-                token_labels = labels.repeat_interleave(token_logits.shape[1], dim=0)
-                loss = loss + 0.5 * self.loss_function(token_labels, token_logits.flatten(0, 1), self.config)
-        return RMTImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            token_logits=token_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def classification_loss(self, labels, logits, class_logits=None, token_logits=None):
+        loss = super().classification_loss(labels, logits)
+        if token_logits is not None and self.training:
+            token_labels = labels.repeat_interleave(token_logits.shape[1], dim=0)
+            loss = loss + 0.5 * super().classification_loss(token_labels, token_logits.flatten(0, 1))
+        return loss
 
 
-class RMTBackbone(BackboneMixin, RMTPreTrainedModel):
+class RMTBackbone(StagedBackboneMixin, RMTPreTrainedModel):
     """RMT as a backbone: feature maps with strides 4 (`"stem"`), 4, 8, 16 and 32 (`"stage1"`...).
 
     Those of the stages are normalised over their channels, each by a LayerNorm of its own.
     """
 
-    def __init__(self, config: RMTConfig):
-        super().__init__(config)
-        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
-        self.embeddings = RMTEmbeddings(config)
-        self.encoder = RMTEncoder(config)
-        self.feature_norms = nn.ModuleDict(
-            {
-                stage: nn.LayerNorm(channels)
-                for stage, channels in zip(self.out_features, self.channels, strict=True)
-                if stage != "stem"
-            }
-        )
-        self.post_init()
+    embeddings_class = RMTEmbeddings
+    encoder_class = RMTEncoder
 
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """Feature maps `(batch, channels, height, width)` of `config.out_features`."""
-        outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
-        feature_maps = []
-        for stage, feature in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage in self.feature_norms:
-                feature = self.feature_norms[stage](feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            if stage in self.out_features:
-                feature_maps.append(feature.contiguous())
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def feature_norm(self, stage: str, channels: int) -> nn.Module | None:
+        return None if stage == "stem" else ChannelLayerNorm(channels)
 
 
 __all__ = [

@@ -49,8 +49,6 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             the official code).
         num_hidden_layers (`int`): number of layers of the network (the paper's R, `twig_T`). The last of them is used for
             its queries and keys only.
-        hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, head_dim, hidden_act, rms_norm_eps,
-        attention_bias, mlp_bias, attention_dropout, initializer_range: as in the decoder layers of the base.
         attention_output_bias (`bool`, *optional*): whether the output projection has a bias; as `attention_bias` (which is
             about queries, keys and values) if not given.
         use_norm (`bool`, *optional*): whether the final norm is applied before the last layer; true for the LLaVA models and
@@ -61,6 +59,8 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             over all dimensions, not scaled.
         thresholds (`dict[str, float]`, *optional*): name of a task -> threshold of the RoI map, with the entry `default` for
             all others; those of the paper's evaluation for the base if not given.
+
+    The other arguments are those of the decoder layers of the base.
     """
 
     model_type = "sd_rpn"

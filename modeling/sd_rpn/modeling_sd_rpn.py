@@ -150,9 +150,8 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
             query_positions = last_positions(attention_mask, batch, sequence, hidden_states.device)
         if roi_target_map is not None and query_positions.ndim > 1:
             raise ValueError("roi_target_map labels the map of one query; give query_positions of shape (batch,).")
-        causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
-        )
+        # The last argument, the cache, has another name from transformers 5.24 on.
+        causal_mask = create_causal_mask(self.config, hidden_states, attention_mask, None)
         for layer in self.layers[:-1]:
             hidden_states = layer(
                 hidden_states, attention_mask=causal_mask, position_embeddings=position_embeddings, **kwargs

@@ -4,17 +4,13 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
 from hf_attn.architectures.ranges import SIZE
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
 @strict
-class SHViTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig):
+class SHViTConfig(StagedVisionConfig):
     r"""Configuration of a [`SHViTForImageClassification`]; the defaults are SHViT-S1.
 
     Args:
@@ -36,6 +32,8 @@ class SHViTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbo
     """
 
     model_type = "shvit"
+    keys_to_ignore_at_inference = ["class_logits", "distillation_logits", "hidden_states", "attentions"]
+    per_stage = ("hidden_sizes", "depths", "partial_dims", "qk_dims", "block_types")
     variants = {
         "shvit_s1": {
             "hidden_sizes": [128, 224, 320],
@@ -73,8 +71,6 @@ class SHViTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbo
     }
     ranges = {"partial_dims": SIZE, "qk_dims": SIZE}
 
-    image_size: int = 224
-    num_channels: int = 3
     hidden_sizes: list[int] | tuple[int, ...] = (128, 224, 320)
     depths: list[int] | tuple[int, ...] = (2, 4, 5)
     partial_dims: list[int] | tuple[int, ...] = (32, 48, 68)
@@ -84,25 +80,14 @@ class SHViTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbo
     fused: bool = False
     batch_norm_eps: float = 1e-5
     group_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs):
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, len(self.depths) + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
-        per_stage = ("hidden_sizes", "depths", "partial_dims", "qk_dims", "block_types")
-        lengths = {name: len(getattr(self, name)) for name in per_stage}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"Each of {', '.join(per_stage)} needs one entry for each stage, got {lengths} entries.")
+        super().validate_architecture()
         if self.hidden_sizes[0] % 8 != 0:
             raise ValueError(f"hidden_sizes[0] must be a multiple of 8, got {self.hidden_sizes[0]}.")
         for stage, (partial_dim, hidden_size) in enumerate(zip(self.partial_dims, self.hidden_sizes, strict=True)):
-            if not 0 < partial_dim < hidden_size:
+            if partial_dim >= hidden_size:
                 raise ValueError(
                     f"partial_dims[{stage}] must be between 1 and hidden_sizes[{stage}] - 1 = {hidden_size - 1}, got "
                     f"{partial_dim}."

@@ -2,12 +2,21 @@
 
 import re
 
+from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_shvit import SHViTConfig
-from .modeling_shvit import SHViTForImageClassification
+from .modeling_shvit import SHViTForImageClassification, SHViTModel
 
 
+#: what is left of a convolution or linear layer and its BatchNorm once they are folded -> the name of the layer before
+_UNFOLDED = (
+    (r"^(patch_embed\.\d+)\.", r"\1.c."),
+    (r"^(blocks[23]\.[02]\.0|stages\.\d+\.downsample\.[03])\.(?:m\.)?", r"\1.m.c."),
+    (r"\.conv\.(?:m\.)?(?=weight|bias)", ".conv.m.c."),
+    (r"\.(qkv|proj\.1|pw[12]|conv[123])\.", r".\1.c."),
+    (r"^(head|head_dist)\.", r"\1.l."),
+)
 #: official -> timm
 _TO_TIMM = (
     (r"^blocks1\.", "stages.0.blocks."),
@@ -57,11 +66,12 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
-        official: weights in either layout.
+        official: weights in either layout, also folded for inference (`fuse`), with a classifier, with two or with none.
         config: not needed, the weights say it all; if there are official constructor arguments (`embed_dim`, `depth`,
             `partial_dim`, `qk_dim`, `types`, `in_chans`, `num_classes`, `distillation`), they have to agree.
     """
-    state = {our_name(name): official[name] for name in official}
+    fused = "patch_embed.0.weight" in official
+    state = {our_name(_unfolded_name(name) if fused else name): official[name] for name in official}
     arguments = _read_arguments(state)
     variant = next(
         (
@@ -87,15 +97,25 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     converted = SHViTConfig(
         image_size=variant.get("image_size", 224),
         num_channels=arguments["in_chans"],
-        num_labels=arguments["num_classes"],
+        **published_labels(arguments["num_classes"]),
         hidden_sizes=arguments["embed_dim"],
         depths=arguments["depth"],
         partial_dims=arguments["partial_dim"],
         qk_dims=arguments["qk_dim"],
         block_types=arguments["types"],
         distillation=arguments["distillation"],
+        fused=fused,
     )
-    return Converted(SHViTForImageClassification, converted, state)
+    if arguments["num_classes"]:
+        return Converted(SHViTForImageClassification, converted, state)
+    return Converted(SHViTModel, converted, {name.removeprefix("shvit."): tensor for name, tensor in state.items()})
+
+
+def _unfolded_name(name: str) -> str:
+    """Name that a tensor of a folded checkpoint had before: that of the convolution or linear layer of its pair."""
+    for pattern, replacement in _UNFOLDED:
+        name = re.sub(pattern, replacement, name, count=1)
+    return name
 
 
 def _read_arguments(state: dict) -> dict:
@@ -112,7 +132,8 @@ def _read_arguments(state: dict) -> dict:
         arguments["partial_dim"].append(partial_dim)
         arguments["qk_dim"].append((qkv.shape[0] - partial_dim) // 2 if qkv is not None else 0)
     arguments["in_chans"] = _get(state, "shvit.embeddings.layers.0.conv.weight").shape[1]
-    arguments["num_classes"] = _get(state, "classifier.dense.weight").shape[0]
+    classifier = state.get("classifier.dense.weight")
+    arguments["num_classes"] = 0 if classifier is None else classifier.shape[0]
     arguments["distillation"] = "distillation_classifier.dense.weight" in state
     return arguments
 

@@ -1,27 +1,34 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """SHViT: convolutions everywhere, and one attention head on a part of the channels (arXiv 2401.16456)."""
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs
 
-from hf_attn.architectures.layers import check_pixel_values, eager_attention_forward
-from hf_attn.hub import HubModelMixin
+from hf_attn.architectures.image_classification import ImageClassifierMixin
+from hf_attn.architectures.layers import check_pixel_values, eager_attention_forward, squeeze_excitation
+from hf_attn.architectures.staged_vision.modeling import (
+    StagedBackboneMixin,
+    StagedEncoderMixin,
+    StagedModelMixin,
+    VisionPreTrainedModel,
+)
 
 from .configuration_shvit import SHViTConfig
+
+
+_NO_ADAPTERS = (
+    "A fused SHViT takes no adapters: BatchNorms that would scale what an adapter adds have been folded. Load the adapter into "
+    "the model before `fuse()`, merge it, and fuse the result."
+)
 
 
 def _check_foldable(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -57,7 +64,10 @@ class SHViTBatchNorm(nn.BatchNorm2d):
 class SHViTPositionwiseConv(nn.Conv2d):
     """A 1x1 convolution, for inference, as one matrix product over all positions; channels should be last in memory."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, *adapter_arguments, **adapter_keywords):
+        if adapter_arguments or adapter_keywords:
+            # PEFT builds the layers of an adapter from the class of the layer that it adapts.
+            raise ValueError(_NO_ADAPTERS)
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -92,6 +102,8 @@ class SHViTConvNorm(nn.Module):
             self.norm = SHViTBatchNorm(out_channels, config.batch_norm_eps, initial_weight=norm_weight)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.fused and not isinstance(self.conv, nn.Conv2d):
+            raise ValueError(_NO_ADAPTERS)
         hidden_states = self.conv(hidden_states)
         return hidden_states if self.fused else self.norm(hidden_states)
 
@@ -201,8 +213,7 @@ class SHViTSqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(squeezed_size, hidden_size, kernel_size=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.fc2(self.fc1(hidden_states.mean((2, 3), keepdim=True)).relu()).sigmoid()
-        return hidden_states * gate
+        return squeeze_excitation(hidden_states, hidden_states.mean((2, 3), keepdim=True), self.fc1, self.fc2)
 
 
 class SHViTPatchMerging(nn.Module):
@@ -242,12 +253,12 @@ class SHViTDownsampling(nn.Module):
 
 
 class SHViTStage(nn.Module):
-    def __init__(self, config: SHViTConfig, stage: int):
+    def __init__(self, config: SHViTConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
         self.downsampling = None
         if stage > 0:
             self.downsampling = SHViTDownsampling(config, *config.hidden_sizes[stage - 1 : stage + 1])
-        self.layers = nn.ModuleList([SHViTLayer(config, stage) for _ in range(config.depths[stage])])
+        self.layers = nn.ModuleList([SHViTLayer(config, stage) for _ in drop_path_rates])
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         if self.downsampling is not None:
@@ -273,6 +284,7 @@ class SHViTEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         check_pixel_values(pixel_values, self.config.num_channels)
+        pixel_values = pixel_values.to(self.layers[0].conv.weight.dtype)
         if self.config.fused:
             # All layers keep this memory layout, in which CPUs convolve faster.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -308,27 +320,28 @@ class SHViTClassifier(nn.Module):
         self.norm = nn.Identity()
 
 
-class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
+class SHViTPreTrainedModel(VisionPreTrainedModel):
     """What all SHViT models share."""
 
     config: SHViTConfig
     base_model_prefix = "shvit"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SHViTLayer", "SHViTDownsampling"]
-    _supports_sdpa = True
-    # queries and keys are narrower than values
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": SHViTStage, "attentions": SHViTAttention}
+
+    #: class of the model that this one is a part of; they share their configuration
+    _part_of: str | None = None
 
     def __init__(self, config: SHViTConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         if config.fused:
             self.eval()
+
+    def post_init(self):
+        """See `transformers.PreTrainedModel.post_init`."""
+        super().post_init()
+        for part in self.children():
+            if isinstance(part, SHViTPreTrainedModel):
+                part._part_of = type(self).__name__
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Resolve `attn_implementation`, by default `"eager"`.
@@ -339,16 +352,7 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = module.weight[0].numel() ** -0.5
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+        super()._init_weights(module)
         if isinstance(module, SHViTBatchNorm):
             init.constant_(module.weight, module.initial_weight)
 
@@ -376,8 +380,14 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
             The model itself.
 
         Raises:
-            ValueError: in training mode, where BatchNorm is another function; or if adapters wrap the layers.
+            ValueError: in training mode, where BatchNorm is another function; if adapters wrap the layers; or if this is a
+                part of a model, whose other parts would keep their BatchNorms.
         """
+        if self._part_of is not None:
+            raise ValueError(
+                f"This is a part of a {self._part_of}: fuse that, or load the part alone, with "
+                f"`{type(self).__name__}.from_pretrained(...)`."
+            )
         if self.config.fused:
             return self
         if self.training:
@@ -408,52 +418,18 @@ class SHViTPreTrainedModel(HubModelMixin, PreTrainedModel):
                 module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
 
 
-class SHViTEncoder(SHViTPreTrainedModel):
-    main_input_name = "hidden_states"
-
-    def __init__(self, config: SHViTConfig):
-        super().__init__(config)
-        self.stages = nn.ModuleList([SHViTStage(config, stage) for stage in range(len(config.depths))])
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
-        for stage in self.stages:
-            hidden_states = stage(hidden_states, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+class SHViTEncoder(StagedEncoderMixin, SHViTPreTrainedModel):
+    stage_class = SHViTStage
 
 
-class SHViTModel(SHViTPreTrainedModel):
-    """SHViT without a classifier."""
+class SHViTModel(StagedModelMixin, SHViTPreTrainedModel):
+    """SHViT without a classifier, for images of any size.
 
-    def __init__(self, config: SHViTConfig):
-        super().__init__(config)
-        self.embeddings = SHViTEmbeddings(config)
-        self.encoder = SHViTEncoder(config)
-        self.post_init()
+    The stride is 64. The `attentions` are `(batch, 1, positions, positions)`.
+    """
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        """Encode images.
-
-        Args:
-            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
-
-        Returns:
-            `last_hidden_state` `(batch, hidden_sizes[-1], height / 64, width / 64)`, rounded up; `pooler_output`
-            `(batch, hidden_sizes[-1])`, its mean over all positions; `hidden_states`, if asked for, the outputs of the
-            stem and of each stage; `attentions` `(batch, 1, positions, positions)` of each block that has attention.
-        """
-        outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.last_hidden_state.mean((2, 3)),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    embeddings_class = SHViTEmbeddings
+    encoder_class = SHViTEncoder
 
 
 @dataclass
@@ -463,86 +439,53 @@ class SHViTImageClassifierOutput(ModelOutput):
     Args:
         loss: `()`, given `labels`.
         logits: `(batch, num_labels)`; of a model with `distillation` in evaluation the mean of both classifiers.
-        distillation_logits: `(batch, num_labels)`, of the second classifier, while training with `distillation`.
+        class_logits: `(batch, num_labels)`, of the first classifier alone, with `distillation`.
+        distillation_logits: `(batch, num_labels)`, of the second classifier, with `distillation`.
         hidden_states, attentions: see [`SHViTModel.forward`].
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    class_logits: torch.FloatTensor | None = None
     distillation_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class SHViTForImageClassification(SHViTPreTrainedModel):
-    """SHViT with a classifier, or two with `config.distillation`."""
+class SHViTForImageClassification(ImageClassifierMixin, SHViTPreTrainedModel):
+    """SHViT with a classifier, or two with `config.distillation`.
 
-    accepts_loss_kwargs = False
+    With two, the loss in training is the mean of the losses of both; for a loss against a teacher use
+    `distillation_logits`.
+    """
 
-    def __init__(self, config: SHViTConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.shvit = SHViTModel(config)
-        self.classifier = SHViTClassifier(config)
-        self.distillation_classifier = SHViTClassifier(config) if config.distillation else None
-        self.post_init()
+    body_class = SHViTModel
+    output_class = SHViTImageClassifierOutput
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SHViTImageClassifierOutput:
-        """Classify images.
+    def add_classifiers(self, config: SHViTConfig) -> None:
+        self.classifier = SHViTClassifier(config) if config.num_labels else nn.Identity()
+        self.distillation_classifier = SHViTClassifier(config) if config.num_labels and config.distillation else None
 
-        Args:
-            pixel_values: `(batch, num_channels, height, width)`, normalised; any height and width.
-            labels: `(batch,)`, class indices. With `distillation`, the loss in training is the mean of the losses of
-                both classifiers; for a loss against a teacher use `distillation_logits`.
-        """
-        outputs: BaseModelOutputWithPooling = self.shvit(pixel_values, **kwargs)
-        logits, distillation_logits = self.classifier(outputs.pooler_output), None
-        if self.distillation_classifier is not None:
-            distillation_logits = self.distillation_classifier(outputs.pooler_output)
-            if not self.training:
-                logits, distillation_logits = (logits + distillation_logits) / 2, None
+    def classify(self, outputs):
+        logits = self.classifier(outputs.pooler_output)
+        if self.distillation_classifier is None:
+            return {"logits": logits}
+        distillation_logits = self.distillation_classifier(outputs.pooler_output)
+        both = logits if self.training else (logits + distillation_logits) / 2
+        return {"logits": both, "class_logits": logits, "distillation_logits": distillation_logits}
 
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config)
-            if distillation_logits is not None:
-                loss = (loss + self.loss_function(labels, distillation_logits, self.config)) / 2
-        return SHViTImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            distillation_logits=distillation_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def classification_loss(self, labels, logits, class_logits=None, distillation_logits=None):
+        loss = super().classification_loss(labels, logits)
+        if distillation_logits is not None and self.training:
+            loss = (loss + super().classification_loss(labels, distillation_logits)) / 2
+        return loss
 
 
-class SHViTBackbone(BackboneMixin, SHViTPreTrainedModel):
-    """SHViT as a backbone: feature maps with strides 16 (`"stem"`), 16, 32 and 64 (`"stage1"`...)."""
+class SHViTBackbone(StagedBackboneMixin, SHViTPreTrainedModel):
+    """SHViT as a backbone: feature maps with strides 16 (`"stem"`), 16, 32 and 64 (`"stage1"`...), not normalised."""
 
-    def __init__(self, config: SHViTConfig):
-        super().__init__(config)
-        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
-        self.embeddings = SHViTEmbeddings(config)
-        self.encoder = SHViTEncoder(config)
-        self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
-        """Feature maps `(batch, channels, height, width)` of `config.out_features`, not normalised."""
-        outputs: BaseModelOutput = self.encoder(self.embeddings(pixel_values), **kwargs)
-        features = zip(self.stage_names, outputs.hidden_states, strict=True)
-        return BackboneOutput(
-            feature_maps=tuple(feature.contiguous() for stage, feature in features if stage in self.out_features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    embeddings_class = SHViTEmbeddings
+    encoder_class = SHViTEncoder
 
 
 __all__ = [

@@ -25,8 +25,8 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
         spectral_init (`str`): `"preserve"` starts every map as the plain one, gamma = sigma(W); `"unit"` at gamma = 1.
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L
             and larger.
-        use_class_token (`bool`): put a learned token in front of those of the image.
-        pooling (`str`): what the classifier sees: `"token"`, the class token, or `"mean"`, the mean of the image's tokens.
+        use_class_token (`bool`): a token besides those of the patches.
+        pooling (`str`): what is classified: `"token"`, the class token, or `"mean"`, the mean of the patches.
         drop_path_rate (`float`): rate of stochastic depth at the last layer; it grows linearly from 0.
 
     The other arguments are those of [`~transformers.ViTConfig`].
@@ -61,14 +61,14 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
     reparametrised: bool = True
     spectral_init: Literal["preserve", "unit"] = "preserve"
     patch_embedding_init_multiplier: float | int = 1.0
+    drop_path_rate: float | int = 0.0
     use_class_token: bool = True
     pooling: Literal["token", "mean"] = "token"
-    drop_path_rate: float | int = 0.0
 
     def validate_pooling(self):
         """Part of the validation that `@strict` runs."""
         if self.pooling == "token" and not self.use_class_token:
-            raise ValueError("pooling='token' needs use_class_token=True; without a class token pool by 'mean'.")
+            raise ValueError("pooling='token' needs the class token: set use_class_token=True or pooling='mean'.")
 
 
 __all__ = ["SigmaReparamViTConfig"]

@@ -18,7 +18,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     Args:
         official: official names.
         config: arguments of timm's `VisionTransformer` (`img_size`, `patch_size`, `embed_dim`, `depth`, `num_heads`,
-            `mlp_ratio`, `num_classes`), of `SNLinear` or `SNConv2d`, or of `SpeechTransformerBlock`.
+            `mlp_ratio`, `num_classes`, `class_token`, `global_pool`), of `SNLinear` or `SNConv2d`, or of `SpeechTransformerBlock`.
     """
     if "patch_embed.proj.weight" in official:
         return _convert_vit(official, config)
@@ -57,12 +57,14 @@ _VIT_NAMES = (
 )
 
 
-_POOLING = {"token": "token", "avg": "mean"}
-
-
 def _convert_vit(official: StateDict, arguments: dict) -> Converted:
+    pooling = arguments.get("global_pool", "token")
+    if pooling not in ("token", "avg"):
+        raise ConversionError(f"global_pool={pooling!r} is not served; 'token' and 'avg' are.")
     config = SigmaReparamViTConfig(
         image_size=arguments["img_size"],
+        use_class_token="cls_token" in official,
+        pooling="mean" if pooling == "avg" else "token",
         patch_size=arguments["patch_size"],
         hidden_size=arguments["embed_dim"],
         num_hidden_layers=arguments["depth"],
@@ -71,9 +73,8 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         num_channels=arguments.get("in_chans", 3),
         qkv_bias=arguments.get("qkv_bias", True),
         num_labels=arguments["num_classes"],
-        use_class_token=arguments.get("class_token", True),
-        pooling=_POOLING.get(arguments.get("global_pool", "token"), arguments.get("global_pool")),
     )
+    arguments.agree(class_token="cls_token" in official)
     state, dropped = {}, []
     for name in official:
         if _is_duplicate(name):

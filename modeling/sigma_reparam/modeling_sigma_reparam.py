@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.beit.modeling_beit import BeitDropPath
 from transformers.models.vit.modeling_vit import (
     ViTAttention,
     ViTEmbeddings,
-    ViTForImageClassification,
     ViTLayer,
     ViTModel,
     ViTPreTrainedModel,
@@ -21,9 +19,11 @@ from transformers.models.vit.modeling_vit import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_attn.architectures.image_classification import ImageClassifierMixin
+from hf_attn.architectures.layers import DropPath, check_pixel_values, drop_path_rates
 from hf_attn.hub import HubModelMixin
 from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLayer, SigmaReparamLinear
 
@@ -35,46 +35,47 @@ def _linear_class(config: SigmaReparamViTConfig) -> type[nn.Linear]:
 
 
 class SigmaReparamViTEmbeddings(ViTEmbeddings):
+    """ViT's embeddings with a reparametrised projection, and with or without a class token."""
+
     def __init__(self, config: SigmaReparamViTConfig):
         super().__init__(config)
-        plain = self.patch_embeddings.projection
+        patches = self.patch_embeddings
+        plain = patches.projection
         convolution = SigmaReparamConv2d if config.reparametrised else nn.Conv2d
-        self.patch_embeddings.projection = convolution(
+        patches.projection = convolution(
             plain.in_channels, plain.out_channels, kernel_size=plain.kernel_size, stride=plain.stride
         )
-        self.patch_embeddings.projection.init_multiplier = config.patch_embedding_init_multiplier
+        patches.projection.init_multiplier = config.patch_embedding_init_multiplier
+        self.grid_size = tuple(
+            side // patch for side, patch in zip(patches.image_size, patches.patch_size, strict=True)
+        )
         if not config.use_class_token:
             self.cls_token = None
-            self.position_embeddings = nn.Parameter(self.position_embeddings.detach()[:, 1:].clone())
+            self.position_embeddings = nn.Parameter(torch.zeros(1, patches.num_patches, config.hidden_size))
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.BoolTensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        """Tokens of images; without a class token those of the patches alone. Arguments as of [`ViTModel`]."""
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = False) -> torch.Tensor:
+        """`(batch, num_channels, height, width)` -> tokens `(batch, tokens, hidden_size)`, a class token first."""
+        patches = self.patch_embeddings
+        check_pixel_values(pixel_values, patches.num_channels)
+        size = tuple(pixel_values.shape[2:])
+        if size != tuple(patches.image_size) and not interpolate_pos_encoding:
+            raise ValueError(
+                f"The images are {size[0]} x {size[1]}, but the position embeddings are those of "
+                f"{' x '.join(map(str, patches.image_size))}. Resize the images, or pass interpolate_pos_encoding=True."
+            )
+        hidden_states = patches(pixel_values.to(self.position_embeddings.dtype))
         if self.cls_token is not None:
-            return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        if bool_masked_pos is not None:
-            raise ValueError("This model has no mask token: bool_masked_pos is not supported.")
-        height, width = pixel_values.shape[-2:]
-        positions = self.position_embeddings
-        if (height, width) != tuple(self.image_size):
-            if not interpolate_pos_encoding:
-                raise ValueError(
-                    f"Images are {height} x {width}, and the model is for {self.image_size[0]} x {self.image_size[1]}. Resize them, "
-                    "or pass interpolate_pos_encoding=True."
-                )
-            patch = self.patch_embeddings.patch_size
-            grid, new_grid = (
-                [side // p for side, p in zip(size, patch, strict=True)] for size in (self.image_size, (height, width))
-            )
-            positions = nn.functional.interpolate(
-                positions.unflatten(1, grid).permute(0, 3, 1, 2), size=new_grid, mode="bicubic", align_corners=False
-            )
-            positions = positions.flatten(2).transpose(1, 2)
-        return self.dropout(self.patch_embeddings(pixel_values) + positions)
+            hidden_states = torch.cat([self.cls_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
+        grid_size = tuple(side // patch for side, patch in zip(size, patches.patch_size, strict=True))
+        return self.dropout(hidden_states + self._position_embeddings(grid_size))
+
+    def _position_embeddings(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        if grid_size == self.grid_size:
+            return self.position_embeddings
+        prefix = self.position_embeddings.shape[1] - self.patch_embeddings.num_patches
+        of_patches = self.position_embeddings[:, prefix:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)
+        of_patches = nn.functional.interpolate(of_patches, size=grid_size, mode="bicubic", align_corners=False)
+        return torch.cat([self.position_embeddings[:, :prefix], of_patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class SigmaReparamViTAttention(ViTAttention):
@@ -122,7 +123,7 @@ class SigmaReparamViTLayer(ViTLayer):
         if not config.use_layer_norm:
             self.layernorm_before = nn.Identity()
             self.layernorm_after = nn.Identity()
-        self.dropout = nn.Sequential(nn.Dropout(config.hidden_dropout_prob), BeitDropPath(drop_path_rate))
+        self.dropout = nn.Sequential(nn.Dropout(config.hidden_dropout_prob), DropPath(drop_path_rate))
 
 
 class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
@@ -132,8 +133,10 @@ class SigmaReparamViTPreTrainedModel(HubModelMixin, ViTPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, SigmaReparamViTEmbeddings) and module.cls_token is None:
-            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        if isinstance(module, SigmaReparamViTEmbeddings):
+            for parameter in (module.position_embeddings, module.cls_token):
+                if parameter is not None:
+                    init.trunc_normal_(parameter, std=self.config.initializer_range)
             return
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             super()._init_weights(module)
@@ -154,7 +157,7 @@ class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
         # Not ViTModel's, which would build its own layers first.
         ViTPreTrainedModel.__init__(self, config)
         self.embeddings = SigmaReparamViTEmbeddings(config)
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        (rates,) = drop_path_rates(config.drop_path_rate, [config.num_hidden_layers])
         self.layers = nn.ModuleList([SigmaReparamViTLayer(config, rate) for rate in rates])
         self.layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_layer_norm else nn.Identity()
@@ -184,49 +187,22 @@ class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
         )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=self.layernorm(hidden_states))
-
-
-class SigmaReparamViTForImageClassification(SigmaReparamViTPreTrainedModel, ViTForImageClassification):
-    """The encoder with a classifier on its class token, or on the mean of its other tokens."""
-
-    def __init__(self, config: SigmaReparamViTConfig):
-        ViTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.vit = SigmaReparamViTModel(config)
-        self.classifier = (
-            _linear_class(config)(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """Classify images.
-
-        Args:
-            pixel_values: `(batch, num_channels, height, width)`, normalised.
-            labels: `(batch,)` class indices, or for regression `(batch,)` or `(batch, num_labels)`.
-            interpolate_pos_encoding: resize the position embeddings for images of another size than `image_size`.
-            attention_mask: `(batch, tokens)`, 0 for tokens that no other may see.
-        """
-        outputs = self.vit(pixel_values, interpolate_pos_encoding, attention_mask, **kwargs)
-        hidden_states = outputs.last_hidden_state
+        hidden_states = self.layernorm(hidden_states)
         if self.config.pooling == "token":
             pooled = hidden_states[:, 0]
         else:
             pooled = hidden_states[:, int(self.config.use_class_token) :].mean(dim=1)
-        logits = self.classifier(pooled)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class SigmaReparamViTForImageClassification(ImageClassifierMixin, SigmaReparamViTPreTrainedModel):
+    """The encoder with a reparametrised classifier on its first token, or on the mean of its patches."""
+
+    body_class = SigmaReparamViTModel
+
+    def add_classifiers(self, config: SigmaReparamViTConfig) -> None:
+        linear = _linear_class(config)
+        self.classifier = linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
 
 
 __all__ = ["SigmaReparamViTForImageClassification", "SigmaReparamViTModel", "SigmaReparamViTPreTrainedModel"]

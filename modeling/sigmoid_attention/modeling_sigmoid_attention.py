@@ -7,33 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import TransformersKwargs
 
+from hf_attn.architectures.decoder import (
+    DecoderAttention,
+    DecoderForCausalLM,
+    DecoderLayer,
+    DecoderModel,
+    DecoderPreTrainedModel,
+    make_norm,
+)
 from hf_attn.attention.family import OwnAttentionMixin
 from hf_attn.attention.sigmoid import SIGMOID, SigmoidCall, alibi_slopes, sigmoid_attention_eager
-from hf_attn.hub import HubModelMixin
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
-
-
-NORMS = {"rms_norm": LlamaRMSNorm, "layer_norm": nn.LayerNorm}
 
 
 class SigmoidAttentionLayerScale(nn.Module):
@@ -46,102 +35,38 @@ class SigmoidAttentionLayerScale(nn.Module):
         return hidden_states * self.weight
 
 
-class SigmoidAttentionMLP(nn.Module):
-    def __init__(self, config: SigmoidAttentionConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-# `attn_implementation="eager"` is the registered specification: it takes the additive masks of "eager" as well.
-eager_attention_forward = SIGMOID.attention_function("sigmoid_eager")
-
-
-class SigmoidAttention(nn.Module):
+class SigmoidAttention(DecoderAttention):
     """Multi-head sigmoid attention with query/key norms; everything about the weights is in `hf_attn.attention.sigmoid`."""
 
+    # The registered specification: it takes the additive masks of "eager" as well.
+    eager_attention_forward = staticmethod(SIGMOID.attention_function("sigmoid_eager"))
+
     def __init__(self, config: SigmoidAttentionConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5 * math.exp(config.attention_log_temperature)
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        super().__init__(config, layer_idx)
+        self.scaling *= math.exp(config.attention_log_temperature)
 
-        query_size, key_value_size = (
-            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        norm = NORMS[config.norm_type] if config.qk_norm else nn.Identity
-        self.q_norm = norm(self.head_dim, eps=config.norm_eps)
-        self.k_norm = norm(self.head_dim, eps=config.norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-
-        if not self.config.qk_norm_after_rope:
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        if position_embeddings is not None:
-            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if self.config.qk_norm_after_rope:
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0 if not self.training else self.attention_dropout,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
-        return attn_output, attn_weights
+    def queries_and_keys(self, hidden_states, position_embeddings):
+        if position_embeddings is None or not (self.config.qk_norm and self.config.qk_norm_after_rope):
+            return super().queries_and_keys(hidden_states, position_embeddings)
+        query_states, key_states = self.heads(self.q_proj, hidden_states), self.heads(self.k_proj, hidden_states)
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        return self.q_norm(query_states), self.k_norm(key_states)
 
 
-class SigmoidAttentionDecoderLayer(GradientCheckpointingLayer):
+class SigmoidAttentionDecoderLayer(DecoderLayer):
     """x + scale(post_norm(f(norm(x)))) for attention and feed-forward; the post-norms are those of "hybridnorm"."""
 
     def __init__(self, config: SigmoidAttentionConfig, layer_idx: int):
-        super().__init__()
-        norm = NORMS[config.norm_type]
-        post_norm = norm if config.norm_structure == "hybridnorm" else nn.Identity
-        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = SigmoidAttention(config, layer_idx)
-        self.post_attention_layernorm = post_norm(config.hidden_size, eps=config.norm_eps)
-        self.pre_feedforward_layernorm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = LlamaMLP(config) if config.gated_mlp else SigmoidAttentionMLP(config)
-        self.post_feedforward_layernorm = post_norm(config.hidden_size, eps=config.norm_eps)
-        scaled = config.layer_scale_init_value is not None
+        super().__init__(config, layer_idx)
+        hybrid, scaled = config.norm_structure == "hybridnorm", config.layer_scale_init_value is not None
+        self.post_attention_layernorm = make_norm(config) if hybrid else nn.Identity()
+        self.pre_feedforward_layernorm = make_norm(config)
+        self.post_feedforward_layernorm = make_norm(config) if hybrid else nn.Identity()
         self.attention_scale = SigmoidAttentionLayerScale(config) if scaled else nn.Identity()
         self.mlp_scale = SigmoidAttentionLayerScale(config) if scaled else nn.Identity()
+
+    def make_mixer(self, config: SigmoidAttentionConfig, layer_idx: int) -> SigmoidAttention:
+        return SigmoidAttention(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         residual = hidden_states
@@ -153,15 +78,10 @@ class SigmoidAttentionDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp_scale(self.post_feedforward_layernorm(hidden_states))
 
 
-class SigmoidAttentionPreTrainedModel(HubModelMixin, OwnAttentionMixin, PreTrainedModel):
+class SigmoidAttentionPreTrainedModel(OwnAttentionMixin, DecoderPreTrainedModel):
     config: SigmoidAttentionConfig
-    base_model_prefix = "model"
     attention_mechanism = SIGMOID
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SigmoidAttentionDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": SigmoidAttentionDecoderLayer, "attentions": SigmoidAttention}
+    layer_class = SigmoidAttentionDecoderLayer
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -173,93 +93,41 @@ class SigmoidAttentionPreTrainedModel(HubModelMixin, OwnAttentionMixin, PreTrain
             init.normal_(module.weight, mean=0.0, std=module.weight.shape[-1] ** -0.5)
 
 
-class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel):
-    """The decoder without a head."""
+class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel, DecoderModel):
+    """The decoder without a head. `position_ids` are for "rope" and "sincos"; ALiBi counts the places between tokens."""
 
-    def __init__(self, config: SigmoidAttentionConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [SigmoidAttentionDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.final_norm_eps)
-        if config.position_embedding_type == "rope":
-            self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
+    def make_embedding(self, config: SigmoidAttentionConfig) -> nn.Embedding:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """Run the decoder.
+    def make_norm(self, config: SigmoidAttentionConfig) -> nn.Module:
+        return make_norm(config, eps=config.final_norm_eps)
 
-        Args:
-            input_ids: `(batch, sequence)`; either these or `inputs_embeds` `(batch, sequence, hidden_size)`.
-            attention_mask: `(batch, past + sequence)`, 1 for tokens and 0 for padding, or 4-D.
-            position_ids: `(batch, sequence)`, for "rope" and "sincos"; ALiBi counts the places between tokens.
-            past_key_values: cache of the earlier tokens.
-            use_cache: whether to return a cache.
-        """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+    def make_rotary_embedding(self, config: SigmoidAttentionConfig) -> nn.Module | None:
+        return super().make_rotary_embedding(config) if config.position_embedding_type == "rope" else None
 
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-
-        segment_function = None
-        if self.config.separate_trailing_padding and attention_mask is None and input_ids is not None:
-            segment_function = self._trailing_padding_segments(input_ids, past_seen_tokens)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=segment_function,
-        )
-
-        hidden_states = inputs_embeds
-        position_type = self.config.position_embedding_type
-        if position_type == "sincos":
-            hidden_states = hidden_states + self._sincos_embedding(position_ids).to(hidden_states.dtype)
-        elif position_type == "rope":
-            kwargs["position_embeddings"] = self.rotary_emb(hidden_states, position_ids=position_ids)
-        elif position_type == "alibi":
-            slopes = alibi_slopes(self.config.num_attention_heads).to(hidden_states.device)
-            kwargs["alibi_slopes"] = slopes * math.exp(self.config.attention_log_temperature)
-            # A static cache returns its own counter, which every layer increases in place before it attends.
-            is_counter = isinstance(past_seen_tokens, torch.Tensor)
-            kwargs["query_offset"] = past_seen_tokens.clone() if is_counter else past_seen_tokens
-
-        for decoder_layer in self.layers:
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _sincos_embedding(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def embed_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if self.config.position_embedding_type != "sincos":
+            return inputs_embeds
         width = self.config.hidden_size
         frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=position_ids.device) / width)
         angles = position_ids[..., None] * frequencies
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+        return inputs_embeds + torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2).to(inputs_embeds.dtype)
+
+    def layer_arguments(self, hidden_states, position_ids, past_length) -> dict:
+        if self.config.position_embedding_type != "alibi":
+            return super().layer_arguments(hidden_states, position_ids, past_length)
+        slopes = alibi_slopes(self.config.num_attention_heads).to(hidden_states.device)
+        # A static cache returns its own counter, which every layer increases in place before it attends.
+        is_counter = isinstance(past_length, torch.Tensor)
+        return {
+            "alibi_slopes": slopes * math.exp(self.config.attention_log_temperature),
+            "query_offset": past_length.clone() if is_counter else past_length,
+        }
+
+    def mask_arguments(self, input_ids, attention_mask, past_length) -> dict:
+        if not self.config.separate_trailing_padding or attention_mask is not None or input_ids is None:
+            return {}
+        return {"and_mask_function": self._trailing_padding_segments(input_ids, past_length)}
 
     def _trailing_padding_segments(self, input_ids: torch.Tensor, past_seen_tokens: int) -> Callable | None:
         if past_seen_tokens != 0 or self.config.pad_token_id is None:
@@ -277,58 +145,10 @@ class SigmoidAttentionModel(SigmoidAttentionPreTrainedModel):
         return same_segment
 
 
-class SigmoidAttentionForCausalLM(SigmoidAttentionPreTrainedModel, GenerationMixin):
+class SigmoidAttentionForCausalLM(SigmoidAttentionPreTrainedModel, DecoderForCausalLM):
     """The decoder with a (tied) language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: SigmoidAttentionConfig):
-        super().__init__(config)
-        self.model = SigmoidAttentionModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """Predict the next tokens.
-
-        Args:
-            labels: `(batch, sequence)`, the input ids with -100 where no loss is wanted; they are shifted inside.
-            logits_to_keep: number of last positions (or their indices) for which logits are computed, 0 for all.
-
-        The other arguments are those of [`SigmoidAttentionModel.forward`].
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    model_class = SigmoidAttentionModel
 
 
 class SigmoidCrossAttention(nn.Module):

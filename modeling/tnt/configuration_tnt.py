@@ -5,17 +5,13 @@ import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.backbone_utils import BackboneConfigMixin
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
 from hf_attn.architectures.ranges import POSITIVE, SIZE
-from hf_attn.architectures.variants import VariantsMixin
-from hf_attn.hub import HubConfigMixin
+from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
 @strict
-class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig):
+class TNTConfig(StagedVisionConfig):
     r"""Configuration of a [`TNTForImageClassification`]; the defaults are TNT-S.
 
     Args:
@@ -101,7 +97,6 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
-    num_channels: int = 3
     inner_stride: int = 4
     hidden_size: int = 384
     inner_hidden_size: int = 24
@@ -119,16 +114,16 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         if self.inner_mlp_ratio is None:
             self.inner_mlp_ratio = self.mlp_ratio
-        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
         super().__post_init__(**kwargs)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of blocks, each of which is a stage of the backbone."""
+        return self.num_hidden_layers
 
     @property
     def words_per_side(self) -> int:
@@ -137,6 +132,7 @@ class TNTConfig(HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, Backbone
 
     def validate_architecture(self):
         """Part of the validation that `@strict` runs."""
+        super().validate_architecture()
         if self.inner_hidden_size % self.inner_num_attention_heads != 0:
             raise ValueError(
                 f"inner_hidden_size ({self.inner_hidden_size}) must be a multiple of inner_num_attention_heads "

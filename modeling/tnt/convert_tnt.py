@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_tnt import TNTConfig
@@ -174,6 +175,6 @@ def _config(state: dict[str, torch.Tensor], arguments: dict) -> TNTConfig:
         hidden_dropout_prob=given("drop_rate", 0.0),
         attention_probs_dropout_prob=given("attn_drop_rate", 0.0),
         drop_path_rate=given("drop_path_rate", 0.0),
-        num_labels=shape("classifier.weight")[0] if "classifier.weight" in state else 2,
+        **published_labels(shape("classifier.weight")[0] if "classifier.weight" in state else 2),
         **heads,
     )

@@ -5,19 +5,25 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_attn.architectures.layers import DropPath, check_pixel_values, drop_path_rates, eager_attention_forward
-from hf_attn.hub import HubModelMixin
+from hf_attn.architectures.image_classification import ImageClassifierMixin
+from hf_attn.architectures.layers import (
+    DropPath,
+    check_pixel_values,
+    drop_path_rates,
+    eager_attention_forward,
+    squeeze_excitation,
+)
+from hf_attn.architectures.staged_vision.modeling import VisionPreTrainedModel
 
 from .configuration_tnt import TNTConfig
 
@@ -83,8 +89,8 @@ class TNTSqueezeExcitation(nn.Module):
         self.fc2 = nn.Linear(config.hidden_size // 4, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.fc2(self.fc1(self.norm(hidden_states.mean(dim=1, keepdim=True))).relu()).tanh()
-        return hidden_states + gate * hidden_states
+        average = self.norm(hidden_states.mean(dim=1, keepdim=True))
+        return hidden_states + squeeze_excitation(hidden_states, average, self.fc1, self.fc2, gate=torch.tanh)
 
 
 class TNTWordsToSentence(nn.Module):
@@ -203,6 +209,7 @@ class TNTEmbeddings(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sentences `(batch, 1 + patches, hidden_size)` and words `(batch * patches, words, inner_hidden_size)`."""
         check_pixel_values(pixel_values, self.config.num_channels)
+        pixel_values = pixel_values.to(self.cls_token.dtype)
         grid_size = self._grid_size(*pixel_values.shape[2:], interpolate_pos_encoding)
         word_states = self.word_embeddings(pixel_values)
         batch_size = pixel_values.shape[0]
@@ -237,21 +244,12 @@ class TNTEmbeddings(nn.Module):
         return torch.cat([of_class_token, of_patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-class TNTPreTrainedModel(HubModelMixin, PreTrainedModel):
+class TNTPreTrainedModel(VisionPreTrainedModel):
     """What all TNT models share."""
 
     config: TNTConfig
     base_model_prefix = "tnt"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["TNTEmbeddings", "TNTLayer"]
-    _supports_sdpa = True
-    # the words have heads of width 6 or 10
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     # Maps of the words are of (batch * patches) small sequences; only those between sentences are recorded.
     _can_record_outputs = {
         "hidden_states": TNTLayer,
@@ -260,17 +258,8 @@ class TNTPreTrainedModel(HubModelMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
         if isinstance(module, TNTEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
@@ -321,41 +310,10 @@ class TNTModel(TNTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-class TNTForImageClassification(TNTPreTrainedModel):
+class TNTForImageClassification(ImageClassifierMixin, TNTPreTrainedModel):
     """TNT with a linear classifier."""
 
-    accepts_loss_kwargs = False
-
-    def __init__(self, config: TNTConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.tnt = TNTModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """Classify images.
-
-        Args:
-            labels: `(batch,)`, class indices.
-
-        The other arguments are those of [`TNTModel.forward`].
-        """
-        outputs: BaseModelOutputWithPooling = self.tnt(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-        )
-        logits = self.classifier(outputs.pooler_output)
-        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = TNTModel
 
 
 class TNTBackbone(BackboneMixin, TNTPreTrainedModel):

@@ -3,13 +3,12 @@
     python scripts/benchmarks/import_time.py --json import_time.json
 
 Times are medians of processes started in turns, without the start of the interpreter. The mark is 1.15 times the import
-of `AutoConfig` and `AutoModelForCausalLM`, today and with a family for each of the catalogue's papers.
+of `AutoConfig` and `AutoModelForCausalLM`.
 """
 
 import argparse
 import statistics
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from _common import print_table, run_fresh, write_json
@@ -18,28 +17,11 @@ from _common import print_table, run_fresh, write_json
 MARK = 1.15
 AUTO_CLASSES = "from transformers import AutoConfig, AutoModelForCausalLM"
 
-# Gives every paper of the catalogue that has no family yet one with the models that image and text families have.
-FULL_CATALOGUE = f"""
-import dataclasses, importlib.util, sys
-spec = importlib.util.spec_from_file_location("hf_attn.catalog", {str(Path(find_spec("hf_attn").origin).parent / "catalog.py")!r})
-catalog = importlib.util.module_from_spec(spec)
-sys.modules["hf_attn.catalog"] = catalog
-spec.loader.exec_module(catalog)
-autos = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageClassification", "AutoBackbone")
-catalog._PAPERS = tuple(
-    paper if paper.families else dataclasses.replace(paper, available=True, families=(catalog.Family(
-        model_type=paper.slug + "_simulated", config="XConfig", models={{auto: "X" + auto for auto in autos}}, peft="llama"),))
-    for paper in catalog._PAPERS)
-catalog.PAPERS = {{paper.slug: paper for paper in catalog._PAPERS}}
-assert len(catalog.families()) >= 29
-"""
-
-#: name -> (what prepares the process, what is timed)
+#: name -> what is timed
 STATEMENTS = {
-    "Auto classes": ("", AUTO_CLASSES),
-    "hf_attn": ("", "import hf_attn"),
-    "both": ("", f"import hf_attn; {AUTO_CLASSES}"),
-    "both, 29 families": (FULL_CATALOGUE, f"import hf_attn; {AUTO_CLASSES}"),
+    "Auto classes": AUTO_CLASSES,
+    "hf_attn": "import hf_attn",
+    "both": f"import hf_attn; {AUTO_CLASSES}",
 }
 
 
@@ -47,10 +29,8 @@ def measure(name: str) -> dict[str, float]:
     """Run in the fresh process: seconds of a statement, on the clock and of the processor."""
     import time
 
-    preparation, statement = STATEMENTS[name]
     namespace = {}
-    exec(preparation, namespace)
-    code = compile(statement, "<statement>", "exec")
+    code = compile(STATEMENTS[name], "<statement>", "exec")
     clock, processor = time.perf_counter(), time.process_time()
     exec(code, namespace)
     return {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}

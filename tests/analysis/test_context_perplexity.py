@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_attn.analysis.context_perplexity import perplexity_by_context
+from hf_attn.analysis.context_perplexity import perplexity_by_context, perplexity_of
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkCache, LandmarkForCausalLM
 from tests.batteries.text import llama
 
@@ -39,3 +39,9 @@ def test_bad_lengths():
         perplexity_by_context(llama(), tokens, [1, 4])
     with pytest.raises(ValueError, match="has 20 tokens, fewer than one segment of 32"):
         perplexity_by_context(llama(), tokens, [4, 32])
+
+
+def test_a_perplexity_that_no_number_holds_is_infinite():
+    assert perplexity_of(0.5) == math.exp(0.5)
+    assert perplexity_of(800.0) == math.inf
+    assert math.isnan(perplexity_of(math.nan))

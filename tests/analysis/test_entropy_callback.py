@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -123,3 +126,34 @@ def test_model_without_attention_maps():
 def test_bad_arguments(argument, value):
     with pytest.raises(ValueError, match=argument):
         AttentionEntropyCallback({}, **{argument: value})
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+@pytest.mark.parametrize("key", ["labels", "decoder_input_ids"])
+def test_an_encoder_decoder_has_layers_of_three_kinds(key):
+    ids = torch.randint(2, 20, (3, 6))
+    entry = AttentionEntropyCallback({"input_ids": ids, key: ids[:, :4]}).measure(t5(), 0)
+    assert [len(heads) for heads in entry["entropy"]] == [2] * 6
+    assert entry["bound"] == [None] * 6
+    # No row can see more keys than there are; the first row of the decoder sees one.
+    assert all(head <= math.log(6) + 1e-5 for layer in entry["entropy"] for head in layer)
+    with pytest.raises(ValueError, match="needs decoder_input_ids or labels"):
+        AttentionEntropyCallback({"input_ids": ids}).measure(t5(), 0)
+
+
+def test_lists_are_inputs_and_other_things_are_refused(tmp_path):
+    watch = AttentionEntropyCallback({"input_ids": [[2, 3, 4]], "labels": [[5, 6]]})
+    with pytest.raises(ValueError, match="Nothing has been measured yet"):
+        watch.plot(tmp_path / "entropy.png")
+    watch.measure(t5(), 0)
+    watch.plot(tmp_path / "entropy.png")
+    with pytest.raises(ValueError, match="must be tensors or rectangular lists"):
+        AttentionEntropyCallback({"input_ids": [[2, 3], [4]]})
+    with pytest.raises(ValueError, match="dictionary of the inputs of the model, got list"):
+        AttentionEntropyCallback([[2, 3]])

@@ -66,10 +66,43 @@ def test_plot(model, dataset, tmp_path):
 def test_bad_input(model, dataset):
     with pytest.raises(ValueError, match="empty"):
         path_scores(model, [], progress=False)
-    with pytest.raises(ValueError, match="have no labels, only pixel_values"):
+    with pytest.raises(ValueError, match="Sample 0 has no labels, only pixel_values"):
         path_scores(model, [{"pixel_values": torch.zeros(3, 16, 16)}], progress=False)
     base = randomize(
         ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16))
     )
     with pytest.raises(ValueError, match=r"has no paths.*from_base"):
         path_scores(base, dataset, progress=False)
+
+
+def test_ignored_labels_are_left_out(model, dataset):
+    every = path_scores(model, dataset[:6], progress=False)
+    mixed = [{**sample, "labels": -100} for sample in dataset[6:]] + dataset[:6]
+    some = path_scores(model, mixed, batch_size=4, progress=False)
+    assert some.num_samples == 6
+    assert some.ensemble == every.ensemble
+    assert torch.equal(some.alone, every.alone)
+    with pytest.raises(ValueError, match="all its labels are -100"):
+        path_scores(model, mixed[:4], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (4, "no class of the model, which has the classes 0 to 3: 4"),
+        (-1, "no class of the model"),
+        (1.5, r"a whole number; got torch\.float32"),
+        ([0, 1], "the index of one class"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(model, dataset, label, message):
+    with pytest.raises(ValueError, match=message):
+        path_scores(model, [{**sample, "labels": label} for sample in dataset[:2]], progress=False)
+
+
+def test_a_sample_without_labels_is_named_and_other_columns_do_not_matter(model, dataset):
+    path_scores(model, [{**dataset[0], "file": "a.png"}], progress=False)
+    with pytest.raises(ValueError, match="Sample 1 has no labels, only pixel_values"):
+        path_scores(model, [dataset[0], {"pixel_values": dataset[1]["pixel_values"]}], progress=False)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        path_scores(model, dataset, batch_size=0, progress=False)

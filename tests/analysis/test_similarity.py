@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -11,11 +12,18 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MambaConfig,
     MambaModel,
+    VideoMAEConfig,
+    VideoMAEModel,
     ViTConfig,
     ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WhisperConfig,
 )
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from hf_attn.analysis import AttentionSimilarity, attention_similarity
 
@@ -182,3 +190,68 @@ def test_texts_are_tokenized_and_cut(llama):
     result = attention_similarity(llama, ["a long text that is cut"], Tokenizer(), max_length=6, progress=False)
     ids = torch.tensor([ord(letter) % 40 for letter in "a long"])
     torch.testing.assert_close(result.similarity, attention_similarity(llama, [ids], progress=False).similarity)
+
+
+def test_cosines_of_long_sequences_are_exact():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 4, 1200, 1200).softmax(-1)
+    flat = maps.flatten(1).double()
+    expected = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0).item()
+    similarity = AttentionSimilarity.from_maps([maps]).similarity
+    assert similarity[0, 1].item() == pytest.approx(expected, abs=1e-6)
+    assert similarity.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (WhisperEncoder, "input_features", torch.randn(8, 24)),
+        lambda: (ViTModel, "pixel_values", torch.randn(3, 8, 8)),
+        lambda: (VideoMAEModel, "pixel_values", torch.randn(2, 3, 8, 8)),
+        lambda: (LlamaModel, "inputs_embeds", torch.randn(5, 16)),
+        lambda: (Wav2Vec2Model, "input_values", torch.randn(400)),
+    ],
+    ids=["audio features", "image", "video", "embeddings", "waveform"],
+)
+def test_a_sample_of_any_kind_gets_one_batch_dimension(make):
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    configs = {
+        WhisperEncoder: WhisperConfig(
+            d_model=16,
+            encoder_layers=2,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            num_mel_bins=8,
+            max_source_positions=12,
+        ),
+        ViTModel: ViTConfig(**small, image_size=8, patch_size=4),
+        VideoMAEModel: VideoMAEConfig(**small, image_size=8, patch_size=4, num_frames=2),
+        LlamaModel: LlamaConfig(**small, vocab_size=9),
+        Wav2Vec2Model: Wav2Vec2Config(
+            **small,
+            conv_dim=(8, 8),
+            conv_stride=(5, 4),
+            conv_kernel=(10, 8),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            num_feat_extract_layers=2,
+        ),
+    }
+    model_class, name, sample = make()
+    torch.manual_seed(0)
+    model = model_class(configs[model_class]).eval()
+    alone = attention_similarity(model, [{name: sample}], progress=False)
+    batched = attention_similarity(model, [{name: sample[None]}], progress=False)
+    assert alone.num_samples == batched.num_samples == 1
+    torch.testing.assert_close(alone.similarity, batched.similarity)
+
+
+def test_what_has_no_similarity_is_refused(llama, token_ids):
+    broken = copy.deepcopy(llama)
+    broken.model.layers[1].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="attention map of layer 1 is not finite"):
+        attention_similarity(broken, token_ids, progress=False)
+    with pytest.raises(ValueError, match="A sample is empty"):
+        attention_similarity(llama, [[]], progress=False)
+    with pytest.raises(ValueError, match="its shape is"):
+        AttentionSimilarity.from_maps([torch.rand(2, 1, 2, 0, 0)])

@@ -100,6 +100,16 @@ class ImageFamilyTests:
         config = config_class.from_variant(next(iter(config_class.variants)), id2label={0: "cat", 1: "dog", 2: "emu"})
         assert config.num_labels == 3
 
+    def test_published_variants_know_the_classes_of_imagenet(self):
+        config_class = type(self.get_config())
+        for variant, fields in config_class.variants.items():
+            if fields["num_labels"] != 1000:
+                continue
+            config = config_class.from_variant(variant)
+            assert config.num_labels == 1000 and config.label2id["goldfish, Carassius auratus"] == 1
+            assert config.id2label[999].startswith("toilet tissue")
+            assert config_class.from_variant(variant, num_labels=3).id2label[0] == "LABEL_0"
+
     def test_image_processor_of_the_published_variants(self):
         config_class = type(self.get_config())
         found = {}
@@ -260,9 +270,11 @@ class ImageBackboneTests:
 
     Class attributes:
         strides: stage -> pixels of the image for one position of its feature map.
+        has_norms: whether the feature map of a stage goes through a norm that other models of the family do not have.
     """
 
     strides: ClassVar[dict[str, int]] = {}
+    has_norms: ClassVar[bool] = False
     sizes: ClassVar[tuple[tuple[int, int], ...]] = ((64, 64), (96, 160), (70, 50))
 
     def test_feature_maps(self):
@@ -276,6 +288,24 @@ class ImageBackboneTests:
             ]
             assert [tuple(feature.shape) for feature in features] == expected
             assert all(feature.is_contiguous() for feature in features)
+
+    def test_other_stages_than_it_was_built_for(self):
+        first, *_, last = self.strides
+        config = self.get_config(out_features=list(self.strides))
+        backbone = randomize(AutoBackbone.from_config(config))
+        pixel_values = torch.randn(2, 3, 64, 64)
+        expected = dict(zip(self.strides, backbone(pixel_values).feature_maps, strict=True))
+        backbone.out_features = [last]
+        (feature_map,) = backbone(pixel_values).feature_maps
+        torch.testing.assert_close(feature_map, expected[last])
+
+        backbone = randomize(AutoBackbone.from_config(self.get_config(out_features=[first])))
+        backbone.out_features = [last]
+        if self.has_norms:
+            with pytest.raises(ValueError, match=rf"built for \['{first}'\] and has no norms of \['{last}'\]"):
+                backbone(pixel_values)
+        else:
+            assert len(backbone(pixel_values).feature_maps) == 1
 
     def test_takes_the_weights_of_a_classifier(self, tmp_path):
         model = self.get_model()

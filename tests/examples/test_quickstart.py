@@ -1,130 +1,85 @@
-"""The quickstart end to end on a tiny base; the real one runs by `make quickstart`."""
+"""The quickstart end to end with a few steps; the real one runs by `make quickstart`."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from PIL import Image
+from transformers import pipeline
 
 from hf_attn.examples import quickstart as module
-from hf_attn.examples.assets import load_texts
-from hf_attn.examples.quickstart import costs, quickstart
-from hf_attn.training.output_folder import OutputFolderError
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(load_texts("test"), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+from hf_attn.examples.quickstart import quickstart
+from hf_attn.examples.threads import use_free_cores
+from hf_attn.training.output_folder import RECORD, OutputFolderError
 
 
 @pytest.fixture(autouse=True)
-def smaller(monkeypatch):
-    monkeypatch.setattr(module, "TRAIN_LENGTH", 32)
-    monkeypatch.setattr(module, "TEST_LENGTH", 48)
-    monkeypatch.setattr(module, "SIMILARITY_SAMPLES", 2)
-    monkeypatch.setattr(module, "TEST_SAMPLES", 4)
+def fewer_photographs(monkeypatch):
+    pytest.importorskip("skimage")
+    photographs = module.load_photographs()
+    # Still three of them, the third is shown; the right quarter is what is measured.
+    monkeypatch.setattr(module, "load_photographs", lambda: [photograph[:160] for photograph in photographs[:3]])
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-def run(base, output, **settings):
-    return quickstart(output, **{"steps": 12, "num_shared": 2, "base": base, "learning_rate": 3e-3, **settings})
+def test_from_photographs_to_a_folder_for_the_hub(tmp_path, capsys):
+    results = quickstart(tmp_path, steps=12)
+    assert [row["steps"] for row in results["course"]] == [2, 5, 8, 12]
+    assert results["hat"] == results["course"][-1]
+    # It starts as interpolation: nothing that a few steps do makes it much worse than bicubic.
+    assert abs(results["hat"]["psnr"] - results["bicubic"]["psnr"]) < 3
+    printed = capsys.readouterr().out
+    for expected in ("bicubic", "[3/3] On photographs", f"hf upload YOUR-NAME/small-hat {tmp_path / 'model'}"):
+        assert expected in printed
+    assert Image.open(tmp_path / "comparison.png").size == (3 * (6 * module.SIDE + 8) - 8, 6 * module.SIDE + 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "comparison.png", "model", "results.json"]
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "modeling_hf_attn.py"}
+    assert f"| PSNR of bicubic enlargement, dB | {results['bicubic']['psnr']:.6g} |" in (
+        tmp_path / "model" / "README.md"
+    ).read_text(encoding="utf-8")
+    pipe = pipeline("image-restoration", model=str(tmp_path / "model"), device="cpu")
+    assert pipe(np.zeros((5, 9, 3), dtype=np.uint8)).size == (18, 10)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-def test_from_the_base_to_a_folder_for_the_hub(base, tmp_path, capsys):
-    results = run(base, tmp_path)
-    perplexity, cost = results["perplexity"], results["cost"]
-    assert perplexity["distilled student"] < perplexity["untrained student"]
-    teacher, student = cost["teacher"], cost["distilled student"]
-    # Two layers without queries (32 x 32) and keys (16 x 32); their part of the cache is 2 heads of 8 floats.
-    assert teacher["parameters"] - student["parameters"] == 2 * (32 * 32 + 16 * 32)
-    assert teacher["cache_bytes"] - student["cache_bytes"] == 2 * 2 * 8 * 4
-    assert student["tokens_per_second"] > 0
-
-    output = capsys.readouterr().out
-    for expected in ("with the layer before", "Stage 1: 12 steps", "Stage 2: 3 steps", "KV-cache bytes a token"):
-        assert expected in output
-    assert (tmp_path / "attention_similarity.png").read_bytes().startswith(b"\x89PNG")
-    assert results["sample"].startswith(module.PROMPT)
-
-    folder = tmp_path / "model"
-    assert {"README.md", "config.json", "model.safetensors", "modeling_hf_attn.py", "tokenizer.json"} <= {
-        path.name for path in folder.iterdir()
-    }
-    card = (folder / "README.md").read_text()
-    assert f"| Perplexity of the distilled student | {perplexity['distilled student']:.4g} |" in card
-    assert "| distillation steps | 12 |" in card
-    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "EchoAttForCausalLM"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "attention_similarity.png",
-        "distilled",
-        "model",
-        "refined",
-        "results.json",
-        "settings.json",
-    ]
+def test_a_second_run_redoes_nothing(tmp_path, monkeypatch):
+    first = quickstart(tmp_path, steps=4)
+    monkeypatch.setattr(module._Quickstart, "train", None)
+    assert quickstart(tmp_path, steps=4) == first
+    with pytest.raises(OutputFolderError, match=r"steps \(4 -> 5\)"):
+        quickstart(tmp_path, steps=5)
 
 
-def test_a_second_run_redoes_nothing(base, tmp_path, monkeypatch):
-    first = run(base, tmp_path)
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    measure = module._Quickstart.measure
+    measured = []
 
-    def forbidden(*arguments, **kwargs):
-        raise AssertionError("this was there already")
-
-    for name in ("attention_similarity", "train_stage", "costs", "pipeline"):
-        monkeypatch.setattr(module, name, forbidden)
-    monkeypatch.setattr(module.EchoAttForCausalLM, "from_base", forbidden)
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", forbidden)
-    assert run(base, tmp_path) == first
-
-
-def test_an_interrupted_run_ends_like_another(base, tmp_path, monkeypatch):
-    whole = run(base, tmp_path / "whole")
-
-    def interrupted(trainer, folder):
-        if folder.name == "refined":
+    def interrupted(self, enlarge):
+        measured.append(enlarge)
+        if len(measured) == 4:
             raise KeyboardInterrupt
-        return train_stage(trainer, folder)
+        return measure(self, enlarge)
 
-    train_stage = module.train_stage
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "train_stage", interrupted)
-        run(base, tmp_path / "resumed")
-    resumed = run(base, tmp_path / "resumed")
-    assert resumed["perplexity"] == whole["perplexity"]
-    assert resumed["sample"] == whole["sample"]
+        patch.setattr(module._Quickstart, "measure", interrupted)
+        quickstart(tmp_path, steps=8)
+    assert "The same command continues it" in capsys.readouterr().err
+    results = quickstart(tmp_path, steps=8)
+    assert [row["steps"] for row in results["course"]] == [2, 3, 5, 8]
+    assert not (tmp_path / "training.pt").exists()
 
 
-def test_other_settings_and_foreign_folders_are_refused(base, tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps({"steps": 7}))
-    with pytest.raises(OutputFolderError, match=r"steps \(7 -> 12\)"):
-        run(base, tmp_path)
+@pytest.mark.parametrize("length", [{"steps": 0}, {"seconds": 0}, {"seconds": float("inf")}])
+def test_a_training_without_a_length_is_refused(tmp_path, length):
+    with pytest.raises(ValueError, match="must have a length"):
+        quickstart(tmp_path / "out", **length)
+    assert not (tmp_path / "out").exists()
 
 
-def test_costs_of_a_model():
-    set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    )
-    result = costs({"model": model.to(torch.bfloat16)}, context=4, new_tokens=2, rounds=1)["model"]
-    assert result["parameters"] == model.num_parameters()
-    assert result["cache_bytes"] == 2 * 2 * 16 * 2
+def test_threads_are_no_more_than_before():
+    before = torch.get_num_threads()
+    assert 1 <= use_free_cores(rounds=1) == torch.get_num_threads() <= before

@@ -160,8 +160,9 @@ def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
 
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"not empty and holds no run of this kind.*--overwrite_output_dir"):
-        run(script, tmp_path)
+    for more in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(SystemExit, match="not empty and holds no run of hf_attn"):
+            run(script, tmp_path, *more)
     run(script, tmp_path / "run", "--max_steps", 1)
     with pytest.raises(SystemExit, match=r"other settings: radius \(2 -> 3\)"):
         run(script, tmp_path / "run", "--max_steps", 1, "--radius", 3)
@@ -171,7 +172,7 @@ def test_several_runs_share_the_images_of_a_teacher(script, tmp_path, monkeypatc
     tiny_flux_pipeline().save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("up\n\nleft\n")
     options = [
-        "--teacher",
+        "--model_name_or_path",
         tmp_path / "teacher",
         "--prompts",
         tmp_path / "prompts.txt",
@@ -215,20 +216,19 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--teacher", "somewhere"), "--teacher and --prompts go together"),
-        (("--teacher", "somewhere", "--prompts", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts go together"),
+        (("--model_name_or_path", "somewhere", "--prompts", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--num_held_back", 10), "less than --num_samples"),
         (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
-        (("--radius", 0), "--radius must be at least 1, got 0"),
-        (("--batch_size", -1), "--batch_size must be at least 1, got -1"),
-        (("--checkpoint_steps", 0), "--checkpoint_steps must be at least 1, got 0"),
+        (("--radius", 0), "--radius=0 is out of range: it must be at least 1"),
+        (("--batch_size", -1), "--batch_size=-1 is out of range"),
+        (("--checkpoint_steps", 0), "--checkpoint_steps=0 is out of range"),
     ],
 )
-def test_contradicting_arguments(script, tmp_path, more, message, capsys):
-    with pytest.raises((SystemExit, ValueError)) as error:
+def test_contradicting_arguments(script, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
         run(script, tmp_path / "run", *more)
-    assert message in capsys.readouterr().err + str(error.value)
 
 
 # --- samples -----------------------------------------------------------------------------------------------------------

@@ -54,7 +54,18 @@ def images(tmp_path_factory):
 
 
 def arguments(base, output, *more) -> list[str]:
-    common = ["--base", base, "--output_dir", output, "--max_new_tokens", 4, "--batch_size", 2, "--part_size", 2]
+    common = [
+        "--model_name_or_path",
+        base,
+        "--output_dir",
+        output,
+        "--max_new_tokens",
+        4,
+        "--batch_size",
+        2,
+        "--part_size",
+        2,
+    ]
     return [*map(str, common), *HEADS, *map(str, more)]
 
 
@@ -156,7 +167,7 @@ def test_qwens_images_are_padded_to_a_square_of_24_cells(script, images, tmp_pat
     monkeypatch.setattr(script, "label_images", label_images)
     options = ["--image_folder", images, "--path_contains", "a.png", "--question", f"What? {script.SHORT_ANSWER}"]
     heads = ["--grounding_heads", "2:0", "--rule", "qwen"]
-    command = ["--base", base, "--output_dir", tmp_path / "out", "--max_new_tokens", 3, *options, *heads]
+    command = ["--model_name_or_path", base, "--output_dir", tmp_path / "out", "--max_new_tokens", 3, *options, *heads]
     labelled = script.main([str(word) for word in command])
     assert asked == [f"What? {script.BOX_REQUEST}"]
     assert labelled[0]["question"] == options[-1]
@@ -177,7 +188,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
     }
     (tmp_path / "good.pkl").write_bytes(pickle.dumps([record]))
     (tmp_path / "bad.pkl").write_bytes(pickle.dumps([record, print]))
-    command = ["--base", "llava-hf/llava-1.5-7b-hf", "--image_folder", str(images)]
+    command = ["--model_name_or_path", "llava-hf/llava-1.5-7b-hf", "--image_folder", str(images)]
     good = ["--official_file", str(tmp_path / "good.pkl"), "--output_dir", str(tmp_path / "good")]
     labelled = script.main([*command, *good])
     assert labelled[0]["answer"] == "That."
@@ -194,12 +205,16 @@ def test_official_files_need_no_model(script, images, tmp_path):
         (("--question", "What?"), "need --image_folder"),
         (
             ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
-            "--max_samples must be at least 1, got 0",
+            "--max_samples=0 is out of range: it must be at least 1",
         ),
         (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
-        (("--question", "What?", "--image_folder", "{images}", "--batch_size", 0), "batch_size must be at least 1"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--batch_size", 0),
+            "--batch_size=0 is out of range: it must be at least 1",
+        ),
+        (("--question", "What?", "--image_folder", "{images}", "--max_samples", 0), "--max_samples=0 is out of range"),
         (("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"), "'2:x' is no layer with heads"),
     ],
 )
@@ -213,7 +228,7 @@ def test_arguments_that_are_wrong(script, base, images, tmp_path, more, message)
 
 def test_an_unknown_base_needs_heads(script, base, images, tmp_path):
     command = [
-        "--base",
+        "--model_name_or_path",
         str(base),
         "--output_dir",
         str(tmp_path),
@@ -228,6 +243,7 @@ def test_an_unknown_base_needs_heads(script, base, images, tmp_path):
 
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, base, images, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"holds no run of this kind.*--overwrite_output_dir"):
-        script.main(arguments(base, tmp_path, "--image_folder", images, "--question", "What?"))
+    for more in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+            script.main(arguments(base, tmp_path, "--image_folder", images, "--question", "What?", *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

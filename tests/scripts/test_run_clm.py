@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_with_the_same_weights(run_clm, text_file, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_clm.main([*small_arguments("sigmoid_attention", text_file, whole), *schedule])
     shutil.copytree(whole / "checkpoint-3", killed / "checkpoint-3")
-    with pytest.raises(SystemExit, match="is not empty; `--resume_from_checkpoint last` continues"):
+    with pytest.raises(SystemExit, match=r"is not empty.*`--resume_from_checkpoint last` continues"):
         run_clm.main([*small_arguments("sigmoid_attention", text_file, killed), *schedule])
     run_clm.main(
         [*small_arguments("sigmoid_attention", text_file, killed), *schedule, "--resume_from_checkpoint", "last"]
@@ -252,7 +252,10 @@ def test_unigram_entropy_is_that_of_the_frequencies(run_clm):
         (["--model_type", "echo_att", "--train_file", "missing.txt"], "--train_file missing.txt does not exist"),
         (["--model_type", "echo_att", "--validation_file", "x.txt"], "--validation_file needs a --train_file"),
         (["--model_type", "echo_att", "--dataset_name", "x", "--train_file", "y"], "either --dataset_name or files"),
-        (["--model_type", "echo_att", "--validation_split_percentage", "100"], "100 is not between 0 and 100"),
+        (
+            ["--model_type", "echo_att", "--validation_split_percentage", "100"],
+            "=100 is out of range: it must be above 0 and below 100",
+        ),
         (["--model_type", "echo_att", "--resume_from_checkpoint", "last"], "there is no checkpoint in"),
         (["--model_type", "echo_att", "--resume_from_checkpoint", "nowhere"], "nowhere is not a folder"),
     ],
@@ -295,12 +298,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_clm, text_fi
 def test_a_full_folder_is_overwritten_only_when_asked(run_clm, text_file, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path), "--max_steps", "1"]
-    with pytest.raises(SystemExit, match="is not empty; `--overwrite_output_dir` starts anew"):
-        run_clm.main(arguments)
+    for more in ([], ["--overwrite_output_dir"]):
+        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+            run_clm.main([*arguments, *more])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path / "run"), "--max_steps", "1"]
+    run_clm.main(arguments)
+    with pytest.raises(SystemExit, match=r"holds an earlier run.*`--overwrite_output_dir` starts anew"):
+        run_clm.main(arguments)
     run_clm.main([*arguments, "--overwrite_output_dir"])
-    assert (tmp_path / "model.safetensors").exists()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert all((tmp_path / name / "model.safetensors").exists() for name in ("run", "run.earlier-1"))
 
 
 def test_the_pushed_repository_loads_without_importing_the_package(text_file, tmp_path):

@@ -154,7 +154,7 @@ def test_a_checkpoint_is_trained_further_on_other_classes(script, image_folder, 
     assert config.num_labels == 2 and config.image_size == 16
 
 
-def test_under_accelerate_launch(image_folder, tmp_path):
+def test_under_accelerate_launch(script, image_folder, tmp_path):
     launch = [
         sys.executable,
         "-m",
@@ -165,7 +165,9 @@ def test_under_accelerate_launch(image_folder, tmp_path):
         "--num_machines",
         "1",
     ]
+    # 15 images to evaluate on: the last batches of the two processes are uneven.
     options = ["--dataset_name", image_folder, "--max_steps", 2, "--per_device_train_batch_size", 8]
+    options += ["--max_eval_samples", 15, "--per_device_eval_batch_size", 4]
     command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -177,7 +179,36 @@ def test_under_accelerate_launch(image_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("TNTForImageClassification:") == 1
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    evaluated = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    again = ["--model_name_or_path", str(tmp_path / "out"), "--dataset_name", str(image_folder), "--do_eval", *COMMON]
+    alone = script.main([*again, "--max_eval_samples", "15", "--output_dir", str(tmp_path / "alone")])
+    assert {name: evaluated[name] for name in ("eval_accuracy", "eval_loss")} == pytest.approx(
+        {name: alone[name] for name in ("eval_accuracy", "eval_loss")}, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("single", r"fewer than 2 images none can be held back: y \(1\)"),
+        ("cut", r"x/0\.jpg cannot be read: it is corrupt or cut off"),
+        ("few", "there are 16 images to train on, fewer than a batch of 32"),
+    ],
+)
+def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypatch, broken, message):
+    monkeypatch.setattr(script.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    for name, count in {"x": 10, "y": 1 if broken == "single" else 10}.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(pixels[index]).save(tmp_path / "data" / name / f"{index}.jpg")
+    if broken == "cut":
+        file = tmp_path / "data" / "x" / "0.jpg"
+        file.write_bytes(file.read_bytes()[:400])
+    batch = 32 if broken == "few" else 4
+    options = ["--dataset_name", tmp_path / "data", "--per_device_train_batch_size", batch, "--num_train_epochs", 1]
+    with pytest.raises((SystemExit, ValueError), match=message):
+        script.main(arguments(tmp_path / "out", *options))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +216,7 @@ def test_under_accelerate_launch(image_folder, tmp_path):
     [
         (["--model_type", "resnet"], "--model_type resnet is not one of"),
         (["--model_type", "tnt", "--model_name_or_path", "x"], "give either"),
-        (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha -1.0 is negative"),
+        (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha=-1.0 is out of range: it must be at least 0"),
         (["--model_type", "tnt", "--config_overrides", "hiden_size=3"], "did you mean hidden_size"),
         (["--model_type", "biformer", "--variant", "huge"], "has no variant 'huge'; its variants: biformer_tiny"),
         (["--model_type", "path_ensemble", "--variant", "huge"], "its variants: none"),
@@ -198,5 +229,55 @@ def test_contradictions(script, options, message, tmp_path):
 
 def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SystemExit, match="is not empty"):
-        script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON])
+    for more in ([], ["--overwrite_output_dir"]):
+        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+            script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON, *more])
+
+
+def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
+    metrics = script.main(
+        [
+            *("--model_type", "rmt", "--dataset_name", str(image_folder), "--output_dir", str(tmp_path / "out")),
+            *("--config_overrides", "image_size=64", "token_labeling=true", "hidden_sizes=[16,16,32,32]"),
+            *("depths=[1,1,1,1]", "num_attention_heads=[1,1,2,2]", "projection_dim=32"),
+            *("--mix_tokens", "--augmentation", "none", "--per_device_train_batch_size", "8", "--max_steps", "30"),
+            *COMMON,
+        ]
+    )
+    assert metrics["eval_accuracy"] > 0.9
+    with pytest.raises(SystemExit, match="--mix_tokens is for an RMT with token_labeling"):
+        script.main(
+            [
+                *("--model_type", "shvit", "--dataset_name", str(image_folder), "--mix_tokens"),
+                "--output_dir",
+                str(tmp_path / "no"),
+            ]
+        )
+
+
+def test_greyscale(script, image_folder, tmp_path):
+    script.main(
+        [
+            *(
+                "--model_type",
+                "activator",
+                "--config_overrides",
+                "num_channels=1",
+                "--dataset_name",
+                str(image_folder),
+            ),
+            *(
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--max_steps",
+                "2",
+                "--per_device_train_batch_size",
+                "8",
+                *COMMON,
+            ),
+        ]
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    picture = Image.fromarray(np.zeros((20, 20), dtype=np.uint8))
+    assert model(**processor(picture, return_tensors="pt")).logits.shape == (1, 2)

@@ -55,7 +55,7 @@ def test_generated_scenes_end_to_end(script, tmp_path, capsys):
         (["--variant", "wine", "--shelf_table", "a.csv", "--trials", "b.jsonl"], "give one of"),
         (["--variant", "wine", "--shelf_table", "a.csv"], "--image_dir is missing"),
         (["--trials", "b.jsonl"], "say what to train"),
-        (["--variant", "tiny", "--trials", "missing.jsonl"], "missing.jsonl"),
+        (["--variant", "amazon", "--trials", "missing.jsonl"], "missing.jsonl"),
         (["--num_images", "2"], "2 images cannot be split"),
     ],
 )

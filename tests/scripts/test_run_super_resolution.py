@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,14 +99,15 @@ def test_the_average_is_evaluated_saved_and_resumed(script, folder, tmp_path):
     assert resumed["eval_psnr"] == pytest.approx(whole["eval_psnr"], abs=0.05)
 
 
-def test_scale_4_starts_from_scale_2(script, folder, tmp_path):
+@pytest.mark.parametrize("scale", [3, 4])
+def test_another_scale_starts_from_scale_2(script, folder, tmp_path, scale):
     script.main(tiny(folder, tmp_path / "x2", "--scale", "2", "--max_steps", "1"))
-    more = ("--scale", "4", "--max_steps", "1", "--recipe", "x4_from_x2", "--learning_rate", "1e-9")
-    script.main(["--model_name_or_path", str(tmp_path / "x2"), *arguments(folder, tmp_path / "x4", *more)])
-    two, four = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "x4"))
-    assert four.config.upscale == 4
-    assert len(four.reconstruction.convolutions) == 2
-    torch.testing.assert_close(four.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
+    more = ("--scale", str(scale), "--max_steps", "1", "--recipe", "x4_from_x2", "--learning_rate", "1e-9")
+    script.main(["--model_name_or_path", str(tmp_path / "x2"), *arguments(folder, tmp_path / "more", *more)])
+    two, more = (AutoModelForImageToImage.from_pretrained(tmp_path / name) for name in ("x2", "more"))
+    assert more.config.upscale == scale
+    assert len(more.reconstruction.convolutions) == {3: 1, 4: 2}[scale]
+    torch.testing.assert_close(more.hat.first_convolution.weight, two.hat.first_convolution.weight, atol=1e-7, rtol=0)
 
 
 def test_a_recipe_halves_the_learning_rate_at_its_milestones(script, folder, tmp_path):
@@ -172,8 +175,9 @@ def test_folders_and_fields_that_are_wrong(script, folder, tmp_path):
 
 def test_does_not_overwrite(script, folder, tmp_path):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(SystemExit, match="is not empty"):
-        script.main(tiny(folder, tmp_path))
+    for more in ([], ["--overwrite_output_dir"]):
+        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+            script.main(tiny(folder, tmp_path, *more))
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +252,21 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
 def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message):
         script.main(tiny(folder, tmp_path, *more))
+
+
+def test_two_processes_evaluate_images_of_different_sizes(script, folder, tmp_path):
+    """Three images of three sizes in two processes: the same metrics as in one."""
+    options = ["--do_eval", "--scale", "2", "--seed", "3"]
+    one = script.main(tiny(folder, tmp_path / "one", *options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    run = subprocess.run(
+        [*command, *tiny(folder, tmp_path / "two", *options, "--ddp_backend", "gloo")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    two = json.loads((tmp_path / "two" / "eval_results.json").read_text())
+    for name in ("eval_psnr", "eval_ssim", "eval_loss", "eval_bicubic_psnr"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name

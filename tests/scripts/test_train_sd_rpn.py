@@ -59,7 +59,7 @@ def labels(tmp_path_factory):
 
 
 def labelled(base, labels, output, *more) -> list[str]:
-    data = ["--base", base, "--labels", labels, labels, "--branch_layer", BRANCH, "--max_steps", 2]
+    data = ["--model_name_or_path", base, "--labels", labels, labels, "--branch_layer", BRANCH, "--max_steps", 2]
     return [
         str(word)
         for word in [*data, "--output_dir", output, "--validation_size", 4, "--num_overlays", 2, *QUIET, *more]
@@ -134,7 +134,7 @@ def test_trains_on_data_sets_of_labels_and_further(script, base, labels, tmp_pat
 
 def test_recipes_are_the_papers_unless_something_else_is_said(script, base, labels, tmp_path):
     arguments = [
-        "--base",
+        "--model_name_or_path",
         str(base),
         "--labels",
         str(labels),
@@ -153,7 +153,12 @@ def test_recipes_are_the_papers_unless_something_else_is_said(script, base, labe
 
     qwen = tmp_path / "qwen"
     tiny_base("qwen2_5_vl").config.save_pretrained(qwen)
-    settings = {"base": str(qwen), "labels": [str(labels)], "output_dir": str(tmp_path / "b"), "use_cpu": True}
+    settings = {
+        "model_name_or_path": str(qwen),
+        "labels": [str(labels)],
+        "output_dir": str(tmp_path / "b"),
+        "use_cpu": True,
+    }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     _, _, training_args = script.parse_arguments([str(tmp_path / "settings.json")])
     assert (training_args.learning_rate, training_args.max_grad_norm) == (1e-4, 1.0)
@@ -174,14 +179,14 @@ def test_two_processes_train_one_network(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The network is in") == 1
     assert "destroy_process_group" not in done.stderr
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "out" / "_hf_attn_run.json").read_text())["settings"]["world_size"] == 2
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()).keys() >= {"mean_iou"}
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--labels", "x"), "--base and --labels go together"),
+        (("--labels", "x"), "--model_name_or_path and --labels go together"),
         (("--num_overlays", 9), "--num_overlays is larger than --validation_size"),
         (("--rpn", "x", "--branch_layer", 2), "--branch_layer is for a new network"),
     ],
@@ -210,6 +215,7 @@ def test_data_that_do_not_fit(script, base, labels, tmp_path):
 
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"holds no run of this kind.*--overwrite_output_dir"):
-        script.main(planted(tmp_path))
+    for more in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+            script.main(planted(tmp_path, *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -31,7 +31,7 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         drop_path_rate (`float`): stochastic depth of the last block; grows linearly from 0.
         layer_norm_eps (`float`): epsilon of the layer norms.
         patch_norm (`bool`): layer norm between the first convolution and the groups.
-        use_absolute_embeddings (`bool`): learned position embedding; ties the (padded) input to `image_size`.
+        use_absolute_embeddings (`bool`): learned position embedding; images may then be at most `image_size` wide and high.
         image_size (`int`): side of the input that absolute embeddings are made for; nothing else depends on it.
         upscale (`int`): scale of the output: a power of two (1 restores at the same size) or 3.
         img_range (`float`): factor on the pixel values inside the network.
@@ -82,6 +82,11 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             )
         if self.upscale & (self.upscale - 1) and self.upscale != 3:
             raise ValueError(f"upscale must be a power of two (1, 2, 4, 8...) or 3, got {self.upscale}.")
+        if self.use_absolute_embeddings and self.image_size % self.window_size:
+            raise ValueError(
+                f"With use_absolute_embeddings, image_size ({self.image_size}) must be a multiple of window_size "
+                f"({self.window_size}), to which images are padded."
+            )
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths and num_heads must have one entry for each residual group, got {list(self.depths)} and "

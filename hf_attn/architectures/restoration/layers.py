@@ -252,23 +252,6 @@ class MLP(nn.Module):
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops the branch of an image with probability `rate` at training and scales the kept ones."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return hidden_states
-        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
-        return hidden_states * hidden_states.new_empty(shape).bernoulli_(1 - self.rate).div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
-
-
 class PixelShuffleReconstruction(nn.Module):
     """Features -> image: convolution, LeakyReLU, [convolution, pixel shuffle]..., convolution."""
 

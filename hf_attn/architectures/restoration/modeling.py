@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_attn.hub import HubModelMixin
 
+from ..layers import check_pixel_values, drop_path_rates, refuse_free_size_in_export
 from .configuration import ImageRestorationConfig
 from .layers import PixelShuffleReconstruction, WindowAttentionBase, pad_to_multiple
 
@@ -101,13 +102,8 @@ class ImageRestorationModelMixin:
         super().__init__(config)
         self.first_convolution = nn.Conv2d(config.num_channels, config.embed_dim, 3, padding=1)
         self.embeddings = ImageRestorationEmbeddings(config)
-        total = sum(config.depths)
-        # Plain numbers: tensors would be on the meta device while `from_pretrained` builds the model.
-        rates = [config.drop_path_rate * index / max(total - 1, 1) for index in range(total)]
-        self.groups = nn.ModuleList()
-        for index, depth in enumerate(config.depths):
-            start = sum(config.depths[:index])
-            self.groups.append(self.group_class(config, index, rates[start : start + depth]))
+        rates = drop_path_rates(config.drop_path_rate, config.depths)
+        self.groups = nn.ModuleList(self.group_class(config, index, rates[index]) for index in range(len(rates)))
         self.layernorm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.conv_after_body = (
             nn.Conv2d(config.embed_dim, config.embed_dim, 3, padding=1)
@@ -133,14 +129,11 @@ class ImageRestorationModelMixin:
             `attn_implementation="eager"`) the weights of each attention module,
             `(batch_size * windows, num_heads, window_size**2, key_length)`.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must be (batch, {self.config.num_channels}, height, width), got "
-                f"{tuple(pixel_values.shape)}."
-            )
-        if 0 in pixel_values.shape:
-            raise ValueError(f"pixel_values is empty: its shape is {tuple(pixel_values.shape)}.")
-        pixel_values = pad_to_multiple(pixel_values, self.config.window_size)
+        check_pixel_values(pixel_values, self.config.num_channels)
+        refuse_free_size_in_export(
+            pixel_values.shape[2:], "How its map is cut into shifted windows depends on the size of the image."
+        )
+        pixel_values = pad_to_multiple(pixel_values, self._padded_multiple(pixel_values))
         mean = image_mean(self.config, pixel_values)
         pixel_values = (pixel_values - mean) * self.config.img_range
 
@@ -152,6 +145,12 @@ class ImageRestorationModelMixin:
         hidden_states = self.layernorm(hidden_states)
         features = self.conv_after_body(hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)) + shallow
         return BaseModelOutput(last_hidden_state=features)
+
+    def _padded_multiple(self, pixel_values: torch.Tensor) -> int:
+        config = self.config
+        fits = max(pixel_values.shape[2:]) <= config.image_size
+        # Absolute embeddings are of images of one size, which smaller ones are padded to.
+        return config.image_size if config.use_absolute_embeddings and fits else config.window_size
 
 
 class ForImageSuperResolutionMixin:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ...training.writing import written_whole
 from .distillation import unpack_latents
 from .processors import diffusers
 
@@ -119,7 +120,5 @@ def _path(folder: Path, index: int) -> Path:
 
 
 def _save(path: Path, sample: dict[str, torch.Tensor]) -> None:
-    # Renamed into place: a sample that exists is complete.
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in sample.items()}, part)
-    part.rename(path)
+    with written_whole(path) as part:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in sample.items()}, part)

@@ -12,12 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
 from .patch import clear_processors
 from .processors import diffusers
 from .weights import clear_weights_loaded
+
+
+try:
+    from PIL import Image
+except ImportError as error:
+    raise ImportError("Images are drawn with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoModel, AutoModelForImageToImage, Trainer, TrainingArguments
 
 from hf_attn import from_official
+from hf_attn.architectures.restoration.layers import pad_to_multiple
 from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.drct.configuration_drct import DRCTConfig
 from hf_attn.modeling.drct.modeling_drct import DRCTForImageSuperResolution
@@ -202,10 +203,10 @@ def test_depths_and_image_size_of_drct_do_not_change_it():
 
 def test_stochastic_depth_grows_over_the_blocks():
     hat = make_model("hat", depths=[3, 3], num_heads=[2, 2], drop_path_rate=0.5)
-    rates = [block.drop_path.rate for group in hat.hat.groups for block in group.blocks]
+    rates = [block.drop_path.drop_prob for group in hat.hat.groups for block in group.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     drct = make_model("drct", depths=[3, 3], drop_path_rate=0.5)
-    rates = [block.drop_path.rate for group in drct.drct.groups for block in group.blocks]
+    rates = [block.drop_path.drop_prob for group in drct.drct.groups for block in group.blocks]
     assert rates == pytest.approx([0] * 5 + [0.3] * 5)
 
 
@@ -351,8 +352,18 @@ def test_absolute_embeddings_are_read_off_the_weights():
     network = spandrel_network("hat", **SMALL_NETWORK["hat"], ape=True)
     model = from_official("hat", network.state_dict())
     assert (model.config.use_absolute_embeddings, model.config.image_size) == (True, 64)
-    with pytest.raises(ValueError, match="absolute position embeddings for 64x64 inputs and got one of 32x48"):
-        model(torch.rand(1, 3, 30, 40))
+    with pytest.raises(ValueError, match="absolute position embeddings for 64x64 inputs and got one of 80x48"):
+        model(torch.rand(1, 3, 70, 40))
+    with pytest.raises(
+        StrictDataclassClassValidationError, match=r"image_size \(66\) must be a multiple of window_size"
+    ):
+        type(model.config)(use_absolute_embeddings=True, image_size=66)
+    # A smaller image is mirrored to that size, and the result cut.
+    small = torch.rand(1, 3, 30, 40)
+    scale = model.config.upscale
+    with torch.no_grad():
+        expected = model(pad_to_multiple(small, 64)).reconstruction[..., : 30 * scale, : 40 * scale]
+        torch.testing.assert_close(model(small).reconstruction, expected)
 
 
 def test_averaged_weights_come_first(tmp_path):
@@ -397,7 +408,7 @@ def test_checkpoints_that_do_not_fit():
         ({"num_heads": [2]}, "one entry for each residual group"),
         ({"depths": [], "num_heads": []}, "one entry for each residual group"),
         ({"window_size": 7}, "overlap_ratio=0.5 widens windows of 7 by 3; the widening must be an even number"),
-        ({"squeeze_factor": 30}, r"squeeze_factor must be between 1 and embed_dim \(12\), got 30"),
+        ({"squeeze_factor": 30}, r"squeeze_factor must be at most embed_dim \(12\), got 30"),
     ],
 )
 def test_configurations_that_hat_cannot_do(fields, message):

@@ -34,16 +34,26 @@ def _grouped_softmax(case: Case) -> dict[str, torch.Tensor]:
 def _llama(case: Case) -> dict[str, torch.Tensor]:
     model = from_official("landmark", case.weights, config=case.config)
     input_ids, probe = case.input("input_ids").long(), case.input("grad_probe")
+    padding = case.input("attention_mask").long() if "attention_mask" in case.arrays else None
     results = {}
     for implementation, way in (("eager", ""), ("landmark", "@landmark")):
         model.zero_grad()
         model.set_attn_implementation(implementation)
         with recorded({"hidden_layer1_in": model.model.layers[0]}) as states:
-            output = model(input_ids, use_cache=False, output_attentions=implementation == "eager")
+            output = model(
+                input_ids, attention_mask=padding, use_cache=False, output_attentions=implementation == "eager"
+            )
         (output.logits * probe).sum().backward()
-        results |= {f"logits{way}": output.logits} | {f"{name}{way}": array for name, array in states.items()}
+        arrays = {"logits": output.logits, **states}
         if implementation == "eager":
-            results |= {f"attn_layer{layer}": weights for layer, weights in enumerate(output.attentions)}
+            arrays |= {f"attn_layer{layer}": weights for layer, weights in enumerate(output.attentions)}
+        if padding is not None:
+            # Queries that are no padding, in row-major order.
+            arrays = {
+                f"{name}_valid": (array.transpose(1, 2) if name.startswith("attn") else array)[padding.bool()]
+                for name, array in arrays.items()
+            }
+        results |= {f"{name}{way}": array for name, array in arrays.items()}
         gradients = {
             re.sub(r"^model\.layers\.(\d+)\.(self_attn\.|mlp\.)?", r"layer\1.", name): gradient
             for name, gradient in parameter_gradients(model).items()

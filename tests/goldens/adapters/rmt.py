@@ -6,11 +6,33 @@ import torch
 
 from hf_attn.checkpoints.official import from_official
 from hf_attn.modeling.rmt.modeling_rmt import RMTBackbone, RMTRelativePositions
+from hf_attn.modeling.rmt.token_labeling import token_labeling_loss
 from tests.goldens.case import Case
 
 
 def run(case: Case) -> dict[str, torch.Tensor]:
+    if "target" in case.arrays:
+        return _token_labeling(case)
     return _model(case) if "pixel_values" in case.arrays else _attention(case)
+
+
+def _token_labeling(case: Case) -> dict[str, torch.Tensor]:
+    """The losses, each with the gradients of both kinds of scores."""
+    weights = {"class_weight": case.config["cls_weight"], "token_weight": case.config["dense_weight"]}
+    box = tuple(case.input("bbox").tolist())
+    forms = {
+        "plain": (case.input("target"), {"box": box}),
+        "gt": (case.input("target"), {"box": box, "with_ground_truth": True}),
+        "flat": (case.input("target_flat"), {}),
+    }
+    results = {}
+    for form, (targets, options) in forms.items():
+        scores = [case.input(name).clone().requires_grad_() for name in ("logits_cls", "logits_aux")]
+        loss = token_labeling_loss(*scores, targets, **options, **weights)
+        loss.backward()
+        results[f"loss_{form}"] = loss
+        results |= {f"grad_{name}_{form}": array.grad for name, array in zip(("cls", "aux"), scores, strict=True)}
+    return results
 
 
 def _attention(case: Case) -> dict[str, torch.Tensor]:
@@ -52,16 +74,22 @@ def _model(case: Case) -> dict[str, torch.Tensor]:
         output = model(pixel_values, output_hidden_states=True)
         stem, *features = output.hidden_states
         found = {"stem": stem.permute(0, 2, 3, 1)}
+        channels_last = {f"feature_{index}": feature.permute(0, 2, 3, 1) for index, feature in enumerate(features)}
         if isinstance(model, RMTBackbone):
-            found |= {f"feature_{index}": feature for index, feature in enumerate(output.feature_maps)}
+            # Cases either call what the backbone returns dense_i, or have only that.
+            has_both = any(name.startswith("dense_") for name in case.arrays)
+            found |= channels_last if has_both else {}
+            prefix = "dense" if has_both else "feature"
+            found |= {f"{prefix}_{index}": feature for index, feature in enumerate(output.feature_maps)}
             loss = sum(
                 (feature * case.input(name)).sum()
                 for index, feature in enumerate(output.feature_maps)
                 if (name := f"proj_{index}") in case.arrays
             )
         else:
-            found |= {f"feature_{index}": feature.permute(0, 2, 3, 1) for index, feature in enumerate(features)}
-            found["logits"] = output.logits
+            found |= channels_last | {"logits": output.logits}
+            if output.token_logits is not None:
+                found |= {"logits_cls": output.class_logits, "logits_aux": output.token_logits}
             loss = (output.logits * case.input("proj")).sum()
         if "grad_pixel_values" in case.arrays:
             loss.backward()

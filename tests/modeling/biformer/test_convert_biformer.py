@@ -74,6 +74,43 @@ def test_dense_backbone():
         torch.testing.assert_close(feature.permute(0, 2, 3, 1), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_checkpoint_without_a_head():
+    weights = {name: tensor for name, tensor in LEGACY.weights.items() if not name.startswith("head.")}
+    model = from_official("biformer", weights, config={**LEGACY.config, "num_classes": 0})
+    assert isinstance(model, BiFormerForImageClassification) and model.config.num_labels == 0
+    expected = from_official("biformer", LEGACY.weights, config=LEGACY.config)
+    with torch.no_grad():
+        features = model(LEGACY.arrays["pixel_values"]).logits
+        logits = expected(LEGACY.arrays["pixel_values"]).logits
+        torch.testing.assert_close(expected.classifier(features), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_attention_alone(stage):
+    """Routing attention of the first stage, full attention of the last."""
+    whole = from_official("biformer", LEGACY.weights, config=LEGACY.config)
+    expected = whole.biformer.encoder.stages[stage].layers[0].attention
+    prefix = f"stages.{stage}.0.attn."
+    weights = {name.removeprefix(prefix): x for name, x in LEGACY.weights.items() if name.startswith(prefix)}
+    config = whole.config
+    arguments = {"dim": config.hidden_sizes[stage]}
+    if stage == 0:
+        heads = config.qk_dims[0] // config.head_dim
+        arguments |= {
+            "num_heads": heads,
+            "n_win": config.n_win[0],
+            "topk": config.topks[0],
+            "qk_dim": config.qk_dims[0],
+        }
+    attention = from_official("biformer", weights, config=arguments)
+    side = 2 * config.n_win[stage]
+    hidden_states = torch.randn(2, side, side, config.hidden_sizes[stage])
+    with torch.no_grad():
+        torch.testing.assert_close(attention(hidden_states)[0], expected(hidden_states)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConversionError, match="side_dwconv"):
+        from_official("biformer", weights, config={**arguments, "side_dwconv": 7})
+
+
 def test_channels_last_code_of_the_swin_layout():
     """The weights of the other code with its names; both agree where regions divide the map, up to full attention."""
     weights = {}

@@ -19,6 +19,7 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    QuantizedCache,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -287,6 +288,58 @@ def test_the_cache_of_shared_layers_can_be_cropped_and_reordered():
         assert [layer.get_seq_length() for layer in cache.layers] == [0] * 6
 
 
+def test_a_static_cache_that_was_initialised_early():
+    student, ids = make_student(), random_ids(2, 9)
+    cache = StaticCache(config=student.config, max_cache_len=12)
+    cache.early_initialization(2, 2, 8, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        pieces = [student(piece, past_key_values=cache).logits for piece in ids.split(4, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), student(ids).logits, atol=1e-5, rtol=1e-4)
+    assert [layer.keys.numel() == 0 for layer in cache.layers] == [layer in (2, 3, 5) for layer in range(6)]
+
+
+def test_a_quantised_cache_keeps_values_of_shared_layers():
+    student, ids = make_student(), random_ids(2, 9)
+    cache = QuantizedCache("fp8", student.config)
+    with torch.no_grad():
+        expected = student(ids).logits
+        pieces = [student(piece, past_key_values=cache).logits for piece in ids.split(4, dim=1)]
+        exact = [student(piece, past_key_values=DynamicCache()).logits for piece in ids[:, :4].split(4, dim=1)]
+    torch.testing.assert_close(pieces[0], exact[0], atol=1e-5, rtol=1e-4)
+    assert (torch.cat(pieces, dim=1) - expected).abs().mean() < 0.1 * expected.abs().mean()
+    assert cache.get_seq_length(2) == 9
+
+
+def test_a_filled_cache_gives_shared_layers_its_values():
+    """As prefix tuning does: keys and values for all layers. Those keys of a shared layer have no part in anything."""
+    student, ids = make_student(), random_ids(2, 9)
+    with torch.no_grad():
+        prefix = student(ids[:, :4], use_cache=True).past_key_values
+        layers = [(layer.keys if layer.keys.numel() else layer.values, layer.values) for layer in prefix.layers]
+        cache = DynamicCache(tuple(layers))
+        logits = student(ids[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, student(ids).logits[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def test_prefix_tuning_trains_the_values_of_shared_layers():
+    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    student, ids = make_student(), random_ids(2, 9)
+    tuned = peft.get_peft_model(student, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    tuned(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    tuned.eval()
+    gradient = tuned.prompt_encoder["default"].embedding.weight.grad.view(3, 6, 2, -1)
+    has_gradient = (gradient != 0).any(-1).any(0)
+    assert has_gradient[:, 1].all()
+    assert has_gradient[:, 0].tolist() == [layer not in (2, 3, 5) for layer in range(6)]
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated, expected = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings), ids
+    for _ in range(3):
+        with torch.no_grad():
+            logits = tuned(expected, attention_mask=torch.ones_like(expected)).logits
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generate(implementation):
     student, ids = make_student(), random_ids(2, 7)
@@ -300,6 +353,11 @@ def test_generate(implementation):
     assert torch.equal(student.generate(ids, attention_mask=mask, **options), expected)
     static = student.generate(ids, attention_mask=mask, cache_implementation="static", **options)
     assert torch.equal(static, expected)
+    for cache in (None, "static"):
+        chunked = {"prefill_chunk_size": 3, "cache_implementation": cache, "disable_compile": True}
+        assert torch.equal(student.generate(ids, attention_mask=mask, **chunked, **options), expected)
+    early_exit = student.generate(ids[:1], attention_mask=mask[:1], assistant_early_exit=3, **options)
+    assert torch.equal(early_exit, expected[:1])
     padded_ids = torch.nn.functional.pad(ids, (3, 0))
     padded = student.generate(padded_ids, attention_mask=torch.nn.functional.pad(mask, (3, 0)), **options)
     assert torch.equal(padded[:, 3:], expected)
@@ -438,9 +496,9 @@ def test_a_base_without_a_head_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shared_layers": [0]}, r"between 1 and 5 \(layer 0 has no earlier layer to share with\), got \[0\]"),
+        ({"shared_layers": [0]}, r"shared_layers=\[0\] is out of range: each entry must be at least 1"),
         ({"shared_layers": [6]}, r"between 1 and 5.*got \[6\]"),
-        ({"shared_layers": [-1]}, r"between 1 and 5.*got \[-1\]"),
+        ({"shared_layers": [-1]}, r"shared_layers=\[-1\] is out of range"),
         ({"shared_layers": [2, 2]}, r"must not repeat a layer, got \[2, 2\]"),
         ({"shared_layers": [2, 3], "shared_source": [1]}, "one source for each of the 2 shared layers"),
         ({"shared_layers": [2, 3], "shared_source": [1, 2]}, "layer 2, which has no attention of its own.*1"),

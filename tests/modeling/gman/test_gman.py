@@ -318,8 +318,8 @@ class TestBadInput:
         ("fields", "message"),
         [
             ({"num_nodes": 1}, "at least 2"),
-            ({"context_length": 0}, "context_length must be positive"),
-            ({"value_std": 0.0}, "value_std must be positive"),
+            ({"context_length": 0}, "context_length=0 is out of range: it must be at least 1"),
+            ({"value_std": 0.0}, "value_std=0.0 is out of range: it must be above 0"),
             ({"group_size": 7}, "between 1 and num_nodes"),
             ({"attention_output_layers": 3}, "must be 1 or 2"),
             ({"sensor_ids": ["a"]}, "1 sensor_ids were given for num_nodes=6"),

@@ -123,7 +123,7 @@ def test_mean_of_the_tokens_is_classified():
 
 def test_gray_images():
     model = NiNformerForImageClassification(tiny_config(image_size=28, num_channels=1, num_labels=3))
-    assert model.config.num_tokens == 49 and model.config.image_mean == (0.5,)
+    assert model.config.num_tokens == 49 and model.config.channel_statistics() == ([0.5], [0.5])
     image = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
     pixel_values = image_processor_for(model.config)(Image.fromarray(image), return_tensors="pt").pixel_values
     assert pixel_values.shape == (1, 1, 28, 28)

@@ -41,10 +41,11 @@ class TestPathEnsemble(ImageFamilyTests):
 
     def test_unknown_variant_lists_the_known_ones(self):
         """The paper publishes no sizes of its own."""
-        assert not hasattr(PathEnsembleConfig, "from_variant")
+        assert not PathEnsembleConfig.variants
 
     test_variant_takes_labels_by_name = test_unknown_variant_lists_the_known_ones
     test_image_processor_of_the_published_variants = test_unknown_variant_lists_the_known_ones
+    test_published_variants_know_the_classes_of_imagenet = test_unknown_variant_lists_the_known_ones
     test_parameters_of_the_published_variants = test_unknown_variant_lists_the_known_ones
 
     def test_saved_folder_serves_auto_classes_and_pipeline(self, tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ class TestBadInput:
             ({"pruned_paths": [1, 1]}, r"must not repeat"),
             ({"distillation_students": [5]}, r"distillation_students must be between 0 and 2"),
             ({"distillation_students": []}, r"distillation_students is empty"),
-            ({"distillation_temperature": 0}, r"must be positive"),
+            ({"distillation_temperature": 0}, r"distillation_temperature=0 is out of range: it must be above 0"),
             ({"distillation_head": True}, r"needs distillation_token"),
         ],
     )

@@ -54,6 +54,16 @@ def test_dense_model(weights, config):
             torch.testing.assert_close(feature.permute(0, 2, 3, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_checkpoint_without_a_head(weights, config):
+    expected = from_official("rmt", weights, config=config)
+    for name in ("head.weight", "head.bias"):
+        del weights[name]
+    model = from_official("rmt", weights, config={**config, "num_classes": 0})
+    assert type(model) is RMTForImageClassification and model.config.num_labels == 0
+    pixel_values = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(expected.classifier(model(pixel_values).logits), expected(pixel_values).logits)
+
+
 def test_token_label_head(weights, config):
     weights["aux_head.weight"], weights["aux_head.bias"] = torch.randn(6, 48), torch.randn(6)
     model = from_official("rmt", weights, config=config)

@@ -1,6 +1,7 @@
 """RMT: facts of the paper, both forms of its attention, and what every image family has."""
 
 import math
+import random
 from functools import partial
 
 import pytest
@@ -16,6 +17,13 @@ from hf_attn.modeling.rmt.modeling_rmt import (
     RMTModel,
     RMTPositions,
     RMTRelativePositions,
+)
+from hf_attn.modeling.rmt.token_labeling import (
+    draw_box,
+    mixed_tokens,
+    position_grid,
+    token_labeling_loss,
+    unmix_token_logits,
 )
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 
@@ -36,6 +44,7 @@ class TestRMT(ImageFamilyTests, ImageBackboneTests):
     processors = {
         name: (233 if "token_label" in name else 256, 224, IMAGENET_MEAN, IMAGENET_STD) for name in parameters
     }
+    has_norms = True
     strides = {"stem": 4, "stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
     auxiliary_channels = 16
 
@@ -212,7 +221,9 @@ def test_token_labeling():
     of_image = model.classifier(model.head(hidden_states))
     of_tokens = model.token_classifier(hidden_states.flatten(2).mT)
     outputs = model(pixel_values, labels=labels)
-    assert outputs.token_logits is None
+    torch.testing.assert_close(outputs.class_logits, of_image)
+    torch.testing.assert_close(outputs.token_logits, of_tokens)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, labels))
     torch.testing.assert_close(outputs.logits, of_image + 0.5 * of_tokens.max(dim=1).values)
 
     outputs = model.train()(pixel_values, labels=labels)
@@ -221,6 +232,47 @@ def test_token_labeling():
         outputs.token_logits.flatten(0, 1), labels.repeat_interleave(4)
     )
     torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_tokens_are_mixed_after_the_stem_and_back():
+    model = randomize(RMTForImageClassification(tiny_config(token_labeling=True)))
+    pixel_values = torch.randn(3, 3, 64, 130)
+    assert position_grid(model, pixel_values) == (2, 5)
+    plain = model(pixel_values)
+    with mixed_tokens(model, (0, 0, 2, 5)):
+        swapped = model(pixel_values)
+    # The whole map in the box: the images in reverse order.
+    torch.testing.assert_close(swapped.token_logits, plain.token_logits.flip(0))
+    unmixed = unmix_token_logits(swapped.token_logits, (0, 0, 2, 5), width=5)
+    torch.testing.assert_close(unmixed, plain.token_logits)
+    assert torch.equal(model(pixel_values).token_logits, plain.token_logits)
+
+    scores = torch.arange(30.0).view(3, 10, 1)
+    mixed = unmix_token_logits(scores, (0, 1, 1, 3), width=5)
+    assert mixed[..., 0].tolist() == [[0, 21, 22, *range(3, 10)], [*range(10, 20)], [20, 1, 2, *range(23, 30)]]
+
+
+def test_boxes_have_every_area():
+    generator = random.Random(0)
+    boxes = [draw_box(7, 7, generator) for _ in range(2000)]
+    areas = [(bottom - top) * (right - left) / 49 for top, left, bottom, right in boxes]
+    assert min(areas) == 0 and max(areas) > 0.7
+    # Cut at the border: a mean below a half.
+    assert 0.2 < sum(areas) / len(areas) < 0.4
+    assert all(0 <= top <= bottom <= 7 and 0 <= left <= right <= 7 for top, left, bottom, right in boxes)
+
+
+def test_loss_of_token_labels():
+    class_logits, token_logits = torch.randn(4, 5), torch.randn(4, 6, 5)
+    labels = torch.tensor([0, 1, 1, 4])
+    targets = nn.functional.one_hot(labels, 5).float()
+    loss = token_labeling_loss(class_logits, token_logits, targets)
+    of_tokens = nn.functional.cross_entropy(token_logits.flatten(0, 1), labels.repeat_interleave(6))
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(class_logits, labels) + 0.5 * of_tokens)
+    with pytest.raises(ValueError, match=r"\(4, 5\) or \(4, 5, 8\), got \(4, 5, 7\)"):
+        token_labeling_loss(class_logits, token_logits, torch.rand(4, 5, 7))
+    with pytest.raises(ValueError, match="with_ground_truth needs"):
+        token_labeling_loss(class_logits, token_logits, targets, with_ground_truth=True)
 
 
 def test_initial_weights():

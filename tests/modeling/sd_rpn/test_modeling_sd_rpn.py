@@ -72,8 +72,8 @@ def test_thresholds_go_by_task():
     ("fields", "message"),
     [
         ({"branch_layer": 4}, "branch_layer must be between 1 and 3"),
-        ({"branch_layer": 0}, "branch_layer must be between 1 and 3"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        ({"branch_layer": 0}, "branch_layer=0 is out of range: it must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is out of range: it must be at least 1"),
         ({"base_model_type": "blip"}, "base_model_type must be"),
         ({"thresholds": {"docvqa": 0.1}}, "entry 'default'"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),

@@ -6,6 +6,7 @@ import torch
 from hf_attn import from_official
 from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
+from hf_attn.modeling.shvit.modeling_shvit import SHViTModel
 from tests.batteries.imaging import randomize
 
 
@@ -61,6 +62,34 @@ def test_distillation_head():
     model = from_official("shvit", weights)
     assert model.config.distillation
     assert torch.equal(model.distillation_classifier.dense.weight, -model.classifier.dense.weight)
+
+
+@pytest.mark.parametrize("num_classes", [5, 0])
+@pytest.mark.parametrize("layout", ["timm", "official"])
+def test_folded_checkpoint(layout, num_classes):
+    reference = randomize(timm.models.shvit.SHViT(num_classes=num_classes, **TINY))
+    pixel_values = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference(pixel_values)
+        reference.fuse()
+        torch.testing.assert_close(reference(pixel_values), expected, rtol=1e-4, atol=1e-4)
+    weights = reference.state_dict()
+    assert "patch_embed.0.weight" in weights and not any("bn" in name for name in weights)
+    if layout == "official":
+        weights = {official_name(name): tensor for name, tensor in weights.items()}
+    model = from_official("shvit", weights)
+    assert model.config.fused and not model.training
+    outputs = model(pixel_values)
+    found = outputs.logits if num_classes else outputs.pooler_output
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_without_a_head():
+    reference = randomize(timm.models.shvit.SHViT(num_classes=0, **TINY))
+    model = from_official("shvit", reference.state_dict())
+    assert isinstance(model, SHViTModel)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(pixel_values).pooler_output, reference(pixel_values), rtol=1e-5, atol=1e-5)
 
 
 def test_left_over_and_missing_keys_are_named():

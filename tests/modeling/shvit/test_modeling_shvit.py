@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_attn.architectures.imaging import IMAGENET_MEAN, IMAGENET_STD
 from hf_attn.modeling.shvit.configuration_shvit import SHViTConfig
-from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention, SHViTForImageClassification, SHViTLayer
+from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention, SHViTForImageClassification, SHViTLayer, SHViTModel
 from tests.batteries.imaging import ImageBackboneTests, ImageFamilyTests, randomize
 
 
@@ -70,8 +70,10 @@ def test_distillation_averages_in_evaluation_only():
     pooled = model.shvit(pixel_values).pooler_output
     heads = model.classifier(pooled), model.distillation_classifier(pooled)
     outputs = model(pixel_values, labels=labels)
-    assert outputs.distillation_logits is None
+    torch.testing.assert_close(outputs.class_logits, heads[0])
+    torch.testing.assert_close(outputs.distillation_logits, heads[1])
     torch.testing.assert_close(outputs.logits, (heads[0] + heads[1]) / 2)
+    torch.testing.assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits, labels))
 
     outputs = model.train()(pixel_values, labels=labels)
     losses = [nn.functional.cross_entropy(x, labels) for x in (outputs.logits, outputs.distillation_logits)]
@@ -135,7 +137,9 @@ def test_fused_saves_and_loads(tmp_path):
     again, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert again.config.fused and not any(isinstance(module, NORMS) for module in again.modules())
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(again(pixel_values).logits, expected)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(again(pixel_values).logits, expected)
     strides = {name: tensor.stride() for name, tensor in model.state_dict().items()}
     assert {name: tensor.stride() for name, tensor in again.state_dict().items()} == strides
     torch.testing.assert_close(again.fuse()(pixel_values).logits, expected)
@@ -158,6 +162,31 @@ def test_fusing_is_for_inference():
     with pytest.raises(ValueError, match="inference only"):
         model.train()
     assert not SHViTForImageClassification(tiny_config(fused=True)).training
+
+
+def test_a_part_of_a_model_is_not_fused_alone(tmp_path):
+    model = randomize(SHViTForImageClassification(tiny_config()))
+    for part in (model.shvit, model.shvit.encoder):
+        with pytest.raises(ValueError, match=r"part of a SHViT(ForImageClassification|Model): fuse that"):
+            part.fuse()
+    assert not model.config.fused
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 64, 64)
+    expected = model.shvit(pixel_values).pooler_output
+    alone = SHViTModel.from_pretrained(tmp_path).fuse()
+    torch.testing.assert_close(alone(pixel_values).pooler_output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_model_takes_no_adapters():
+    peft = pytest.importorskip("peft")
+    model = randomize(SHViTForImageClassification(tiny_config())).fuse()
+    message = r"takes no adapters.*before `fuse\(\)`"
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, inference_mode=True))
+    config = peft.LoraConfig(r=2, target_modules=["embeddings.layers.0.conv"], inference_mode=True)
+    adapted = peft.get_peft_model(model, config).eval()
+    with pytest.raises(ValueError, match=message):
+        adapted(torch.randn(1, 3, 64, 64))
 
 
 def test_adapters_are_merged_before_fusing():

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_attn.attention.interface import uses_attention
 from hf_attn.attention.sigmoid import SigmoidCall, sigmoid_attention_eager
 from hf_attn.modeling.sigmoid_attention.configuration_sigmoid_attention import SigmoidAttentionConfig
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import (
@@ -94,9 +95,9 @@ def test_a_variant_takes_overrides():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 30}, r"hidden_size \(30\) is no multiple of num_attention_heads \(4\)"),
+        ({"hidden_size": 30}, r"hidden_size \(30\) must be a multiple of num_attention_heads \(4\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0 is out of range: it must be at least 1"),
         ({"head_dim": 7, "position_embedding_type": "rope"}, "even head_dim, got 7"),
         ({"hidden_size": 33, "head_dim": 8, "position_embedding_type": "sincos"}, "even hidden_size, got 33"),
         ({"position_embedding_type": "learned"}, "position_embedding_type"),
@@ -187,6 +188,23 @@ def test_attention_of_another_kind_is_refused(name):
 
 
 # --- masks and positions -------------------------------------------------------------------------------------------
+
+
+def test_it_goes_through_the_attention_interface():
+    uses_attention(tiny_model("sigmoid_eager"), "sigmoid_eager")
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_an_export_has_a_free_length_and_operators_of_torch_only(position):
+    model, ids = tiny_model(position_embedding_type=position), random_ids(2, 9)
+    length = torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(
+        model, (ids,), {"use_cache": False}, dynamic_shapes={"input_ids": {1: length}, "use_cache": None}
+    )
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "hf_attn" in name]
+    for other in (ids, random_ids(2, 30), random_ids(2, 3)):
+        torch.testing.assert_close(exported.module()(other, use_cache=False).logits, model(other).logits)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -409,7 +409,9 @@ def test_a_whole_graph_with_a_given_grid():
     apply_clear(model, radius=2, attn_implementation="tiles")
     expected = run(model, inputs)
     compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=1e-4, atol=1e-4)
+    # The compiler's vectorised exponentials and sines are off by some units in the last place, of outputs up to 25.
+    atol = 2e-5 * expected.abs().max().item()
+    torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=0, atol=atol)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

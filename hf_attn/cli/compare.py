@@ -1,0 +1,50 @@
+"""`hf-attn compare`: the causal mechanisms under one budget."""
+
+import argparse
+from pathlib import Path
+
+from ._command import CommandError, formatter, positive
+
+
+def add_parser(commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train the causal mechanisms and a plain Llama under one budget, and compare them",
+        description="Train tiny language models on the same tokens with the same optimizer: a plain Llama and the causal "
+        "families of the catalogue. Prints a table of quality and cost, and writes it as Markdown, CSV and JSON with two "
+        "pictures. The same command continues a comparison that was stopped.",
+        epilog="example: hf-attn compare --families llama echo_att 'echo_att:shared_layers=[1,2]' llama+sigmoid "
+        "--minutes 5 --output outputs/compare",
+        formatter_class=formatter,
+    )
+    compare.add_argument(
+        "--families",
+        nargs="+",
+        metavar="NAME",
+        help="what is compared: llama, a family, either with +ATTENTION_FUNCTION, and with :FIELD=VALUE;... of its "
+        "configuration (default: all)",
+    )
+    compare.add_argument(
+        "--minutes", type=float, default=20.0, metavar="N", help="about how long all trainings take (%(default)s)"
+    )
+    compare.add_argument("--seeds", type=positive, default=2, metavar="N", help="trainings of each (%(default)s)")
+    compare.add_argument(
+        "--data", metavar="FILE", help="text file, or Hub id of a data set (default: Python's documentation)"
+    )
+    compare.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
+    compare.add_argument(
+        "--overwrite", action="store_true", help="start anew in a folder that holds another comparison"
+    )
+    compare.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..comparison.run import compare
+    from ..training.output_folder import OutputFolderError
+
+    try:
+        compare(
+            options.output, options.families, options.minutes, options.seeds, options.data, overwrite=options.overwrite
+        )
+    except (ImportError, OutputFolderError) as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,49 @@
+"""Transcripts as plain words: CHAT files of DementiaBank without marks and without the interviewer."""
+
+import re
+
+
+#: applied in order
+_MARKS = (
+    (r"\x15[^\x15]*\x15", " "),  # time marks
+    (r"\[[^\]]*\]", " "),  # [//], [: correction], [* error], [+ gram]
+    (r"\((?:\.+|\d*:?\d+\.?\d*)\)", " "),  # pauses (.), (..), (1.5)
+    (r"&=\S+", " "),  # &=laughs
+    (r"&[-+~]?", ""),  # &-uh, a filler: the word stays
+    (r"\+\S*", " "),  # +..., +/., +<
+    (r"\b(?:xxx|yyy|www)\b", " "),  # what nobody understood
+    (r"@\w+", ""),  # word@o
+    (r"(?<=\w)\((\w+)\)|\((\w+)\)(?=\w)", r"\1\2"),  # goin(g), (be)cause
+    (r"\b0(?=[a-z])\w*", " "),  # 0is, a word left out
+    (r"[<>‡„^↑↓:_]+", " "),
+    (r"\s+([.?!,])", r"\1"),
+    (r"\s+", " "),
+)
+
+
+def clean_chat(text: str) -> str:
+    """One utterance in CHAT without its marks."""
+    for pattern, replacement in _MARKS:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def read_chat(content: str, speaker: str = "PAR") -> str:
+    """What a speaker says in a CHAT (`.cha`) file, utterances joined by spaces.
+
+    Args:
+        content: the text of the file.
+        speaker: code of the speaker; `PAR` is the participant, `INV` the interviewer.
+
+    Raises:
+        ValueError: if the speaker says nothing; the message lists those who do.
+    """
+    # A line that starts with a tab belongs to the one before.
+    lines = re.sub(r"\r?\n[\t ]+", " ", content).splitlines()
+    tiers = [match.groups() for line in lines if (match := re.match(r"\*(\w+):\s*(.*)", line))]
+    utterances = [cleaned for who, said in tiers if who == speaker and (cleaned := clean_chat(said))]
+    # Punctuation alone is nothing that was said.
+    if not re.search(r"\w", " ".join(utterances)):
+        speakers = ", ".join(sorted({who for who, _ in tiers})) or "nobody"
+        raise ValueError(f"{speaker} says nothing in this transcript. Speakers in it: {speakers}.")
+    return " ".join(utterances)

@@ -1,0 +1,136 @@
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints of the official code: the head alone (`attn_pool.pt`), or a decoder with its heads."""
+
+import torch
+
+from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+
+from .configuration_pooling_attention import PoolingAttentionConfig
+from .head import PoolingHead
+from .modeling_pooling_attention import PoolingAttentionModel
+
+
+#: official name -> name in the head; `to_kv` is two of ours
+_NAMES = {
+    "latents": "latents",
+    "pos_emb.weight": "layer_embeddings",
+    "cross_attend_blocks.0.norm.weight": "attention.states_norm.weight",
+    "cross_attend_blocks.0.norm.bias": "attention.states_norm.bias",
+    "cross_attend_blocks.0.norm_context.weight": "attention.latents_norm.weight",
+    "cross_attend_blocks.0.norm_context.bias": "attention.latents_norm.bias",
+    "cross_attend_blocks.0.fn.to_q.weight": "attention.query.weight",
+    "cross_attend_blocks.0.fn.to_out.weight": "attention.dense.weight",
+    "cross_attend_blocks.1.norm.weight": "feed_forward.norm.weight",
+    "cross_attend_blocks.1.norm.bias": "feed_forward.norm.bias",
+    "cross_attend_blocks.1.fn.net.0.weight": "feed_forward.expand.weight",
+    "cross_attend_blocks.1.fn.net.0.bias": "feed_forward.expand.bias",
+    "cross_attend_blocks.1.fn.net.2.weight": "feed_forward.contract.weight",
+    "cross_attend_blocks.1.fn.net.2.bias": "feed_forward.contract.bias",
+}
+_TO_KV = "cross_attend_blocks.0.fn.to_kv.weight"
+#: heads of the official code where nothing is said; they cannot be read off the shapes
+_DEFAULT_HEADS = 32
+_POOLS = ("last_pool.", "multi_pool.")
+_DECODER = "llm."
+_NO_FIELDS = ("architectures", "model_type", "transformers_version", "dtype", "use_cache")
+
+
+def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
+    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
+
+    Args:
+        official: a head (`latents`, `cross_attend_blocks...`), which becomes a `PoolingHead`, or a decoder (`llm.`) with the
+            heads `last_pool.` and `multi_pool.`, of which the design's is taken.
+        config: of a head, the official constructor arguments (`num_cross_heads`, 32 if not given, cannot be read off the
+            shapes; the others may be given). Of a whole model, `llm` with the fields of the decoder's `config.json`, `pool`
+            with the arguments of the head, and `design`, 1 to 5. With a `pad_token_id` design 5 takes its means by the official
+            rule (`mean_over="pad_token_id"`).
+    """
+    if any(name.startswith(_DECODER) for name in official):
+        return _convert_model(official, config)
+    return Converted(PoolingHead, *_convert_head(official, config))
+
+
+def _convert_head(
+    official: StateDict, config: OfficialArguments, prefix: str = ""
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """Arguments and weights of a head."""
+    names = {name: f"{prefix}{name}" for name in _NAMES if f"{prefix}{name}" in official or name != "pos_emb.weight"}
+    state = {_NAMES[name]: official[key] for name, key in names.items()}
+    state["attention.key.weight"], state["attention.value.weight"] = official[f"{prefix}{_TO_KV}"].chunk(2)
+    num_latents, width = state["latents"].shape
+    inner = len(state["attention.query.weight"])
+    heads = config.get("num_cross_heads", _DEFAULT_HEADS)
+    if inner % heads:
+        raise ConversionError(
+            f"The head has {inner} channels, which {heads} attention heads do not divide: say num_cross_heads."
+        )
+    for name in ("dim", "hidden_dim", "latent_dim"):
+        if config.get(name, width) != width:
+            raise ConversionError(
+                f"{name}={config[name]}, but the weights are {width} wide. The official code needs equal widths of the decoder "
+                "and the latents."
+            )
+    config.agree(cross_dim_head=inner // heads, num_latents_value=num_latents)
+    num_layers = len(state["layer_embeddings"]) if "layer_embeddings" in state else 0
+    if num_layers:
+        config.agree(layers=num_layers)
+    else:
+        config.leave("layers")
+    arguments = {
+        "hidden_size": width,
+        "num_latents": num_latents,
+        "num_heads": heads,
+        "head_dim": inner // heads,
+        "num_layers": num_layers,
+    }
+    return arguments, state
+
+
+def _convert_model(official: StateDict, config: OfficialArguments) -> Converted:
+    design = config["design"]
+    if design not in (1, 2, 3, 4, 5):
+        raise ConversionError(f"design must be 1 to 5, got {design!r}.")
+    state = {f"model.{name.removeprefix(_DECODER)}": official[name] for name in official if name.startswith(_DECODER)}
+    fields = _decoder_fields(config["llm"], state)
+    config.leave("loss_scale", "pool")
+    for name in ("pad_token_id", "eos_token_id"):
+        if name in config:
+            fields[name] = config[name]
+    if design > 3:
+        fields |= {"sliding_window": None, "layer_types": None}
+    if design == 5 and fields.get("pad_token_id") is not None:
+        fields["mean_over"] = "pad_token_id"
+    taken = ""
+    if design > 1:
+        taken = "multi_pool." if design in (3, 5) else "last_pool."
+        arguments = OfficialArguments({**config.get("pool", {})})
+        head, head_state = _convert_head(official, arguments, taken)
+        arguments.check("pooling_attention")
+        state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
+        fields |= {
+            "num_latents": head["num_latents"],
+            "num_pooling_heads": head["num_heads"],
+            "pooling_head_dim": head["head_dim"],
+        }
+        if head["num_layers"]:
+            config.agree(layers=head["num_layers"])
+    config.leave("layers")
+    dropped = tuple(name for name in official if name.startswith(_POOLS) and not name.startswith(taken or " "))
+    return Converted(PoolingAttentionModel, PoolingAttentionConfig(**fields, design=design), state, dropped)
+
+
+def _decoder_fields(official: dict, state: dict[str, torch.Tensor]) -> dict:
+    """Fields of the decoder from its `config.json`; where architectures differ in the layers, the weights say which it is."""
+    known = PoolingAttentionConfig.__dataclass_fields__
+    fields = {name: value for name, value in official.items() if name in known and name not in _NO_FIELDS}
+    if "rope_theta" in official and fields.get("rope_parameters") is None:
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": float(official["rope_theta"])}
+    if official.get("use_sliding_window") is False:
+        fields |= {"sliding_window": None, "layer_types": None}
+    layer = "model.layers.0.self_attn."
+    return fields | {
+        "attention_bias": f"{layer}q_proj.bias" in state,
+        "attention_output_bias": f"{layer}o_proj.bias" in state,
+        "qk_norm": f"{layer}q_norm.weight" in state,
+    }

@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train the five designs under one budget, and compare them as the paper does.
+
+    python scripts/compare_embedders.py --output_dir comparison --seeds 0 1 2 -- --max_steps 40
+
+What follows `--` are arguments of `run_embedding.py`, the same for all. A score is the mean reciprocal rank of a held-back task,
+averaged over the seeds; with `--dataset_name` the tasks are those that its column `task` names. Pairs of designs are compared by
+Wilcoxon's signed-rank test over the tasks, with and without Holm's correction. Runs that are done are not repeated.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+import run_embedding
+
+from hf_attn.analysis.figures import new_figure
+from hf_attn.analysis.paired_tests import PairedTest, paired_tests
+from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+
+
+SIGNIFICANT = 0.05
+
+
+def scores_of(folder: Path, arguments: list[str], design: int, seed: int) -> dict[str, float]:
+    """Mean reciprocal rank of each task after a run, which is made unless it has been."""
+    results = folder / "task_results.json"
+    if not results.is_file():
+        if folder.exists():
+            shutil.rmtree(folder)  # a run that was stopped
+        own = ["--design", str(design), "--seed", str(seed), "--output_dir", str(folder), "--save_strategy", "no"]
+        run_embedding.main([*arguments, *own])
+    return {task: scores["mrr"] for task, scores in json.loads(results.read_text(encoding="utf-8")).items()}
+
+
+def plot(scores: dict[str, list[float]], path: Path) -> None:
+    """Scores of the tasks, a column a design, and their mean."""
+    figure = new_figure(1.2 + 0.9 * len(scores), 3.2)
+    axes = figure.add_subplot(ylabel="mean reciprocal rank")
+    for column, values in enumerate(scores.values()):
+        axes.plot([column] * len(values), values, "o", color="tab:blue", alpha=0.5)
+        axes.plot([column - 0.3, column + 0.3], [mean(values)] * 2, color="black")
+    axes.set_xticks(range(len(scores)), list(scores))
+    figure.savefig(path)
+
+
+def print_results(scores: dict[str, list[float]], tests: list[PairedTest]) -> None:
+    """Two tables: the means, and the pairs."""
+    print("design      mean mrr")
+    for name, values in scores.items():
+        print(f"{name:10}  {mean(values):8.4f}")
+    print("\npair                     difference         p    Holm p")
+    for test in tests:
+        mark = " *" if test.holm_p < SIGNIFICANT else ""
+        pair = f"{test.first} - {test.second}"
+        print(f"{pair:23}  {test.difference:10.4f}  {test.p:8.4f}  {test.holm_p:8.4f}{mark}")
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    own, shared = arguments, []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        own, shared = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--designs", type=int, nargs="+", default=[1, 2, 3, 4, 5], choices=range(1, 6))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(own)
+    if len(set(options.designs)) < 2:
+        parser.error("--designs: name two or more")
+    try:
+        claim_output_folder(options.output_dir, {"arguments": shared, "seeds": options.seeds})
+    except OutputFolderError as error:
+        raise SystemExit(f"compare_embedders.py: {error}") from error
+    scores = {}
+    for design in dict.fromkeys(options.designs):
+        runs = [
+            scores_of(options.output_dir / f"design{design}-seed{seed}", shared, design, seed)
+            for seed in options.seeds
+        ]
+        scores[f"design {design}"] = [mean(run[task] for run in runs) for task in runs[0]]
+    tests = paired_tests(scores)
+    print_results(scores, tests)
+    result = {"tasks": list(runs[0]), "scores": scores, "tests": [asdict(test) for test in tests]}
+    (options.output_dir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    plot(scores, options.output_dir / "comparison.png")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Make a text embedder from a decoder and train it with contrastive loss.
+
+SmolLM2-135M on pairs from Python's own documentation (headings and paragraphs, neighbouring paragraphs):
+
+    python scripts/run_embedding.py --design 5 --output_dir out
+
+A model of the Hub on data with the columns `query`, `positive` and, optionally, `negative`, on several GPUs:
+
+    torchrun --nproc_per_node 8 scripts/run_embedding.py --model_name_or_path mistralai/Mistral-7B-v0.1 --design 5 \\
+        --dataset_name yixuantt/ir_data --max_length 512 --bf16 --gradient_checkpointing --output_dir out
+
+LoRA trains the decoder (`--lora_rank 0` trains it in full), the head is trained in full. The retrieval of held-back pairs is
+measured before and after. The output folder holds the merged model: `SentenceTransformer("out")` loads it.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_attn import PoolingAttentionConfig, PoolingAttentionModel, embedding_tokenizer
+from hf_attn.analysis.retrieval import retrieval_ranks, retrieval_scores
+from hf_attn.examples.assets import smollm2_folder
+from hf_attn.examples.text_pairs import text_pairs
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.training.contrastive import ContrastiveCollator, ContrastiveTrainerMixin
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Decoder, or an embedder to train further; SmolLM2-135M-Instruct if not given."},
+    )
+    design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
+    num_latents: int = field(default=32, metadata={"help": "Latents of the head."})
+    num_pooling_heads: int = field(default=8, metadata={"help": "Attention heads of the head."})
+    pooling_head_dim: int = field(default=64, metadata={"help": "Width of an attention head of the head."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA on the decoder; 0 to train it in full."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a dataset, in the place of the documentation."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held back for the retrieval."})
+    max_length: int = field(default=64, metadata={"help": "Tokens at which texts are cut."})
+    scale: float = field(default=20.0, metadata={"help": "Factor of the similarities in the loss."})
+    query_prompt: str = field(default="", metadata={"help": "Put before every query, and saved with the model."})
+    document_prompt: str = field(default="", metadata={"help": "Put before every document, and saved with the model."})
+
+
+@dataclass
+class EmbeddingArguments(TrainingArguments):
+    """transformers' arguments with other defaults."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts of an evaluation step."})
+    max_steps: int = field(default=40, metadata={"help": "Steps."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
+
+
+class EmbeddingTrainer(ContrastiveTrainerMixin, HubTrainerMixin, transformers.Trainer):
+    """Trainer of embedders."""
+
+
+def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows held back."""
+    if arguments.dataset_name is None:
+        splits = (text_pairs(split) for split in ("train", "test"))
+        train, test = (
+            [{"query": pair.query, "positive": pair.positive, "task": f"{pair.task}: {pair.topic}"} for pair in pairs]
+            for pairs in splits
+        )
+        return train, test
+    import datasets
+
+    rows = datasets.load_dataset(arguments.dataset_name, split=arguments.dataset_split)
+    missing = {"query", "positive"} - set(rows.column_names)
+    if missing:
+        raise SystemExit(
+            f"run_embedding.py: {arguments.dataset_name} has no column {', '.join(sorted(missing))}, only "
+            f"{', '.join(rows.column_names)}"
+        )
+    columns = ("query", "positive", "negative", "task")
+    rows = rows.select_columns([name for name in columns if name in rows.column_names])
+    rows = rows.shuffle(seed=0).to_list()
+    if len(rows) < 2 * arguments.held_back:
+        raise SystemExit(
+            f"run_embedding.py: {len(rows)} rows are too few to hold back {arguments.held_back} (--held_back)"
+        )
+    return rows[arguments.held_back :], rows[: arguments.held_back]
+
+
+@torch.no_grad()
+def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) -> torch.Tensor:
+    """Embeddings of texts, `(texts, width)`."""
+    embeddings = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            texts[start : start + batch_size],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        output = model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
+        embeddings.append(output.pooler_output.float().cpu())
+    return torch.cat(embeddings)
+
+
+def held_back_ranks(model, tokenizer, rows: list[dict], arguments: ScriptArguments, batch_size: int) -> torch.Tensor:
+    """Rank of each row's positive among those of all rows, each text once."""
+    was_training = model.training
+    model.eval()
+    documents = list(dict.fromkeys(row["positive"] for row in rows))
+    places = {document: index for index, document in enumerate(documents)}
+    queries, answers = (
+        embed(model, tokenizer, [prompt + text for text in texts], batch_size, arguments.max_length)
+        for prompt, texts in (
+            (arguments.query_prompt, [row["query"] for row in rows]),
+            (arguments.document_prompt, documents),
+        )
+    )
+    model.train(was_training)
+    return retrieval_ranks(queries, answers, [places[row["positive"]] for row in rows])
+
+
+def scores_by_task(ranks: torch.Tensor, rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Retrieval scores of the rows of each task."""
+    tasks = [row.get("task") or "held back" for row in rows]
+    return {
+        task: retrieval_scores(ranks[[index for index, other in enumerate(tasks) if other == task]])
+        for task in dict.fromkeys(tasks)
+    }
+
+
+def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The embedder and its tokenizer."""
+    source = arguments.model_name_or_path or smollm2_folder()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = embedding_tokenizer(tokenizer)
+    config = transformers.AutoConfig.from_pretrained(source)
+    prompts = {"query": arguments.query_prompt, "document": arguments.document_prompt}
+    if isinstance(config, PoolingAttentionConfig):
+        model = PoolingAttentionModel.from_pretrained(source, prompts=prompts)
+    else:
+        model = PoolingAttentionModel.from_base(
+            source,
+            dtype=torch.float32,
+            design=arguments.design,
+            num_latents=arguments.num_latents,
+            num_pooling_heads=arguments.num_pooling_heads,
+            pooling_head_dim=arguments.pooling_head_dim,
+            prompts=prompts,
+        )
+    return model, tokenizer
+
+
+def add_lora(model: PoolingAttentionModel, rank: int):
+    """LoRA on all linear layers of the decoder, as the paper's; the head is trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.1,
+        target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        modules_to_save=None if model.head is None else ["head"],
+    )
+    return get_peft_model(model, config)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = HfArgumentParser((ScriptArguments, EmbeddingArguments))
+    script, training = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    output_dir = Path(training.output_dir)
+    resume = training.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+        if resume is None:
+            raise SystemExit(f"run_embedding.py: there is no checkpoint in {output_dir} to resume from")
+    elif resume is None and training.process_index == 0 and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise SystemExit(
+            f"run_embedding.py: --output_dir {output_dir} is not empty; choose another or --resume_from_checkpoint last"
+        )
+    set_seed(training.seed)
+    train, held_back = load_pairs(script)
+    if len(train) < training.train_batch_size * training.world_size:
+        raise SystemExit(f"run_embedding.py: {len(train)} pairs are fewer than one step needs")
+    model, tokenizer = make_model(script)
+    # Several processes train; the first one measures.
+    measures = training.process_index == 0
+    batch_size = training.per_device_eval_batch_size
+    model.to(training.device)
+    before = held_back_ranks(model, tokenizer, held_back, script, batch_size) if measures else None
+    if script.lora_rank:
+        model = add_lora(model, script.lora_rank)
+    trainer = EmbeddingTrainer(
+        model,
+        training,
+        train_dataset=train,
+        data_collator=ContrastiveCollator(tokenizer, script.max_length, script.query_prompt, script.document_prompt),
+        processing_class=tokenizer,
+        scale=script.scale,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    metrics = {}
+    if measures:
+        after = held_back_ranks(model, tokenizer, held_back, script, batch_size)
+        metrics = {
+            f"{when}_{name}": value
+            for when, ranks in (("before", before), ("after", after))
+            for name, value in retrieval_scores(ranks).items()
+        }
+        if script.lora_rank:
+            model = model.merge_and_unload()
+        model.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+        for name, result in (("eval_results", metrics), ("task_results", scores_by_task(after, held_back))):
+            (output_dir / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(metrics))
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

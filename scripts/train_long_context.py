@@ -1,0 +1,263 @@
+#!/usr/bin/env python
+# Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
+"""Train a causal language model on sequences that several processes share, with exact attention.
+
+SmolLM2-135M on English prose that every Python carries, 4,096 tokens on two processes:
+
+    torchrun --nproc_per_node 2 scripts/train_long_context.py --block_size 4096 --max_steps 10 --output_dir out
+
+Before training every process reports on the first batch: the loss beside that of one process, the bytes that attention sends
+beside the formula of its layout, and the peak of memory of a step. `accelerate launch --config_file
+scripts/configs/sequence_parallel_cpu.yaml scripts/train_long_context.py ...` is the same. See `--help` for the arguments of this script, and
+transformers' `TrainingArguments` for the others. On GPUs the process group is NCCL's; that has not been run.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_attn.distributed.context import activated
+from hf_attn.distributed.exchange import count_sent_bytes
+from hf_attn.distributed.functional import LAYOUTS
+from hf_attn.distributed.measure import forward_bytes
+from hf_attn.distributed.trainer import SequenceParallelTrainerMixin
+from hf_attn.examples.assets import AssetError, read_texts, smollm2_folder, token_blocks
+from hf_attn.hub import HubTrainerMixin
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.writing import written_whole
+
+
+NAME = "train_long_context.py"
+stop = partial(command_line.stop, NAME)
+
+
+@dataclass
+class LongContextArguments:
+    """What to train, on what, and how the processes share it."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a decoder. Default: SmolLM2-135M, fetched once."}
+    )
+    layout: str = field(default="ring", metadata={"help": f"Who computes what: {', '.join(LAYOUTS)}."})
+    split: str = field(default="zigzag", metadata={"help": "How tokens are dealt out: zigzag or contiguous."})
+    block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence, of all processes together."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset with texts."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
+    train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
+    report: bool = field(default=True, metadata={"help": "Compare the first batch with one process before training."})
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """transformers' arguments with other defaults."""
+
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Sequences of a step, of all processes together."}
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
+
+
+class Trainer(SequenceParallelTrainerMixin, HubTrainerMixin, transformers.Trainer):
+    """All processes share the tokens of every batch."""
+
+
+def peak_memory(function) -> tuple[float, object]:
+    """MiB by which this process grows at most while a function runs (Linux), and what it returns."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return math.nan, function()
+
+    def read(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    result = function()
+    return (read("VmHWM") - before) / 1024, result
+
+
+def one_process_loss(model, batch: dict[str, torch.Tensor], implementation: str) -> float:
+    """The loss of the same weights with plain attention, without anybody's help."""
+    model.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            return model(**batch, use_cache=False).loss.item()
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def report(trainer: Trainer, batch: dict[str, torch.Tensor], implementation: str) -> dict[str, float]:
+    """Loss, bytes and memory of the first batch; printed by rank 0."""
+    model, context = trainer.model, trainer.sequence_context
+    peers, config = context.peers, model.config
+    model.eval()
+    with activated(context), torch.no_grad(), count_sent_bytes() as sent:
+        loss = trainer.compute_loss(model, dict(batch)).item()
+    expected_bytes = math.nan
+    if not context.replicated:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = (
+            len(batch["input_ids"]),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+            model.dtype,
+        )
+        expected_bytes = config.num_hidden_layers * forward_bytes(context.schedule, *sizes)
+
+    def step() -> None:
+        with activated(context):
+            trainer.compute_loss(model, dict(batch)).backward()
+
+    memory, _ = peak_memory(step)
+    model.zero_grad()
+    own = one_process_loss(model, batch, implementation) if peers.rank == 0 else 0.0
+    tokens = context.sharding.length if context.replicated else context.sharding.lengths[peers.rank]
+    facts = peers.all_gather_integers(
+        [
+            tokens,
+            sent.total,
+            -1 if math.isnan(expected_bytes) else expected_bytes,
+            int(memory) if memory == memory else -1,
+        ]
+    )
+    if peers.rank == 0:
+        print(f"First batch on {peers.size} processes, layout {context.layout}, split {context.split}:")
+        print(f"  loss {loss:.6f}; in one process {own:.6f}; difference {abs(loss - own):.1e}")
+        print(f"  {'rank':>4} {'tokens':>8} {'bytes sent':>14} {'by the formula':>15} {'peak of a step, MiB':>20}")
+        for rank, row in enumerate(facts):
+            tokens, total, formula, peak = (f"{value:,}" if value >= 0 else "-" for value in row)
+            print(f"  {rank:>4} {tokens:>8} {total:>14} {formula:>15} {peak:>20}")
+        sys.stdout.flush()
+    return {
+        "loss": loss,
+        "one_process_loss": own,
+        "bytes_sent": [fact[1] for fact in facts],
+        "bytes_by_formula": [fact[2] for fact in facts],
+        "peak_mib": [fact[3] for fact in facts],
+    }
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, ScriptTrainingArguments]:
+    """Parse the command line.
+
+    Raises:
+        SystemExit: with a message for the user, if arguments contradict each other.
+    """
+    script_args, training_args = command_line.parse_arguments(
+        NAME, (LongContextArguments, ScriptTrainingArguments), arguments, __doc__
+    )
+    problem = None
+    if script_args.layout not in LAYOUTS:
+        problem = f"--layout {script_args.layout} is not one of {', '.join(LAYOUTS)}"
+    elif script_args.split not in ("zigzag", "contiguous"):
+        problem = f"--split {script_args.split} is neither zigzag nor contiguous"
+    elif script_args.dataset_name and script_args.train_file:
+        problem = "give either --dataset_name or --train_file"
+    elif script_args.train_file and not Path(script_args.train_file).is_file():
+        problem = f"--train_file {script_args.train_file} does not exist"
+    elif script_args.block_size < 2:
+        problem = f"--block_size {script_args.block_size} is too short to predict anything"
+    if problem:
+        raise stop(f"{problem}")
+    command_line.resolve_resume(NAME, training_args)
+    return script_args, training_args
+
+
+def load_model(script_args: LongContextArguments, training_args: TrainingArguments):
+    """The model with distributed attention, and its tokenizer."""
+    try:
+        with training_args.main_process_first(desc="model"):
+            name = script_args.model_name_or_path or str(smollm2_folder())
+    except (AssetError, ImportError) as error:
+        raise stop(f"{error}") from error
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, attn_implementation=f"distributed_{script_args.layout}"
+    )
+    longest = model.config.max_position_embeddings
+    if script_args.block_size > longest:
+        raise stop(f"--block_size {script_args.block_size} is more than the {longest} positions of the model.")
+    if script_args.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=script_args.lora_rank, task_type="CAUSAL_LM"))
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the numbers of the report."""
+    script_args, training_args = parse_arguments(arguments)
+    with training_folder(NAME, training_args, command_line.settings_of(script_args)):
+        return train(script_args, training_args)
+
+
+def train(script_args: LongContextArguments, training_args: ScriptTrainingArguments) -> dict[str, float]:
+    """Report and train; returns the numbers of the report."""
+    set_seed(training_args.seed)
+    model, tokenizer = load_model(script_args, training_args)
+    try:
+        texts = read_texts(
+            "train",
+            script_args.dataset_name,
+            script_args.dataset_config_name,
+            script_args.text_column,
+            script_args.train_file,
+        )
+        blocks = token_blocks(texts, tokenizer, script_args.block_size)
+    except ValueError as error:
+        raise stop(f"{error}") from error
+    if training_args.should_log:
+        print(f"{type(model).__name__}: {len(blocks):,} sequences of {script_args.block_size:,} tokens")
+
+    trainer_class = type("LongTrainer", (Trainer,), {"sequence_split": script_args.split})
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    results = {}
+    if script_args.report:
+        rows = blocks[: training_args.per_device_train_batch_size].to(training_args.device)
+        results = report(trainer, {"input_ids": rows, "labels": rows}, f"distributed_{script_args.layout}")
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if training_args.should_save:
+        with written_whole(Path(training_args.output_dir, "report.json")) as part:
+            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+    return results
+
+
+if __name__ == "__main__":
+    run_script(NAME, main)

@@ -1,0 +1,112 @@
+"""The training script of embedders: it learns, resumes, and saves what sentence-transformers loads."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from tests.batteries.text import byte_tokenizer, llama
+from tests.distributed.processes import free_port
+
+
+pytest.importorskip("datasets")
+pytest.importorskip("peft")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_embedding.py"
+
+
+def load(name: str):
+    """A script as a module; dataclasses and other scripts look it up by name."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The script's function, called in this process with anything as arguments."""
+    module = load("run_embedding")
+    yield lambda *arguments: module.main([*map(str, arguments)])
+    for name in ("run_embedding", "compare_embedders"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list:
+    """A tiny base, and words whose positive is the word in capitals."""
+    folder = tmp_path_factory.mktemp("embedding")
+    llama(num_hidden_layers=2).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    (folder / "data").mkdir()
+    words = [left + right for left in "abcdefghijkl" for right in "mnopqrstuvwx"]
+    rows = [json.dumps({"query": word, "positive": word.upper()}) for word in words]
+    (folder / "data" / "train.jsonl").write_text("\n".join(rows))
+    return [
+        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--held_back", 20),
+        *("--num_latents", 2, "--num_pooling_heads", 2, "--pooling_head_dim", 4, "--max_length", 8),
+        *(
+            "--learning_rate",
+            "1e-2",
+            "--lora_rank",
+            4,
+            "--use_cpu",
+            "true",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "true",
+        ),
+    ]
+
+
+def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
+    whole = main(*arguments, "--design", 5, "--max_steps", 40, "--output_dir", tmp_path / "whole", "--save_steps", 20)
+    assert whole["after_mrr"] > 1.4 * whole["before_mrr"]
+    # The same run, stopped after half its steps.
+    part = (*arguments, "--design", 5, "--max_steps", 40, "--output_dir", tmp_path / "part")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-20", tmp_path / "part" / "checkpoint-20")
+    with pytest.raises(SystemExit, match="is not empty"):
+        main(*part)
+    resumed = main(*part, "--resume_from_checkpoint", "last")
+    assert resumed == pytest.approx(whole, abs=1e-4)
+    first, second = (AutoModel.from_pretrained(tmp_path / name) for name in ("whole", "part"))
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "whole" / "modules.json").is_file()
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
+
+
+def test_two_processes_train_a_design_whose_head_has_one_key(arguments, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    options = (*arguments, "--design", 2, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), *map(str, options)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert metrics["after_mrr"] != metrics["before_mrr"]
+
+
+def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(arguments[3]), split="train").to_list()
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({**row, "task": row["query"][0]}) for row in rows]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    shared = [*map(str, arguments), "--dataset_name", str(tmp_path / "data"), "--max_steps", "2"]
+    compare = load("compare_embedders")
+    own = ["--output_dir", str(tmp_path / "out"), "--designs", "1", "5", "--seeds", "0"]
+    result = compare.main([*own, "--", *shared])
+    assert len(result["scores"]["design 1"]) == len(result["tasks"]) > 2
+    assert [test["first"] for test in result["tests"]] == ["design 1"]
+    assert "design 1 - design 5" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
+    with pytest.raises(SystemExit, match="other settings"):
+        compare.main([*own, "--", *shared, "--scale", "10"])

@@ -1,0 +1,106 @@
+"""The training script of text classifiers: ListOps, texts of one's own, resuming, refusals."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+
+pytest.importorskip("datasets")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_text_classification.py"
+COMMON = ["--disable_tqdm", "true", "--use_cpu", "true", "--report_to", "none", "--per_device_train_batch_size", "16"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_text_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up
+    sys.modules["run_text_classification"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["run_text_classification"]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory) -> Path:
+    """Two classes that differ in the first letter."""
+    folder = tmp_path_factory.mktemp("texts")
+    for label, letter in (("early", "a"), ("late", "z")):
+        (folder / label).mkdir()
+        for index in range(40):
+            (folder / label / f"{index}.txt").write_text(f"{letter} text number {index}", encoding="utf-8")
+    return folder
+
+
+def test_listops_with_a_deep_and_a_wide_model(script, tmp_path):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--listops_samples", "64", "--max_steps", "2", *COMMON]
+    results = script.main(arguments)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {"4x2", "1x8"}
+    assert results["4x2"]["parameters"] > results["1x8"]["parameters"]
+    assert results["4x2"]["folded ms"] is None and results["1x8"]["folded ms"] > 0
+    folder = tmp_path / "out" / "1x8"
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert model.config.num_labels == 10 and model.config.vocab_size == len(tokenizer) == 17
+    assert "## The mechanism" in (folder / "README.md").read_text()
+
+
+def test_a_folder_of_texts_is_learned_and_resumed(script, text_folder, tmp_path):
+    arguments = ["--dataset_name", str(text_folder), "--output_dir", str(tmp_path / "out"), "--num_layers", "1"]
+    arguments += ["--max_length", "32", "--save_strategy", "steps", "--save_steps", "10", *COMMON]
+    script.main([*arguments, "--max_steps", "10"])
+    with pytest.raises(SystemExit, match="is not empty"):
+        script.main([*arguments, "--max_steps", "40"])
+    results = script.main([*arguments, "--max_steps", "40", "--resume_from_checkpoint", "last"])
+    state = json.loads((tmp_path / "out" / "1x8" / "checkpoint-40" / "trainer_state.json").read_text())
+    assert state["global_step"] == 40
+    assert results["1x8"]["accuracy"] == 1
+    pipe = pipeline("text-classification", model=str(tmp_path / "out" / "1x8"))
+    assert [pipe(text)[0]["label"] for text in ("a text number 3", "z text number 3")] == ["early", "late"]
+
+
+def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"review": "x" * length, "stars": length % 3} for length in range(1, 41)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    arguments = [
+        "--dataset_name",
+        str(path),
+        "--text_column",
+        "review",
+        "--label_column",
+        "stars",
+        "--max_length",
+        "20",
+    ]
+    script.main([*arguments, "--output_dir", str(tmp_path / "out"), "--num_layers", "1", "--max_steps", "1", *COMMON])
+    output = capsys.readouterr().out
+    cut = [int(line.split(": ")[1].split(" ")[0]) for line in output.splitlines() if "were cut" in line]
+    assert sum(cut) == 20
+    with pytest.raises(SystemExit, match="no column 'text', only review, stars"):
+        script.main(["--dataset_name", str(path), "--output_dir", str(tmp_path / "other"), *COMMON])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variant", "huge"], "--variant huge is not one of byte_imdb_4x4"),
+        (["--attention_type", "reformer"], "--attention_type reformer is not one of softmax"),
+        (["--num_layers", "3"], "8 heads cannot be spread evenly over num_layers=3"),
+        (["--model_name_or_path", "x", "--num_layers", "1"], "would not fit the weights"),
+        (["--push_to_hub"], "needs one model"),
+        (["--validation_split_percentage", "0"], "not between 0 and 100"),
+        (["--resume_from_checkpoint", "x"], "takes `last`"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(script, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(["--output_dir", str(tmp_path / "out"), "--listops_samples", "20", *COMMON, *arguments])
