@@ -20,7 +20,7 @@ from statistics import mean
 from hf_attn.analysis.figures import new_figure
 from hf_attn.analysis.paired_tests import PairedTest, paired_tests
 from hf_attn.training import arguments as command_line
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training.output_folder import OutputFolderError, output_folder
 
 
 NAME = "compare_embedders.py"
@@ -81,15 +81,16 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(own)
     if len(set(options.designs)) < 2:
         parser.error("--designs: name two or more")
+    settings = {"arguments": shared, "seeds": options.seeds}
     try:
-        claim_output_folder(
-            options.output_dir,
-            {"arguments": shared, "seeds": options.seeds},
-            options.overwrite_output_dir,
-            command=NAME,
-        )
+        with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME):
+            return compare(options, shared)
     except OutputFolderError as error:
         raise command_line.stop(NAME, error) from error
+
+
+def compare(options: argparse.Namespace, shared: list[str]) -> dict:
+    """Run the designs, and test the differences of their scores."""
     scores = {}
     for design in dict.fromkeys(options.designs):
         runs = [

@@ -29,7 +29,8 @@ from hf_attn import TokenMixerConfig, TokenMixerForCausalLM, TokenMixerForSequen
 from hf_attn.analysis.figures import new_figure
 from hf_attn.mixers import MIXERS, causal_mixers
 from hf_attn.training.arguments import Parser, run_script, stop
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training.output_folder import OutputFolderError, output_folder
+from hf_attn.training.writing import written_whole
 
 
 NAME = "compare_mixers.py"
@@ -131,12 +132,10 @@ def read_results(path: Path) -> list[dict[str, object]]:
 
 
 def write_results(path: Path, rows: list[dict[str, object]]) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
 
 
 def print_results(rows: list[dict[str, object]]) -> None:
@@ -198,11 +197,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     options = parse(arguments)
     names = ("steps", "batch_size", "hidden_size", "layers", "learning_rate", "seed")
+    settings = {name: getattr(options, name) for name in names}
     try:
-        settings = {name: getattr(options, name) for name in names}
-        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME)
+        with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME):
+            return run_missing(options)
     except OutputFolderError as error:
         raise stop(NAME, error) from None
+
+
+def run_missing(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Run what is missing of the comparison; returns all its results."""
     path = options.output_dir / "results.csv"
     rows = read_results(path)
     finished = {(row["task"], row["mixer"], row["length"]) for row in rows}

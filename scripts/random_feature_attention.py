@@ -33,7 +33,8 @@ from hf_attn.modeling.random_feature_attention.modeling_random_feature_attention
 from hf_attn.modeling.random_feature_attention.ridge import gram_matrix, ridge_dual
 from hf_attn.modeling.random_feature_attention.targets import sphere, target_function
 from hf_attn.training.arguments import Parser, run_script, stop
-from hf_attn.training.output_folder import OutputFolderError, claim_output_folder
+from hf_attn.training.output_folder import OutputFolderError, output_folder
+from hf_attn.training.writing import written_whole
 
 
 NAME = "random_feature_attention.py"
@@ -112,12 +113,10 @@ def read_errors(path: Path) -> list[dict[str, object]]:
 
 
 def write_errors(path: Path, rows: list[dict[str, object]]) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
 
 
 def summarise(rows: list[dict[str, object]]) -> dict[tuple[str, str, int], tuple[float, float]]:
@@ -185,9 +184,14 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str, int], tuple
     options = parse(arguments)
     settings = {"size": options.size, "samples": options.samples, "targets": options.targets}
     try:
-        claim_output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME)
+        with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME):
+            return run(options)
     except OutputFolderError as error:
         raise stop(NAME, error) from None
+
+
+def run(options: argparse.Namespace) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """Run the seeds that are missing; returns the summary of all."""
     path = options.output_dir / "errors.csv"
     rows = read_errors(path)
     finished = {row["seed"] for row in rows}

@@ -131,7 +131,9 @@ class ScriptTrainingArguments(TrainingArguments):
     patience: int = field(
         default=4, metadata={"help": "Epochs without a better validation loss after which training stops."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
 
 
 def stop(message: str) -> SystemExit:
@@ -161,7 +163,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     if not data_args.modalities:
         data_args.modalities = ["both"] if data_args.table else list(MODALITIES)
     if training_args.resume_from_checkpoint:
-        raise stop("trainings of several seeds are not resumed; --overwrite_output_dir true starts anew")
+        raise stop("trainings of several seeds are not resumed; --overwrite_output_dir starts anew")
     if training_args.num_seeds < 1:
         raise stop(f"--num_seeds must be at least 1, got {training_args.num_seeds}")
     if model_args.lora_rank and not is_peft_available():

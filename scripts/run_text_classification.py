@@ -23,23 +23,21 @@ latency of a single text, full and folded. See `--help` for the arguments.
 
 import json
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -53,6 +51,9 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.modeling.wide_attention.configuration_wide_attention import ATTENTION_TYPES
 from hf_attn.modeling.wide_attention.listops import SYMBOLS, Difficulty, generate
 from hf_attn.modeling.wide_attention.tokenization import symbol_tokenizer
+from hf_attn.training import arguments as command_line
+from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.writing import written_whole
 
 
 try:
@@ -61,6 +62,7 @@ except ImportError as error:
     raise SystemExit("This script needs the extra `train`: pip install 'hf_attn[train]'") from error
 
 NAME = "run_text_classification.py"
+stop = partial(command_line.stop, NAME)
 
 #: what is trained unless a variant is named
 SMALL = {
@@ -132,6 +134,9 @@ class ScriptTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two log lines."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`last` continues each model from its last checkpoint in output_dir."}
     )
@@ -142,17 +147,17 @@ class Trainer(HubTrainerMixin, transformers.Trainer):
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
-    """Parse command line arguments.
+    """Parse command line arguments, or the JSON file that is the only one of them.
 
     Raises:
         SystemExit: with a message for the user, if they contradict each other.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, ScriptTrainingArguments))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, training_args = command_line.parse_arguments(
+        NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
+    )
     problem = _problem(model_args, data_args, training_args)
     if problem is not None:
-        raise SystemExit(f"{NAME}: {problem}")
+        raise stop(problem)
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return model_args, data_args, training_args
 
@@ -165,19 +170,18 @@ def _problem(model_args: ModelArguments, data_args: DataArguments, training_args
         return f"--variant {model_args.variant} is not one of {', '.join(WideTransformerConfig.variants)}"
     if model_args.attention_type not in ATTENTION_TYPES:
         return f"--attention_type {model_args.attention_type} is not one of {', '.join(ATTENTION_TYPES)}"
-    if not 0 < data_args.validation_split_percentage < 100:
-        return f"--validation_split_percentage {data_args.validation_split_percentage} is not between 0 and 100"
     if data_args.listops_samples < 10:
         return f"--listops_samples {data_args.listops_samples} is less than 10"
     if training_args.push_to_hub and len(model_args.num_layers or [4, 1]) > 1 and not model_args.model_name_or_path:
         return "--push_to_hub needs one model: give one --num_layers"
     if training_args.resume_from_checkpoint not in (None, "last"):
         return f"--resume_from_checkpoint takes `last`, got {training_args.resume_from_checkpoint}"
-    output_dir = Path(training_args.output_dir)
-    # The other processes may come here when the first one has begun to write.
-    starts_anew = training_args.process_index == 0 and training_args.resume_from_checkpoint is None
-    if starts_anew and output_dir.is_dir() and any(output_dir.iterdir()):
-        return f"--output_dir {output_dir} is not empty; give another, or `--resume_from_checkpoint last`"
+    if training_args.resume_from_checkpoint is not None:
+        if training_args.overwrite_output_dir:
+            return "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them"
+        # Each model has its checkpoints in a folder of its own.
+        if not any(Path(training_args.output_dir).glob("*/checkpoint-*")):
+            return f"there is no checkpoint in {training_args.output_dir} to resume from"
     return None
 
 
@@ -210,7 +214,7 @@ def read_folder(folder: Path) -> datasets.DatasetDict:
     }
     empty = [str(roots[split]) for split, found in rows.items() if not found]
     if empty:
-        raise SystemExit(f"{NAME}: there is no <class>/*.txt in {', '.join(empty)}")
+        raise stop(f"there is no <class>/*.txt in {', '.join(empty)}")
     return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in rows.items()})
 
 
@@ -221,11 +225,11 @@ def load_texts(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
     else:
         splits = _load(data_args)
         if "train" not in splits:
-            raise SystemExit(f"{NAME}: {data_args.dataset_name} has no split 'train', only {', '.join(splits)}")
+            raise stop(f"{data_args.dataset_name} has no split 'train', only {', '.join(splits)}")
         for column in (data_args.text_column, data_args.label_column):
             if column not in splits["train"].column_names:
                 found = ", ".join(splits["train"].column_names)
-                raise SystemExit(f"{NAME}: {data_args.dataset_name} has no column {column!r}, only {found}")
+                raise stop(f"{data_args.dataset_name} has no column {column!r}, only {found}")
         held_back = next((name for name in ("validation", "test") if name in splits), None)
         if held_back is None:
             share = data_args.validation_split_percentage / 100
@@ -241,7 +245,7 @@ def load_texts(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
             splits[split] = splits[split].shuffle(seed=seed).select(range(min(limit, len(splits[split]))))
     empty = [split for split, rows in splits.items() if any(not text for text in rows["text"])]
     if empty:
-        raise SystemExit(f"{NAME}: there are empty texts among those of {' and '.join(empty)}; leave them out")
+        raise stop(f"there are empty texts among those of {' and '.join(empty)}; leave them out")
     return splits
 
 
@@ -251,7 +255,7 @@ def _load(data_args: DataArguments) -> datasets.DatasetDict:
         return read_folder(path)
     if path.is_file():
         if path.suffix not in kinds:
-            raise SystemExit(f"{NAME}: {path} is no {', '.join(kinds)} file")
+            raise stop(f"{path} is no {', '.join(kinds)} file")
         return datasets.load_dataset(kinds[path.suffix], data_files={"train": str(path)})
     return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
 
@@ -300,7 +304,7 @@ def make_models(
     try:
         configs = [aspect_ratio(base, layers) for layers in model_args.num_layers or [4, 1]]
     except ValueError as error:
-        raise SystemExit(f"{NAME}: --num_layers: {error}") from error
+        raise stop(f"--num_layers: {error}") from error
     return {
         f"{config.num_hidden_layers}x{config.num_attention_heads}": (
             lambda config=config: AutoModelForSequenceClassification.from_config(config)
@@ -332,9 +336,15 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script; returns the results by model."""
     model_args, data_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
-    output_dir, resumes = Path(training_args.output_dir), training_args.resume_from_checkpoint is not None
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+        return train_and_evaluate(model_args, data_args, training_args)
 
+
+def train_and_evaluate(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> dict[str, dict[str, float]]:
+    """Train and evaluate each model; returns the results by model."""
+    output_dir, resumes = Path(training_args.output_dir), training_args.resume_from_checkpoint is not None
     with training_args.main_process_first(desc="data"):
         splits = load_texts(data_args, training_args.seed)
     names = splits["train"].features["label"].names
@@ -393,13 +403,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             # Not of this family, or one that cannot be folded.
             results[name]["folded ms"] = None
     if training_args.should_save:
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with written_whole(output_dir / "results.json") as part:
+            part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         for name, result in results.items():
             print(name, ", ".join(f"{key} {value:,.4g}" for key, value in result.items() if value is not None))
     return results
 
 
 if __name__ == "__main__":
-    main()
-    # A process that exits with its group open can abort.
-    PartialState().destroy_process_group()
+    run_script(NAME, main)

@@ -97,8 +97,10 @@ def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
         (["--num_layers", "3"], "8 heads cannot be spread evenly over num_layers=3"),
         (["--model_name_or_path", "x", "--num_layers", "1"], "would not fit the weights"),
         (["--push_to_hub"], "needs one model"),
-        (["--validation_split_percentage", "0"], "not between 0 and 100"),
+        (["--validation_split_percentage", "0"], "--validation_split_percentage=0 is out of range"),
         (["--resume_from_checkpoint", "x"], "takes `last`"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint in .* to resume from"),
+        (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "give one of them"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(script, tmp_path, arguments, message):

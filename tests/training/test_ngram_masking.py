@@ -41,15 +41,24 @@ def test_whole_words_share_and_replacement(tokenizer):
     assert not chosen[:, 0].any() and not chosen[:, -1].any()
 
 
-def test_single_words_and_runs(tokenizer):
-    """With runs, masked words have masked neighbours more often."""
-
-    def neighbours(max_ngram):
-        torch.manual_seed(0)
-        chosen = DataCollatorForNGramMasking(tokenizer, max_ngram=max_ngram)(features(tokenizer, 60))["labels"] != -100
-        return (chosen[:, 1:] & chosen[:, :-1]).sum()
-
-    assert neighbours(3) > 1.2 * neighbours(1)
+# Three words are chosen of 300. Runs of 1, 2, 3 words have the probabilities 6/11, 3/11, 2/11 (proportional to 1/n): the three lie
+# alone if the first two runs are single words, together if the first run has three, and else two of them are neighbours.
+@pytest.mark.parametrize(("max_ngram", "expected"), [(1, (1, 0, 0)), (3, (36 / 121, 63 / 121, 22 / 121))])
+def test_lengths_of_runs(tokenizer, max_ngram, expected):
+    torch.manual_seed(0)
+    num_words, count = 300, 1000
+    text = {"input_ids": tokenizer("fox")["input_ids"][1:2] * num_words, "word_ids": list(range(num_words))}
+    collator = DataCollatorForNGramMasking(tokenizer, mlm_probability=3 / num_words, max_ngram=max_ngram)
+    chosen = collator([text] * count)["labels"] != -100
+    assert (chosen.sum(1) == 3).all()
+    neighbours = (chosen[:, 1:] & chosen[:, :-1]).sum(1)
+    shares = torch.bincount(neighbours, minlength=3) / count
+    expected = torch.tensor(expected)
+    # Four standard deviations, and the runs that touch by chance: each of three pairs of words with a probability of 2 / 300.
+    tolerance = 4 * (expected * (1 - expected) / count).sqrt() + 3 * 2 / num_words
+    # Of single words, the number that touch by chance varies as well.
+    tolerance += 4 * (3 * 2 / num_words / count) ** 0.5
+    assert ((shares - expected).abs() <= tolerance).all(), shares
 
 
 def test_padding_and_given_words(tokenizer):
