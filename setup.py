@@ -84,6 +84,7 @@ setup(
         "accelerate>=1.15",
         "safetensors>=0.6",
         "huggingface_hub>=1.0",
+        "filelock",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-attn=hf_attn.cli:main"]},

@@ -80,7 +80,7 @@ class TestWheel:
         assert "\nLicense-Expression: Apache-2.0\n" in metadata
         assert "\nRequires-Python: >=3.11\n" in metadata
         core = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE))
-        assert core == {"torch", "transformers", "accelerate", "safetensors", "huggingface_hub"}
+        assert core == {"torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "filelock"}
 
     def test_one_name_is_added_to_site_packages(self, installed):
         added = (installed / "added.txt").read_text().split()

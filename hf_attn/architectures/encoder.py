@@ -43,6 +43,7 @@ class EncoderForMaskedLM(DecoderPreTrainedModel):
 
     model_class: ClassVar[type[EncoderModel]] = EncoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)

@@ -352,11 +352,13 @@ def _convert(
     except ConversionError:
         raise
     except StrictDataclassError as error:
-        raise ConversionError(f"The official configuration does not make a {slug} model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"The official configuration does not make a {slug} model: {reason}") from error
     except _IMPOSSIBLE_VALUES as error:
         if not config:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in config.items())
         raise ConversionError(
-            f"The official configuration does not make a {slug} model ({type(error).__name__}: {error}). It is {given}."
+            f"The official configuration does not make a {slug} model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). It is {given}."
         ) from error

@@ -139,6 +139,7 @@ class MemoryFormerForCausalLM(MemoryFormerPreTrainedModel, DecoderForCausalLM):
     """The decoder with a language modelling head."""
 
     model_class = MemoryFormerModel
+    _tp_plan = {}  # tables are not split, and neither is the tied head
 
 
 __all__ = ["MemoryFormerForCausalLM", "MemoryFormerModel", "MemoryFormerPreTrainedModel"]

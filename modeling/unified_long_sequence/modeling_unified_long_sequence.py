@@ -146,6 +146,7 @@ class TokenMixerForCausalLM(TokenMixerPreTrainedModel, DecoderForCausalLM):
     """A causal language model with a token mixer."""
 
     model_class = TokenMixerModel
+    _tp_plan = {}  # mixers are not split, and neither is the tied head
 
     def __init__(self, config: TokenMixerConfig):
         if not config.causal:

@@ -133,7 +133,7 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
             raise ValueError(f"An auto-encoder needs the maps of at least 2 heads, got {len(maps)}.")
         maps = maps.to(self.to_latent.weight)
         scaled = self._scaled(maps)
-        if scaled.std() == 0:
+        if scaled.amax() - scaled.amin() < 1e-6:  # rounding of the scaling apart
             raise ValueError("The maps are all the same: there is nothing to learn.")
         self.config.map_mean, self.config.map_std = scaled.mean().item(), scaled.std().item()
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)

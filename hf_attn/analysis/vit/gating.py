@@ -18,6 +18,7 @@ from .layout import UnknownLayoutError, ViTLayout, WeightsHook
 PARTIAL_KINDS = ("cls_to_patch", "patch_to_cls", "cls_to_cls", "patch_to_patch", "head")
 
 _TAPPED = "hf_attn_tapped"
+_PREFIX = "hf_attn_prefix"
 
 
 def gate(heads: torch.Tensor, num_heads: int, removed: Sequence[int]) -> torch.Tensor:
@@ -98,6 +99,36 @@ def _transformers_taps(layout: ViTLayout, taps: Mapping[int, WeightsHook]) -> It
         finally:
             for layer in taps:
                 layout.attentions[layer].__dict__.pop("_hf_attn_tap", None)
+
+
+def _prefix_attention(module: nn.Module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Soft-max attention of the prefix tokens only; the rows of the other tokens are zero."""
+    prefix = module._hf_attn_prefix
+    mask = None if attention_mask is None else attention_mask[..., :prefix, :]
+    output = nn.functional.scaled_dot_product_attention(query[:, :, :prefix], key, value, mask, scale=scaling)
+    padded = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    padded[:, :prefix] = output.transpose(1, 2)
+    return padded, None
+
+
+@contextmanager
+def prefix_queries(layout: ViTLayout, layer: int, prefix: int) -> Iterator[None]:
+    """Let only the prefix tokens of a layer look at others, where the layer's attention can be exchanged."""
+    attention = layout.attentions[layer]
+    config = getattr(attention, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    # The masks of other implementations have other forms.
+    if implementation not in ("eager", "sdpa"):
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS.register(_PREFIX, _prefix_attention)
+    attention._hf_attn_prefix = prefix
+    config._attn_implementation = _PREFIX
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+        del attention._hf_attn_prefix
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .gating import prefix_queries
 from .hops import Grid
 from .layout import Outcome, ViTLayout
 
@@ -126,7 +127,9 @@ class BatchRestart:
 
     def _trimmed_last_layer(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         last = self.layout.num_layers - 1
-        return self._finish_last(last, hidden_states, self._heads(last, hidden_states))
+        with prefix_queries(self.layout, last, self.trim):
+            heads = self._heads(last, hidden_states)
+        return self._finish_last(last, hidden_states, heads)
 
     def _same_with(self, prefix: torch.Tensor) -> bool:
         """Whether the model says the same if the last layer puts out its prefix tokens only."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from hf_attn import VitPatternAutoencoder, VitPatternAutoencoderConfig
 
@@ -55,5 +56,5 @@ def test_bad_input_is_refused():
         model.fit(maps(1))
     with pytest.raises(ValueError, match="all the same"):
         model.fit(torch.full((3, 12, 12), 1 / 12))
-    with pytest.raises(ValueError, match="cannot be halved 3 times"):
+    with pytest.raises(StrictDataclassClassValidationError, match="cannot be halved 3 times"):
         VitPatternAutoencoderConfig(num_patches=4)

@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const state = { layer: data.start[0], head: data.start[1], image: 0, patch: Math.floor(data.patches / 2), k: data.k };
+const state = { layer: data.start[0], head: data.start[1], image: 0, patch: Math.floor(data.rows / 2) * data.cols + Math.floor(data.cols / 2), k: data.k };
 const palette = ["#4263eb", "#f08c00", "#2b8a3e", "#c2255c", "#0c8599", "#9c36b5", "#a61e4d", "#5c940d", "#495057", "#e8590c"];
 
 function bytes(text) {
