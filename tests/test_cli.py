@@ -109,7 +109,9 @@ def test_listing_papers_does_not_import_torch():
 # --- help ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["papers"], ["convert"], ["quickstart"], ["compare"], ["analyze-vit"], ["plan"], ["check-gpu"]])
+@pytest.mark.parametrize(
+    "command", [[], ["papers"], ["convert"], ["quickstart"], ["compare"], ["analyze-vit"], ["plan"], ["check-gpu"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
