@@ -147,7 +147,7 @@ def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "destroy_process_group" not in done.stderr
-    settings = json.loads((tmp_path / "two" / "settings.json").read_text())
+    settings = json.loads((tmp_path / "two" / "_hf_attn_run.json").read_text())["settings"]
     assert settings["num_processes"] == 2
     curves = [json.loads((tmp_path / name / "curve.json").read_text()) for name in ("one", "two")]
     assert len(curves[0]) == len(curves[1]) == 2

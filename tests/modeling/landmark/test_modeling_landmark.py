@@ -553,13 +553,6 @@ def test_padding_inside_a_sequence_is_refused_with_a_memory_too():
         model.generate(ids, attention_mask=mask, cache_top_k=2, max_new_tokens=2)
 
 
-def test_a_kernel_that_does_not_have_the_blocks_of_the_model_is_refused():
-    model, ids = make_model(), with_landmarks(random_ids(1, 11))
-    model.set_attn_implementation("landmark_triton")
-    with pytest.raises(ValueError, match=r"blocks are 16, 32, 64, 128 tokens long .* they are 5 \(mem_freq=4\)"):
-        model(ids, use_cache=False)
-
-
 def test_a_landmark_that_was_cut_off_is_missed():
     model = make_model()
     model.resize_token_embeddings(VOCAB - 3)

@@ -17,11 +17,9 @@ from transformers import (
     TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
 )
 
 from hf_attn import from_official
-from hf_attn.architectures import imaging
 from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.path_ensemble.configuration_path_ensemble import PathEnsembleConfig
 from hf_attn.modeling.path_ensemble.modeling_path_ensemble import (
@@ -47,14 +45,6 @@ class TestPathEnsemble(ImageFamilyTests):
     test_image_processor_of_the_published_variants = test_unknown_variant_lists_the_known_ones
     test_published_variants_know_the_classes_of_imagenet = test_unknown_variant_lists_the_known_ones
     test_parameters_of_the_published_variants = test_unknown_variant_lists_the_known_ones
-
-    def test_saved_folder_serves_auto_classes_and_pipeline(self, tmp_path, monkeypatch):
-        """The images are prepared as those of the base are."""
-        with pytest.raises(ValueError, match="image processor saved with the model"):
-            imaging.image_processor_for(self.get_config())
-        processor = ViTImageProcessor(size={"height": 16, "width": 16})
-        monkeypatch.setattr("tests.batteries.imaging.image_processor_for", lambda config: processor)
-        super().test_saved_folder_serves_auto_classes_and_pipeline(tmp_path)
 
 
 # --- bases ------------------------------------------------------------------------------------------------------------
