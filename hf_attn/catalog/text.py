@@ -238,7 +238,7 @@ PAPERS = (
                 },
                 folder="unified_long_sequence",
                 peft=("q_proj", "k_proj", "v_proj", "o_proj"),
-                compares={},
+                compares={"num_attention_heads": 1, "num_key_value_heads": 1},
             ),
         ),
         converter=True,

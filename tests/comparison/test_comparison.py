@@ -18,8 +18,8 @@ from hf_attn.comparison.report import COLUMNS, summarize, table
 SHAPE = Shape(
     vocab_size=200,
     max_position_embeddings=256,
-    hidden_size=16,
-    intermediate_size=24,
+    hidden_size=32,
+    intermediate_size=48,
     num_hidden_layers=4,
     num_attention_heads=2,
     num_key_value_heads=2,
@@ -81,8 +81,8 @@ def test_training_measures_every_column(corpus, tmp_path):
     rows = summarize(results, "llama")
     for row in rows:
         assert set(COLUMNS) <= set(row) and row["error"] == ""
-    # keys and values of 4 layers, 16 numbers each, in float32
-    assert rows[0]["cache_bytes_a_token"] == 4 * 2 * 16 * 4
+    # keys and values of 4 layers, 32 numbers each, in float32
+    assert rows[0]["cache_bytes_a_token"] == 4 * 2 * 32 * 4
     assert rows[0]["parameters_ratio"] == 1.0
     assert results[0]["losses"] != results[1]["losses"]
 

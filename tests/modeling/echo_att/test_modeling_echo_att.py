@@ -30,8 +30,8 @@ from transformers import (
 
 from hf_attn.analysis import AttentionSimilarity
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM, evenly_shared_layersfrom tests.batteries.adapters import CAN_ADD_ADAPTERS
-
+from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM, evenly_shared_layers
+from tests.batteries.adapters import CAN_ADD_ADAPTERS
 
 
 VOCAB = 40
@@ -333,7 +333,9 @@ def test_prefix_tuning_trains_the_values_of_shared_layers():
     assert has_gradient[:, 1].all()
     assert has_gradient[:, 0].tolist() == [layer not in (2, 3, 5) for layer in range(6)]
     if not CAN_ADD_ADAPTERS:
-        pytest.skip("this peft is too old for this transformers: with it a prefix goes wrong in `generate` of any model")
+        pytest.skip(
+            "this peft is too old for this transformers: with it a prefix goes wrong in `generate` of any model"
+        )
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated, expected = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings), ids
     for _ in range(3):
