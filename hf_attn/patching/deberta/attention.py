@@ -105,7 +105,11 @@ class FastSelfAttention(nn.Module):
             output, weights = run_eager(call)
         else:
             output, weights = choose(self.implementation, call)(call), None
-        return output.transpose(1, 2).flatten(2), weights
+        output = output.transpose(1, 2)
+        if torch.compiler.is_exporting():
+            # What SDPA is decomposed into has other strides than its kernel, which the graph was made with.
+            output = output.clone(memory_format=torch.contiguous_format)
+        return output.flatten(2), weights
 
     def _positions(self, query, key, relative_pos, rel_embeddings) -> dict:
         length = key.shape[2]
