@@ -71,7 +71,8 @@ def test_half_precision_is_analysed():
     model, _ = build("vit")
     reference = analyze(model, images(), **FAST)
     analysis = analyze(model.bfloat16(), images(), **FAST)
-    torch.testing.assert_close(analysis.mean_maps, reference.mean_maps, atol=0.05, rtol=0.1)
+    # Logits up to 4 keep eight bits in bfloat16, so they are off by 2**-6, and weights, which are below 1, by no more.
+    torch.testing.assert_close(analysis.mean_maps.float(), reference.mean_maps.float(), atol=2**-6, rtol=0)
 
 
 def test_tables_are_written_and_nothing_is_overwritten(tmp_path):
