@@ -109,7 +109,7 @@ def write_result(path: str | Path, slug: str, claim: str, conclusion: Conclusion
         **facts,
     }
     with written_whole(path) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
     return record
 
 

@@ -21,7 +21,7 @@ from ..training import operations, tuned
 
 SEQUENCE = 2048
 SHAPES = ("tiny_70m", "small_160m", "base_410m")
-WIDTH, LAYERS, HEADS = 128, 3, 4
+WIDTH, LAYERS, HEADS = 96, 2, 4
 
 
 def measure(work) -> dict:
