@@ -84,7 +84,7 @@ class LanguageContest:
         num_hidden_layers=3,
     )
 
-    def __init__(self, sides: Mapping[str, str], steps: int = 400):
+    def __init__(self, sides: Mapping[str, str], steps: int = 300):
         self.sides, self.steps = dict(sides), steps
 
     def measure(self, work) -> dict[str, Any]:

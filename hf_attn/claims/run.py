@@ -5,10 +5,13 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from ..analysis.figures import new_figure
 from ..catalog import PAPERS, get_paper
@@ -88,7 +91,7 @@ def run_claim(slug: str, output: str | Path, seeds: Sequence[int] = SEEDS, minia
     """
     module, output = claim_module(slug), Path(output)
     settings = {"claim": slug, "seeds": list(seeds), "miniature": miniature}
-    with output_folder(output, settings, command="hf-attn claim"):
+    with output_folder(output, settings, command="hf-attn claim"), one_thread():
         work = Work(output, seeds, miniature)
         data = json.loads(json.dumps(module.measure(work)))
         figure = new_figure(*PICTURE_SIZE)
@@ -105,6 +108,17 @@ def run_claim(slug: str, output: str | Path, seeds: Sequence[int] = SEEDS, minia
             seeds=len(work.seeds),
             data=data,
         )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, on which times can be compared and small models are as fast."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def store(slug: str, output: str | Path, results: str | Path) -> None:

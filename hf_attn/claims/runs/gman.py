@@ -51,7 +51,7 @@ class LSTMForecaster(nn.Module):
 
 
 def measure(work) -> dict:
-    steps, days = (4, 14) if work.miniature else (500, 56)
+    steps, days = (4, 14) if work.miniature else (300, 56)
     runs = {
         name: tuned(work, name, partial(forecast, make, steps, days))
         for name, make in (("gman", gman), ("lstm", lstm))

@@ -7,13 +7,14 @@ every setting; contradicted if for every batch it has more to do than with even 
 """
 
 import random
+from statistics import fmean
 
 from ...distributed.zeppelin.balance import compare_on_processes
 from ...distributed.zeppelin.cost import HARDWARE, MODELS
 from ...distributed.zeppelin.lengths import sample_lengths
 from ...distributed.zeppelin.partition import partition
 from ...distributed.zeppelin.simulate import simulate
-from ..drawing import bars
+from ..drawing import COLORS, bars
 from ..result import Conclusion, Figure, agreement
 
 
@@ -66,14 +67,10 @@ def conclude(data: dict) -> Conclusion:
         Figure.of("attention of the busiest of four processes", "CPU ms", sides["Zeppelin"], name, sides[name])
         for name in WAYS[1:]
     ]
-    for nodes, lengths, *ratios in data["predicted"]:
-        figures.append(
-            Figure.of(
-                f"predicted speed-up over even splitting, {nodes} nodes of 8 A800, {lengths} sequences",
-                "times",
-                ratios,
-            )
-        )
+    by_mean = sorted(data["predicted"], key=lambda row: fmean(row[2:]))
+    for extreme, (nodes, lengths, *ratios) in (("smallest", by_mean[0]), ("largest", by_mean[-1])):
+        setting = f"{nodes} nodes of 8 A800, {lengths} sequences"
+        figures.append(Figure.of(f"{extreme} predicted speed-up over even splitting, {setting}", "times", ratios))
     orders = [agreement(sides[name], sides["Zeppelin"]) for name in WAYS[1:]]
     lowest = min(ratio for _, _, *ratios in data["predicted"] for ratio in ratios)
     words = {1: "less", 0: "not clearly less", -1: "more"}
@@ -90,6 +87,15 @@ def draw(data: dict, figure) -> None:
     left, right = figure.subplots(1, 2)
     sides = {name: [found[name] for found in data["busiest"]] for name in WAYS}
     bars(left, sides, "CPU ms", "attention of the busiest process\n(measured)")
-    names = {f"{nodes} nodes,\n{lengths}": ratios for nodes, lengths, *ratios in data["predicted"]}
-    bars(right, names, "times", "faster than even splitting\n(predicted, 7B model, A800)")
-    right.tick_params(axis="x", labelsize=7)
+    settings = {}
+    for nodes, lengths, *ratios in data["predicted"]:
+        settings.setdefault(nodes, {})[lengths] = ratios
+    for (nodes, found), color in zip(settings.items(), COLORS, strict=False):
+        right.plot(
+            list(found), [fmean(ratios) for ratios in found.values()], "o-", color=color, label=f"{nodes} nodes"
+        )
+    right.axhline(1, color="black", linestyle="--")
+    right.set(
+        xlabel="sequences", ylim=(0, None), title="times faster than even splitting\n(predicted, 7B model, A800)"
+    )
+    right.legend()
