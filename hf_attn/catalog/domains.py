@@ -51,6 +51,7 @@ PAPERS = (
         families=(
             Family(
                 model_type="sd_rpn",
+                pipeline_tag="image-text-to-text",
                 config="SdRpnConfig",
                 models={"AutoModel": "SdRpnModel"},
                 peft=("q_proj", "v_proj"),
@@ -117,11 +118,13 @@ PAPERS = (
         families=(
             Family(
                 model_type="random_feature_attention",
+                pipeline_tag="tabular-regression",
                 config="RandomFeatureAttentionConfig",
                 models={"AutoModel": "RandomFeatureAttentionModel"},
             ),
             Family(
                 model_type="random_feature_mlp",
+                pipeline_tag="tabular-regression",
                 config="RandomFeatureMLPConfig",
                 models={"AutoModel": "RandomFeatureMLPModel"},
                 folder="random_feature_attention",

@@ -27,7 +27,7 @@ PAPERS = (
                 compares={},
             ),
         ),
-        attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
+        attention=("sigmoid",),
         converter=True,
     ),
     Paper(
@@ -78,7 +78,7 @@ PAPERS = (
                 compares={"mem_freq": 15, "include_landmark_in_loss": False},
             ),
         ),
-        attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
+        attention=("landmark",),
         converter=True,
         doors={
             "passkey_test": "analysis.passkey",
@@ -204,9 +204,7 @@ PAPERS = (
             ),
         ),
         attention=tuple(
-            f"combiner_{kind}{suffix}"
-            for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
-            for suffix in ("", "_eager", "_torch")
+            f"combiner_{kind}" for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
         ),
         converter=True,
         doors={"CombinerCache": "modeling.combiner.cache"},
@@ -317,6 +315,7 @@ PAPERS = (
         families=(
             Family(
                 model_type="pooling_attention",
+                pipeline_tag="sentence-similarity",
                 config="PoolingAttentionConfig",
                 models={"AutoModel": "PoolingAttentionModel"},
                 peft="llama",
