@@ -45,7 +45,7 @@ docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue and
 	$(BIN)/python scripts/make_docs.py
 
 claims: $(INSTALLED) ## measure again what the papers claim, up to four hours, into outputs/claims; store: ARGS=--store
-	OMP_NUM_THREADS=1 $(BIN)/hf-attn claim --all $(ARGS)
+	$(BIN)/hf-attn claim --all $(ARGS)
 
 quickstart: $(INSTALLED) ## train a small HAT that beats bicubic enlargement, two minutes, into outputs/quickstart
 	$(BIN)/hf-attn quickstart --output outputs/quickstart $(ARGS)

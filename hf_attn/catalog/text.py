@@ -183,8 +183,8 @@ PAPERS = (
         title="Combiner: Full Attention Transformer with Sparse Computation Cost",
         arxiv="2107.05768",
         becomes="attention functions (fixed, logsparse, axial) with a cache, causal and masked LM families",
-        claim="Attention that is full in what it can see, but sparse in its cost, models long sequences better than "
-        "the sparse patterns that it starts from.",
+        claim="Combiner gives every token that may be seen a weight at a cost far below that of full attention, where sparse "
+        "patterns leave most of them out.",
         code="google-research/google-research",
         available=True,
         families=(

@@ -1,19 +1,22 @@
-"""Small language models of characters, on the documentation that comes with Python."""
+"""Small language models of characters, on the documentation that comes with Python: one mechanism against another."""
 
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..comparison.entries import Shape, make_model
 from ..examples.assets import load_texts
-from .training import logits_of, optimise
+from .drawing import COLORS, bars
+from .training import logits_of, optimise, tuned
 
 
 #: characters of ASCII; others are the last one
 VOCAB_SIZE = 128
-LENGTH, BATCH_SIZE = 128, 16
+LENGTH, BATCH_SIZE = 64, 16
 
 
 @cache
@@ -63,3 +66,57 @@ def train_language_model(
     thinned = [round(sum(part) / len(part), 4) for part in (losses[i : i + width] for i in range(0, steps, width))]
     scores = {split: bits_a_character(model, split, length) for split in ("validation", "test")}
     return model, {**scores, "losses": thinned}
+
+
+class LanguageContest:
+    """`measure` and `draw` of a claim about language models of one shape.
+
+    Args:
+        sides: name of a model -> entry of :func:`hf_attn.comparison.entries.make_config`; the paper's model comes first.
+        steps: of a training.
+    """
+
+    shape = Shape(
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=LENGTH,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+    )
+
+    def __init__(self, sides: Mapping[str, str], steps: int = 300):
+        self.sides, self.steps = dict(sides), steps
+
+    def measure(self, work) -> dict[str, Any]:
+        """Losses of each side for the seeds, and its number of parameters."""
+        steps = 3 if work.miniature else self.steps
+        runs = {
+            name: tuned(work, f"side{index}", partial(self.run, entry, steps))
+            for index, (name, entry) in enumerate(self.sides.items())
+        }
+        return {
+            "runs": runs,
+            "parameters": {name: make_model(entry, self.shape).num_parameters() for name, entry in self.sides.items()},
+        }
+
+    def run(self, entry: str, steps: int, seed: int, rate: float) -> dict[str, Any]:
+        return train_language_model(lambda: make_model(entry, self.shape), steps, seed, rate)[1]
+
+    @staticmethod
+    def draw(data: dict[str, Any], figure) -> None:
+        """Curves of the training loss, and bars of the loss on held-back text."""
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        for (name, runs), color in zip(data["runs"].items(), COLORS, strict=False):
+            for index, run in enumerate(runs):
+                left.plot(run["losses"], color=color, alpha=0.7, label=None if index else name)
+        left.set_xticks([])
+        left.set(xlabel="steps", title="training loss in nats")
+        left.legend(fontsize=8)
+        losses = {str(index + 1): test_losses(runs) for index, runs in enumerate(data["runs"].values())}
+        bars(right, losses, "bits/character", "held-back text (lower is better)")
+        right.set_xticks(range(len(losses)), list(data["runs"]), rotation=15, fontsize=7)
+
+
+def test_losses(runs: list[dict[str, Any]]) -> list[float]:
+    """Bits a character of the seeds on held-back text."""
+    return [run["test"] for run in runs]

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from ..training.writing import written_whole
 
 
@@ -109,7 +111,7 @@ def write_result(path: str | Path, slug: str, claim: str, conclusion: Conclusion
         **facts,
     }
     with written_whole(path) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
     return record
 
 
@@ -137,8 +139,6 @@ def figures_of(record: dict[str, Any]) -> tuple[Figure, ...]:
 
 def machine_class() -> str:
     """Such as ``2 cores of x86-64 (1 used), no GPU``."""
-    import torch
-
     cores, processor = os.cpu_count() or 1, platform.machine().replace("_", "-")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cores} {'core' if cores == 1 else 'cores'} of {processor} ({torch.get_num_threads()} used), {gpu}"
@@ -151,9 +151,10 @@ def _summary(values: float | Sequence[float]) -> tuple[float, float | None]:
 
 
 def _measured(value: float, spread: float | None, unit: str) -> str:
-    text = _number(value) if spread is None else f"{_number(value)} ± {spread:.2g}"
+    text = number_text(value) if spread is None else f"{number_text(value)} ± {spread:.2g}"
     return f"{text} {unit}".rstrip()
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """A number with three digits at least."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

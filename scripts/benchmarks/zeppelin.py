@@ -12,28 +12,22 @@ these are the paper's measurements.
 """
 
 import argparse
-import json
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
-import torch
 from _common import print_table, write_json
-from torch import distributed, multiprocessing, nn
 
-from hf_attn.distributed.measure import idle_shares, measure_attention
+from hf_attn.distributed.zeppelin.balance import compare_on_processes
 from hf_attn.distributed.zeppelin.cost import HARDWARE, MODELS
-from hf_attn.distributed.zeppelin.engine import ZeppelinEngine
 from hf_attn.distributed.zeppelin.lengths import sample_lengths
-from hf_attn.distributed.zeppelin.partition import default_capacity, even_partition, partition
+from hf_attn.distributed.zeppelin.partition import default_capacity, partition
 from hf_attn.distributed.zeppelin.remap import plan_remap
 from hf_attn.distributed.zeppelin.simulate import METHODS, simulate
 
 
 TASKS = ("planning", "engine", "simulator")
-PROCESSES = 4
 #: a long document, some of a middle length, many short ones
 SKEWED = [2048, *[512] * 3, *[150] * 8, *[40] * 20]
 
@@ -55,63 +49,19 @@ def planning(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def attend(rank: int, folder: str, options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    plans = {
-        "Zeppelin": partition(SKEWED, 2, 2, default_capacity(SKEWED, PROCESSES)),
-        "even ring": even_partition(SKEWED, 2, 2),
-    }
-    heads, dim, tokens = options.heads, 64, sum(SKEWED)
-    generator = torch.Generator().manual_seed(0)
-    whole = [torch.randn(tokens, heads, dim, generator=generator) for _ in range(3)]
-    steps = {}
-    for name, plan in plans.items():
-        engine = ZeppelinEngine(plan)
-        local = [engine.shard(x).requires_grad_() for x in whole]
-        steps[name] = lambda engine=engine, local=local: engine.attend(*local).sum().backward()
-    rows = len(SKEWED[rank::PROCESSES])
-    padded = [torch.randn(rows, heads, max(SKEWED), dim, requires_grad=True) for _ in range(3)]
-    steps["padding"] = lambda: nn.functional.scaled_dot_product_attention(*padded, is_causal=True).sum().backward()
-    found = {name: {"wall": [], "busy": []} for name in steps}
-    for turn in range(options.repeats + 1):
-        for name, step in steps.items():
-            distributed.barrier()
-            start, cpu = time.perf_counter(), time.process_time()
-            with measure_attention() as attention:
-                step()
-            busy = time.process_time() - cpu if name == "padding" else attention.seconds
-            if turn:
-                found[name]["wall"].append(time.perf_counter() - start)
-                found[name]["busy"].append(busy)
-    gathered = [None] * PROCESSES
-    distributed.all_gather_object(gathered, found)
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(gathered))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 def engine(options: argparse.Namespace) -> list[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(attend, args=(folder, options), nprocs=PROCESSES)
-        gathered = json.loads(Path(folder, "found.json").read_text())
-    rows = []
-    for name in gathered[0]:
-        wall = statistics.median(max(walls) for walls in zip(*(rank[name]["wall"] for rank in gathered), strict=True))
-        busy = [statistics.median(rank[name]["busy"]) for rank in gathered]
-        shares = idle_shares(busy)
-        rows.append(
-            {
-                "method": name,
-                "tokens/s": sum(SKEWED) / wall,
-                "CPU s of the busiest": max(busy),
-                "CPU s of all": sum(busy),
-                "idle, mean": statistics.mean(shares),
-                "idle of each": " ".join(f"{share:.0%}" for share in shares),
-            }
-        )
-    return rows
+    measured = compare_on_processes(SKEWED, options.heads, options.repeats)
+    return [
+        {
+            "method": name,
+            "tokens/s": found.tokens_a_second,
+            "CPU s of the busiest": max(found.busy),
+            "CPU s of all": sum(found.busy),
+            "idle, mean": statistics.mean(found.idle),
+            "idle of each": " ".join(f"{share:.0%}" for share in found.idle),
+        }
+        for name, found in measured.items()
+    ]
 
 
 def simulator(options: argparse.Namespace) -> list[dict]:

@@ -21,11 +21,11 @@ from ..training import operations, tuned
 
 SEQUENCE = 2048
 SHAPES = ("tiny_70m", "small_160m", "base_410m")
-WIDTH, LAYERS, HEADS = 128, 3, 4
+WIDTH, LAYERS, HEADS = 96, 2, 4
 
 
 def measure(work) -> dict:
-    steps = 4 if work.miniature else 400
+    steps = 4 if work.miniature else 300
     return {
         "operations": [[name, *counted(MemoryFormerConfig.from_variant(name))] for name in SHAPES],
         "memory": tuned(work, "memoryformer", partial(learn, memoryformer, steps), (3e-3, 1e-2)),

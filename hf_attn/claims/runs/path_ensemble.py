@@ -28,7 +28,7 @@ TOLERANCE = 0.5
 
 
 def measure(work) -> dict:
-    steps, draws = (3, 2) if work.miniature else (400, 20)
+    steps, draws = (3, 2) if work.miniature else (300, 20)
     return {
         "runs": {
             dataset: tuned(work, dataset, partial(train_and_prune, dataset, steps, draws)) for dataset in DATASETS

@@ -60,4 +60,5 @@ def conclude(data: dict) -> Conclusion:
 
 
 def draw(data: dict, figure) -> None:
+    figure.set_size_inches(10, 3)
     draw_curves(summarise([dict(zip(COLUMNS, row, strict=True)) for row in data["rows"]]), figure)
