@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-lowest lint format docs quickstart clean
+.PHONY: help install test test-lowest lint format docs claims quickstart clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,8 +41,11 @@ format: $(INSTALLED) ## apply style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue, and build the site into build/site
+docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue and from results, and build the site into build/site
 	$(BIN)/python scripts/make_docs.py
+
+claims: $(INSTALLED) ## measure again what the papers claim, up to four hours, into outputs/claims; store: ARGS=--store
+	OMP_NUM_THREADS=1 $(BIN)/hf-attn claim --all $(ARGS)
 
 quickstart: $(INSTALLED) ## train a small HAT that beats bicubic enlargement, two minutes, into outputs/quickstart
 	$(BIN)/hf-attn quickstart --output outputs/quickstart $(ARGS)

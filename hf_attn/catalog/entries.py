@@ -55,6 +55,7 @@ class Paper:
         title: title of the paper.
         arxiv: arXiv identifier.
         becomes: what the paper is turned into, in a few words.
+        claim: what the paper claims, one sentence in our own words, of which `hf-attn claim` measures what a small machine can.
         code: repository of the official code, empty if there is none.
         available: whether it can be used; everything else in the entry is empty until it can.
         families: configuration/model pairs.
@@ -69,6 +70,7 @@ class Paper:
     title: str
     arxiv: str
     becomes: str
+    claim: str
     code: str = ""
     available: bool = False
     families: tuple[Family, ...] = ()
