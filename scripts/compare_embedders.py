@@ -4,7 +4,7 @@
 
     python scripts/compare_embedders.py --output_dir comparison --seeds 0 1 2 -- --max_steps 40
 
-What follows `--` are arguments of `run_embedding.py`, the same for all. A score is the mean reciprocal rank of a held-back task,
+What follows `--` are arguments of `run_embedding.py`, the same for all. A score is the mean reciprocal rank of a held-out task,
 averaged over the seeds; with `--dataset_name` the tasks are those that its column `task` names. Pairs of designs are compared by
 Wilcoxon's signed-rank test over the tasks, with and without Holm's correction. Runs that are done are not repeated.
 """

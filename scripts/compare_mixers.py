@@ -11,7 +11,7 @@ Trains one small model a mixer and length on two tasks:
     python scripts/compare_mixers.py --output_dir mixers
     python scripts/compare_mixers.py --output_dir mixers_text --tasks text --lengths 128 512
 
-Prints accuracy (`recall`) or bits per byte on held-back text (`text`) with the time of a training step, and writes `results.csv` and
+Prints accuracy (`recall`) or bits per byte on held-out text (`text`) with the time of a training step, and writes `results.csv` and
 `results.png`. A run that was interrupted is continued by the same command.
 """
 
@@ -54,7 +54,7 @@ def recall_batch(length: int, size: int, generator: torch.Generator) -> dict[str
 
 
 class Text:
-    """Bytes of Python's help topics, the last tenth held back."""
+    """Bytes of Python's help topics, the last tenth held out."""
 
     def __init__(self):
         from pydoc_data.topics import topics

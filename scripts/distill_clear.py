@@ -5,7 +5,7 @@
     python scripts/distill_clear.py --output_dir outputs/clear
 
 makes a tiny FLUX pipeline, trains it, generates images with it and distils it, all on a CPU in some minutes. It prints the
-student-teacher error on held-back images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
+student-teacher error on held-out images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
 weights (`clear.safetensors`, for `load_clear_weights`). The teacher is trained first because with random weights local
 attention hardly changes what it computes; then the error starts at 28% of the mean square of what the teacher predicts, and
 ends 8.5 times lower, after 2 minutes on one core. Started again with the same arguments it continues where it was,
@@ -271,7 +271,7 @@ def noisy_batch(
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: list[dict], guidance: float) -> dict[str, float]:
-    """Mean losses on the held-back batches, and the mean square of what the teacher predicts.
+    """Mean losses on the held-out batches, and the mean square of what the teacher predicts.
 
     Every process measures all of them: shards of a model are computed with by all processes at once.
     """
@@ -400,7 +400,7 @@ def plot(curve: Curve, path: Path) -> None:
     axes.plot(steps, [row["error"] for row in curve.rows], marker=".", label="student - teacher")
     axes.plot(steps, [row["attention_loss"] for row in curve.rows], marker=".", label="attention outputs")
     axes.axhline(curve.rows[0]["error"] / 5, color="grey", linestyle=":", label="a fifth of the first error")
-    axes.set(yscale="log", xlabel="step", ylabel="mean squared difference", title="Distillation, on held-back images")
+    axes.set(yscale="log", xlabel="step", ylabel="mean squared difference", title="Distillation, on held-out images")
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -12,7 +12,7 @@ A published size on a dataset of the Hub, on several GPUs, with the model pushed
         --tokenizer_name HuggingFaceTB/SmolLM2-135M --block_size 4096 --dataset_name HuggingFaceFW/fineweb \\
         --dataset_config_name sample-10BT --bf16 --output_dir out --push_to_hub
 
-The evaluation prints the unigram entropy of the held-back text beside the loss: no model that ignores the context can
+The evaluation prints the unigram entropy of the held-out text beside the loss: no model that ignores the context can
 have a lower loss. See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
 """
 

@@ -339,13 +339,13 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
 
 
 def _check_classes(images: datasets.Dataset, column: str, share: float) -> None:
-    """See that images of each class can be trained on and held back."""
+    """See that images of each class can be trained on and held out."""
     names = images.features[column].names
     counts = np.bincount(images[column], minlength=len(names))
     few = [f"{name} ({count})" for name, count in zip(names, counts.tolist(), strict=True) if count < 2]
     if few:
         raise stop(
-            f"there is no validation split, and of a class with fewer than 2 images none can be held back: {', '.join(few)}. "
+            f"there is no validation split, and of a class with fewer than 2 images none can be held out: {', '.join(few)}. "
             "Add images to these classes, leave them out, or give a folder with train/ and validation/."
         )
     held_back = int(np.ceil(share * len(images)))

@@ -5,7 +5,7 @@
     python scripts/run_landmark.py --output_dir outputs/landmark --learning_rate 2e-4 --max_minutes 30
 
 takes SmolLM2-135M-Instruct and the topics of Python's documentation; `--model_name_or_path` and `--dataset_name` take anything
-else. The evaluation prints, for the base and for the landmark model, the perplexity of held-back text by the length of the context, and the
+else. The evaluation prints, for the base and for the landmark model, the perplexity of held-out text by the length of the context, and the
 pass-key test, whose plot it draws. The landmark model retrieves `--cache_top_k` blocks, the base attends to everything.
 To evaluate again, or at other lengths:
 
@@ -111,7 +111,7 @@ class EvaluationArguments:
     )
     perplexity_lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048, 4096, 8192],
-        metadata={"help": "Context lengths for the perplexity of the held-back text."},
+        metadata={"help": "Context lengths for the perplexity of the held-out text."},
     )
     passkey_lengths: list[int] = field(
         default_factory=lambda: [1024, 2048, 4096, 8192], metadata={"help": "Tokens of the pass-key prompts."}
@@ -233,7 +233,7 @@ def is_landmark_model(name: str | None) -> bool:
 
 
 def texts_of(data_args: DataArguments, split: str) -> list[str]:
-    """Texts to train on, or those that are held back."""
+    """Texts to train on, or those that are held out."""
     file = data_args.train_file if split == "train" else data_args.validation_file
     if data_args.dataset_name is None:
         return read_texts("train" if split == "train" else "test", file=file)
@@ -321,7 +321,7 @@ def measure_perplexity(
     """Perplexity by context length, as far as the text is long enough."""
     lengths = [length for length in evaluation_args.perplexity_lengths if length <= len(held_back)]
     if len(lengths) < len(evaluation_args.perplexity_lengths):
-        print(f"The held-back text has {len(held_back):,} tokens: no perplexity of longer contexts.")
+        print(f"The held-out text has {len(held_back):,} tokens: no perplexity of longer contexts.")
     if not lengths:
         return {}
     if not isinstance(model, LandmarkForCausalLM):
@@ -362,7 +362,7 @@ def report(output: Path) -> None:
     results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
     lengths = sorted({int(length) for result in results.values() for length in result["perplexity"]})
     if lengths:
-        print("\nPerplexity of the held-back text by context length")
+        print("\nPerplexity of the held-out text by context length")
         print(f"{'tokens':>7}" + "".join(f"{name:>10}" for name in results))
     for length in lengths:
         values = (result["perplexity"].get(str(length)) for result in results.values())

@@ -136,7 +136,7 @@ class ModelArguments:
 class DataArguments:
     """What to train on; without a folder and a dataset, on photographs of scikit-learn and scikit-image.
 
-    Without validation images the right quarter of each training image is held back.
+    Without validation images the right quarter of each training image is held out.
     """
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder of images, searched recursively."})

@@ -117,7 +117,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation texts to use."})
     listops: Literal["small", "standard"] = field(default="small", metadata={"help": "Difficulty of ListOps."})
     listops_samples: int = field(
-        default=20_000, metadata={"help": "Number of training expressions; a tenth is held back."}
+        default=20_000, metadata={"help": "Number of training expressions; a tenth is held out."}
     )
 
 

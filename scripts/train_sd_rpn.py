@@ -4,7 +4,7 @@
 
 Without arguments about model and data, a network for a tiny random LLaVA learns to find the coloured square that a question
 names, among others on textured noise; about three minutes on one core. It prints the IoU of the predicted boxes with the true
-ones on held-back images, and draws examples into `output_dir/overlays`:
+ones on held-out images, and draws examples into `output_dir/overlays`:
 
     python scripts/train_sd_rpn.py --output_dir out
 
@@ -100,7 +100,7 @@ class DataArguments:
         metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --model_name_or_path."},
     )
     validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
-    num_overlays: int = field(default=8, metadata={"help": "Held-back images to draw maps and boxes over."})
+    num_overlays: int = field(default=8, metadata={"help": "Held-out images to draw maps and boxes over."})
     num_planted: int = field(default=4800, metadata={"help": "Images of the task without data."})
 
 
@@ -225,7 +225,7 @@ def make_rpn(model_args: ModelArguments, base: PreTrainedModel) -> SdRpnModel:
 
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[Sequence, Sequence]:
-    """Rows to train on and rows that are held back."""
+    """Rows to train on and rows that are held out."""
     if data_args.labels is None:
         train = PlantedSquares(data_args.num_planted, PLANTED_GRID, seed=seed)
         return train, PlantedSquares(data_args.validation_size, PLANTED_GRID, seed=seed + 1)
@@ -296,7 +296,7 @@ def evaluate(
     held_back: Sequence,
     args: Arguments,
 ) -> dict[str, float]:
-    """Measure on the held-back images and draw some of them; the untrained network is measured beside the trained one."""
+    """Measure on the held-out images and draw some of them; the untrained network is measured beside the trained one."""
     model_args, data_args, training_args = args
     shown = held_back if model_args.model_name_or_path is None else held_back.select(range(data_args.num_overlays))
     found = look(SdRpnGenerator(base, rpn.eval(), processor), shown)
@@ -335,7 +335,7 @@ def train_and_evaluate(
     train_rows, held_back = load_data(data_args, training_args.seed)
     trained = sum(parameter.numel() for parameter in rpn.parameters() if parameter.requires_grad)
     PartialState().print(
-        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held back"
+        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held out"
     )
     training_args.output_dir = str(output / "checkpoints")
     training_args.push_to_hub, push = False, training_args.push_to_hub

@@ -1,4 +1,4 @@
-"""Decoding with Combiner attention: what is kept of earlier tokens, and one step.
+"""Decoding with Combiner attention: the state of earlier tokens, and one step.
 
 A span that a causal query sees is complete, so that its summary is computed once. `fixed` and `rowmajor` keep the summaries
 of closed segments and the tokens of the open one; the other plans, in which tokens of earlier segments are seen directly
@@ -71,7 +71,7 @@ def closings(kind: str, segment_length: int, seen: int, position: int) -> Iterat
 
 
 def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions that a query sees directly, and the slots of the spans that it sees."""
+    """The positions that a query attends to directly, and the slots of the spans that it attends to."""
     if kind == "logsparse":
         slots = [level for level in range(position.bit_length()) if (position >> level) & 1]
         return torch.tensor([position]), torch.tensor(slots, dtype=torch.long)
@@ -95,7 +95,7 @@ def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, t
 
 
 class CombinerState:
-    """What a layer keeps of earlier tokens.
+    """State of a layer for earlier tokens.
 
     Attributes:
         seen_tokens: number of columns of the input so far, padding included.
