@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Train an image classifier of the catalogue, from scratch or from a checkpoint.
+"""Train an image classifier of the catalogue, or a plain ViT, from scratch or from a checkpoint.
 
 From scratch, on the 1,797 handwritten digits of scikit-learn; a small model, a few minutes on two cores:
 
@@ -64,11 +64,24 @@ except ImportError as error:
 NAME = "run_image_classification.py"
 stop = partial(command_line.stop, NAME)
 
-MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageClassification" in family.models)
+#: transformers' plain ViT, to compare with or to analyse, and the families of the catalogue
+MODEL_TYPES = (
+    "vit",
+    *(family.model_type for family in families() if "AutoModelForImageClassification" in family.models),
+)
 
 #: sizes with which a model from scratch learns the digits in a few minutes on two cores; for other families and for
 #: anything serious, say --variant or --config_overrides
 SMALL = {
+    "vit": {
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "initializer_range": 0.1,
+    },
     "shvit": {
         "image_size": 64,
         "hidden_sizes": [32, 64, 96],

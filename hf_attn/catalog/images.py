@@ -127,8 +127,7 @@ PAPERS = (
         title="Activator: GLU Activations as The Core Functions of a Vision Transformer",
         arxiv="2405.15953",
         becomes="image family",
-        claim="Gated linear units in place of attention and MLP classify images better than a ViT of the same "
-        "setting, at lower cost.",
+        claim="Gated linear units in place of attention classify images better than a ViT of the same setting.",
         code="Abdullah-88/Activator",
         available=True,
         families=(
