@@ -78,7 +78,7 @@ def make_model(task: str, mixer: str, length: int, options: argparse.Namespace):
         "max_position_embeddings": length,
     }
     vocabulary = {"vocab_size": 256} if causal else {"vocab_size": FILLER + 2, "num_labels": VALUES}
-    # No token is padding, but a classifier wants to know which would be.
+    # No token is padding, but a classifier needs a padding id.
     padding = {} if causal else {"pad_token_id": FILLER + 1}
     config = TokenMixerConfig(mixer=mixer, causal=causal, **sizes, **vocabulary, **padding)
     return (TokenMixerForCausalLM if causal else TokenMixerForSequenceClassification)(config)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
 
 
 def run_missing(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Run what is missing of the comparison; returns all its results."""
+    """Run the missing parts of the comparison; returns all its results."""
     path = options.output_dir / "results.csv"
     rows = read_results(path)
     finished = {(row["task"], row["mixer"], row["length"]) for row in rows}

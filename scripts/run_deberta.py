@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Pre-train a DeBERTa with its enhanced mask decoder, then fine-tune it with and without SiFT.
 
-A small model from random weights, on English prose that every Python carries, about ten minutes on one core:
+A small model from random weights, on English prose that is part of Python, about ten minutes on one core:
 
     python scripts/run_deberta.py --output_dir out
 
@@ -10,7 +10,7 @@ A published size from an official checkpoint that was converted (`hf-attn conver
 
     python scripts/run_deberta.py --model_name_or_path deberta-base --train_file text.txt --finetune_epochs 0 --output_dir out
 
-The evaluation prints the entropy of the masked tokens beside the loss: no model that ignores the context can be better. The
+The evaluation also prints the entropy of the masked tokens: no model that ignores the context can have a lower loss. The
 fine-tuning task is to say to which topic of the prose a paragraph belongs; with `--train_file` there is none. The
 pre-trained encoder is an ordinary DeBERTa of transformers there, made fast by `apply_fast_attention`.
 """
@@ -53,7 +53,7 @@ stop = partial(command_line.stop, NAME)
 
 @dataclass
 class ScriptArguments:
-    """What to train on what."""
+    """Arguments of the model and the data."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -71,7 +71,7 @@ class ScriptArguments:
     max_ngram: int = field(default=3, metadata={"help": "Words of the longest masked run."})
     finetune_epochs: float = field(default=6, metadata={"help": "Epochs of each fine-tuning; 0 for none."})
     finetune_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the fine-tunings."})
-    num_topics: int = field(default=10, metadata={"help": "Number of topics to tell apart, the longest ones."})
+    num_topics: int = field(default=10, metadata={"help": "Number of topics to classify, the longest ones."})
     sift_lambda: float = field(default=5.0, metadata={"help": "Weight of SiFT's adversarial loss."})
     seeds: int = field(default=2, metadata={"help": "Fine-tunings of each kind."})
 

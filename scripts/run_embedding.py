@@ -39,7 +39,7 @@ stop = partial(command_line.stop, NAME)
 
 @dataclass
 class ScriptArguments:
-    """What to train on what."""
+    """Arguments of the model and the data."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -75,7 +75,7 @@ class EmbeddingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
