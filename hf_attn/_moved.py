@@ -1,4 +1,4 @@
-"""Modules that have moved: the old name still works, and says where the module went."""
+"""Old names of modules that have moved; they still work, with a warning that gives the new name."""
 
 import sys
 import warnings

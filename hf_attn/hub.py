@@ -1,4 +1,4 @@
-"""What makes a saved folder at home on the Hub: a stub for ``trust_remote_code`` and a model card.
+"""Files of a saved model for the Hub: a stub for ``trust_remote_code`` and a model card.
 
 Someone who has the package installed but did not import it loads such a folder with ``trust_remote_code=True``; someone
 who has not installed it is told by transformers which package to install. Both are written by ``save_pretrained``, so
@@ -109,7 +109,7 @@ def model_card(
         language: ISO codes of the languages.
         datasets: Hub ids of the data sets of training.
         tags: tags besides those of the template.
-        evaluation: name of a metric -> value, in the words in which a reader should see them.
+        evaluation: name of a metric -> value, as they should appear in the card.
         training: name of a hyperparameter -> value.
 
     Raises:
@@ -150,13 +150,13 @@ def model_card(
 def write_model_card(folder: str | Path, model: "nn.Module", repo_id: str | None = None, **facts) -> Path:
     """Write a model's card into a folder, over one that is there.
 
-    ``save_pretrained`` writes a card by itself; this is for those who know more about the model than the model does.
+    ``save_pretrained`` writes a card automatically; use this function to add facts that the model cannot know.
 
     Args:
         folder: where the model has been saved.
         model: the model.
         repo_id: name of the repository that users load it from.
-        facts: what else is known, see :func:`model_card`.
+        facts: further facts, see :func:`model_card`.
 
     Returns:
         Path of the card.
@@ -251,7 +251,7 @@ def hub_id(name: str | Path | None) -> str | None:
 def _origin(model: "PreTrainedModel", base_model: str | None, repo_id: str | None) -> dict[str, str]:
     """Base model and licence, as fields of a card, as far as they are known.
 
-    The card of the folder that a model comes from tells what the model does not.
+    The card in the folder that a model was loaded from has facts that the model does not have.
     """
     report = getattr(model, "base_report", None)
     for name in (base_model, getattr(report, "base", None), model.config.name_or_path):
@@ -328,7 +328,7 @@ class HubConfigMixin:
 
 
 class HubModelMixin:
-    """Model that writes its model card beside its weights."""
+    """Model whose `save_pretrained` writes a model card."""
 
     #: card of the folder that is being saved to
     _folder_card: bytes | None = None
@@ -368,7 +368,7 @@ class HubModelMixin:
 
 
 class HubTrainerMixin:
-    """Gives a Trainer the model card of the family, with what Trainer knows about the training.
+    """Trainer that writes the model card of the family, with its facts about the training.
 
         class Trainer(HubTrainerMixin, transformers.Trainer): ...
 
@@ -377,7 +377,7 @@ class HubTrainerMixin:
     """
 
     def init_hf_repo(self, *args, **kwargs):
-        """Create the repository, and lay the stub beside the weights that are pushed during training."""
+        """Create the repository, and add the stub to the weights that are pushed during training."""
         super().init_hf_repo(*args, **kwargs)
         family = self._family()
         if family is not None and self.is_world_process_zero():

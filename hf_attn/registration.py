@@ -28,7 +28,7 @@ def _name(key: Hashable) -> str | None:
 
 
 class LazyContent(dict):
-    """A dictionary some of whose entries are import references until somebody asks for them.
+    """A dictionary whose entries can be import references, which are resolved on access.
 
     Args:
         content: entries that exist already.
@@ -70,7 +70,7 @@ class LazyContent(dict):
         return super().__getitem__(key)
 
     def __setitem__(self, key, value):
-        # Somebody registers a class of theirs in the place of one of ours.
+        # A class of the user replaces one of this package.
         self._references.pop(_name(key), None)
         super().__setitem__(key, value)
 

@@ -37,7 +37,7 @@ class AudioTextClassificationPipeline(Pipeline):
 
     - `label`, `score`: the likeliest class and its probability;
     - `probabilities`: the probability of each class;
-    - `transcript`: what was read;
+    - `transcript`: the text that was used;
     - `notice`: that this is not a diagnosis.
 
     Parameters, for the call or the constructor:
@@ -65,7 +65,7 @@ class AudioTextClassificationPipeline(Pipeline):
         logger.warning_once(NOTICE)
 
     def __call__(self, inputs, **kwargs):
-        """Classify a recording or several; see the class."""
+        """Classify one or more recordings; see the class."""
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -148,7 +148,7 @@ class AudioTextClassificationPipeline(Pipeline):
                 "This model has no transport between the modalities (cross='none'), so there is nothing to draw."
             )
         options, _, _ = self._sanitize_parameters(**kwargs)
-        # What the constructor was given holds here, too.
+        # The arguments of the constructor apply here as well.
         options = {**self._preprocess_params, **options}
         model_inputs = self.preprocess(inputs, **options)
         model_inputs.pop("transcript")

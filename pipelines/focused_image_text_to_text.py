@@ -87,7 +87,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
         self.generator.rpn.save_pretrained(Path(save_directory, _RPN_FOLDER))
 
     def __call__(self, images=None, text=None, batch_size: int | None = None, **kwargs):
-        """Answer one prompt or several; see the class."""
+        """Answer one or more prompts; see the class."""
         inputs, is_single = _read_inputs(images, text)
         if isinstance(inputs, list):
             size = batch_size if batch_size is not None else self._batch_size if self._batch_size is not None else 1

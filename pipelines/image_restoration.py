@@ -174,4 +174,4 @@ class ImageRestorationPipeline(Pipeline):
             return lambda tiles: torch.einsum(
                 "bchw,c->bhw", restore(tiles.expand(-1, 3, -1, -1)), tiles.new_tensor(_GREY)
             )[:, None]
-        raise ValueError(f"The model takes images of {channels} channels; only 1 (grey) and 3 (RGB) are served.")
+        raise ValueError(f"The model takes images of {channels} channels; only 1 (grey) and 3 (RGB) are supported.")

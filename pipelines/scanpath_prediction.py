@@ -1,4 +1,4 @@
-"""Pipeline `scanpath-prediction`: in which order somebody looks at the objects of an image while searching for one."""
+"""Pipeline `scanpath-prediction`: the order in which a person looks at the objects of an image while searching for one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ class ScanpathPredictionPipeline(Pipeline):
     - `scores`: the probability of each fixation, given those before it;
     - `score`: the probability of the whole scanpath;
     - `found`: whether it ends at the target;
-    - `picture`: if asked for, the image with boxes, arrows and numbered circles.
+    - `picture`: if requested, the image with boxes, arrows and numbered circles.
 
     Parameters, for the call or the constructor:
 
@@ -62,7 +62,7 @@ class ScanpathPredictionPipeline(Pipeline):
         self.model.eval()
 
     def __call__(self, inputs, **kwargs):
-        """Predict the scanpaths of a scene or of several; see the class."""
+        """Predict the scanpaths of one or more scenes; see the class."""
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -99,7 +99,7 @@ class ScanpathPredictionPipeline(Pipeline):
             boxes = grid_boxes(*grid, *pixels.shape[1:])
         boxes = check_boxes(boxes, *pixels.shape[1:])
         if (target_index is None) == (target_box is None):
-            raise ValueError("Say what is searched for: either target_index or target_box.")
+            raise ValueError("Pass the target of the search: either target_index or target_box.")
         if target_index is None:
             target_index = object_of_box(target_box, boxes)
         image = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())

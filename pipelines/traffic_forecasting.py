@@ -36,7 +36,7 @@ class TrafficForecastingPipeline(Pipeline):
     - **start** (`str` or `Timestamp`): the first step to forecast; the step after the last row if not given. Only rows before
       it are read.
     - **time_zone** (`str`): zone of timestamps that do not say theirs, such as "America/Los_Angeles". With a zone, the hours
-      that daylight saving skips and repeats are told apart from gaps and repeated rows.
+      that daylight saving time skips and repeats are distinguished from gaps and repeated rows.
     - **sensors** (`list[str]`): sensors to return; all if not given. The model always reads all.
     - **return_sensor_attention** (`bool`): return a dictionary of "forecast" and "sensor_attention", a DataFrame with the share of
       the spatial attention of each sensor (row) that goes to each sensor (column), averaged over blocks, heads and steps.

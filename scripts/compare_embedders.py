@@ -4,7 +4,7 @@
 
     python scripts/compare_embedders.py --output_dir comparison --seeds 0 1 2 -- --max_steps 40
 
-What follows `--` are arguments of `run_embedding.py`, the same for all. A score is the mean reciprocal rank of a held-back task,
+What follows `--` are arguments of `run_embedding.py`, the same for all. A score is the mean reciprocal rank of a held-out task,
 averaged over the seeds; with `--dataset_name` the tasks are those that its column `task` names. Pairs of designs are compared by
 Wilcoxon's signed-rank test over the tasks, with and without Holm's correction. Runs that are done are not repeated.
 """
@@ -29,7 +29,7 @@ SIGNIFICANT = 0.05
 
 def scores_of(folder: Path, arguments: list[str], design: int, seed: int) -> dict[str, float]:
     """Mean reciprocal rank of each task after a run, which is made unless it has been."""
-    import run_embedding  # the script beside this one
+    import run_embedding  # the script in the same folder
 
     results = folder / "task_results.json"
     if not results.is_file():
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="Start anew; an earlier run in output_dir is kept beside it.",
+        help="Start a new run; an earlier run in output_dir is renamed.",
     )
     options = parser.parse_args(own)
     if len(set(options.designs)) < 2:

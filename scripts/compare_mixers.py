@@ -11,7 +11,7 @@ Trains one small model a mixer and length on two tasks:
     python scripts/compare_mixers.py --output_dir mixers
     python scripts/compare_mixers.py --output_dir mixers_text --tasks text --lengths 128 512
 
-Prints accuracy (`recall`) or bits per byte on held-back text (`text`) with the time of a training step, and writes `results.csv` and
+Prints accuracy (`recall`) or bits per byte on held-out text (`text`) with the time of a training step, and writes `results.csv` and
 `results.png`. A run that was interrupted is continued by the same command.
 """
 
@@ -54,7 +54,7 @@ def recall_batch(length: int, size: int, generator: torch.Generator) -> dict[str
 
 
 class Text:
-    """Bytes of Python's help topics, the last tenth held back."""
+    """Bytes of Python's help topics, the last tenth held out."""
 
     def __init__(self):
         from pydoc_data.topics import topics
@@ -78,7 +78,7 @@ def make_model(task: str, mixer: str, length: int, options: argparse.Namespace):
         "max_position_embeddings": length,
     }
     vocabulary = {"vocab_size": 256} if causal else {"vocab_size": FILLER + 2, "num_labels": VALUES}
-    # No token is padding, but a classifier wants to know which would be.
+    # No token is padding, but a classifier needs a padding id.
     padding = {} if causal else {"pad_token_id": FILLER + 1}
     config = TokenMixerConfig(mixer=mixer, causal=causal, **sizes, **vocabulary, **padding)
     return (TokenMixerForCausalLM if causal else TokenMixerForSequenceClassification)(config)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
 
 
 def run_missing(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Run what is missing of the comparison; returns all its results."""
+    """Run the missing parts of the comparison; returns all its results."""
     path = options.output_dir / "results.csv"
     rows = read_results(path)
     finished = {(row["task"], row["mixer"], row["length"]) for row in rows}

@@ -5,7 +5,7 @@
     python scripts/distill_clear.py --output_dir outputs/clear
 
 makes a tiny FLUX pipeline, trains it, generates images with it and distils it, all on a CPU in some minutes. It prints the
-student-teacher error on held-back images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
+student-teacher error on held-out images, noise and noise levels, and saves the curve (`curve.json`, `curve.png`) and the
 weights (`clear.safetensors`, for `load_clear_weights`). The teacher is trained first because with random weights local
 attention hardly changes what it computes; then the error starts at 28% of the mean square of what the teacher predicts, and
 ends 8.5 times lower, after 2 minutes on one core. Started again with the same arguments it continues where it was,
@@ -64,7 +64,7 @@ stop = partial(command_line.stop, NAME)
 
 @dataclass
 class DataArguments:
-    """The teacher, and what it generates to learn from; the defaults are those of the tiny example."""
+    """The teacher, and the images that it generates for training; the defaults are those of the tiny example."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -90,7 +90,7 @@ class DataArguments:
 
 @dataclass
 class DistillationArguments:
-    """The student and its training; where nothing else is said the defaults are the official code's."""
+    """The student and its training; unless noted otherwise the defaults are those of the official code."""
 
     output_dir: Path = field(metadata={"help": "Folder for everything; continued if it holds the same run."})
     radius: int = field(default=2, metadata={"help": "Of the disc, in tokens (paper: 8, 16, 32)."})
@@ -109,7 +109,7 @@ class DistillationArguments:
     checkpoint_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints to continue from."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -163,13 +163,13 @@ def load_pipeline(data: DataArguments, output: Path, accelerator: Accelerator, s
 
 
 def prepare_samples(data: DataArguments, options: DistillationArguments, accelerator: Accelerator):
-    """Generate what is missing; returns the samples, the noise levels to train on and where the teacher is."""
+    """Generate missing samples; returns the samples, the noise levels to train on and the path of the teacher."""
     pipe, teacher = load_pipeline(data, options.output_dir, accelerator, options.seed)
     prompts = DIRECTIONS if data.prompts is None else data.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [prompt for prompt in prompts if prompt.strip()]
     prompts = [prompts[i % len(prompts)] for i in range(data.num_samples)]
     folder = data.data_dir or options.output_dir / "data"
-    # Text encoders and VAE are needed here only; the training loads the transformer alone.
+    # Text encoders and VAE are needed only here; the training loads only the transformer.
     pipe.to(accelerator.device)
     generate_samples(
         pipe,
@@ -223,7 +223,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: DistillationArgument
 
 
 class Batches:
-    """Training batches as a function of the step alone, so that a continued run sees what it would have seen.
+    """Training batches that depend only on the step, so that a resumed run uses the same batches.
 
     Noise belongs to the place of an image in the whole training: more processes or accumulated batches of fewer images
     each see the same.
@@ -271,7 +271,7 @@ def noisy_batch(
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: list[dict], guidance: float) -> dict[str, float]:
-    """Mean losses on the held-back batches, and the mean square of what the teacher predicts.
+    """Mean losses on the held-out batches, and the mean square of the teacher's predictions.
 
     Every process measures all of them: shards of a model are computed with by all processes at once.
     """
@@ -400,7 +400,7 @@ def plot(curve: Curve, path: Path) -> None:
     axes.plot(steps, [row["error"] for row in curve.rows], marker=".", label="student - teacher")
     axes.plot(steps, [row["attention_loss"] for row in curve.rows], marker=".", label="attention outputs")
     axes.axhline(curve.rows[0]["error"] / 5, color="grey", linestyle=":", label="a fifth of the first error")
-    axes.set(yscale="log", xlabel="step", ylabel="mean squared difference", title="Distillation, on held-back images")
+    axes.set(yscale="log", xlabel="step", ylabel="mean squared difference", title="Distillation, on held-out images")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -421,7 +421,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
         if accelerator.is_main_process:
             plot(curve, options.output_dir / "curve.png")
             print(f"The weights are in {options.output_dir / 'clear.safetensors'}.")
-        # A process that exits with its group open can abort; ending the training also forgets what was prepared.
+        # A process that exits with its group open can abort; ending the training also releases the prepared objects.
         accelerator.end_training()
     return curve.rows
 

@@ -81,7 +81,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; without a dataset and a file, on the topics of Python's own documentation."""
+    """Arguments of the data; without a dataset and a file, on the topics of Python's own documentation."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -92,7 +92,7 @@ class DataArguments:
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """transformers' arguments for stage 1 with the paper's defaults, and what the paper adds."""
+    """transformers' arguments for stage 1 with the paper's defaults, and the paper's own."""
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage 1."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of both stages."})
@@ -113,7 +113,7 @@ class DistillationArguments(TrainingArguments):
     )
     intermediate_reduction: str = field(default="mean", metadata={"help": "mean or sum of squared differences."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -138,7 +138,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 
 
 def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: DistillationArguments) -> dict:
-    """What the resulting weights depend on."""
+    """Settings that the resulting weights depend on."""
     names = [
         "num_train_epochs",
         "max_steps",

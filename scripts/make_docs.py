@@ -73,7 +73,7 @@ def _page(title: str, text: str, references) -> str:
 
 def _documented(reference: str) -> str:
     module, _, name = reference.rpartition(".")
-    if module == "hf_attn.auto":  # made from the catalogue, which no static reader sees
+    if module == "hf_attn.auto":  # made from the catalogue, which a static parser does not evaluate
         return f"## `{name}`\n\nAuto class for {OWN_AUTO_CLASSES[name]}, used as those of transformers."
     return f"::: {reference}"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Make pseudo-labels for SD-RPN: a multimodal model answers questions, and its attention says where it looked.
+"""Make pseudo-labels for SD-RPN: a multimodal model answers questions, and its attention gives the regions.
 
 The paper's labels for LLaVA-1.5-7B, from the first question about each GQA image of LLaVA's instruction data:
 
@@ -61,7 +61,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass
 class Arguments:
-    """What to label, and by whose attention."""
+    """Data to label, and the model whose attention is used."""
 
     model_name_or_path: str = field(metadata={"help": "The base: folder or Hub id of a LLaVA or Qwen2.5-VL."})
     output_dir: str = field(metadata={"help": "Folder for the labels."})
@@ -90,7 +90,7 @@ class Arguments:
         metadata={"help": "For Qwen2.5-VL: natural or text.", "choices": ["natural", "text"]},
     )
     grounding_heads: list[str] | None = field(
-        default=None, metadata={"help": "Layers and heads that look at the object, as in `14:13,24,26 15:2`."}
+        default=None, metadata={"help": "Layers and heads that attend to the object, as in `14:13,24,26 15:2`."}
     )
     sink_heads: list[str] | None = field(
         default=None, metadata={"help": "Layers and heads that mark sinks, as in `16:17,22` or `2:all`."}
@@ -103,7 +103,7 @@ class Arguments:
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
     part_size: int = field(default=500, metadata={"help": "Images between two states to continue from."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -249,7 +249,7 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
     model = (
         AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, dtype=args.dtype).eval().to(state.device)
     )
-    # Photographs are labelled by where Qwen2.5-VL looks when it is asked for boxes.
+    # Photographs are labelled by the attention of Qwen2.5-VL while it is asked for boxes.
     asks_for_boxes = recipe.rule == "qwen" and args.image_kind == "natural"
     starts = range(0, len(questions), args.part_size)
     own = starts[state.process_index :: state.num_processes]
@@ -300,7 +300,7 @@ def load_official(args: Arguments) -> datasets.Dataset:
 
 
 def save(labelled: datasets.Dataset, target: Path, base: str) -> None:
-    """Put a data set in its place when it is complete."""
+    """Move a dataset to its destination when it is complete."""
     labelled.info.description = f"Pseudo-labels for SD-RPN by the attention of {base}."
     with written_whole(target) as part:
         labelled.save_to_disk(part)
@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
     args = parse_arguments(arguments)
     make_recipe(args)
     questions = None if args.official_file else load_questions(args)
-    # Without being told, accelerate takes processes on a machine without GPUs for strangers.
+    # Without this setting, accelerate does not connect the processes on a machine without GPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     with ExitStack() as stack:
         if state.is_main_process:
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> datasets.Dataset:
 
 
 def label(args: Arguments, questions: Questions | None, state: PartialState) -> datasets.Dataset:
-    """Label what is not labelled yet; returns the labels."""
+    """Label the rows that are not labelled yet; returns the labels."""
     output = Path(args.output_dir)
     parts, target = output / "parts", output / "labels"
     state.wait_for_everyone()

@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train a causal language model of the catalogue, from scratch or from a checkpoint.
 
-From scratch, on English prose that every Python carries; a small model, two minutes on two cores:
+From scratch, on English prose that is part of Python; a small model, two minutes on two cores:
 
     python scripts/run_clm.py --model_type sigmoid_attention --output_dir out --max_steps 300
 
@@ -12,8 +12,8 @@ A published size on a dataset of the Hub, on several GPUs, with the model pushed
         --tokenizer_name HuggingFaceTB/SmolLM2-135M --block_size 4096 --dataset_name HuggingFaceFW/fineweb \\
         --dataset_config_name sample-10BT --bf16 --output_dir out --push_to_hub
 
-The evaluation prints the unigram entropy of the held-back text beside the loss: no model that ignores the context can
-have a lower loss. See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
+In addition to the loss, the evaluation prints the unigram entropy of the held-out text. No model that ignores the
+context can have a lower loss. See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
 """
 
 from collections import Counter
@@ -60,14 +60,14 @@ stop = partial(command_line.stop, NAME)
 
 MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForCausalLM" in family.models)
 
-#: what a model from scratch is made of unless it is said otherwise, as far as its configuration has these fields
+#: default configuration of a model from scratch, as far as its class has these fields
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL_BLOCK_SIZE = 128
 
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any causal model."}
@@ -102,7 +102,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; without a dataset and a file, on the topics of Python's own documentation."""
+    """Arguments of the data; without a dataset and a file, on the topics of Python's own documentation."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -125,7 +125,7 @@ class DataArguments:
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
+    """transformers' arguments with other defaults; trains and evaluates unless --do_train or --do_eval is given."""
 
     learning_rate: float | None = field(
         default=None,
@@ -158,7 +158,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 
 
 def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None:
-    """What is wrong with the arguments, if something is."""
+    """The error in the arguments, None if there is none."""
     sources = ("model_name_or_path", "model_type", "config_name")
     if sum(getattr(model_args, name) is not None for name in sources) != 1:
         return f"give exactly one of {', '.join(f'--{name}' for name in sources)}"
@@ -220,7 +220,7 @@ def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
 def load_tokenizer(
     model_args: ModelArguments, training_args: TrainingArguments, documents: datasets.Dataset
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, the checkpoint's, or one that the first process trains."""
+    """The requested tokenizer, that of the checkpoint, or one that the first process trains."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
         return AutoTokenizer.from_pretrained(name)
@@ -237,7 +237,7 @@ def make_blocks(
 ) -> datasets.DatasetDict:
     """Tokenise, join all documents and cut them into sequences of `block_size`.
 
-    What is left of every thousand documents is left out.
+    The remainder of every thousand documents is dropped.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -312,7 +312,7 @@ def make_config(
                 f"{', '.join(variants) or 'none'}"
             )
         return config_class.from_variant(model_args.variant, **overrides)
-    # How far a model can see is also what some mechanisms derive constants from.
+    # Some mechanisms also derive constants from the maximum length.
     small = {**SMALL, "max_position_embeddings": data_args.block_size or SMALL_BLOCK_SIZE}
     known = {config_field.name for config_field in fields(config_class)}
     return config_class(**{**{name: value for name, value in small.items() if name in known}, **overrides})
@@ -321,7 +321,7 @@ def make_config(
 def make_model(
     model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The model to train, with the attention function that was asked for."""
+    """The model to train, with the requested attention function."""
     attention = {"attn_implementation": model_args.attn_implementation}
     if model_args.model_name_or_path is not None:
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32, **attention)
@@ -343,7 +343,7 @@ def make_model(
 
 
 def choose_block_size(data_args: DataArguments, config: PreTrainedConfig) -> int:
-    """The length of a sequence, which must not exceed what the model takes."""
+    """The length of a sequence, which must not exceed the maximum of the model."""
     longest = getattr(config, "max_position_embeddings", None) or 1024
     block_size = data_args.block_size or min(longest, 1024)
     if block_size > longest:
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train_and_evaluate(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, float]:
-    """Train and evaluate as asked for; returns the metrics of the evaluation."""
+    """Train and evaluate; returns the metrics of the evaluation."""
     with training_args.main_process_first(desc="data"):
         documents = load_documents(data_args)
         tokenizer = load_tokenizer(model_args, training_args, documents["train"])

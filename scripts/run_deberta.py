@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Pre-train a DeBERTa with its enhanced mask decoder, then fine-tune it with and without SiFT.
 
-A small model from random weights, on English prose that every Python carries, about ten minutes on one core:
+A small model from random weights, on English prose that is part of Python, about ten minutes on one core:
 
     python scripts/run_deberta.py --output_dir out
 
@@ -10,7 +10,7 @@ A published size from an official checkpoint that was converted (`hf-attn conver
 
     python scripts/run_deberta.py --model_name_or_path deberta-base --train_file text.txt --finetune_epochs 0 --output_dir out
 
-The evaluation prints the entropy of the masked tokens beside the loss: no model that ignores the context can be better. The
+The evaluation also prints the entropy of the masked tokens: no model that ignores the context can have a lower loss. The
 fine-tuning task is to say to which topic of the prose a paragraph belongs; with `--train_file` there is none. The
 pre-trained encoder is an ordinary DeBERTa of transformers there, made fast by `apply_fast_attention`.
 """
@@ -53,7 +53,7 @@ stop = partial(command_line.stop, NAME)
 
 @dataclass
 class ScriptArguments:
-    """What to train on what."""
+    """Arguments of the model and the data."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -71,7 +71,7 @@ class ScriptArguments:
     max_ngram: int = field(default=3, metadata={"help": "Words of the longest masked run."})
     finetune_epochs: float = field(default=6, metadata={"help": "Epochs of each fine-tuning; 0 for none."})
     finetune_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the fine-tunings."})
-    num_topics: int = field(default=10, metadata={"help": "Number of topics to tell apart, the longest ones."})
+    num_topics: int = field(default=10, metadata={"help": "Number of topics to classify, the longest ones."})
     sift_lambda: float = field(default=5.0, metadata={"help": "Weight of SiFT's adversarial loss."})
     seeds: int = field(default=2, metadata={"help": "Fine-tunings of each kind."})
 
@@ -98,7 +98,7 @@ class SiFTTrainer(SiFTTrainerMixin, transformers.Trainer):
 
 
 def load_documents(arguments: ScriptArguments) -> tuple[list[str], list[str]]:
-    """Documents to train on and documents held back."""
+    """Documents to train on and documents held out."""
     if arguments.train_file is None:
         return load_texts("train"), load_texts("test")
     lines = [line for line in Path(arguments.train_file).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -152,7 +152,7 @@ def make_sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_s
 
 
 def unigram_entropy(train: list[dict], held_back: list[dict], vocab_size: int) -> float:
-    """Cross entropy in nats of held-back tokens under the token frequencies of the training text, smoothed by one."""
+    """Cross entropy in nats of held-out tokens under the token frequencies of the training text, smoothed by one."""
     counts = Counter(token for sequence in train for token in sequence["input_ids"][1:-1])
     total = counts.total() + vocab_size
     tokens = [token for sequence in held_back for token in sequence["input_ids"][1:-1]]
@@ -181,7 +181,7 @@ def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict
     train = make_sequences(documents, tokenizer, arguments.block_size)
     test = make_sequences(held_back, tokenizer, arguments.block_size)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
-    print(f"{len(train):,} sequences to train on, {len(test):,} held back")
+    print(f"{len(train):,} sequences to train on, {len(test):,} held out")
     trainer = PretrainingTrainer(
         model=model,
         args=training,
@@ -194,11 +194,11 @@ def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     trainer.create_model_card()
-    # The same masks before and after would need the same seed: the held-back text is large enough without.
+    # The same masks before and after would need the same seed: the held-out text is large enough without.
     metrics["after"] = trainer.evaluate()["eval_loss"]
     metrics["unigram"] = unigram_entropy(train, test, len(tokenizer))
     print(
-        f"held-back loss of masked tokens: {metrics['before']:.2f} before, {metrics['after']:.2f} after; a model that ignores "
+        f"held-out loss of masked tokens: {metrics['before']:.2f} before, {metrics['after']:.2f} after; a model that ignores "
         f"the context: {metrics['unigram']:.2f}"
     )
     fill = pipeline("fill-mask", model=training.output_dir)
@@ -211,7 +211,7 @@ def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict
 
 
 def make_topics(arguments: ScriptArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict], list[dict]]:
-    """Paragraphs of the longest documents with the number of the document; every fourth paragraph is held back."""
+    """Paragraphs of the longest documents with the number of the document; every fourth paragraph is held out."""
     documents = sorted(load_texts("train"), key=len, reverse=True)[: arguments.num_topics]
     rows = []
     for label, document in enumerate(documents):

@@ -11,7 +11,7 @@ A model of the Hub on data with the columns `query`, `positive` and, optionally,
     torchrun --nproc_per_node 8 scripts/run_embedding.py --model_name_or_path mistralai/Mistral-7B-v0.1 --design 5 \\
         --dataset_name yixuantt/ir_data --max_length 512 --bf16 --gradient_checkpointing --output_dir out
 
-LoRA trains the decoder (`--lora_rank 0` trains it in full), the head is trained in full. The retrieval of held-back pairs is
+LoRA trains the decoder (`--lora_rank 0` trains it in full), the head is trained in full. The retrieval of held-out pairs is
 measured before and after. The output folder holds the merged model: `SentenceTransformer("out")` loads it.
 """
 
@@ -39,7 +39,7 @@ stop = partial(command_line.stop, NAME)
 
 @dataclass
 class ScriptArguments:
-    """What to train on what."""
+    """Arguments of the model and the data."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -54,7 +54,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or Hub id of a dataset, in the place of the documentation."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held back for the retrieval."})
+    held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held out for the retrieval."})
     max_length: int = field(default=64, metadata={"help": "Tokens at which texts are cut."})
     scale: float = field(default=20.0, metadata={"help": "Factor of the similarities in the loss."})
     query_prompt: str = field(default="", metadata={"help": "Put before every query, and saved with the model."})
@@ -75,7 +75,7 @@ class EmbeddingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -84,7 +84,7 @@ class EmbeddingTrainer(ContrastiveTrainerMixin, HubTrainerMixin, transformers.Tr
 
 
 def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows held back."""
+    """Rows to train on and rows held out."""
     if arguments.dataset_name is None:
         splits = (text_pairs(split) for split in ("train", "test"))
         train, test = (
@@ -144,7 +144,7 @@ def held_back_ranks(model, tokenizer, rows: list[dict], arguments: ScriptArgumen
 
 def scores_by_task(ranks: torch.Tensor, rows: list[dict]) -> dict[str, dict[str, float]]:
     """Retrieval scores of the rows of each task."""
-    tasks = [row.get("task") or "held back" for row in rows]
+    tasks = [row.get("task") or "held out" for row in rows]
     return {
         task: retrieval_scores(ranks[[index for index, other in enumerate(tasks) if other == task]])
         for task in dict.fromkeys(tasks)

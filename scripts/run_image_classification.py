@@ -144,7 +144,7 @@ SMALL = {
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any image classifier."}
@@ -162,7 +162,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; without a dataset, on the digits of scikit-learn."""
+    """Arguments of the data; without a dataset, on the digits of scikit-learn."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Folder with a folder of images for each class, or Hub id of a dataset."}
@@ -196,7 +196,7 @@ class DataArguments:
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
+    """transformers' arguments with other defaults; trains and evaluates unless --do_train or --do_eval is given."""
 
     learning_rate: float | None = field(
         default=None,
@@ -293,7 +293,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 
 
 def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None:
-    """What is wrong with the arguments, if something is."""
+    """The error in the arguments, None if there is none."""
     if (model_args.model_name_or_path is None) == (model_args.model_type is None):
         return "give either --model_name_or_path or --model_type"
     if model_args.model_type not in (None, *MODEL_TYPES):
@@ -352,13 +352,13 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
 
 
 def _check_classes(images: datasets.Dataset, column: str, share: float) -> None:
-    """See that images of each class can be trained on and held back."""
+    """Check that there are images of each class for training and for evaluation."""
     names = images.features[column].names
     counts = np.bincount(images[column], minlength=len(names))
     few = [f"{name} ({count})" for name, count in zip(names, counts.tolist(), strict=True) if count < 2]
     if few:
         raise stop(
-            f"there is no validation split, and of a class with fewer than 2 images none can be held back: {', '.join(few)}. "
+            f"there is no validation split, and of a class with fewer than 2 images none can be held out: {', '.join(few)}. "
             "Add images to these classes, leave them out, or give a folder with train/ and validation/."
         )
     held_back = int(np.ceil(share * len(images)))
@@ -416,7 +416,7 @@ def with_pixel_values(images: datasets.Dataset, transform, num_channels: int) ->
 
 
 def make_collator(data_args: DataArguments, num_labels: int):
-    """Stacks images, and mixes those of a training batch if that is asked for; one of both at random if both are."""
+    """Stacks images, and applies mixup or cutmix to a training batch if requested; one of both at random if both are."""
     mixers = [
         mixer(alpha=alpha, num_classes=num_labels)
         for mixer, alpha in ((v2.MixUp, data_args.mixup_alpha), (v2.CutMix, data_args.cutmix_alpha))
@@ -481,7 +481,7 @@ def make_model(model_args: ModelArguments, names: list[str]) -> tuple[PreTrained
         config = config_class(**{**SMALL.get(model_args.model_type, {}), **labels, **overrides})
         # A family that is made from other models has no image processor of its own.
         official = image_processor_for(config) if hasattr(config, "crop_ratio") else ViTImageProcessor()
-        # What a small model is tried on is rarely photos with a margin to crop.
+        # The images of small models are rarely photos with a margin to crop.
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         processor = BitImageProcessor(
@@ -510,7 +510,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train_and_evaluate(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, float]:
-    """Train and evaluate as asked for; returns the metrics of the evaluation."""
+    """Train and evaluate; returns the metrics of the evaluation."""
     with training_args.main_process_first(desc="data"):
         images = load_images(data_args, training_args.seed)
     model, processor = make_model(model_args, images["train"].features["label"].names)

@@ -5,14 +5,14 @@
     python scripts/run_landmark.py --output_dir outputs/landmark --learning_rate 2e-4 --max_minutes 30
 
 takes SmolLM2-135M-Instruct and the topics of Python's documentation; `--model_name_or_path` and `--dataset_name` take anything
-else. The evaluation prints, for the base and for the landmark model, the perplexity of held-back text by the length of the context, and the
+else. The evaluation prints, for the base and for the landmark model, the perplexity of held-out text by the length of the context, and the
 pass-key test, whose plot it draws. The landmark model retrieves `--cache_top_k` blocks, the base attends to everything.
 To evaluate again, or at other lengths:
 
     python scripts/run_landmark.py --do_eval --model_name_or_path outputs/landmark --output_dir outputs/landmark \\
         --evaluate landmark --passkey_lengths 16384 --passkey_trials 1
 
-What an earlier evaluation left in the folder for the model that is not evaluated appears in the tables and the plot.
+If only one model is evaluated, the tables and the plot include earlier results of the other model in the folder.
 
 Several GPUs, the paper's schedule:
 
@@ -103,7 +103,7 @@ class DataArguments:
 
 @dataclass
 class EvaluationArguments:
-    """What is measured after training."""
+    """Arguments of the evaluation after training."""
 
     evaluate: list[str] | None = field(
         default=None,
@@ -111,13 +111,14 @@ class EvaluationArguments:
     )
     perplexity_lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048, 4096, 8192],
-        metadata={"help": "Context lengths for the perplexity of the held-back text."},
+        metadata={"help": "Context lengths for the perplexity of the held-out text."},
     )
     passkey_lengths: list[int] = field(
         default_factory=lambda: [1024, 2048, 4096, 8192], metadata={"help": "Tokens of the pass-key prompts."}
     )
     passkey_depths: list[float] = field(
-        default_factory=lambda: [0.1, 0.5, 0.9], metadata={"help": "Where the pass key stands, as shares of the text."}
+        default_factory=lambda: [0.1, 0.5, 0.9],
+        metadata={"help": "Positions of the pass key, as fractions of the text."},
     )
     passkey_trials: list[int] = field(
         default_factory=lambda: [2],
@@ -127,14 +128,14 @@ class EvaluationArguments:
         default=4, metadata={"help": "Blocks that a token and head of the landmark model retrieves."}
     )
     retrieval: str = field(
-        default="per_token_and_head", metadata={"help": f"Who shares a choice: {', '.join(RETRIEVALS)}."}
+        default="per_token_and_head", metadata={"help": f"Granularity of retrieval: {', '.join(RETRIEVALS)}."}
     )
     offload_cache_to_cpu: bool = field(default=False, metadata={"help": "Keep the blocks in CPU memory."})
 
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with the paper's defaults; trains and evaluates unless one of both is asked for."""
+    """transformers' arguments with the paper's defaults; trains and evaluates unless --do_train or --do_eval is given."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The paper's, for 15,000 steps of LLaMA-7B."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
@@ -190,7 +191,7 @@ def _problem(
     evaluation_args: EvaluationArguments,
     training_args: ScriptTrainingArguments,
 ) -> str | None:
-    """What is wrong with the arguments, if something is."""
+    """The error in the arguments, None if there is none."""
     blocks = {name: value for name, value in vars(model_args).items() if name in BLOCKS and value is not None}
     is_landmark = is_landmark_model(model_args.model_name_or_path)
     if evaluation_args.evaluate is None:
@@ -233,7 +234,7 @@ def is_landmark_model(name: str | None) -> bool:
 
 
 def texts_of(data_args: DataArguments, split: str) -> list[str]:
-    """Texts to train on, or those that are held back."""
+    """Texts to train on, or those that are held out."""
     file = data_args.train_file if split == "train" else data_args.validation_file
     if data_args.dataset_name is None:
         return read_texts("train" if split == "train" else "test", file=file)
@@ -295,7 +296,7 @@ def evaluate(
     training_args: ScriptTrainingArguments,
     given: str,
 ) -> None:
-    """Measure the models, each in a file of its own, and report what the folder holds."""
+    """Evaluate the models, with one file for each, and report the results in the folder."""
     output = Path(training_args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for name in evaluation_args.evaluate:
@@ -321,7 +322,7 @@ def measure_perplexity(
     """Perplexity by context length, as far as the text is long enough."""
     lengths = [length for length in evaluation_args.perplexity_lengths if length <= len(held_back)]
     if len(lengths) < len(evaluation_args.perplexity_lengths):
-        print(f"The held-back text has {len(held_back):,} tokens: no perplexity of longer contexts.")
+        print(f"The held-out text has {len(held_back):,} tokens: no perplexity of longer contexts.")
     if not lengths:
         return {}
     if not isinstance(model, LandmarkForCausalLM):
@@ -362,7 +363,7 @@ def report(output: Path) -> None:
     results = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
     lengths = sorted({int(length) for result in results.values() for length in result["perplexity"]})
     if lengths:
-        print("\nPerplexity of the held-back text by context length")
+        print("\nPerplexity of the held-out text by context length")
         print(f"{'tokens':>7}" + "".join(f"{name:>10}" for name in results))
     for length in lengths:
         values = (result["perplexity"].get(str(length)) for result in results.values())
@@ -387,7 +388,7 @@ def main(arguments: list[str] | None = None) -> None:
     model_args, data_args, evaluation_args, training_args = parse_arguments(arguments)
     only_evaluates = not training_args.do_train
     settings = settings_of(model_args, data_args)
-    # An evaluation adds to what an earlier one, or the training, has left.
+    # An evaluation adds to the results of an earlier one, or of the training.
     with training_folder(NAME, training_args, settings, continues=False, adds=only_evaluates):
         set_seed(training_args.seed)
         with training_args.main_process_first(desc="fetching the base"):

@@ -72,7 +72,7 @@ SMALL = {
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
     variant: str | None = field(
@@ -82,7 +82,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; generated shelves if no data is given."""
+    """Arguments of the data; generated shelves if no data is given."""
 
     amazon_annotations: str | None = field(default=None, metadata={"help": "Amazon.json of the STI data set."})
     amazon_boxes: str | None = field(
@@ -136,7 +136,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     if any(sources[:2]) and data_args.image_dir is None:
         raise stop("--image_dir is missing, the folder of the images")
     if any(sources) and model_args.variant is None and model_args.model_name_or_path is None:
-        raise stop("say what to train: --variant or --model_name_or_path")
+        raise stop("give --variant or --model_name_or_path")
     published = model_args.variant is not None or model_args.model_name_or_path is not None
     if training_args.learning_rate is None:
         training_args.learning_rate = 1e-4 if published else 1e-3
@@ -228,7 +228,7 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
 
 
 def draw_pictures(model: OATForScanpathPrediction, dataset: ScanpathDataset, folder: Path, number: int) -> None:
-    """Draw what somebody did and what the model predicts, side by side, enlarged to at least 600 pixels."""
+    """Draw the scanpath of a person and the prediction side by side, enlarged to at least 600 pixels."""
     from PIL import Image
 
     first = {trial.image_id: trial for trial in reversed(dataset.trials)}
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
 def train_and_evaluate(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, dict[str, float]]:
-    """Train and evaluate as asked for; returns the table of the test images."""
+    """Train and evaluate; returns the table of the test images."""
     set_seed(training_args.seed)
     trials = load_trials(data_args, training_args.seed)
     try:

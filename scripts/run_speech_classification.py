@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train and evaluate the classifier of speech and transcripts (arXiv 2305.16406) over several seeds.
 
-Small encoders from scratch on made-up recordings whose class neither sound nor words tell alone, 15 trainings of half a minute:
+Small encoders from scratch on synthetic recordings whose class depends on both sound and words, 15 trainings of half a minute:
 
     python scripts/run_speech_classification.py --output_dir out
 
@@ -76,7 +76,7 @@ SMALL_IMAGE = 64
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from, with its processor."}
@@ -101,7 +101,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; made-up recordings if there is no table."""
+    """Arguments of the data; synthetic recordings if there is no table."""
 
     table: str | None = field(default=None, metadata={"help": "CSV of recordings, see above."})
     truncation: bool = field(default=False, metadata={"help": "Cut off the end of transcripts that are too long."})
@@ -132,7 +132,7 @@ class ScriptTrainingArguments(TrainingArguments):
         default=4, metadata={"help": "Epochs without a better validation loss after which training stops."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -217,7 +217,7 @@ def make_model(model_args: ModelArguments, processor: DementiaFusionProcessor, c
         model = DementiaFusionForClassification.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
         if list(model.config.label2id) != classes:
             raise stop(
-                f"the checkpoint knows the classes {', '.join(model.config.label2id)}, the table {', '.join(classes)}"
+                f"the checkpoint has the classes {', '.join(model.config.label2id)}, the table {', '.join(classes)}"
             )
     elif model_args.text_model:
         model = DementiaFusionForClassification.from_text_vision_pretrained(
@@ -347,7 +347,7 @@ def train_and_evaluate(
         best["model"].save_pretrained(folder)
         processor.save_pretrained(folder)
         results = {"table": table, "temperature": best["temperature"], "num_seeds": training_args.num_seeds}
-        # What is not defined is null: JSON has no NaN.
+        # Undefined values are null, because JSON has no NaN.
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)
         with written_whole(folder / "results.json") as part:
             part.write_text(json.dumps(results, indent=2), encoding="utf-8")

@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train, fine-tune or evaluate a model for image super-resolution: HAT, DRCT, or any of `AutoModelForImageToImage` with a loss.
 
-A small HAT for scale 2 from scratch, on photographs that scikit-learn and scikit-image carry; three minutes on two cores:
+A small HAT for scale 2 from scratch, on photographs of scikit-learn and scikit-image; three minutes on two cores:
 
     python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir out --max_steps 4000
 
@@ -75,7 +75,7 @@ logger = logging.get_logger("run_super_resolution")
 
 MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageToImage" in family.models)
 
-#: what a model from scratch is made of unless it is said otherwise, as far as its configuration has these fields
+#: default configuration of a model from scratch, as far as its class has these fields
 SMALL = {
     "embed_dim": 24,
     "depths": [2],
@@ -105,7 +105,7 @@ DISCRIMINATOR_MULTIPLE = 8
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
     model_type: str | None = field(
@@ -134,9 +134,9 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; without a folder and a dataset, on photographs of scikit-learn and scikit-image.
+    """Arguments of the data; without a folder and a dataset, on photographs of scikit-learn and scikit-image.
 
-    Without validation images the right quarter of each training image is held back.
+    Without validation images the right quarter of each training image is held out.
     """
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder of images, searched recursively."})
@@ -156,7 +156,7 @@ class DataArguments:
     sharpen_targets: bool | None = field(
         default=None,
         metadata={
-            "help": "Unsharp masking of what is learnt from (not of what the discriminator sees); default only with the "
+            "help": "Unsharp masking of the training targets (not of the discriminator's input); default only with the "
             "recipe real. With real_gan it makes the published `sharper` model."
         },
     )
@@ -168,7 +168,7 @@ class DataArguments:
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with the papers' optimizer; trains and evaluates unless one of both is asked for."""
+    """transformers' arguments with the papers' optimizer; trains and evaluates unless --do_train or --do_eval is given."""
 
     recipe: str | None = field(
         default=None,
@@ -270,7 +270,7 @@ class DatasetColumn(Sequence):
 
 
 def default_photographs() -> list[np.ndarray]:
-    """The photographs that scikit-learn and scikit-image carry."""
+    """The photographs of scikit-learn and scikit-image."""
     try:
         import skimage.data
         from sklearn.datasets import load_sample_images
@@ -359,7 +359,7 @@ def make_model(model_args: ModelArguments) -> PreTrainedModel:
 
 
 class WeightAverage(TrainerCallback):
-    """Exponential moving average of the weights, which is what the papers evaluate; saved beside each checkpoint."""
+    """Exponential moving average of the weights, which the papers evaluate; saved with each checkpoint."""
 
     file_name = "weight_average.safetensors"
 
@@ -451,7 +451,7 @@ class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
 
 
 def make_adversary(training_args: ScriptTrainingArguments, output_side: int) -> dict[str, torch.nn.Module]:
-    """What `AdversarialTrainer` takes beside the rest."""
+    """Additional arguments of `AdversarialTrainer`."""
     if output_side % DISCRIMINATOR_MULTIPLE:
         raise stop(
             f"the discriminator takes patches whose sides, {output_side}, are multiples of {DISCRIMINATOR_MULTIPLE}; change "
@@ -477,7 +477,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train_and_evaluate(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, float]:
-    """Train and evaluate as asked for; returns the metrics of the evaluation."""
+    """Train and evaluate; returns the metrics of the evaluation."""
     model = make_model(model_args)
     scale = model.config.upscale
     train_images, eval_images = load_images(data_args)

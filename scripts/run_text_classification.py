@@ -11,7 +11,7 @@ The standard difficulty of the Long Range Arena, at its sizes:
     python scripts/run_text_classification.py --output_dir out --listops standard --variant listops_4x8 --num_layers 4 1 \\
         --max_steps 5000 --warmup_steps 1000 --bf16
 
-Texts of one's own, byte by byte: a folder (`folder/train/<class>/*.txt`, `folder/validation/...`, or the classes alone), a file
+Your own texts, byte by byte: a folder (`folder/train/<class>/*.txt`, `folder/validation/...`, or the classes alone), a file
 (.csv, .json, .jsonl with the columns `text` and `label`) or a data set of the Hub, the wide model only, pushed at the end:
 
     python scripts/run_text_classification.py --output_dir out --dataset_name stanfordnlp/imdb --variant byte_imdb_4x4 \\
@@ -64,7 +64,7 @@ except ImportError as error:
 NAME = "run_text_classification.py"
 stop = partial(command_line.stop, NAME)
 
-#: what is trained unless a variant is named
+#: default configuration without a variant
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -82,7 +82,7 @@ DIFFICULTIES = {
 
 @dataclass
 class ModelArguments:
-    """What to train."""
+    """Arguments of the model."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id."}
@@ -101,7 +101,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on; without a data set, on ListOps."""
+    """Arguments of the data; without a dataset, on ListOps."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Folder, file or Hub id."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -117,7 +117,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation texts to use."})
     listops: Literal["small", "standard"] = field(default="small", metadata={"help": "Difficulty of ListOps."})
     listops_samples: int = field(
-        default=20_000, metadata={"help": "Number of training expressions; a tenth is held back."}
+        default=20_000, metadata={"help": "Number of training expressions; a tenth is held out."}
     )
 
 
@@ -135,7 +135,7 @@ class ScriptTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=100, metadata={"help": "Steps between two log lines."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`last` continues each model from its last checkpoint in output_dir."}
@@ -163,7 +163,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 
 
 def _problem(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str | None:
-    """What is wrong with the arguments, if something is."""
+    """The error in the arguments, None if there is none."""
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.num_layers):
         return "--variant and --num_layers would not fit the weights of --model_name_or_path"
     if model_args.variant not in (None, *WideTransformerConfig.variants):
@@ -270,7 +270,7 @@ def _name_classes(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 def tokenize(
     splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> datasets.DatasetDict:
-    """Token ids of all texts; says how many were cut."""
+    """Token ids of all texts; reports how many were truncated."""
 
     def encode(batch: dict) -> dict:
         whole = tokenizer(batch["text"], verbose=False)["input_ids"]
@@ -290,7 +290,7 @@ def tokenize(
 def make_models(
     model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> dict[str, Callable[[], PreTrainedModel]]:
-    """What makes each model, by the name of its folder."""
+    """Arguments of each model, by the name of its folder."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if model_args.model_name_or_path is not None:
         source = model_args.model_name_or_path

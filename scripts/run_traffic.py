@@ -55,7 +55,7 @@ VARIANTS = [name for name in GMANConfig.variants if name != "tiny"]
 
 @dataclass
 class DataArguments:
-    """What to train on; without a file, on a synthetic ring road."""
+    """Arguments of the data; without a file, on a synthetic ring road."""
 
     data_file: str | None = field(
         default=None, metadata={"help": "CSV or HDF5 file: rows are timestamps, columns are sensors."}
@@ -82,7 +82,7 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """What to train; without any of these on the synthetic data one block of 4 heads of width 4."""
+    """Arguments of the model; by default, for the synthetic data, one block of 4 heads of width 4."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train further or to evaluate."})
     variant: str | None = field(
@@ -101,7 +101,7 @@ class ModelArguments:
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
+    """transformers' arguments with other defaults; trains and evaluates unless --do_train or --do_eval is given."""
 
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 1e-3; 3e-3 for the synthetic data."})
     num_train_epochs: float | None = field(
@@ -109,11 +109,13 @@ class ScriptTrainingArguments(RunArguments):
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Windows in a batch on each device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same in evaluation."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to look at the validation part."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on the validation data."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep beside the best one."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints to keep in addition to the best one."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch."})
-    metric_for_best_model: str = field(default="loss", metadata={"help": "What makes an epoch the best."})
+    metric_for_best_model: str = field(default="loss", metadata={"help": "Metric that selects the best epoch."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation loss before stopping."})
 
 
@@ -136,7 +138,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
     """
     given: set[str] = set()
 
-    # The epochs default to what suits the data, which the base class must not see as None.
+    # The default number of epochs depends on the data; the base class does not accept None.
     def defaults(arguments: list[str]) -> dict[str, float]:
         given.update(argument.split("=")[0] for argument in arguments)
         synthetic = "--data_file" not in given
@@ -144,7 +146,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
 
     classes = (DataArguments, ModelArguments, ScriptTrainingArguments)
     data_args, model_args, training_args = command_line.parse_arguments(NAME, classes, arguments, __doc__, defaults)
-    # An evaluation in each epoch sets `do_eval`, so that it does not tell what was asked for.
+    # Evaluation in each epoch sets `do_eval`, so its value does not show whether the user set it.
     if not given & {"--do_train", "--do_eval", "--do_predict"}:
         training_args.do_train = training_args.do_eval = True
     if model_args.model_name_or_path is not None:
@@ -158,14 +160,16 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
     elif data_args.data_file is not None and (data_args.adjacency_file is None) == (
         data_args.spatial_embedding_file is None
     ):
-        raise stop("give one of --adjacency_file and --spatial_embedding_file, which tell where the sensors are")
+        raise stop(
+            "give one of --adjacency_file and --spatial_embedding_file, which describe the positions of the sensors"
+        )
     if data_args.data_file is None and (data_args.adjacency_file or data_args.spatial_embedding_file):
         raise stop("the synthetic data have a graph of their own; files of a graph need a --data_file")
     return data_args, model_args, training_args
 
 
 def load_data(data_args: DataArguments):
-    """The table on a regular grid, its steps per day and, for the synthetic data, what is known about them."""
+    """The table with equal time steps, its steps per day and, for the synthetic data, their true parameters."""
     synthetic = None
     if data_args.data_file is None:
         from hf_attn.examples.synthetic_traffic import synthetic_traffic
@@ -257,7 +261,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train_and_evaluate(
     data_args: DataArguments, model_args: ModelArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, float]:
-    """Train and evaluate as asked for; returns the metrics of the test part."""
+    """Train and evaluate; returns the metrics of the test part."""
     set_seed(training_args.seed)
     try:
         table, steps_per_day, synthetic = load_data(data_args)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""What the sigma-reparametrisation of a deep transformer does for its training at a high learning rate (arXiv 2303.06296).
+"""Effect of sigma-reparametrisation on the training of a deep transformer at a high learning rate (arXiv 2303.06296).
 
 Trains BERT-type encoders, 12 layers deep, on the handwritten digits of scikit-learn as 16 tokens of 2 x 2 pixels, with Adam
 at a constant learning rate, without warm-up, weight decay and gradient clipping. Each is trained as it is and

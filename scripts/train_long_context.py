@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Train a causal language model on sequences that several processes share, with exact attention.
 
-SmolLM2-135M on English prose that every Python carries, 4,096 tokens on two processes:
+SmolLM2-135M on English prose that is part of Python, 4,096 tokens on two processes:
 
     torchrun --nproc_per_node 2 scripts/train_long_context.py --block_size 4096 --max_steps 10 --output_dir out
 
@@ -73,7 +73,7 @@ class ScriptTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}

@@ -4,7 +4,7 @@
 
 Without arguments about model and data, a network for a tiny random LLaVA learns to find the coloured square that a question
 names, among others on textured noise; about three minutes on one core. It prints the IoU of the predicted boxes with the true
-ones on held-back images, and draws examples into `output_dir/overlays`:
+ones on held-out images, and draws examples into `output_dir/overlays`:
 
     python scripts/train_sd_rpn.py --output_dir out
 
@@ -93,14 +93,14 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """Arguments of the data."""
 
     labels: list[str] | None = field(
         default=None,
         metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --model_name_or_path."},
     )
     validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
-    num_overlays: int = field(default=8, metadata={"help": "Held-back images to draw maps and boxes over."})
+    num_overlays: int = field(default=8, metadata={"help": "Held-out images to draw maps and boxes over."})
     num_planted: int = field(default=4800, metadata={"help": "Images of the task without data."})
 
 
@@ -119,7 +119,7 @@ class ScriptTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "All parameters that are trained are used in each step."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
 
 
@@ -150,7 +150,7 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
 
 
 def _kind_of_base(arguments: list[str]) -> str:
-    """Which recipe the arguments ask for."""
+    """The recipe that the arguments select."""
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only.add_argument("--model_name_or_path")
     base = only.parse_known_args(arguments)[0].model_name_or_path
@@ -168,7 +168,7 @@ def _kind_of_base(arguments: list[str]) -> str:
 
 
 def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments) -> dict:
-    """What the resulting weights depend on."""
+    """Settings that the resulting weights depend on."""
     names = [
         "num_train_epochs",
         "max_steps",
@@ -225,7 +225,7 @@ def make_rpn(model_args: ModelArguments, base: PreTrainedModel) -> SdRpnModel:
 
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[Sequence, Sequence]:
-    """Rows to train on and rows that are held back."""
+    """Rows to train on and rows that are held out."""
     if data_args.labels is None:
         train = PlantedSquares(data_args.num_planted, PLANTED_GRID, seed=seed)
         return train, PlantedSquares(data_args.validation_size, PLANTED_GRID, seed=seed + 1)
@@ -260,7 +260,7 @@ def look(generator: SdRpnGenerator, rows: Sequence, batch_size: int = 16) -> lis
 
 
 def target_boxes(row: dict) -> list[Box]:
-    """What the two-pass inference would crop if the map were the target itself: as near as whole cells come."""
+    """The crop of the two-pass inference if the map were the target: the best possible result with whole cells."""
     target = (row["roi_labels"] == 1).float()
     regions = llava_regions(target, PLANTED_THRESHOLD, row["image"].size)
     return [region.box for region in regions]
@@ -273,7 +273,7 @@ def mean_iou(boxes: Sequence[Sequence[Box]], rows: Sequence) -> float:
 
 
 def draw(found: FocusedImage, row: dict, side: int = 400) -> Image.Image:
-    """The image, and beside it map and predicted boxes (green), over the question; a planted box is drawn in white."""
+    """The image next to its map and predicted boxes (green), above the question; a planted box is drawn in white."""
     image = found.image.convert("RGB")
     veiled = found.overlay()
     if "box" in row:
@@ -296,7 +296,7 @@ def evaluate(
     held_back: Sequence,
     args: Arguments,
 ) -> dict[str, float]:
-    """Measure on the held-back images and draw some of them; the untrained network is measured beside the trained one."""
+    """Evaluate on the held-out images and draw some of them; the untrained network is evaluated as well."""
     model_args, data_args, training_args = args
     shown = held_back if model_args.model_name_or_path is None else held_back.select(range(data_args.num_overlays))
     found = look(SdRpnGenerator(base, rpn.eval(), processor), shown)
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train_and_evaluate(
     model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
 ) -> dict[str, float]:
-    """Train, as far as it is not done yet, and evaluate; returns the metrics of the evaluation."""
+    """Train, unless training is finished, and evaluate; returns the metrics of the evaluation."""
     args = model_args, data_args, training_args
     output = Path(training_args.output_dir)
     set_seed(training_args.seed)
@@ -335,7 +335,7 @@ def train_and_evaluate(
     train_rows, held_back = load_data(data_args, training_args.seed)
     trained = sum(parameter.numel() for parameter in rpn.parameters() if parameter.requires_grad)
     PartialState().print(
-        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held back"
+        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held out"
     )
     training_args.output_dir = str(output / "checkpoints")
     training_args.push_to_hub, push = False, training_args.push_to_hub

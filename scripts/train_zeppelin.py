@@ -72,7 +72,7 @@ class ScriptTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it; documents have tokens only."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}

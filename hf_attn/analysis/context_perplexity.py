@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 
 def perplexity_of(loss: float) -> float:
-    """Perplexity of a mean loss in nats a token; infinite where it is beyond what a number can hold."""
+    """Perplexity of a mean loss in nats per token; infinite if it overflows."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -17,7 +17,7 @@ from .recording import eager_attention
 
 logger = logging.get_logger(__name__)
 
-#: names of the projections of queries and keys in models of transformers and timm; a joint one stands for both
+#: names of the query and key projections in models of transformers and timm; a fused projection counts as both
 QUERY_NAMES = ("q_proj", "query", "qkv", "q_lin")
 KEY_NAMES = ("k_proj", "key", "qkv", "k_lin")
 
@@ -85,7 +85,7 @@ class AttentionEntropyCallback(TrainerCallback):
 
         Args:
             model: the model; wrappers of distributed training are looked through.
-            step: what to note as the step.
+            step: number of the step to record.
 
         Returns:
             The entry that was added to `history`.
@@ -163,7 +163,7 @@ class AttentionEntropyCallback(TrainerCallback):
         if not self.history:
             raise ValueError("Nothing has been measured yet: train with the callback, or call `measure`.")
         figure = new_figure(7, 4)
-        from matplotlib import colormaps  # there, or the line above has said so
+        from matplotlib import colormaps  # there, or the line above has warned
 
         axes = figure.add_subplot()
         steps = [entry["step"] for entry in self.history]
@@ -190,7 +190,7 @@ def _attentions(outputs) -> tuple[tuple[torch.Tensor, ...], bool]:
 
 
 def summary(entry: dict) -> dict[str, float]:
-    """The numbers of a measurement that are worth a line in a log."""
+    """The values of a measurement that are logged."""
     heads = [head for layer in entry["entropy"] for head in layer]
     bounds = [bound for bound in entry["bound"] if bound is not None]
     logged = {"attention_entropy": sum(heads) / len(heads), "attention_entropy_min": min(heads)}

@@ -158,7 +158,7 @@ def measure_attention(
     """Measure the attention maps of a model.
 
     Args:
-        model: any transformers model that returns maps; it is put back into the state in which it was found.
+        model: any transformers model that returns maps; its state is restored afterwards.
         dataset: samples without padding, as in [`~hf_attn.analysis.attention_similarity`].
         tokenizer: needed for texts.
         layers: number of the layer of each map, if some layers have none; 0, 1, 2... if not given.

@@ -36,7 +36,7 @@ class PathScores:
 
     @property
     def gain(self) -> torch.Tensor:
-        """What each path adds to the accuracy of the ensemble, `(paths,)`; negative for one that pulls it down."""
+        """Gain in accuracy of the ensemble by each path, `(paths,)`; negative if the path decreases it."""
         return self.ensemble - self.without
 
     @property
@@ -159,7 +159,7 @@ def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int):
             raise ValueError(
                 f"Sample {number} has no {' and no '.join(missing)}, only {', '.join(sample)}: there is nothing to compare."
             )
-        # The others, such as the name of a file, may not fit into a batch.
+        # Other columns, such as file names, may not be collatable.
         samples.append({name: sample[name] for name in ("pixel_values", "labels")})
         if len(samples) == batch_size:
             yield default_data_collator(samples)

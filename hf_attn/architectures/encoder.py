@@ -1,4 +1,4 @@
-"""An encoder with the layers and mixers of the decoder, in which every token sees all.
+"""An encoder with the layers and mixers of the decoder, in which every token attends to all tokens.
 
 A family is written like one on the decoder, see [`hf_attn.architectures.decoder`], with an `EncoderConfig` and
 

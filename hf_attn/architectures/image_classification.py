@@ -13,9 +13,9 @@ from transformers.utils.generic import can_return_tuple
 
 
 class ImageClassifierMixin:
-    """Gives a family's `PreTrainedModel` the body with a classifier on what it pools.
+    """A family's base model with a classifier on its pooled output.
 
-    With `num_labels=0` there is no classifier, and what it would see is returned in place of the logits.
+    With `num_labels=0` there is no classifier, and the pooled output is returned instead of logits.
 
     Class attributes:
         body_class: the base model; its output has a `pooler_output`.
@@ -36,7 +36,7 @@ class ImageClassifierMixin:
         self.post_init()
 
     def add_classifiers(self, config: PreTrainedConfig) -> None:
-        """Build what comes after the base model."""
+        """Build the classifier."""
         width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
         self.classifier = linear_classifier(width, config.num_labels)
 

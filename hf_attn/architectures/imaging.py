@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImagePreprocessingMixin:
-    """Tells how the official code prepares images for a configuration's model.
+    """Image preprocessing of the official code.
 
     Attributes:
         image_mean, image_std: normalisation of each channel, for pixels in 0..1.
@@ -51,7 +51,7 @@ class ImagePreprocessingMixin:
 def imagenet_names() -> tuple[str, ...] | None:
     """Names of the 1,000 classes of ImageNet, in order, as transformers' own configurations have them.
 
-    They are those that timm carries; none if timm is not installed.
+    They are taken from timm; empty if timm is not installed.
     """
     timm = find_spec("timm")
     if timm is None or timm.origin is None:
@@ -76,7 +76,7 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
     """The image processor that the official evaluation of a model corresponds to.
 
     Bicubic resize of the shortest side and centre crop to `config.image_size`, or resize of both sides; normalisation.
-    Saved beside a model with `save_pretrained`, it is found by `AutoImageProcessor` and by pipelines.
+    Save it with `save_pretrained` in the folder of the model, so that `AutoImageProcessor` and pipelines find it.
 
     Args:
         config: configuration of an image family.

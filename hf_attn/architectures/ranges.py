@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 class Range:
     """Numbers that a field may have. NaN and infinity are in no range, `None` in each if the type of the field allows it.
 
-    Of a list every entry is checked, of a dictionary every value; what is not a number is left to the type of the field.
+    Every entry of a list and every value of a dictionary is checked; other types are checked by the type of the field.
 
     Attributes:
         at_least, above, at_most, below: limits; `above` and `below` do not count themselves.
@@ -88,10 +88,10 @@ POSITIVE = Range(above=0)
 RATE = Range(at_least=0, below=1)
 FINITE = Range()
 PAIR = Range(at_least=1, length=2)
-#: -1 stands for "none" in some configurations on the Hub
+#: -1 means "none" in some configurations on the Hub
 TOKEN = Range(at_least=0, also=(-1,))
 
-#: what a field of this name is in every family
+#: range of the fields of this name in all families
 COMMON_RANGES: dict[str, Range | Activation] = {
     **dict.fromkeys(
         (
@@ -144,7 +144,7 @@ class RangesMixin:
     ranges: ClassVar[dict[str, Range | Activation]] = {}
 
     def __init_subclass__(cls, **kwargs):
-        # This makes a dataclass of it, which `@strict` then looks at for validators.
+        # This makes it a dataclass, whose validators `@strict` then collects.
         super().__init_subclass__(**kwargs)
         fields = vars(cls).get("__dataclass_fields__", {})
         for name, permitted in cls.all_ranges().items():

@@ -1,4 +1,4 @@
-"""Named configurations of a family, as data beside its configuration class."""
+"""Named configurations of a family, defined next to its configuration class."""
 
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ class VariantsMixin(RangesMixin):
 
     #: published variant -> the fields in which it differs from the defaults
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
-    #: the same of the smallest configuration that shows what the family does: its model runs in milliseconds
+    #: fields of the smallest configuration with all features of the family; its model runs in milliseconds
     tiny: ClassVar[dict[str, Any]] = {}
 
     @classmethod

@@ -98,7 +98,7 @@ def _with_text_mask(mask: torch.Tensor, text_mask: torch.Tensor | None) -> torch
 
 
 def clear_attention_eager(call: ClearCall, found: None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLEAR attention as it is defined.
+    """CLEAR attention, the reference implementation.
 
     Returns:
         Output `(batch, heads, length, head_dim)` and weights `(batch, heads, length, keys)`, pooled keys last.

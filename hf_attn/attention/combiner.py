@@ -1,9 +1,9 @@
-"""Combiner attention (arXiv 2107.05768): distant tokens are seen through summaries of spans, none is left out.
+"""Combiner attention (arXiv 2107.05768): every token attends to distant tokens through summaries of spans.
 
     A_i = sum over direct j of p(j | i) v_j + sum over spans S of p(S | i) v_S,   v_S = sum over j in S of p(j | S) v_j
 
-The direct tokens and the spans that ``i`` sees share one softmax, of ``q_i . k_j`` and ``q_i . k_S``. Inside of a span the
-weights are a softmax of ``q_S . k_j``, the same for every query that sees it; ``q_S`` and ``k_S`` are maxima over the span.
+The direct tokens and the spans of ``i`` share one softmax, of ``q_i . k_j`` and ``q_i . k_S``. Inside of a span the
+weights are a softmax of ``q_S . k_j``, the same for every query that attends to it; ``q_S`` and ``k_S`` are maxima over the span.
 """
 
 import functools

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shape:
-    """Shapes and mask of a call; a mask is one of the forms that :func:`make_mask` knows."""
+    """Shapes and mask of a call; see :func:`make_mask` for the kinds of masks."""
 
     q_len: int
     kv_len: int
@@ -262,7 +262,7 @@ def compare(
     that is: its exponentials are approximations.
 
     Returns:
-        What is inexact, empty if nothing is; or why the implementation cannot serve the call.
+        A description of the errors that are too large, empty if there are none; or the refusal of the implementation.
     """
     device = torch.device(device)
     eager = function.implementations[-1]
@@ -284,7 +284,7 @@ def inexact(computed: torch.Tensor, specifications: list[torch.Tensor], exact: t
     error in one place still shows, since no entry may be further off than four times the specification's worst.
 
     Args:
-        computed: what the implementation computes.
+        computed: result of the implementation.
         specifications: what the eager path computes from the same inputs in the same dtype, and what else may set the
             error.
         exact: the eager path in float64, from the same inputs.

@@ -22,9 +22,9 @@ class Implementation:
         name: last part of the registered name (``eager``, ``torch``, ``triton``, ``flex``).
         compute: ``(call, found) -> (output, weights | None)``; output ``(batch, heads, q_len, value_dim)``, weights
             ``(batch, heads, q_len, kv_len)``.
-        check: ``(call) -> found``: a :class:`Refusal`, or what it found out about the call, which `compute` gets.
-        gpu_kernel: a kernel for GPUs. Automatic names take it only where `hf-attn check-gpu` has seen it compute the right
-            thing, see :mod:`hf_attn.kernels.gpu_record`.
+        check: ``(call) -> found``: a :class:`Refusal`, or the result of the check, which is passed to `compute`.
+        gpu_kernel: a kernel for GPUs. Automatic names use it only if it has passed `hf-attn check-gpu` on this GPU,
+            see :mod:`hf_attn.kernels.gpu_record`.
     """
 
     name: str
@@ -47,7 +47,7 @@ class AttentionFunction:
     implementations: tuple[Implementation, ...]
     call: type[AttentionCall] = AttentionCall
 
-    #: what a user passes to leave the choice to this class
+    #: the name with which this class chooses the implementation
     automatic = "auto"
     #: the option by which users name an implementation
     option = "attn_implementation"
@@ -55,12 +55,12 @@ class AttentionFunction:
     yardsticks = ("dense", "sdpa")
 
     def name_of(self, implementation: Implementation) -> str:
-        """What a user passes to pin an implementation."""
+        """The name of a pinned implementation."""
         return implementation.name
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a user may pass as ``attn_implementation``."""
+        """Valid values of ``attn_implementation``."""
         return tuple(dict.fromkeys((self.automatic, *map(self.name_of, self.implementations))))
 
     def implementation(self, name: str) -> Implementation | None:
@@ -80,11 +80,11 @@ class AttentionFunction:
 
     def preferred(self, call: AttentionCall) -> tuple[Implementation, ...]:
         """The implementations that the automatic name tries, in this order."""
-        # `eager` has operators of torch only, which other runtimes know.
+        # `eager` uses only standard operators of torch, which other runtimes support.
         return self.implementations[-1:] if torch.compiler.is_exporting() else self.implementations
 
     def choose(self, call: AttentionCall, name: str | None = None) -> tuple[Implementation, Any]:
-        """Who computes a call, and what the check of that implementation found.
+        """The implementation for a call, and the result of its check.
 
         Args:
             call: of the function.

@@ -1,4 +1,4 @@
-"""What a model family needs whose attention is not softmax."""
+"""Base class of model families whose attention is not softmax."""
 
 from typing import ClassVar
 

@@ -20,15 +20,15 @@ FUNCTIONS: tuple[AttentionFunction, ...] = (*MECHANISMS, CLEAR, WINDOW, DISENTAN
 
 @dataclass
 class Result:
-    """What a kernel has done in a dtype.
+    """Results of a kernel in a dtype.
 
     Attributes:
         kernel: name in the record, such as `"sigmoid_triton"`.
         dtype: such as `"float16"`.
         exact: number of cases with an exact output and exact gradients.
-        refused: number of cases that the kernel does not serve, which is no fault.
+        refused: number of cases that the kernel does not support, which is not an error.
         left: number of cases that there was no time for.
-        faults: what went wrong, by case.
+        faults: errors, by case.
         over_eager: time of the specification over that of the kernel, forward and backward.
         over_sdpa: the same of softmax attention by `F.scaled_dot_product_attention`.
     """
@@ -70,7 +70,7 @@ def check_kernels(
         seconds: after which no further case begins; a kernel with cases left has not passed.
         functions: whose kernels are run.
         choose_cases: the cases of a function.
-        progress: is told what is being done.
+        progress: called with a description of each case.
 
     Returns:
         A result for each kernel and dtype.
@@ -91,7 +91,7 @@ def check_kernels(
         progress(f"{result.kernel} {result.dtype} {case.name}")
         try:
             report = compare(function, implementation, case, device)
-        except Exception as error:  # a kernel that does not compile is what this looks for
+        except Exception as error:  # such as a kernel that does not compile
             report = f"{type(error).__name__}: {error}"
         if isinstance(report, Refusal):
             result.refused += 1
@@ -179,7 +179,7 @@ def record_of(results: Iterable[Result]) -> dict[str, list[str]]:
 
 
 def table(results: Iterable[Result]) -> str:
-    """The results as text, one line for each kernel and dtype, and what went wrong below."""
+    """The results as text, one line for each kernel and dtype, followed by the errors."""
     rows = [("KERNEL", "DTYPE", "RESULT", "EXACT", "REFUSED", "FAULTS", "LEFT", "x EAGER", "x SDPA")]
     results = list(results)
     for result in results:

@@ -93,10 +93,10 @@ class Mechanism(AttentionFunction):
         cu_seq_lens_k: torch.Tensor | None = None,
         **kwargs,
     ) -> AttentionCall:
-        """What a model of transformers passes to an attention function, as a call of this mechanism.
+        """Build a call of this mechanism from the arguments that transformers passes to an attention function.
 
         Raises:
-            ValueError: for arguments that would change the result and are not served.
+            ValueError: for unsupported arguments that would change the result.
         """
         is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         # Under the convention of `sdpa_mask` a missing mask means: causal if there are several queries, the first of which
@@ -136,9 +136,9 @@ class Mechanism(AttentionFunction):
 
 
 def _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, is_causal: bool) -> torch.Tensor:
-    """The mask of a flattened batch, where a query sees keys of its own sequence only.
+    """The mask of a flattened batch, in which a query attends only to keys of its own sequence.
 
-    If positions told the model where the sequences begin, then its mask keeps them apart already, and stays as it is.
+    If the model has already separated the sequences by their positions, the mask does not change.
 
     Args:
         cu_seq_lens_q, cu_seq_lens_k: where the sequences of queries and of keys begin, and the end of the last one.
@@ -164,7 +164,7 @@ def _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, 
 def uses_attention(model: nn.Module, name: str) -> None:
     """Check that ``model`` really calls the attention function that its configuration names.
 
-    Many models of transformers accept any registered ``attn_implementation`` and never look at it.
+    Many models of transformers accept any registered ``attn_implementation`` and ignore it.
 
     Args:
         model: a transformers model.

@@ -35,7 +35,7 @@ def blocks_of(is_landmark: torch.Tensor) -> torch.Tensor:
 def visible_groups(
     is_landmark: torch.Tensor, allowed: torch.Tensor, query_block: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which keys a query sees, by their part in the grouped softmax.
+    """Keys that a query attends to, by their role in the grouped softmax.
 
     Args:
         is_landmark: boolean `(batch, kv_len)`.

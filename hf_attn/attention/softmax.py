@@ -1,4 +1,4 @@
-"""Softmax attention as it is written: the specification of every model whose attention is softmax."""
+"""Softmax attention in plain PyTorch, the reference for every model with softmax attention."""
 
 import torch
 from torch import nn

@@ -22,7 +22,7 @@ class WindowCall(AttentionCall):
 
     Attributes:
         position_bias: `(1, heads, q_len, kv_len)`, added to the logits of every window.
-        module: that attends, which FlexAttention asks whether it is in training.
+        module: the attention layer, from which FlexAttention reads whether it is in training mode.
     """
 
     _: KW_ONLY
@@ -31,7 +31,7 @@ class WindowCall(AttentionCall):
 
     @property
     def bias(self) -> torch.Tensor:
-        """What is added to the logits, `(1, heads, q_len, kv_len)`; the mask of windows is additive."""
+        """Sum of position bias and (additive) mask, `(1, heads, q_len, kv_len)`."""
         return self.position_bias if self.attention_mask is None else self.position_bias + self.attention_mask
 
 

@@ -2,7 +2,7 @@
 
 Registration, conversion, Hub stubs, PEFT defaults, the command line, the documentation and the test battery are all
 driven by it. A class is named by the convention of the package: ``hf_attn.modeling.<folder>.<kind>_<folder>.<Class>``,
-where the kind is ``configuration``, ``modeling`` or ``processing``. It is imported only when somebody needs it.
+where the kind is ``configuration``, ``modeling`` or ``processing``. It is imported only when it is needed.
 """
 
 from . import domains, images, text
@@ -63,7 +63,7 @@ TASKS = (
     ),
 )
 
-#: Auto class of this package (see :mod:`hf_attn.auto`) -> its task in words
+#: Auto class of this package (see :mod:`hf_attn.auto`) -> name of its task
 OWN_AUTO_CLASSES: dict[str, str] = {
     "AutoModelForDocumentMatching": "document matching",
     "AutoModelForAudioTextClassification": "classification of audio with a transcript",

@@ -1,4 +1,4 @@
-"""What an entry of the catalogue says."""
+"""Entries of the catalogue."""
 
 from dataclasses import dataclass, field
 
@@ -48,13 +48,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper and what it has become here.
+    """A paper and its implementation.
 
     Attributes:
         slug: short name, also of the paper's folder in ``modeling/`` and of its model card.
         title: title of the paper.
         arxiv: arXiv identifier.
-        becomes: what the paper is turned into, in a few words.
+        becomes: the components made from the paper, in a few words.
         claim: what the paper claims, one sentence in our own words, of which `hf-attn claim` measures what a small machine can.
         code: repository of the official code, empty if there is none.
         available: whether it can be used; everything else in the entry is empty until it can.
@@ -63,7 +63,7 @@ class Paper:
         converter: whether :func:`hf_attn.from_official` reads the official checkpoints.
         doors: public functions and classes of the paper, beside its families: name -> module below ``hf_attn``.
         extra: extra of the package that the paper needs.
-        note: what a user has to know about the paper itself, such as a withdrawal.
+        note: important facts about the paper itself, such as a withdrawal.
     """
 
     slug: str

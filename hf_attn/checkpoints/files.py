@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-#: what a folder is looked through for; names and order are transformers', which reads a single file before shards
+#: names of checkpoint files in a folder; names and order are transformers', where a single file precedes shards
 CHECKPOINT_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -75,7 +75,7 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
 
 class LazyTensors(Mapping):
-    """State dict whose tensors are read when they are asked for.
+    """State dict whose tensors are read on access.
 
     Args:
         readers: for each key what reads its tensor.
@@ -98,7 +98,7 @@ class LazyTensors(Mapping):
 
 
 def _found_in_folder(path: Path) -> Path:
-    """The checkpoint file or index in a folder; anything else as it is."""
+    """The checkpoint file or index in a folder; other paths unchanged."""
     if not path.is_dir():
         return path
     found = next((path / name for name in CHECKPOINT_NAMES if (path / name).is_file()), None)

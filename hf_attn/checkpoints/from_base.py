@@ -15,7 +15,7 @@ from .quiet import quietly
 
 @dataclass(frozen=True)
 class BaseReport:
-    """What became of the tensors of a base model.
+    """The tensors of a base model that were kept, dropped or added.
 
     Attributes:
         base: Hub id or folder of the base, empty if a model object without one was given.
@@ -84,7 +84,7 @@ class FromBaseMixin:
         """Make a model of this family from a pretrained one.
 
         Args:
-            base: a model, a Hub id or a folder. A model object is left as it is; its weights are copied.
+            base: a model, a Hub id or a folder. A model object is not changed; its weights are copied.
             dtype: dtype to load a checkpoint in; its own if not given.
             overrides: fields of the family's configuration.
 
@@ -150,7 +150,7 @@ class FromBaseMixin:
                 f"{', '.join(sorted(info['unexpected_keys'])) or 'none'}; tensors that the base lacks: "
                 f"{', '.join(unfilled) or 'none'}."
             )
-        # Saved with the configuration: the base stays with the model wherever it goes.
+        # Saved with the configuration, so that a saved model still names its base.
         if (base := hub_id(base_name)) is not None:
             model.config.base_model_name_or_path = base
         state = model.state_dict()

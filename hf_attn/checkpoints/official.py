@@ -29,14 +29,14 @@ STATE_DICT_ENTRIES = (
     "model",
 )
 
-#: put before every name by wrappers of training code (data parallelism, `torch.compile`), and by transformers' bare models
+#: prefixes added by wrappers of training code (data parallelism, `torch.compile`), and by transformers' bare models
 _WRAPPERS = ("module.", "_orig_mod.")
 _BASE_MODEL = "model."
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a family's ``convert_official`` returns.
+    """Result of a family's ``convert_official``.
 
     Attributes:
         model_class: class to build.
@@ -79,7 +79,7 @@ class StateDict(Mapping):
 
 
 class OfficialArguments(Mapping):
-    """Official constructor arguments, which remember which of them a converter has read.
+    """Official constructor arguments, with a record of those that a converter has read.
 
     One that is needed and not there is a :class:`ConversionError`, and so is one that nobody has read: it is misspelt,
     or it changes the model in a way that is not served.
@@ -112,14 +112,14 @@ class OfficialArguments(Mapping):
         return len(self._arguments)
 
     def agree(self, **found: Any) -> None:
-        """Check arguments that follow from the weights: they need not be given, but may not say something else."""
+        """Check arguments that follow from the weights: they are optional, but must agree with the weights."""
         for name, value in found.items():
             given = self.get(name, value)
             if (list(given) if isinstance(given, tuple) else given) != value:
                 raise ConversionError(f"The weights are those of {name}={value}, but the configuration says {given}.")
 
     def leave(self, *names: str) -> None:
-        """Name arguments that say nothing about what the model computes in evaluation, and are not read."""
+        """Ignore arguments that have no effect on the outputs in eval mode."""
         self._known.update(names)
 
     def leave_rest(self) -> None:
@@ -127,7 +127,7 @@ class OfficialArguments(Mapping):
         self._known.update(self._arguments)
 
     def check(self, slug: str) -> None:
-        """Raise :class:`ConversionError` for arguments that nobody has read."""
+        """Raise :class:`ConversionError` for arguments that were not read."""
         unread = sorted(set(self._arguments) - self._known, key=str)
         if not unread:
             return
@@ -152,7 +152,7 @@ def _holds_tensors(value: Any) -> bool:
 def select_state_dict(
     checkpoint: Mapping[str, Any], source: str = "The checkpoint", entry: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """Find the state dict in what training code saves: the weights, or a dictionary around them.
+    """Find the state dict in a checkpoint of training code: the weights, or a dictionary that contains them.
 
     Of a dictionary the first entry of :data:`STATE_DICT_ENTRIES` is taken, averaged weights before others, or the only
     one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state dict
@@ -199,7 +199,7 @@ def _all_begin_with(prefix: str, names: Iterable[str]) -> bool:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor without what it was cut from: a view of a fused weight would keep all of it in memory."""
+    """The tensor with storage of its own: a view of a fused weight would keep the whole weight in memory."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

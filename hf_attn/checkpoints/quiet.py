@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' progress bar and report on keys, where an error of ours says what does not fit."""
+    """Suppress transformers' progress bar and its report on keys, for callers that raise their own errors."""
     from transformers.utils import logging
 
     verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

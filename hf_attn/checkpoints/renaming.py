@@ -19,7 +19,7 @@ KEEP: Rule = (r"^", "")
 
 
 class Renaming:
-    """Rules that a name passes through in order, each applied to what the rules before it made of the name.
+    """Ordered rules for names; each rule is applied to the result of the rules before it.
 
     A name that no rule matches is unknown. :meth:`state_dict` leaves its tensor unread, and
     :func:`~hf_attn.checkpoints.official.from_official` reports it.

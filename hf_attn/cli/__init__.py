@@ -1,4 +1,4 @@
-"""The `hf-attn` command: one module a command, each with `add_parser`; what a command needs is imported when it runs."""
+"""The `hf-attn` command: one module a command, each with `add_parser`; a command imports its dependencies when it runs."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has seen enough (`hf-attn papers | head`). What is still in the buffer would fail again at the end.
+        # The reader has closed the pipe (`hf-attn papers | head`). Flushing the buffer at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CommandError, ValueError, OSError) as error:
         print(f"hf-attn: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""What the commands share."""
+"""Functions that the commands share."""
 
 import argparse
 
 
 class CommandError(Exception):
-    """A mistake of the user; the message is what they read."""
+    """A mistake of the user, reported by its message."""
 
 
 def formatter(prog: str) -> argparse.HelpFormatter:

@@ -6,7 +6,7 @@ import sys
 from ._command import CommandError, formatter, positive
 
 
-#: of the time limit, what the comparisons may take; the rest is for the speed
+#: share of the time limit for the comparisons; the rest is for measuring the speed
 SHARE_OF_COMPARISONS = 0.75
 
 
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
         metavar="N",
         type=positive,
         default=230,
-        help="time limit; what is left then has not passed (%(default)s)",
+        help="time limit in seconds; kernels that are not finished by then have not passed (%(default)s)",
     )
     parser.set_defaults(run=run)
 

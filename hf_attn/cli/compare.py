@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
         "--families",
         nargs="+",
         metavar="NAME",
-        help="what is compared: llama, a family, either with +ATTENTION_FUNCTION, and with :FIELD=VALUE;... of its "
+        help="models to compare: llama or a family, optionally with +ATTENTION_FUNCTION and with :FIELD=VALUE;... of its "
         "configuration (default: all)",
     )
     compare.add_argument(

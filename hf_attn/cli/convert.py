@@ -79,7 +79,7 @@ def _convert(options: argparse.Namespace, config: dict | None) -> None:
             processor.save_pretrained(part)
         write_model_card(part, model)
         written = {path.name for path in part.iterdir()}
-    # What an earlier model left would be read in the place of this one, or beside it.
+    # Files of an earlier model would be loaded instead of, or together with, those of this one.
     for pattern in ("model*.safetensors*", "preprocessor_config.json"):
         for stale in options.output.glob(pattern):
             if stale.name not in written:

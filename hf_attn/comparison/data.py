@@ -1,4 +1,4 @@
-"""What the models are trained and tested on: text, associative recall, and copying at a distance."""
+"""Training and test data: text, associative recall, and copying over a distance."""
 
 from dataclasses import dataclass
 
@@ -49,11 +49,11 @@ class Corpus:
         """At most `limit` neighbouring stretches `(stretches, length)` of the test text."""
         count = min(limit, len(self.test) // length)
         if count == 0:
-            raise ValueError(f"The held-back text has {len(self.test)} tokens, and the sequences have {length}.")
+            raise ValueError(f"The held-out text has {len(self.test)} tokens, and the sequences have {length}.")
         return self.test[: count * length].view(count, length)
 
     def recall(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Pairs of a key and a value lie in filler text; at the end each key is named again, and its value is asked for."""
+        """Pairs of a key and a value within filler text; at the end each key is repeated, and its value has to be predicted."""
         input_ids = self._stretches(self.train, batch_size, length, generator)
         labels = torch.full_like(input_ids, IGNORED)
         asked = length - 2 * NUM_PAIRS

@@ -1,4 +1,4 @@
-"""What is compared: a name becomes a model of the common shape."""
+"""Entries of a comparison: models of a common shape, created from their names."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -17,13 +17,13 @@ from .data import IGNORED, Corpus
 from .entries import Shape, make_model
 
 
-#: stretches of held-back text, and samples of each synthetic task, that a model is tested on
+#: stretches of held-out text, and samples of each synthetic task, that a model is tested on
 TEST_SEQUENCES = 32
 DECODED_TOKENS = 32
 
 
 def _prepared(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch as the mechanism wants it: a model whose inputs hold more than the text says so itself."""
+    """The batch in the form that the mechanism needs; models whose inputs contain more than the text prepare it themselves."""
     prepare = getattr(model, "prepare_training_batch", None)
     return batch if prepare is None else prepare(**batch)
 
@@ -41,7 +41,7 @@ def _mean_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int)
 
 @torch.no_grad()
 def _accuracy(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
-    """Share of the asked tokens that are the most likely ones."""
+    """Accuracy of the most likely tokens at the queried positions."""
     batch = _prepared(model, batch)
     labels = batch.pop("labels")[:, 1:]
     asked = labels != IGNORED
@@ -144,7 +144,7 @@ def measure(job: dict) -> dict:
         job: `entry`, `seed`, `steps`, `batch_size`, `length`, `learning_rate`, `shape`, and `corpus`, a file of tensors.
 
     Returns:
-        What the columns of the comparison hold.
+        The values of the columns of the comparison.
     """
     tensors = load_file(job["corpus"])
     corpus = Corpus(tensors["train"], tensors["test"], first_symbol=job["first_symbol"])

@@ -13,7 +13,7 @@ from ..training.writing import written_whole
 COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "parameters_ratio": ("vs. baseline", "{:.2f}"),
-    "loss_1x": ("held-back loss", "{:.3f}"),
+    "loss_1x": ("held-out loss", "{:.3f}"),
     "loss_spread": ("spread", "{:.3f}"),
     "perplexity_1x": ("ppl 1x", "{:.1f}"),
     "perplexity_2x": ("ppl 2x", "{:.1f}"),
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
-    """One row an entry: means over seeds, the spread of the held-back loss, and the error of an entry that failed."""
+    """One row an entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
     rows = []
     for entry in dict.fromkeys(result["entry"] for result in results):
         runs = [result for result in results if result["entry"] == entry]
@@ -54,7 +54,7 @@ def summarize(results: list[dict], baseline: str) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; an entry that failed says why in the place of its numbers."""
+    """The rows as a Markdown table; the row of a failed entry contains the error instead of numbers."""
     lines = [
         "| " + " | ".join(["entry", *(heading for heading, _ in COLUMNS.values())]) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -116,5 +116,5 @@ def _plot_quality(rows: list[dict], path: Path) -> None:
                 row["entry"], (row[cost], row["loss_1x"]), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
         axes.set_xlabel(f"{label} (more is better)")
-        axes.set_ylabel("held-back loss (less is better)")
+        axes.set_ylabel("held-out loss (less is better)")
     figure.savefig(path, dpi=120)

@@ -38,7 +38,7 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
     texts = read_texts("train", dataset_name=data)
     cut = max(1, len(texts) * 9 // 10)
     if cut == len(texts):
-        raise ValueError(f"{data} has {len(texts)} texts; two at least are needed, one of which is held back.")
+        raise ValueError(f"{data} has {len(texts)} texts; two at least are needed, one of which is held out.")
     return texts[:cut], texts[cut:]
 
 
@@ -62,14 +62,14 @@ def compare(
     data: str | None = None,
     overwrite: bool = False,
 ) -> list[dict]:
-    """Train the entries under one budget and compare them; see the command `hf-attn compare`.
+    """Train the entries with the same budget and compare them; see the command `hf-attn compare`.
 
-    All see the same tokens in the same order, with the same optimizer. The number of steps is chosen so that all trainings
-    together take about the given time. Each training runs in a process of its own; one that fails is a row that says why.
+    All models are trained on the same tokens in the same order, with the same optimizer. The number of steps is chosen so that all trainings
+    together take about the given time. Each training runs in a separate process; if one fails, its row contains the error.
 
     Args:
         output: folder for results, table and pictures. A comparison with the same settings is continued.
-        entries: see [`make_config`]; all of the catalogue if not given. The first is what others are compared with.
+        entries: see [`make_config`]; all of the catalogue if not given. The first is the baseline.
         minutes: about how long the trainings take together.
         seeds: trainings of each entry.
         data: a text file or the Hub id of a data set with a column `text`; Python's documentation if not given.

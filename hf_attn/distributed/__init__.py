@@ -1,6 +1,6 @@
 """Sequences over several processes: exact attention in six layouts, and Zeppelin for uneven ones.
 
-Nothing of it is imported until it is asked for.
+Its modules are imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Which part of a rank's queries sees which part of some keys, as rectangles and triangles instead of an L x L mask.
+"""Allowed pairs of a rank's queries and some keys, as rectangles and triangles instead of an L x L mask.
 
 Tokens are known by their index in the whole sequence. A :class:`Run` is a piece of consecutive tokens of one document that a rank
 has side by side. Two runs of the same document are related in the simplest ways: all queries see all keys, or (causal) a
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries `[q_start, q_stop)` that see keys `[k_start, k_stop)`, or (`triangle`) those up to their own place."""
+    """Queries `[q_start, q_stop)` that attend to keys `[k_start, k_stop)`, or (`triangle`) to those up to their position."""
 
     q_start: int
     q_stop: int
@@ -78,7 +78,7 @@ def _ends(run: Run) -> int:
 
 
 def pair_blocks(queries: Iterable[Run], keys: Iterable[Run], causal: bool) -> list[Block]:
-    """All that queries see of keys, each pair once; blocks that lie side by side are joined."""
+    """All allowed pairs of queries and keys, each pair once; adjacent blocks are joined."""
     by_document = defaultdict(list)
     for key in keys:
         by_document[key.document].append(key)

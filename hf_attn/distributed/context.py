@@ -25,7 +25,7 @@ from .sharding import Sharding, shard_tensor, shift_labels, unshard_tensor
 
 PREFIX = "distributed_"
 
-#: fields of configurations that say that attention is not plain softmax over all tokens, and what they stand for
+#: fields of configurations with which attention is not plain softmax over all tokens, and their meaning
 _OTHER_ATTENTION = {
     "attn_logit_softcapping": "soft-capped logits",
     "output_router_logits": "a loss of the router that is no sum over tokens",
@@ -117,7 +117,7 @@ class SequenceParallel:
         return Sharding.make(length, self.peers.size, self.split, cu_seqlens, mask)
 
     def local(self, batch: Mapping[str, Any], sharding: Sharding, rows: int) -> dict[str, Any]:
-        """What this rank has of a batch, and what the loss needs to be that of all tokens."""
+        """The part of a batch on this rank, and what is needed to compute the loss of all tokens."""
         if not self.replicated and 0 in sharding.lengths:
             raise ValueError(
                 f"{sharding.length} tokens are too few for {self.peers.size} ranks: a model needs at least one on each. Use fewer "
@@ -181,7 +181,7 @@ def activated(context: SequenceParallel) -> Iterator[SequenceParallel]:
 
 
 def shard(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What this rank has of a batch that all ranks have; within :func:`sequence_parallel`.
+    """The part of a batch for this rank; all ranks pass the same batch, within :func:`sequence_parallel`.
 
     Args:
         batch: arguments of a causal model of transformers: `input_ids` (or `inputs_embeds`) `(batch, length, ...)`, and if
@@ -212,7 +212,7 @@ def _documents(batch: Mapping[str, Any], rows: int) -> tuple[int, ...] | None:
     bounds = batch.get("cu_seq_lens_q")
     if bounds is None and batch.get("attention_mask") is None and batch.get("position_ids") is not None:
         positions = batch["position_ids"]
-        # Three axes of positions, as of models that see images, say nothing about documents.
+        # Positions with three axes, as in multimodal models, do not define documents.
         if positions.dim() == 2 and bool((positions[:, 1:] - positions[:, :-1] != 1).any()):
             if not bool((positions == positions[:1]).all()):
                 raise ValueError(
@@ -231,7 +231,7 @@ def _documents(batch: Mapping[str, Any], rows: int) -> tuple[int, ...] | None:
 class _GlobalLoss(torch.autograd.Function):
     """The sum over ranks of their shares of the loss; in the backward pass the gradient of the own share.
 
-    `scale` is the number of processes over which somebody else averages gradients, else 1.
+    `scale` is the number of processes over which gradients are averaged elsewhere, otherwise 1.
     """
 
     @staticmethod
@@ -251,7 +251,7 @@ def global_loss(loss: torch.Tensor, peers: Peers, scale: int = 1, on_backward=la
 
 
 class _GradientSum:
-    """Adds up the gradients of all ranks at the end of each backward pass, and only what it has added to `.grad`."""
+    """Sums the gradients of all ranks at the end of each backward pass, only the part that this pass added to `.grad`."""
 
     def __init__(self, model: nn.Module, peers: Peers):
         self.peers, self.found, self.queued, self.closed = peers, {}, False, False
@@ -262,7 +262,7 @@ class _GradientSum:
         def keep(gradient):
             self.begin()
             self.found[index] = gradient
-            # The sum is added at the end; gradients that are there already stay what they are.
+            # The sum is added at the end; earlier gradients are not changed.
             return torch.zeros_like(gradient)
 
         return keep

@@ -49,7 +49,7 @@ class Peers:
 
     Args:
         group: of processes; all by default.
-        timeout: seconds to wait for the others in one exchange; by default as long as the group says.
+        timeout: seconds to wait for the others in one exchange; by default the timeout of the group.
 
     Raises:
         RuntimeError: if there is no process group.
@@ -101,7 +101,7 @@ class Peers:
 
         Args:
             parts: one for each rank, of one dtype.
-            shapes: of what is received from each rank.
+            shapes: shapes of the tensors received from each rank.
         """
         _count([part for rank, part in enumerate(parts) if rank != self.rank])
         dtype, device = parts[0].dtype, parts[0].device
@@ -190,15 +190,15 @@ class Peers:
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank sends to one rank and receives from another; ranks are those of the group.
+    """A message to one rank and a message from another; ranks are those of the group.
 
     Attributes:
         to: rank that gets `send`.
         send: tensor, or None.
         source: rank that something is received from.
-        shape: of what is received, or None.
-        dtype: of what is received.
-        device: of what is received.
+        shape: shape of the received tensor, or None.
+        dtype: dtype of the received tensor.
+        device: device of the received tensor.
     """
 
     to: int
@@ -213,11 +213,11 @@ class Pending:
     """Messages on their way."""
 
     def __init__(self, peers: Peers, works, operations, received: list[torch.Tensor | None]):
-        # The operations keep what is being sent alive.
+        # The operations keep a reference to the sent tensors.
         self._peers, self._works, self._operations, self._received = peers, works, operations, received
 
     def wait(self) -> list[torch.Tensor | None]:
-        """What was received for each message."""
+        """The received tensor of each message."""
         with self._peers._watched("exchange in a ring"):
             for work in self._works:
                 self._peers._wait(work)
@@ -237,7 +237,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(peers: Peers, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
-    """:meth:`Peers.exchange` with gradients: those of what was received travel back."""
+    """Differentiable :meth:`Peers.exchange`: the gradients of received tensors are sent back."""
     if peers.size == 1:
         return tuple(parts)
     return _Exchange.apply(peers, shapes, *parts)

@@ -43,16 +43,16 @@ def distributed_attention(
             tokens.
         key: `(batch, kv_heads, tokens, head_dim)`; `heads` must be a multiple of `kv_heads`.
         value: `(batch, kv_heads, tokens, value_dim)`.
-        layout: who computes what. `"ring"`: keys and values go round. `"query"`: they are gathered. `"key"`: queries are gathered and
+        layout: distribution of the work. `"ring"`: keys and values are passed around. `"query"`: they are gathered. `"key"`: queries are gathered and
             partial results merged. `"grid"`: both, in blocks. `"ulysses"`: tokens are exchanged for heads. `"head"`: the
             tensors hold some heads of all tokens; nothing is communicated.
         group: of processes; all by default.
-        causal: a token sees itself and those before it, by their places in the whole sequence.
-        split: how the sequence is dealt out: `"contiguous"`, pieces of any length; `"zigzag"`, see
+        causal: a token attends to itself and earlier tokens, by their positions in the whole sequence.
+        split: how the sequence is split: `"contiguous"`, parts of any length; `"zigzag"`, see
             :func:`~hf_attn.distributed.sharding.split_spans`, with equal work for all ranks if causal.
         grid: query blocks and key blocks of the layout `"grid"`.
         attention_mask: `(batch, length)` of the whole sequence, False or 0 for padding; the same in all ranks.
-        cu_seqlens: bounds of the documents of a packed sequence, from 0 to its length; tokens see their own document only.
+        cu_seqlens: bounds of the documents of a packed sequence, from 0 to its length; tokens attend only to their own document.
         scaling: of the logits; `head_dim ** -0.5` by default.
         return_logsumexp: also return the log-sum-exp of the logits.
         timeout: seconds to wait for other ranks; by default the process group's.
@@ -109,7 +109,7 @@ def distributed_attention(
 
 
 class Schedule:
-    """Who computes what for a batch in a layout that splits tokens; made once and used by all layers.
+    """Distribution of the work for a batch in a layout that splits tokens; computed once and used by all layers.
 
     Args:
         peers: the ranks.
@@ -164,7 +164,7 @@ def partial_attention(
     causal: bool = False,
     scaling: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one rank of a layout computes: attention of some queries to some keys, and its log-sum-exp.
+    """The part of one rank: attention of some queries to some keys, and its log-sum-exp.
 
     Args:
         query: `(batch, heads, queries, head_dim)`, the tokens of `query_spans`.
@@ -173,7 +173,7 @@ def partial_attention(
         sharding: of the sequence, for documents and padding.
         query_spans: of the whole sequence.
         key_spans: of the whole sequence.
-        causal: a token sees itself and those before it.
+        causal: a token attends to itself and earlier tokens.
         scaling: of the logits; `head_dim ** -0.5` by default.
     """
     pairs = zip(sharding.rows(query_spans), sharding.rows(key_spans), strict=True)
@@ -221,7 +221,7 @@ def _raise_differences(names: list[str], gathered: list[list[int]], problem: str
     for i, name in enumerate(names, start=1):
         values = [rank[i] for rank in gathered]
         if name == "whether the shapes fit" and not all(values):
-            raise ValueError(f"The tensors of rank {values.index(0)} do not fit together; its own error says how.")
+            raise ValueError(f"The tensors of rank {values.index(0)} do not fit together; see the error of that rank.")
         if len(set(values)) > 1:
             if name == "dtype":
                 values = [str(_DTYPES[value]) for value in values]

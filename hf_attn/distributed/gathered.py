@@ -52,8 +52,8 @@ class Route:
     """How tokens come from their owners to the ranks that want them.
 
     Attributes:
-        send: for each rank: places in the local tensor of what it gets.
-        receive: for each rank: places in the fetched tensor of what it sends.
+        send: for each rank, positions in the local tensor of the tokens that it receives.
+        receive: for each rank, positions in the fetched tensor of the tokens that it sends.
     """
 
     send: list[torch.Tensor]
@@ -97,16 +97,16 @@ class Route:
         return received.index_select(2, order.argsort())
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """What each rank gets of a local tensor."""
+        """The part of a local tensor for each rank."""
         return [_selected(tensor, places) for places in self.send]
 
     def give_back(self, fetched: torch.Tensor, peers: Peers) -> list[torch.Tensor]:
-        """Something for each fetched token returns to the owner: what each rank has for tokens of this one, see `send`."""
+        """Return values for fetched tokens to their owners: the values of each rank for tokens of this rank, see `send`."""
         shapes = [(*fetched.shape[:2], len(places), *fetched.shape[3:]) for places in self.send]
         return peers.exchange([_selected(fetched, places) for places in self.receive], shapes)
 
     def summed(self, fetched: torch.Tensor, peers: Peers, num_local: int) -> torch.Tensor:
-        """Sum over ranks of what they have for each local token."""
+        """Sum over ranks of their values for each local token."""
         total = fetched.new_zeros((*fetched.shape[:2], num_local, *fetched.shape[3:]))
         for places, part in zip(self.send, self.give_back(fetched, peers), strict=True):
             total.index_add_(2, places.to(total.device), part)
@@ -121,7 +121,7 @@ def _selected(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Gathering:
-    """What a rank fetches and computes in one of the layouts of this module.
+    """The tokens that a rank fetches, and its part of the computation, in one of the layouts of this module.
 
     Attributes:
         sharding: of the sequence.

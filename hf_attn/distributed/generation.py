@@ -48,7 +48,7 @@ def distributed_generate(
         generate_arguments: of `model.generate`. With sampling, the random numbers are those of rank 0.
 
     Raises:
-        ValueError: for padding on the right, arguments of `generate` that cannot be served, or inputs that differ between ranks.
+        ValueError: for padding on the right, unsupported arguments of `generate`, or inputs that differ between ranks.
     """
     refused = [name for name in _REFUSED if generate_arguments.get(name) is not None]
     if refused:

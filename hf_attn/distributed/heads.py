@@ -50,7 +50,7 @@ def local_attention(
 
 
 def whole_blocks(sharding: Sharding, causal: bool) -> RowBlocks:
-    """Who sees whom if all tokens are here, in their order."""
+    """Allowed pairs if all tokens are on this rank, in order."""
     return [(rows.span, pair_blocks(rows.runs, rows.runs, causal)) for rows in sharding.rows([(0, sharding.length)])]
 
 
@@ -63,7 +63,7 @@ def ulysses_attention(
     causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some tokens of all heads become all tokens of some heads, and the output goes back the same way.
+    """All-to-all from some tokens of all heads to all tokens of some heads; the output is exchanged back.
 
     Arguments and results as of :func:`~hf_attn.distributed.ring.ring_attention`.
     """

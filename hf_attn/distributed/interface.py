@@ -21,7 +21,7 @@ def attention_forward(
     """Attention of this rank's tokens, with the signature of transformers; the layout is that of the context.
 
     Raises:
-        ValueError: for arguments that change what is computed: masks, dropout, a window, a soft cap.
+        ValueError: for arguments that change the result: masks, dropout, a window, a soft cap.
         RuntimeError: outside of :func:`~hf_attn.distributed.context.sequence_parallel`.
     """
     context = active()
@@ -48,14 +48,14 @@ def attention_mask(
     use_vmap: bool = False,
     **kwargs,
 ) -> None:
-    """No mask: padding and documents are in the context, where all ranks know those of all.
+    """No mask: padding and documents are part of the context, which is the same on all ranks.
 
     Raises:
         ValueError: for padding that was not given to `shard`, a window, or a mask function of the model's own.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
-            "The model was called with padding that other ranks do not know. Call it as `model(**shard(batch))`."
+            "The model was called with padding that is unknown to the other ranks. Call it as `model(**shard(batch))`."
         )
     if local_size is not None:
         raise ValueError(f"Distributed attention does not serve the model's window of {local_size} tokens.")

@@ -29,7 +29,7 @@ _listeners: list[Callable[[float], None]] = []
 
 
 def add_work_listener(listener: Callable[[float], None]) -> None:
-    """Have a function told the CPU seconds of each piece of work."""
+    """Call a function with the CPU seconds of each part of the work."""
     _listeners.append(listener)
 
 
@@ -69,7 +69,7 @@ class Accumulator:
         self.logsumexp: torch.Tensor | None = None
 
     def add(self, rows: Span, queries: Span, output: torch.Tensor, logsumexp: torch.Tensor) -> None:
-        """Merge the result of some rows and queries with what is there."""
+        """Merge the result of some rows and queries into the accumulated result."""
         if self.output is None and output.shape == self._shape:
             self.output, self.logsumexp = output, logsumexp
             return
@@ -82,7 +82,7 @@ class Accumulator:
         where = (slice(*rows), slice(None), slice(*queries))
         old = self.logsumexp[where]
         new = torch.logaddexp(old, logsumexp)
-        # A query that has seen nothing yet, and sees nothing in this part either.
+        # A query without keys in this part and in all earlier parts.
         nothing = new == -torch.inf
         share, old_share = (torch.exp(x - new).masked_fill_(nothing, 0.0)[..., None] for x in (logsumexp, old))
         self.output[where] = self.output[where] * old_share + output * share

@@ -31,7 +31,7 @@ class Ring:
     _blocks: dict = field(default_factory=dict, repr=False)
 
     def blocks(self, query: int, key: int, causal: bool) -> RowBlocks:
-        """What the queries of one place in the ring see of the keys of another one."""
+        """Allowed pairs of the queries at one position of the ring and the keys at another."""
         found = self._blocks.get((query, key, causal))
         if found is None:
             pairs = zip(self.rows[query], self.rows[key], strict=True)
@@ -45,7 +45,7 @@ class Ring:
 
 
 class _Place:
-    """A ring as one of its ranks sees it."""
+    """A ring, from the perspective of one rank."""
 
     def __init__(self, ring: Ring, rank: int):
         self.ring, self.size = ring, len(ring.ranks)
@@ -158,7 +158,7 @@ def ring_attention(
         value: `(batch, kv_heads, tokens, value_dim)`.
         peers: the ranks.
         rings: the same list in all ranks; those that should start first come first.
-        causal: a token sees itself and those before it in its document, otherwise its whole document.
+        causal: a token attends to itself and earlier tokens of its document, otherwise to its whole document.
         scaling: of the logits.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Who has which tokens: the splits of a sequence over ranks, and tensors cut and put together accordingly."""
+"""Assignment of tokens to ranks: splits of a sequence, and sharding and gathering of tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class Sharding:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """`(1, length)`: positions in the document, which is what a model of transformers counts by itself."""
+        """`(1, length)`: positions in the document, as transformers models compute them."""
         index = torch.arange(self.length)
         starts = torch.tensor(self.cu_seqlens[:-1])
         return (index - starts[torch.searchsorted(starts, index, right=True) - 1])[None]

@@ -35,7 +35,7 @@ base_model: HuggingFaceTB/{SMOLLM2}
 
 
 class AssetError(OSError):
-    """Material could not be fetched or prepared; the message says what to do."""
+    """Assets could not be fetched or prepared; the message explains what to do."""
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -94,7 +94,7 @@ def smollm2_folder(
     with FileLock(cache / f".{SMOLLM2}.lock"):
         if target.is_dir():
             return target
-        # Left by a call that was interrupted; the lock says that no other one is at work.
+        # Left by an interrupted call; because of the lock no other call is running.
         for stale in cache.glob(f".{SMOLLM2}-*"):
             shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=cache) as work:
@@ -130,7 +130,7 @@ def _convert_gguf(gguf_file: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     quantized = LlamaForCausalLM.from_pretrained(**source)
     config = quantized.config
-    # transformers does not save what it regards as quantised, although the weights are unpacked by now.
+    # transformers does not save models that it considers quantised, although the weights are unpacked by now.
     del config.quantization_config
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=quantized.state_dict())
     model.generation_config = quantized.generation_config
@@ -146,10 +146,10 @@ def _write_card(folder: Path) -> None:
 
 
 def load_texts(split: str = "train") -> list[str]:
-    """English technical prose of half a megabyte that every CPython carries: the topics of its language reference.
+    """Half a megabyte of English technical prose that is part of CPython: the topics of its language reference.
 
-    The split is by topic and the same on every machine with the same Python: about a tenth is held back. Where a topic
-    repeats paragraphs of another one, a held-back paragraph is taken out of the training texts.
+    The split is by topic and the same on every machine with the same Python: about a tenth is held out. Where a topic
+    repeats paragraphs of another one, a held-out paragraph is taken out of the training texts.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -216,11 +216,11 @@ def _normalized(paragraph: str) -> str:
 
 
 def token_blocks(texts: list[str], tokenizer, length: int) -> torch.Tensor:
-    """Texts as sequences of equal length without padding; texts are joined, and what is left at the end is dropped.
+    """Texts as sequences of equal length without padding; texts are concatenated, and the remainder is dropped.
 
     Args:
         texts: documents.
-        tokenizer: a tokenizer of transformers; its end-of-sequence token, if it has one, stands between documents.
+        tokenizer: a tokenizer of transformers; its end-of-sequence token, if it has one, separates documents.
         length: tokens in a sequence.
 
     Returns:

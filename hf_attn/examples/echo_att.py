@@ -1,6 +1,6 @@
 """EchoAtt on a real model, end to end in minutes on two CPU cores: measure, share, distil, compare, save, load back.
 
-Every step keeps its result in the output folder, so a run that was stopped goes on where it was and a finished one is
+Every step saves its result in the output folder, so an interrupted run can be resumed and a finished one is
 only reported again.
 """
 
@@ -157,7 +157,7 @@ class _EchoAtt:
         return folder
 
     def compare(self, folder: Path) -> None:
-        self._headline(4, "Teacher and student, on text that was held back")
+        self._headline(4, "Teacher and student, on text that was held out")
         distilled = None
         if not {"perplexity", "cost"} <= self.results.keys():
             distilled = AutoModelForCausalLM.from_pretrained(folder)
@@ -273,7 +273,7 @@ class _EchoAtt:
 
 
 def costs(models: dict[str, PreTrainedModel], context: int = 128, new_tokens: int = 24, rounds: int = 3) -> dict:
-    """Parameters, cache size and decoding speed of models, measured in turns so that all see the same machine.
+    """Parameters, cache size and decoding speed of models, measured in turns so that the load of the machine affects all equally.
 
     Args:
         models: name -> causal language model.

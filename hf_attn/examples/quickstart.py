@@ -1,7 +1,7 @@
 """The quickstart: a hybrid attention transformer learns to enlarge photographs better than bicubic interpolation does.
 
-It needs no download and takes two minutes, however busy the machine is: the training ends with its time. What is measured
-are the right quarters of the photographs, which the training does not see.
+It needs no download and takes two minutes, however busy the machine is, because training has a time limit. It is
+evaluated on the right quarters of the photographs, which are not used for training.
 """
 
 import copy
@@ -41,7 +41,7 @@ SIZES = {
 }
 #: shares of the training after which the model is measured
 MEASUREMENTS = (0.15, 0.35, 0.6, 1.0)
-#: held-back photograph of the picture, and the corner and side of the part of its low resolution that is shown
+#: held-out photograph of the picture, and the corner and side of the part of its low resolution that is shown
 SHOWN, CORNER, SIDE = 2, (20, 4), 56
 
 
@@ -103,7 +103,7 @@ class _Quickstart:
         self.model = HATForImageSuperResolution(HATConfig(**SIZES))
         start_as_interpolation(self.model)
         print(
-            f"{self.model.num_parameters():,} parameters, {len(photographs)} photographs; their right quarters are held back.\n"
+            f"{self.model.num_parameters():,} parameters, {len(photographs)} photographs; their right quarters are held out.\n"
             f"\n{'':14}{'seconds':>9}{'steps':>8}{'PSNR':>10}{'SSIM':>9}\n"
             f"{'bicubic':14}{'':9}{'':8}{bicubic['psnr']:7.2f} dB{bicubic['ssim']:9.4f}",
             flush=True,
@@ -172,14 +172,14 @@ class _Quickstart:
 
     @torch.no_grad()
     def measure(self, enlarge) -> dict[str, float]:
-        """Mean PSNR and SSIM on the held-back parts."""
+        """Mean PSNR and SSIM on the held-out parts."""
         for pair in self.pairs:
             self.metrics.add(enlarge(pair["pixel_values"]), pair["labels"])
         return self.metrics.compute()
 
     def save(self, rows: list[dict[str, float]], bicubic: dict[str, float]) -> None:
         evaluation = {
-            "PSNR on held-back photographs, dB": rows[-1]["psnr"],
+            "PSNR on held-out photographs, dB": rows[-1]["psnr"],
             "SSIM": rows[-1]["ssim"],
             "PSNR of bicubic enlargement, dB": bicubic["psnr"],
             "SSIM of bicubic enlargement": bicubic["ssim"],
@@ -190,7 +190,7 @@ class _Quickstart:
             write_model_card(part, self.model, evaluation=evaluation, training=training)
 
     def draw(self) -> dict[str, float]:
-        """Draw a held-back part as bicubic and the pipeline enlarge it, beside the photograph; returns their PSNR."""
+        """Draw a held-out part enlarged by bicubic interpolation and by the pipeline next to the photograph; returns their PSNR."""
         pair = self.pairs[SHOWN]
         low, original = to_uint8(pair["pixel_values"]), to_uint8(pair["labels"])
         enlarged = pipeline("image-restoration", model=str(self.folder), device="cpu")(low.permute(1, 2, 0).numpy())
@@ -214,7 +214,7 @@ class _Quickstart:
         # 10 dB are a factor of ten in the squared error.
         less = 1 - 10 ** (-gain / 10)
         print(
-            f"\n[3/3] On photographs that it has not seen: {hat['psnr']:.2f} dB, bicubic {bicubic['psnr']:.2f} dB ({gain:+.2f} dB, "
+            f"\n[3/3] On held-out photographs: {hat['psnr']:.2f} dB, bicubic {bicubic['psnr']:.2f} dB ({gain:+.2f} dB, "
             f"{abs(less):.0%} {'less' if less >= 0 else 'more'} squared error)\n\n"
             f"Look at it:     {self.output / 'comparison.png'}\n"
             f'Use it:         python -c "import hf_attn; from transformers import pipeline; '
@@ -226,7 +226,7 @@ class _Quickstart:
 
 
 def load_photographs() -> list[np.ndarray]:
-    """The photographs that scikit-learn and scikit-image carry.
+    """The photographs that are part of scikit-learn and scikit-image.
 
     Raises:
         ImportError: if these packages are not installed.
@@ -248,7 +248,7 @@ def _print_row(row: dict[str, float]) -> None:
 
 
 def _side_by_side(panels: dict[str, torch.Tensor], zoom: int = 3):
-    """Pictures `(3, height, width)` beside each other, enlarged pixel by pixel, with their names below."""
+    """Images `(3, height, width)` next to each other, enlarged pixel by pixel, with their names below."""
     from PIL import Image, ImageDraw
 
     height, width = (zoom * side for side in next(iter(panels.values())).shape[-2:])

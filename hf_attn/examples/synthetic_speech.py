@@ -1,4 +1,4 @@
-"""Made-up recordings and transcripts whose class neither of the two tells alone.
+"""Synthetic recordings and transcripts whose class can be inferred only from both together.
 
 A speaker has two tendencies, to pause and to use empty words, drawn independently. The class is whether their sum is positive. Whoever
 knows one of them only is right in three cases of four; whoever knows both, always. Nothing here is speech, or says anything about it.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SAMPLING_RATE = 16000
 CONTENT = ("boy", "girl", "mother", "cookie", "jar", "stool", "sink", "water", "window", "plate", "kitchen", "curtain")
 EMPTY = ("uh", "um", "thing", "that", "there", "something", "you", "know")
-#: what a classifier can reach that sees one of the two, or both
+#: best possible accuracy with one of the modalities, and with both
 BEST_ALONE, BEST_TOGETHER = 0.75, 1.0
 
 

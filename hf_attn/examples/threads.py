@@ -22,7 +22,7 @@ def use_free_cores(rounds: int = 15) -> int:
     for number in candidates:
         torch.set_num_threads(number)
         torch.nn.functional.conv2d(images, weight)
-    # In turns, so that all of them see the same machine.
+    # In turns, so that the load of the machine affects all equally.
     for _ in range(rounds):
         for number in candidates:
             torch.set_num_threads(number)

@@ -1,4 +1,4 @@
-"""One call of an attention function: what it gets, and why an implementation refuses it."""
+"""One call of an attention function: its arguments, and the reason why an implementation refuses it."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -18,10 +18,10 @@ class AttentionCall:
         scaling: factor of the logits, ``head_dim ** -0.5`` if not given.
         attention_mask: broadcastable to ``(batch, heads, q_len, kv_len)``; boolean (``True``: may attend) or additive,
             where entries at half of the dtype's minimum or below mean masked.
-        is_causal: a query sees the keys up to its own position; the queries are the last ``q_len`` tokens.
-        sliding_window: a query sees the keys less than this far from its position.
+        is_causal: a query attends to the keys up to its own position; the queries are the last ``q_len`` tokens.
+        sliding_window: a query attends only to keys at a smaller distance than this.
         dropout: probability of dropping a weight.
-        output_weights: whether the weights are asked for.
+        output_weights: whether the weights are requested.
     """
 
     query: torch.Tensor
@@ -53,17 +53,17 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a check returns if its implementation cannot serve a call.
+    """Result of a check if its implementation does not support a call.
 
     Attributes:
-        reason: goes on after "cannot serve this call: ".
+        reason: continues the sentence "cannot serve this call: ".
     """
 
     reason: str
 
 
 def refusal_of_fused(call: AttentionCall) -> Refusal | None:
-    """Why no kernel that never holds the weights can serve a call; None if one can."""
+    """The reason why no fused kernel supports a call; None if one can."""
     if call.dropout:
         return Refusal(f"it does not drop attention weights, and dropout={call.dropout} is asked for")
     if call.output_weights:

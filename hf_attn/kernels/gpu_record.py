@@ -1,4 +1,4 @@
-"""Which GPU kernels `hf-attn check-gpu` has seen compute the right thing on this machine.
+"""The GPU kernels that have passed `hf-attn check-gpu` on this machine.
 
 The record is a JSON file in the user's cache. It holds what passed for each device and version of torch and triton, so that
 another GPU or an update starts from nothing. No record means that nothing has passed.
@@ -21,7 +21,7 @@ def record_file() -> Path:
 
 
 def environment_key(device_name: str) -> str:
-    """What a result holds for: device, torch and triton."""
+    """Key of a result: device and versions of torch and triton."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What every Triton kernel asks of a call. Importing this module needs neither triton nor a GPU."""
+"""Requirements of all Triton kernels. Importing this module needs neither triton nor a GPU."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ def refusal_of_triton(call: AttentionCall, max_head_dim: int) -> Refusal | None:
     """Why no Triton kernel can run on the tensors of a call; None if one can.
 
     Args:
-        max_head_dim: of query, key and value, what the kernel keeps of one row on the chip.
+        max_head_dim: largest head dimension of query, key and value that the kernel can keep on the chip.
     """
     device, dtype = call.query.device.type, call.query.dtype
     head_dim = max(call.query.shape[-1], call.value.shape[-1])

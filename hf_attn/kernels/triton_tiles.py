@@ -1,4 +1,4 @@
-"""What the Triton kernels share."""
+"""Functions that the Triton kernels share."""
 
 import contextlib
 

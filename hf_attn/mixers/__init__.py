@@ -1,4 +1,4 @@
-"""Token mixers: attention and what has been put in its place, under one signature (arXiv 2302.06218)."""
+"""Token mixers: attention and its alternatives, with one signature (arXiv 2302.06218)."""
 
 from . import attention, fixed, linear, low_rank
 from .base import MIXERS, TokenMixer, causal_mixers

@@ -65,7 +65,7 @@ class WindowMixer(ProjectedMixer):
         near = (columns - rows >= -before) & (columns - rows <= after)
         position = torch.arange(blocks, device=device)[:, None] * block + columns
         exists = (position >= 0) & (position < length)
-        # A query that only fills the last block sees itself, so that no row of the softmax is empty.
+        # A query that only fills the last block attends to itself, so that no row of the softmax is empty.
         seen = near & (exists[:, None] | (columns == rows))
         query = nn.functional.pad(query, (0, 0, 0, surplus)).unflatten(1, (blocks, block))
         mixed = scaled_dot_product_attention(query, neighbourhoods(key), neighbourhoods(value), attn_mask=seen)

@@ -21,10 +21,10 @@ class TokenMixer(nn.Module):
         hidden_size: width of the input, D.
         head_dim: width of queries, keys and values, d; `hidden_size` if not given.
         max_length: longest input, in tokens, of a mixer that has weights for each position.
-        causal: a token sees only itself and earlier ones.
+        causal: a token attends only to itself and earlier tokens.
         rank: number of rows that `linformer` projects the tokens to, and number of features of `performer`.
         num_landmarks: number of landmarks of `nystrom_pinv`.
-        window: tokens on either side that `window` and `pooling` see.
+        window: number of tokens on either side for `window` and `pooling`.
         mixing_size: hidden tokens of `mlp_mixer`, h; `2 * max_length` if not given.
         pseudo_inverse: how `nystrom_pinv` inverts: `"exact"`, or `"iterative"`, by six steps of the usual iteration,
             which stay visibly away from it.
@@ -114,7 +114,7 @@ class TokenMixer(nn.Module):
         """Draw the weights that belong to no submodule. Weights that a checkpoint has filled stay (as in transformers)."""
 
     def values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is mixed, V(X)."""
+        """The mixed values, V(X)."""
         return hidden_states
 
     def matrix(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class TokenMixer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, start: int = 0
     ) -> torch.Tensor:
-        """Mix tokens. Padding changes nothing: a row is mixed as if it were alone and had none.
+        """Mix tokens. Padding has no effect: each row is mixed as if it were alone and without padding.
 
         Args:
             hidden_states: `(batch, length, hidden_size)`.

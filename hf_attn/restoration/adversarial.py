@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class UNetDiscriminator(nn.Module):
-    """U-Net with spectral normalisation that says of each pixel how real it looks.
+    """U-Net discriminator with spectral normalisation and one score per pixel.
 
     Args:
         num_channels: channels of the image.
@@ -115,7 +115,7 @@ class PerceptualLoss(nn.Module):
 
 
 def generator_loss(logits: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of what the discriminator says of generated images with "real"."""
+    """Cross entropy between the scores of generated images and the label "real"."""
     return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
 
 

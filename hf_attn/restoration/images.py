@@ -16,10 +16,10 @@ except ImportError as error:
     raise ImportError("Images are read with Pillow: `pip install 'hf_attn[vision]'`.") from error
 
 
-#: what an image may be given as
+#: types of images
 ImageLike = Image.Image | np.ndarray | str | os.PathLike
 
-#: what stays with an image whose pixels change; beside the colour profile
+#: metadata that is kept if the pixels of an image change, in addition to the colour profile
 _KEPT = ("dpi", "duration")
 #: number of channels -> colour space in the header of an ICC profile
 _COLOUR_SPACES = {1: b"GRAY", 3: b"RGB "}
@@ -112,7 +112,7 @@ def as_rgb(image: ImageLike, name: str | None = None) -> Image.Image:
 def encode_image(
     colour: torch.Tensor, alpha: torch.Tensor | None, peak: int, info: dict[str, Any] | None = None
 ) -> Image.Image | np.ndarray:
-    """The way back: a Pillow image, or an array `(height, width[, channels])` where Pillow has no mode of that depth.
+    """The inverse: a Pillow image, or an array `(height, width[, channels])` where Pillow has no mode of that depth.
 
     Args:
         colour: `(height, width, 1 or 3)`.

@@ -16,7 +16,7 @@ DEGRADATIONS = {"bicubic": 3, "second_order": 8}
 
 
 class Images(Sequence):
-    """RGB images `(3, height, width)` of 8 bits, read when they are asked for.
+    """RGB images `(3, height, width)` of 8 bits, read on access.
 
     Args:
         sources: what `decode_image` takes.
@@ -47,7 +47,7 @@ class Patches(torch.utils.data.Dataset):
         patch_size: side of the low-resolution patch.
         degradation: how the low resolution is made, one of :data:`DEGRADATIONS`.
         sharpen_targets: sharpen the labels; the low resolution is still made of the photograph.
-        keep_originals: have the photograph beside sharpened labels.
+        keep_originals: also return the photograph if labels are sharpened.
     """
 
     def __init__(

@@ -19,8 +19,8 @@ class Span:
     """A tile along one axis, in input pixels.
 
     Attributes:
-        start, stop: what the network sees.
-        keep_start, keep_stop: what of its output is used.
+        start, stop: range of the input of the network.
+        keep_start, keep_stop: range of its output that is used.
         ramp_in, ramp_out: over how many pixels the weight rises and falls at the two ends.
     """
 
@@ -68,7 +68,7 @@ def spans(size: int, tile: int | None, overlap: int, blend: str) -> list[Span]:
 
 
 def check_tiles(tile: int | None, overlap: int, blend: str, multiple: int) -> None:
-    """Raise `ValueError` for tiles that the network or the blending cannot do; says what can."""
+    """Raise `ValueError` for tile sizes that the network or the blending does not support."""
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}.")
     if not isinstance(overlap, int):
@@ -106,7 +106,7 @@ def restore_bands(
     prepare: Restore | None = None,
     on_tile: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Restore an image and hand out the finished rows from top to bottom.
+    """Restore an image and yield the finished rows from top to bottom.
 
     Tiles are cut from the padded image. The channel attention of HAT averages over what the network sees, so a tiled
     result is never quite that of the whole image; a tile that covers the image gives exactly the untiled result.

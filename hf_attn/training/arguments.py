@@ -1,4 +1,4 @@
-"""Command lines of the scripts: what they share, and mistakes told in one line."""
+"""Command lines of the scripts: shared arguments, and error messages of one line."""
 
 import argparse
 import difflib
@@ -103,7 +103,7 @@ def stop(command: str, message: object) -> SystemExit:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, without the list of all arguments, and suggests the argument that was meant."""
+    """Reports errors in one line, without the list of all arguments, and suggests similar arguments."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         raise stop(self.prog, f"{message} (--help lists the arguments)")
 
     def parse_known_args(self, args=None, namespace=None):
-        # A misspelt name explains why another argument is missing, which argparse would tell instead.
+        # A misspelt name explains why another argument is missing, which argparse would report instead.
         names = [text for text in (sys.argv[1:] if args is None else args) if text.startswith("--") and len(text) > 2]
         unknown = [name for name in names if name.partition("=")[0] not in self._option_string_actions]
         if not unknown:
@@ -238,7 +238,7 @@ class RunArguments(TrainingArguments):
     """`TrainingArguments` of a script whose interrupted runs can be resumed."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
@@ -246,7 +246,7 @@ class RunArguments(TrainingArguments):
 
 
 def prepare_run(command: str, training_args: RunArguments) -> None:
-    """Train and evaluate unless one of them was asked for, and resolve `--resume_from_checkpoint`.
+    """Train and evaluate unless --do_train or --do_eval is given, and resolve `--resume_from_checkpoint`.
 
     Raises:
         SystemExit: with one line for the user, see :func:`resolve_resume`.
@@ -326,7 +326,7 @@ def training_folder(
 def run_script(command: str, main: Callable[[], Any]) -> None:
     """Run a script as a command: mistakes in one line, and no process group left open.
 
-    What a message leaves out is logged with the verbosity `debug` (`TRANSFORMERS_VERBOSITY=debug`).
+    Details are logged with the verbosity `debug` (`TRANSFORMERS_VERBOSITY=debug`).
     """
     from accelerate import PartialState
     from huggingface_hub.errors import StrictDataclassError

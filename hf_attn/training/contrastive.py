@@ -88,7 +88,7 @@ class ContrastiveCollator:
         self.prompts = {"query": query_prompt, "positive": document_prompt, "negative": document_prompt}
 
     def __call__(self, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-        """Collate rows of `query`, `positive` and, in all or none, `negative`; `roles` says which text is what."""
+        """Collate rows of `query`, `positive` and, in all or none, `negative`; `roles` gives the role of each text."""
         roles = [role for role in self.prompts if rows[0].get(role) is not None]
         if any((row.get(role) is not None) != (role in roles) for row in rows for role in self.prompts):
             raise ValueError("Some rows have a hard negative and others have none; give it to all or to none.")

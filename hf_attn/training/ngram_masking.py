@@ -22,7 +22,7 @@ class DataCollatorForNGramMasking:
         mlm_probability: share of the tokens of a text that is to be predicted; at least one is.
         max_ngram: words in the longest run; 1 masks single words, as BERT with whole-word masking.
         mask_replace_prob: share of the chosen tokens that become the mask token.
-        random_replace_prob: share that becomes a random token; the rest stays as it is.
+        random_replace_prob: share that becomes a random token; the rest is not changed.
         pad_to_multiple_of: pad to a multiple of this length.
 
     Returns, called with a list of features: `input_ids`, `attention_mask` and `labels`, which are -100 where nothing is to be

@@ -17,13 +17,13 @@ from filelock import FileLock, Timeout
 from .writing import written_whole
 
 
-#: what says that a run of this package has written a folder; Trainer pushes no file whose name starts with "_"
+#: marks a folder as written by a run of this package; Trainer pushes no file whose name starts with "_"
 RECORD = "_hf_attn_run.json"
 LOCK = "_hf_attn_run.lock"
 
 
 class OutputFolderError(ValueError):
-    """The folder holds something else; the message says what and how to go on."""
+    """The folder contains something else; the message explains how to continue."""
 
 
 def claim_output_folder(
@@ -163,7 +163,7 @@ def _is_used(folder: Path) -> bool:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """What a run of this package has left in its folder; None if no run has."""
+    """The record of a run of this package in its folder; None if there is none."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

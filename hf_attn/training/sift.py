@@ -43,7 +43,7 @@ _INNER_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 
 @dataclass
 class SiFTStep:
-    """What one step of :func:`sift_loss` found.
+    """Results of one step of :func:`sift_loss`.
 
     Attributes:
         loss: task loss plus weighted adversarial loss.
@@ -127,7 +127,7 @@ def sift_loss(
         sift_lambda: weight of the adversarial loss.
         learning_rate: largest change of a number by the step of ascent.
         sigma: standard deviation of the perturbation that is drawn; it is cut off at twice that.
-        inner_loss: what the step of ascent increases. The adversarial loss is the symmetric one always, but for
+        inner_loss: loss that the step of ascent increases. The adversarial loss is the symmetric one always, but for
             regression.
         is_regression: logits are numbers: both losses are squared errors.
         first_delta: perturbation to use in the place of a random one.
@@ -188,7 +188,7 @@ class SiFTTrainerMixin:
         sift_lambda: weight of the adversarial loss; 5 in the official scripts (3 for v3-xsmall).
         sift_learning_rate: largest change of a number by the step of ascent.
         sift_sigma: standard deviation of the perturbation that is drawn.
-        sift_inner_loss: `"symmetric-kl"`, `"kl"` or `"mse"`: what the step of ascent increases.
+        sift_inner_loss: `"symmetric-kl"`, `"kl"` or `"mse"`: loss that the step of ascent increases.
     """
 
     def __init__(

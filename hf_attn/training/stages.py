@@ -28,7 +28,7 @@ def train_stage(trainer: Trainer, folder: str | Path) -> Path:
 
     Args:
         trainer: its output folder holds the checkpoints.
-        folder: where the finished model goes.
+        folder: folder of the finished model.
 
     Returns:
         `folder`.

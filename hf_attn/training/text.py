@@ -9,7 +9,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE tokenizer for these texts.
 
     Args:
-        texts: what the merges are counted on.
+        texts: training texts of the tokenizer.
         vocab_size: number of tokens, the bytes, `<|endoftext|>` (begin and end) and `<|padding|>` included.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

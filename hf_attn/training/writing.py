@@ -53,7 +53,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     good. A file replaces a file, a folder a folder.
 
     Args:
-        path: what is to be written; the folder that it lies in is created.
+        path: the file or folder to write; its parent folder is created.
 
     Yields:
         The path to write to, where nothing is.
@@ -72,7 +72,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _remove(part)
         raise
     if path.is_dir():
-        # A folder cannot be replaced in one step: between the two renames nothing is at `path`, and both are beside it.
+        # A folder cannot be replaced atomically: between the two renames nothing is at `path`, and both versions are next to it.
         _remove(earlier)
         path.rename(earlier)
     os.replace(part, path)

@@ -63,7 +63,7 @@ def pad_to_multiple(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch
     """Add zeros, right and bottom, until height and width of `(batch, height, width, channels)` are multiples of `size`."""
     height, width = hidden_states.shape[1:3]
     bottom, right = -height % size[0], -width % size[1]
-    # An exported graph pads by what it is given, which is nothing where the traced image fits.
+    # An exported graph has a fixed padding, which is zero if the traced image needs none.
     if not torch.compiler.is_exporting() and bottom == 0 and right == 0:
         return hidden_states
     return nn.functional.pad(hidden_states, (0, 0, 0, right, 0, bottom))
@@ -194,7 +194,7 @@ class BiFormerRoutingAttention(BiFormerAttention):
     def region_means(self, hidden_states: torch.Tensor, region_size: tuple[int, int]) -> torch.Tensor:
         """`(batch, height, width, channels)` -> `(batch, regions, channels)`, in single precision at least.
 
-        A region that the map does not fill has the mean of what it holds. A rounding can change the choice of regions,
+        The mean of a region that is not filled by the map is taken over the positions that exist. A rounding can change the choice of regions,
         which is not continuous, hence the precision.
         """
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))

@@ -40,7 +40,7 @@ class CombinerCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.is_initialized = True
-        # The attention function gets the tensor itself; a view carries the reference without a mark on the projection.
+        # The attention function gets the tensor itself; the reference is stored on a view, so that the projection is not changed.
         key_states = key_states.view_as(key_states)
         key_states.combiner_state = self.state
         return key_states, value_states

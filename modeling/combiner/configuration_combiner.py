@@ -41,16 +41,16 @@ class CombinerConfig(DecoderConfig):
     their sizes, and this layout.
 
     Args:
-        combiner_kind (`str`): which tokens are seen directly and which through summaries: `"fixed"`, `"logsparse"`,
+        combiner_kind (`str`): plan of direct tokens and summaries: `"fixed"`, `"logsparse"`,
             `"rowmajor"` (whose summaries have weights), `"vertical"`, `"horizontal"` or `"mixture"`.
         combiner_segment_length (`int`, *optional*): tokens of a segment, the row of an image for example; near the square
             root of `max_position_embeddings` if not given. `"logsparse"` has none.
         combiner_pool (`str`): how queries and keys of a span become one: `"max"`, `"mean"` or `"sum"`.
-        own_segment_summary (`bool`): whether a token of an encoder also sees the summary of its own segment, as in the
+        own_segment_summary (`bool`): whether a token of an encoder also attends to the summary of its own segment, as in the
             official TensorFlow code.
         position_embedding_type (`str`): `"sinusoidal"`, added to the embeddings, or `"rope"`.
         lm_head_bias (`bool`): whether the language modelling head has a bias.
-        residual_dropout (`float`): dropout of what each block adds.
+        residual_dropout (`float`): dropout of the output of each block.
 
     The other arguments are those of [`~hf_attn.architectures.decoder.DecoderConfig`]; `rms_norm_eps` is the epsilon of all
     norms.
@@ -109,7 +109,7 @@ class CombinerConfig(DecoderConfig):
             raise ValueError(f"combiner_segment_length must be at least 1, got {self.combiner_segment_length}.")
         if self.sliding_window is not None or "sliding_attention" in self.layer_types:
             raise ValueError(
-                "Combiner has no sliding windows: a span is seen whole. Leave out sliding_window and layer_types."
+                "Combiner does not support sliding windows, because spans are summarised as a whole. Leave out sliding_window and layer_types."
             )
         if self.position_embedding_type == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
             raise ValueError(f"Sinusoidal positions need an even hidden_size of at least 4, got {self.hidden_size}.")
@@ -121,7 +121,7 @@ class CombinerConfig(DecoderConfig):
 
 @strict
 class CombinerEncoderConfig(CombinerConfig):
-    r"""Configuration of a [`CombinerForMaskedLM`], in which every token sees all.
+    r"""Configuration of a [`CombinerForMaskedLM`], in which every token attends to all tokens.
 
     The arguments are those of [`CombinerConfig`]. The paper's text defines `"fixed"`, `"rowmajor"`, `"vertical"` and
     `"horizontal"` for it.

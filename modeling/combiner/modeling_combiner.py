@@ -126,7 +126,7 @@ class CombinerModel(_Positions, CombinerPreTrainedModel, DecoderModel):
 
 
 class _HeadWithBias:
-    """The language modelling head, with a bias if the configuration says so."""
+    """The language modelling head, with a bias if the configuration has one."""
 
     def __init__(self, config: CombinerConfig):
         super().__init__(config)

@@ -26,7 +26,7 @@ def position_angles(
 
     Args:
         rotary_emb: gives cosines and sines of the positions.
-        hidden_states: says on which device.
+        hidden_states: determines the device.
         position_ids: `(batch or 1, length)`.
 
     Returns:

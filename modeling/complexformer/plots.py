@@ -1,4 +1,4 @@
-"""A picture of what the heads have learned: how much the angle between query and key counts, and where it is shifted to."""
+"""A plot of the learned parameters of the heads: the factor of the angle between query and key, and its offset."""
 
 from typing import TYPE_CHECKING
 

@@ -105,7 +105,7 @@ class DebertaEMDPreTrainedModel(HubModelMixin, DebertaV2PreTrainedModel):
 class DebertaEMDModel(DebertaEMDPreTrainedModel, DebertaV2Model):
     """The encoder without a head."""
 
-    # What the mask decoder adds to a checkpoint.
+    # Parameters of the mask decoder.
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_embeddings", r"lm_predictions"]
 
     def __init__(self, config: DebertaEMDConfig):
@@ -214,7 +214,7 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
 
         q_0 = z + H,    q_1 = LastLayer(query=q_0, key and value=H),    q_2 = LastLayer(query=q_1, key and value=H)
 
-    A row of q_2 depends on no other row, so only the positions that are asked for are decoded.
+    A row of q_2 does not depend on other rows, so only the requested positions are decoded.
     """
 
     def __init__(self, config: DebertaEMDConfig):
@@ -325,7 +325,7 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
             hidden_states: states before the last layer, `(batch, length, hidden_size)`.
             attention_mask: as of :meth:`forward`.
             masked_positions: as of :meth:`forward`.
-            output_steps: return q_1 and q_2, not q_2 alone.
+            output_steps: return q_1 and q_2 instead of only q_2.
 
         Returns:
             `(batch, length, hidden_size)`, or with masked_positions `(number of positions, hidden_size)`, row by row.

@@ -11,7 +11,7 @@ from hf_attn.architectures.ranges import FACTOR, SIZE
 
 #: kinds of mixers whose maps come from a constant sequence
 STATIC_KINDS = ("rnd_emb_qk", "fixed_seq_qk")
-#: kinds of mixers beside standard attention
+#: kinds of mixers other than standard attention
 SIMPLE_KINDS = ("mlp", "taylor_joint", "taylor_per_order", "non_approximate", *STATIC_KINDS, "static_emb_qk")
 LAYER_KINDS = ("standard", *SIMPLE_KINDS)
 #: the paper's name for the Taylor form, which is ambiguous there

@@ -33,7 +33,7 @@ class MLPMixer(Mixer):
 
 
 class _RecurrentMixer(DecoderAttention):
-    """Base of the mixers that keep a state of constant size. `eager` forms the map wherever it sees all tokens."""
+    """Base class of the mixers with a state of constant size. `eager` computes the map if all tokens are in the input."""
 
     cache_kind = StateLayer
 
@@ -177,7 +177,7 @@ class StaticAttention(DecoderAttention):
         static_map: the map that the layer has for all inputs.
         position_ids: of the tokens, `(batch or 1, length)`.
         key_positions: of all tokens so far; those of the slots of the cache, 0, 1, 2..., if not given.
-        is_whole: whether every token is at the place of its position and sees all earlier ones.
+        is_whole: whether the index of every token is its position, and it attends to all earlier tokens.
         """
         value = self.values(hidden_states)
         batch = value.shape[0]

@@ -10,7 +10,7 @@
     fixed_seq_qk       Q and K of a constant text that runs through the same layers
     static_emb_qk      Q and K of the embeddings of the tokens
 
-All have as many parameters as attention and can be mixed. A constant sequence runs beside the input through all layers, with
+All have as many parameters as attention and can be mixed. A constant sequence passes through all layers in addition to the input, with
 the same weights, up to the last one that needs its map.
 """
 
@@ -41,7 +41,7 @@ _GROWTH = 64
 
 
 class DeconstructedLayer(DecoderLayer):
-    """A pre-norm layer with one of the mixers, for the input and for the constant sequences beside it."""
+    """A pre-norm layer with one of the mixers, for the input and for the constant sequences."""
 
     def __init__(self, config: DeconstructedConfig, layer_idx: int):
         super().__init__(config, layer_idx)

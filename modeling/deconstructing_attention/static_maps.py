@@ -88,7 +88,7 @@ class StaticMap:
 
 
 class StaticMapLayer(ValueLayer):
-    """A cache layer of values, beside which the mixer keeps the map of its constant sequence (`static_map`)."""
+    """A cache layer of values, which also stores the map of the constant sequence (`static_map`)."""
 
     @classmethod
     def in_place_of(cls, layer):

@@ -46,7 +46,7 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """Resample `(samples,)` with a polyphase filter that keeps what both rates can carry."""
+    """Resample `(samples,)` with a polyphase filter that keeps the frequencies of both rates."""
     from scipy.signal import resample_poly
 
     common = gcd(rate, new_rate)

@@ -109,7 +109,7 @@ class DementiaFusionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
 
     @property
     def num_streams(self) -> int:
-        """Vectors that are fused: two modalities, and each of them carried over to the other."""
+        """Number of fused vectors: two modalities, and each of them mapped to the other."""
         return 2 if self.cross == "none" else 4
 
     def context_size(self, modality: str) -> int:

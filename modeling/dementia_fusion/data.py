@@ -13,7 +13,7 @@ from .processing_dementia_fusion import DementiaFusionProcessor
 from .transcripts import read_chat
 
 
-#: what a model is shown
+#: modalities of the input
 MODALITIES = ("both", "text", "audio")
 
 
@@ -25,7 +25,7 @@ class Recording:
         audio: as the processor takes it.
         text: the transcript.
         label: class, as a number.
-        speaker: who speaks; parts of the data share no speaker.
+        speaker: id of the speaker; the splits share no speakers.
     """
 
     audio: Any

@@ -86,7 +86,7 @@ def deltas(levels: np.ndarray, width: int = 9, mode: str = "interp") -> np.ndarr
     Args:
         levels: `(bands, frames)`.
         width: odd number of frames that a parabola is fitted to.
-        mode: what happens at the ends, see `scipy.signal.savgol_filter`.
+        mode: treatment of the boundaries, see `scipy.signal.savgol_filter`.
 
     Raises:
         ValueError: for fewer frames than `width` in mode `"interp"`.

@@ -151,7 +151,7 @@ class HeadGate(nn.Module):
 
 
 class GateAttention(ModalityAttention):
-    """Self-attention with a gate model: the query and the key of a token are weighted by what the two have in common."""
+    """Self-attention with a gate model: query and key of a token are multiplied by gates computed from both."""
 
     def __init__(self, config: DementiaFusionConfig, modality: str):
         super().__init__(config, modality)
@@ -168,11 +168,11 @@ ATTENTIONS = {"context": ContextAttention, "gate": GateAttention}
 
 @dataclass
 class Interaction:
-    """What the modalities make of each other.
+    """Output of the interaction of both modalities.
 
     Attributes:
         streams: `(batch, streams, hidden_size)`: means of the attended text, the attended image and, with transport, the text
-            carried over to the image and the image carried over to the text.
+            mapped to the image and the image mapped to the text.
         text_to_image_plan: `(batch, text length, image length)`, rows and columns of padding are zero; `None` without transport.
         image_to_text_plan: `(batch, image length, text length)`.
         attentions: weights of the attention within text and image, if the attention function returns them.
@@ -185,7 +185,7 @@ class Interaction:
 
 
 class ModalityInteraction(nn.Module):
-    """Attention within text and image, and transport between what they attended to."""
+    """Attention within text and image, and transport between the attended sequences."""
 
     def __init__(self, config: DementiaFusionConfig):
         super().__init__()
@@ -287,7 +287,7 @@ class StreamClassifier(nn.Module):
 
 @dataclass
 class FusionHeadOutput:
-    """What a [`FusionHead`] returns; see [`Interaction`] and [`StreamClassifier`]."""
+    """Output of a [`FusionHead`]; see [`Interaction`] and [`StreamClassifier`]."""
 
     logits: torch.Tensor
     loss: torch.Tensor | None
@@ -296,7 +296,7 @@ class FusionHeadOutput:
 
 
 class FusionHead(nn.Module):
-    """All that stands behind the encoders, for states that have been computed elsewhere."""
+    """All layers after the encoders, for hidden states that have been computed elsewhere."""
 
     def __init__(self, config: DementiaFusionConfig):
         super().__init__()

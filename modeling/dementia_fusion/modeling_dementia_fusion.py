@@ -20,11 +20,11 @@ from .layers import ModalityInteraction, StreamClassifier
 
 @dataclass
 class DementiaFusionModelOutput(ModelOutput):
-    """What the modalities make of each other.
+    """Output of the interaction of both modalities.
 
     Attributes:
-        streams: `(batch, streams, hidden_size)`: text, image, text carried over to the image, image carried over to the text.
-        text_to_image_plan: `(batch, text length, image length)`, how much of each token goes to which part of the spectrogram.
+        streams: `(batch, streams, hidden_size)`: text, image, text mapped to the image, image mapped to the text.
+        text_to_image_plan: `(batch, text length, image length)`, transported mass from each token to each part of the spectrogram.
         image_to_text_plan: `(batch, image length, text length)`.
         text_hidden_states: with `output_hidden_states`, states of the layers of the text encoder, the last one after its norm.
         image_hidden_states: the same of the image encoder, without the distillation token.
@@ -42,7 +42,7 @@ class DementiaFusionModelOutput(ModelOutput):
 
 @dataclass
 class DementiaFusionClassifierOutput(ModelOutput):
-    """Logits, and what they were made of; see [`DementiaFusionModelOutput`].
+    """Logits, and the inputs of the classifier; see [`DementiaFusionModelOutput`].
 
     Attributes:
         loss: label-smoothed cross entropy.
@@ -148,7 +148,7 @@ class DementiaFusionModel(DementiaFusionPreTrainedModel):
         text_states = self._states(self.text_model, keep or deep, **text_inputs)
         image_states = self._states(self.vision_model, keep or deep, pixel_values=pixel_values)
         if hasattr(getattr(self.vision_model, "embeddings", None), "distillation_token"):
-            # The second token of DeiT stands for a teacher's answer, not for a part of the image.
+            # The second token of DeiT is the distillation token, not a part of the image.
             image_states = tuple(torch.cat([states[:, :1], states[:, 2:]], dim=1) for states in image_states)
         found = self.interaction(text_states, image_states, attention_mask)
         return DementiaFusionModelOutput(
@@ -188,7 +188,7 @@ class DementiaFusionForClassification(DementiaFusionPreTrainedModel):
 
     Args:
         config: configuration.
-        text_model: encoder to use in the place of a new one; see [`from_text_vision_pretrained`].
+        text_model: encoder to use instead of a new one; see [`from_text_vision_pretrained`].
         vision_model: the same for spectrograms.
     """
 
@@ -217,7 +217,7 @@ class DementiaFusionForClassification(DementiaFusionPreTrainedModel):
         dtype: torch.dtype | None = torch.float32,
         **config_fields,
     ) -> "DementiaFusionForClassification":
-        """Put new layers on pretrained encoders.
+        """Make a model from pretrained encoders, with new layers after them.
 
             model = DementiaFusionForClassification.from_text_vision_pretrained(
                 "google-bert/bert-base-uncased", "facebook/deit-base-patch16-224", context="deep", cross="emd"

@@ -1,4 +1,4 @@
-"""What the classifier compared: the spectrogram, and where in it optimal transport sends each word."""
+"""Plot of the transport plan: the spectrogram, and the regions to which optimal transport maps each word."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def words_over_time(plan: np.ndarray, num_rows: int, num_columns: int) -> np.ndarray:
-    """Share of each token that goes to each moment, `(tokens, num_columns)`; rows have the sum 1.
+    """Share of each token that is transported to each point in time, `(tokens, num_columns)`; rows sum to 1.
 
     Args:
         plan: `(tokens, 1 + num_rows * num_columns)`, text to image; the first part of the image is the class token, and does not count.
@@ -30,7 +30,7 @@ def words_over_time(plan: np.ndarray, num_rows: int, num_columns: int) -> np.nda
 
 
 def plot_transport(levels: np.ndarray, seconds: float, tokens: Sequence[str], moments: np.ndarray) -> "Figure":
-    """Draw the spectrogram and, below it, when each token is carried to.
+    """Draw the spectrogram and, below it, the times to which each token is transported.
 
     Args:
         levels: `(bands, frames)` in decibels.

@@ -1,4 +1,4 @@
-"""Recordings and transcripts -> what the classifier reads."""
+"""Recordings and transcripts -> inputs of the classifier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate (`int`): in Hz; recordings at other rates are resampled.
         n_fft (`int`): samples of a frame.
         hop_length (`int`): samples from one frame to the next.
-        top_db (`float`): dynamic range in decibels; what is softer is raised to it.
+        top_db (`float`): dynamic range in decibels; softer values are raised to its minimum.
         delta_width (`int`): frames that a derivative is taken over.
         size (`dict`): `height` and `width` of the image.
         image_mean (`list[float]`): mean of each channel, subtracted.
@@ -97,7 +97,7 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
             `pixel_values`, `(batch, 3, height, width)`.
 
         Raises:
-            ValueError: for recordings that make no sense; the message says which and why.
+            ValueError: for invalid recordings; the message says which and why.
         """
         if return_tensors != "pt":
             raise ValueError(

@@ -11,7 +11,7 @@ _MARKS = (
     (r"&=\S+", " "),  # &=laughs
     (r"&[-+~]?", ""),  # &-uh, a filler: the word stays
     (r"\+\S*", " "),  # +..., +/., +<
-    (r"\b(?:xxx|yyy|www)\b", " "),  # what nobody understood
+    (r"\b(?:xxx|yyy|www)\b", " "),  # unintelligible words
     (r"@\w+", ""),  # word@o
     (r"(?<=\w)\((\w+)\)|\((\w+)\)(?=\w)", r"\1\2"),  # goin(g), (be)cause
     (r"\b0(?=[a-z])\w*", " "),  # 0is, a word left out
@@ -29,7 +29,7 @@ def clean_chat(text: str) -> str:
 
 
 def read_chat(content: str, speaker: str = "PAR") -> str:
-    """What a speaker says in a CHAT (`.cha`) file, utterances joined by spaces.
+    """The words of a speaker in a CHAT (`.cha`) file, utterances joined by spaces.
 
     Args:
         content: the text of the file.
@@ -42,7 +42,7 @@ def read_chat(content: str, speaker: str = "PAR") -> str:
     lines = re.sub(r"\r?\n[\t ]+", " ", content).splitlines()
     tiers = [match.groups() for line in lines if (match := re.match(r"\*(\w+):\s*(.*)", line))]
     utterances = [cleaned for who, said in tiers if who == speaker and (cleaned := clean_chat(said))]
-    # Punctuation alone is nothing that was said.
+    # Punctuation alone is no speech.
     if not re.search(r"\w", " ".join(utterances)):
         speakers = ", ".join(sorted({who for who, _ in tiers})) or "nobody"
         raise ValueError(f"{speaker} says nothing in this transcript. Speakers in it: {speakers}.")

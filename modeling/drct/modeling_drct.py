@@ -37,7 +37,7 @@ class DRCTBlock(GradientCheckpointingLayer):
 
 
 class DRCTGroup(nn.Module):
-    """Residual dense group (RDG): five blocks, each of which sees the input and what all the blocks before it added.
+    """Residual dense group (RDG): five blocks; the input of each is the input of the group and the outputs of all earlier blocks.
 
     X_k = LeakyReLU(W_k Swin_k([X, X_1, ..., X_{k-1}])),  k = 1...4;   X + 0.2 W_5 Swin_5([X, X_1, ..., X_4])
     """

@@ -43,7 +43,7 @@ def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch
 
     Args:
         weights: `(batch, heads, q_len, kv_len)`.
-        value: `(batch, kv_heads, kv_len or more, head_dim)`; what is beyond `kv_len` are unused slots of a static cache.
+        value: `(batch, kv_heads, kv_len or more, head_dim)`; entries beyond `kv_len` are unused slots of a static cache.
 
     Returns:
         `(batch, heads, q_len, head_dim)`.

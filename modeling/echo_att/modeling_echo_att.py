@@ -116,7 +116,7 @@ class EchoAttAttention(DecoderAttention):
 
 
 class EchoAttDecoderLayer(DecoderLayer):
-    """A Llama layer that takes and returns an attention map, as plain tensors so that every checkpointing sees them."""
+    """A Llama layer that takes and returns an attention map, as plain tensors, which every checkpointing function supports."""
 
     def make_mixer(self, config: EchoAttConfig, layer_idx: int) -> EchoAttAttention:
         return EchoAttAttention(config, layer_idx)

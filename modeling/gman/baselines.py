@@ -22,7 +22,7 @@ def historical_average(
         train: rows are time steps, columns are sensors.
         index: time steps to forecast.
         steps_per_day: time steps of a day.
-        null_value: value that stands for a missing one.
+        null_value: value that marks missing data.
 
     Returns:
         `(len(index), sensors)`.

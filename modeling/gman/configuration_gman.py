@@ -35,7 +35,7 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         group_size (`int`, *optional*): sensors in a group of the group spatial attention, M. Sensors attend within random
             groups, and groups to each other. By default every sensor attends to all sensors, as in the official code.
         output_dropout (`float`): dropout before each of the two output layers.
-        spatial_embedding_dim (`int`, *optional*): width of the vectors that tell the sensors apart; that of the model if not given.
+        spatial_embedding_dim (`int`, *optional*): width of the embeddings of the sensors; that of the model if not given.
         embedding_bias (`bool`): biases in the layers that embed sensors and steps.
         attention_scaling (`float`, *optional*): factor of the attention logits, `head_dim ** -0.5` if not given.
         attention_output_layers (`int`): layers after the heads of an attention: 2, or 1 as in the PyTorch ports.
@@ -48,7 +48,7 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             as in the official code.
         value_mean (`float`): mean of the values of the training windows, which is subtracted from the history.
         value_std (`float`): standard deviation of the same, which it is divided by.
-        null_value (`float`, *optional*): value that stands for a missing one. The loss leaves it out, and missing values of
+        null_value (`float`, *optional*): value that marks missing data. The loss leaves it out, and missing values of
             the history are set to it. `None` if every value is a measurement.
         sensor_ids (`list[str]`, *optional*): names of the sensors, in the order of the model.
     """

@@ -89,7 +89,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     shapes = _shapes(state)
     blocks = {"L" if port else "num_blocks": shapes["num_hidden_layers"]}
     config.agree(num_nodes=shapes["num_nodes"], steps_per_day=shapes["steps_per_day"], **blocks)
-    # What the numbers of a training step were made with.
+    # Setting of the training step in the golden cases.
     config.leave("train_mode_bn_decay")
     fields = _port_fields(config) if port else _official_fields(config)
     return Converted(GMANForPrediction, GMANConfig(**fields, **shapes), state)
@@ -138,7 +138,7 @@ def _port_fields(config: Mapping) -> dict:
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict:
-    """What the shapes of the weights say."""
+    """Fields that follow from the shapes of the weights."""
     temporal = "gman.embeddings.temporal.fc1.weight"
     if temporal not in state:
         raise ConversionError(f"This is no GMAN checkpoint: nothing in it corresponds to {temporal}.")

@@ -87,7 +87,7 @@ def steps_per_day_of(table: "pd.DataFrame") -> int:
     """
     pd = _pandas()
     if len(table) < 2:
-        raise ValueError("At least two rows are needed to tell the length of a time step.")
+        raise ValueError("At least two rows are needed to determine the length of a time step.")
     step = pd.Series(table.index).diff().dropna().mode().iloc[0]
     steps = pd.Timedelta(days=1) / step if step > pd.Timedelta(0) else 0
     if steps != round(steps) or steps < 1:
@@ -96,7 +96,7 @@ def steps_per_day_of(table: "pd.DataFrame") -> int:
 
 
 def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | None = None) -> "pd.DataFrame":
-    """Put the rows on a grid of equal time steps; steps without a row become missing values (NaN).
+    """Align the rows to equal time steps; steps without a row become missing values (NaN).
 
     Args:
         table: as of :func:`read_table`.
@@ -221,7 +221,7 @@ class TrafficWindows(torch.utils.data.Dataset):
         values = self.values.double().numpy()
         if null_value is not None:
             values = np.nan_to_num(values, nan=null_value)
-        # How many windows see each step.
+        # Number of windows that contain each step.
         steps = np.arange(len(values))
         last = len(self) - 1
         counts = np.minimum(steps, last) - np.maximum(steps - self.context_length + 1, 0) + 1

@@ -1,4 +1,4 @@
-"""What all parts of GMAN are made of: linear maps with batch normalisation, in pairs, and the gate of two branches."""
+"""Building blocks of GMAN: linear layers with batch normalisation, in pairs, and the gate of two branches."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ class GMANBatchNorm(nn.BatchNorm1d):
         rows = hidden_states.reshape(-1, self.num_features)
         if not self.training:
             return super().forward(rows).view_as(hidden_states)
-        # A copy: autograd keeps what it is given, and must not see it change.
+        # A copy, because the tensor that autograd saves must not change.
         variance = self.running_var.clone()
         normalised = nn.functional.batch_norm(
             rows,
@@ -58,7 +58,7 @@ class GMANMLP(nn.Module):
         config: the configuration.
         in_features: width of the input.
         out_features: width of the output.
-        num_layers: 1 for the first layer alone.
+        num_layers: 1 for only the first layer.
         dropout: probability of dropping an input of each layer.
         bias: whether the layers have biases.
     """

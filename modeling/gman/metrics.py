@@ -30,7 +30,7 @@ def forecast_errors(
     Args:
         predictions: `(windows, steps, nodes)`.
         values: the truth, of the same shape. NaN and `null_value` are left out.
-        null_value: value that stands for a missing one, if any does.
+        null_value: value that marks missing data, if there is one.
 
     Returns:
         "mae", "rmse" and "mape" (a fraction; true values of zero are left out of it), each of `steps + 1` numbers. The last

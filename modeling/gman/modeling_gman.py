@@ -119,7 +119,7 @@ class GMANAttention(nn.Module):
             key: `(batch, kv_len, heads, head_dim)`.
             value: `(batch, kv_len, heads, head_dim)`.
             output_attentions: compute the weights as a tensor, whatever the implementation.
-            attention_mask: `(1 or batch, 1, 1 or q_len, kv_len)`, true where a key is seen.
+            attention_mask: `(1 or batch, 1, 1 or q_len, kv_len)`, true where a query may attend to a key.
 
         Returns:
             `(batch, q_len, heads, head_dim)`, and weights `(batch, heads, q_len, kv_len)` if asked for.
@@ -273,7 +273,7 @@ class GMANTemporalAttention(GMANAttention):
 
 
 class GMANTransformAttention(GMANAttention):
-    """Carries the encoded history to the future steps: their embeddings attend to those of the history (equations 12, 13)."""
+    """Transforms the encoded history to states of the future steps: their embeddings attend to those of the history (equations 12, 13)."""
 
     def __init__(self, config: GMANConfig):
         super().__init__(config, config.hidden_size)
@@ -312,7 +312,7 @@ class GMANBlock(GradientCheckpointingLayer):
 
 
 class GMANPreTrainedModel(HubModelMixin, PreTrainedModel):
-    """What all GMAN models share."""
+    """Base class of all GMAN models."""
 
     config: GMANConfig
     base_model_prefix = "gman"
@@ -405,7 +405,7 @@ class GMANModel(GMANPreTrainedModel):
         is_observed = ~past_values.isnan()
         if past_observed_mask is not None:
             is_observed = is_observed & past_observed_mask.to(past_values.device, torch.bool)
-        # Without a value for missing ones the mean stands in, which is neutral.
+        # Missing values are replaced by the mean, which is neutral, unless there is a null value.
         missing = self.config.value_mean if self.config.null_value is None else self.config.null_value
         past_values = past_values.masked_fill(~is_observed, missing)
         past_values = ((past_values - self.config.value_mean) / self.config.value_std).to(self.dtype)
@@ -444,7 +444,7 @@ class GMANModel(GMANPreTrainedModel):
         past_time_features: torch.Tensor | None,
         future_time_features: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The history as it is, and the time features of all steps as integers."""
+        """The history, and the time features of all steps as integers."""
         config = self.config
         inputs = {
             "past_values": (past_values, (config.context_length, config.num_nodes)),
@@ -504,7 +504,7 @@ class GMANForPrediction(GMANPreTrainedModel):
             future_values: `(batch, prediction_length, num_nodes)`, the truth in real units. NaN and `config.null_value` are
                 missing values and left out of the loss.
             future_observed_mask: `(batch, prediction_length, num_nodes)`, 0 where a true value is missing.
-            labels: another name of `future_values`, by which `Trainer` knows that there is something to evaluate.
+            labels: another name of `future_values`, which `Trainer` needs for evaluation.
             output_attentions: return the attention weights. They are of size N^2 and computed by `eager`.
             output_hidden_states: return the hidden states.
         """

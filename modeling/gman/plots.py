@@ -24,7 +24,7 @@ def plot_forecast(
     Args:
         history: rows are timestamps, columns are sensors; NaN is a gap.
         forecast: the same of the future steps.
-        truth: what was measured in the future steps.
+        truth: measured values of the future steps.
         sensors: which to draw; the first four if not given.
         sensor_attention: share of the attention of each sensor (row) that goes to each sensor (column); drawn beside it.
         top: number of sensors with the largest shares to draw.

@@ -23,7 +23,7 @@ from .configuration_hat import HATConfig
 
 
 class HATChannelBranch(nn.Module):
-    """Two convolutions and a channel attention (CAB), on the map that the windows see."""
+    """Two convolutions and a channel attention (CAB), on the input of the window attention."""
 
     def __init__(self, config: HATConfig):
         super().__init__()

@@ -36,7 +36,7 @@ class Destination:
 
     Attributes:
         row, column: of the tokens that are stored, in the input.
-        slot: where each of them goes.
+        slot: slot of each of them.
         landmark_row, landmark_column, landmark_slot: the same for the landmarks among them; the slots are of blocks.
         needed: number of slots that have to be there.
     """
@@ -93,7 +93,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
         Args:
             key_states, value_states: `(batch, kv_heads, length, head_dim)`, keys rotated for their offsets.
-            destination: where each token goes.
+            destination: destination of each token.
         """
         block = self.cache.block_size
         if not self.is_initialized:
@@ -104,7 +104,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
             blocks = -(-slots // block)
             self.landmark_keys = grown(self.landmark_keys, blocks)
             if not self.cache.offload_to_cpu:
-                # One after the other, so that only one of the old buffers is held beside its successor.
+                # One after the other, so that only one old buffer is in memory together with its successor.
                 self.keys.reserve(blocks * block)
                 self.values.reserve(blocks * block)
         if self.cache.offload_to_cpu:
@@ -154,7 +154,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
 
 def _shape(config: LandmarkConfig) -> dict[str, int]:
-    """What a model and its cache have in common."""
+    """Settings shared by a model and its cache."""
     names = ("mem_freq", "num_hidden_layers", "num_key_value_heads", "head_dim")
     return {name: getattr(config, name) for name in names}
 
@@ -260,7 +260,7 @@ class LandmarkCache(Cache):
             )
 
     def start(self, config: LandmarkConfig, batch_size: int, device: torch.device, inserts_landmarks: bool) -> None:
-        """Called before an input: checks that it continues what is stored.
+        """Called before an input: checks that it continues the stored sequence.
 
         Raises:
             ValueError: for a model of another shape, another batch size, or landmarks that are inserted in one input and not

@@ -145,7 +145,7 @@ def recover_from_difference(
 def _convert_gpt(official: StateDict, arguments: dict) -> Converted:
     width, heads, layers = arguments["n_embd"], arguments["n_head"], arguments["n_layer"]
     mem_freq = arguments["mem_cache_freq"]
-    arguments.leave_rest()  # what is left belongs to the cache and to training
+    arguments.leave_rest()  # the other arguments belong to the cache and to training
     embedding = official["transformer.wte.weight"]
     config = LandmarkConfig(
         vocab_size=len(embedding),

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""The plan of a step with memory, which all layers share: what is stored where, and at which positions blocks are read
+"""The plan of a step with memory, which all layers share: the slots of new tokens, and the positions at which blocks are read
 (arXiv 2305.16300, section 3.3; "stingy" positions).
 
 With k blocks retrieved from N, the last k blocks are at their true places, and every older one is at the place of the
@@ -62,7 +62,7 @@ class RetrievalStep:
 
 @dataclass(frozen=True)
 class MemoryStep:
-    """What all layers have in common in one step with a cache.
+    """Values shared by all layers in one step with a cache.
 
     Attributes:
         cache: the cache, as it was before the step.

@@ -63,7 +63,7 @@ class LandmarkAttention(DecoderAttention):
             position_embeddings: cosines and sines of the rotary embedding.
             is_landmark: boolean `(batch, keys)`.
             attention_mask: mask over all keys.
-            memory: what is common to all layers in reading and filling the cache.
+            memory: values shared by all layers for reading and filling the cache.
 
         Returns:
             Output `(batch, sequence, hidden_size)` and weights, if they were computed. With retrieval the weights are those
@@ -134,7 +134,7 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         Args:
             position_ids: with a cache, or where landmarks are inserted, the model counts the tokens of each row, and these
                 are not needed; others are refused.
-            cache: a [`LandmarkCache`]. What is beyond its `max_chunk_length` is processed in pieces.
+            cache: a [`LandmarkCache`]. Inputs longer than its `max_chunk_length` are processed in chunks.
             is_landmark: boolean `(batch, sequence)`, which tokens are landmarks; found by their id if not given. Needed only
                 with `inputs_embeds`.
             insert_landmarks: the input has no landmarks; insert one after every `mem_freq` tokens of each row, padding not
@@ -199,7 +199,7 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         if chunk < length and kwargs.get("output_attentions"):
             raise ValueError(
                 f"The input ({length} tokens) is processed in pieces of {chunk}, and their attention weights are over "
-                "different keys. Ask for them with a larger max_chunk_length or in pieces of your own."
+                "different keys. Use a larger max_chunk_length, or pass the input in several chunks."
             )
         outputs, is_one_piece = [], chunk >= length
         for start in (0,) if is_one_piece else range(0, length, chunk):
@@ -380,7 +380,7 @@ class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCau
             args, kwargs: as of transformers' `generate`.
             cache_top_k, retrieval, max_chunk_length, offload_cache_to_cpu, max_blocks, record_retrieved: the memory, see
                 [`LandmarkCache`]. With `return_dict_in_generate=True` it is `past_key_values` of the output, and
-                `past_key_values.retrieved_blocks` tells which blocks were read. To continue, pass it as `past_key_values`.
+                `past_key_values.retrieved_blocks` contains the retrieved blocks. To continue, pass it as `past_key_values`.
 
         Raises:
             ValueError: for a prompt with landmarks, or options that contradict each other.

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Attention to the memory: each query retrieves the blocks whose landmarks it scores highest, and one grouped softmax goes
+"""Attention to the memory: each query retrieves the blocks whose landmarks have the highest scores, and one grouped softmax goes
 over them and the tokens at hand (arXiv 2305.16300, section 3.3).
 
 A retrieved block is one entry of the query's softmax, with the score of its landmark, and the value of the softmax within
@@ -92,7 +92,7 @@ class Chosen:
     Attributes:
         slots: where they are stored.
         numbers: their numbers, -1 where a row has fewer blocks.
-        places: where they are put.
+        places: their destinations.
     """
 
     slots: torch.Tensor
@@ -219,7 +219,7 @@ def _read_in_tiles(
     blocks, readers = block_of[order].unique_consecutive(return_counts=True)
     tile = min(max(len(order) // len(blocks), SMALLEST_TILE), LARGEST_TILE)
     tiles = (readers + tile - 1) // tile
-    # What the first reader of each block is among all readers, and among the places in the tiles.
+    # Index of the first reader of each block among all readers, and among the slots of the tiles.
     first_reader, first_place = readers.cumsum(0) - readers, (tiles.cumsum(0) - tiles) * tile
     rank = torch.arange(len(order), device=slots.device)
     place = torch.empty_like(order)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Where a cache keeps the states of its blocks: in one buffer, or in pages if it shall grow without a copy of itself."""
+"""Storage of the states of a cache's blocks: one buffer, or pages if it should grow without being copied."""
 
 import torch
 
@@ -23,7 +23,7 @@ class BlockStore:
 
     Args:
         states: like what will be stored, `(batch, kv_heads, any length, head_dim)`.
-        block_size: tokens of a block; a block never lies in two pages.
+        block_size: tokens of a block; a block is never split between pages.
         device: where to store.
         paged: allocate pages of [`PAGE_BLOCKS`] blocks when they are needed, and copy nothing then. Otherwise there is one
             buffer, which is faster to read, and which is replaced by a larger one when it is full.

@@ -19,7 +19,7 @@ OUR_NAMES = Renaming(
     (r"\.mlp\.2\.", ".mlp.down_proj."),
     (r"\.scale$", ".weight"),
 )
-#: what every published configuration says, and the only thing that is served
+#: settings of all published configurations, the only ones that are supported
 _FIXED = {
     "pos_emb": "rotary",
     "norm": "rmsnorm",

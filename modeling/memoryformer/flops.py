@@ -1,4 +1,4 @@
-"""What a block of MemoryFormer computes, counted as in the paper: a multiplication with its addition is one."""
+"""Operations of a block of MemoryFormer, counted as in the paper: a multiplication with its addition is one operation."""
 
 from .configuration_memoryformer import MemoryFormerConfig
 

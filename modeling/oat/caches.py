@@ -24,13 +24,13 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append; see transformers' `DynamicLayer.update`."""
-        if key_states.requires_grad:  # what a backward pass needs may not be written over
+        if key_states.requires_grad:  # tensors that a backward pass needs must not be overwritten
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        # Reordering and selecting put other tensors in the place of the views.
+        # Reordering and selecting replace the views by other tensors.
         is_view = self._room is not None and self.keys.data_ptr() == self._room[0].data_ptr()
         if not is_view or len(self._room[0]) != len(key_states) or self._room[0].shape[-2] < end:
             room = [
@@ -63,7 +63,7 @@ def new_cache() -> EncoderDecoderCache:
 
 
 def prepare_cache(cache: EncoderDecoderCache) -> None:
-    """Make a cache that `generate` or somebody else has created and that is empty share scenes."""
+    """Make an empty cache, created by `generate` or by the user, share scenes."""
     if any(cache.is_updated.values()):
         return
     cache.cross_attention_cache = _cache(SceneLayer)

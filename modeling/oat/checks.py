@@ -1,4 +1,4 @@
-"""Checks of what users give to the model; each error says which value is wrong and what to do."""
+"""Checks of the inputs of users; each error says which value is wrong and how to fix it."""
 
 import torch
 from transformers.utils import is_torchdynamo_compiling

@@ -112,7 +112,7 @@ def _fields(weights: _Weights, config: OfficialArguments) -> dict[str, Any]:
     )
     if version == 3:
         config.agree(CA_head=fields["num_pointer_heads"])
-    # Dropout, sizes of what is not used, and, without object attention, its settings.
+    # Dropout, sizes of unused layers, and, without object attention, its settings.
     config.leave("dropout", "tgt_vocab_size", "input_dimension", "CA_head")
     fields["num_rows"], fields["num_columns"] = _grid(weights, config)
     defaults = {
@@ -161,7 +161,7 @@ def _grid(weights: _Weights, config: OfficialArguments) -> tuple[int, int]:
 
 
 def _given_table(config: OfficialArguments) -> torch.Tensor:
-    """The position table that is given beside the checkpoint."""
+    """The position table that is passed together with the checkpoint."""
     table = config.get("pe_table")
     if table is None and config.get("PE_path") is None:
         raise ConversionError(

@@ -27,7 +27,7 @@ def draw_scanpath(
     """Draw a scanpath on a copy of its image.
 
     The target has a thick green frame. The path starts at the centre of the image; each fixation is a circle with its number,
-    and further fixations of one object stand beside the first.
+    and further fixations of one object are drawn next to the first.
 
     Args:
         image: the image.

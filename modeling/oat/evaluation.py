@@ -88,7 +88,7 @@ def evaluate_predictions(trials: Sequence[Trial], predictions: Sequence[Sequence
 
 
 def _screen(trial: Trial) -> tuple[int, int]:
-    """Width and height of what the boxes span from the upper left corner of the image."""
+    """Width and height of the area from the upper left corner of the image that contains all boxes."""
     width, height = (
         trial.boxes[:, 2:].max(0).values.ceil().int().tolist()
         if trial.boxes.is_floating_point()

@@ -32,7 +32,7 @@ from .position_table import position_table
 
 @dataclass
 class OATEncoderOutput(BaseModelOutput):
-    """What the decoder needs of encoded scenes; a scene is encoded once for all steps and samples.
+    """Encoded scenes for the decoder; a scene is encoded once for all steps and samples.
 
     Attributes:
         last_hidden_state: `(batch, objects + 1, hidden_size)`, the tokens of the objects, and last that of the target.
@@ -177,7 +177,7 @@ class OATPointerHead(nn.Module):
 
 
 class OATPreTrainedModel(HubModelMixin, PreTrainedModel):
-    """What all OAT models share."""
+    """Base class of all OAT models."""
 
     config: OATConfig
     base_model_prefix = "oat"
@@ -245,7 +245,7 @@ class OATEncoder(OATPreTrainedModel):
         objects, blank = codes[:-1].view(batch_size, num_objects, -1), codes[-1:]
         appearances = torch.cat([objects, blank.expand(batch_size, 3, -1)], dim=1)
 
-        # BOS lies in the centre of the scene; EOS and PAD, whose steps predict nothing, have a zero code.
+        # BOS is at the centre of the scene; EOS and PAD, whose steps predict nothing, have a zero encoding.
         sizes = object_positions + 1
         if object_mask is not None:
             sizes = sizes * object_mask.unsqueeze(-1)
@@ -399,7 +399,7 @@ class OATModel(OATPreTrainedModel):
 
 
 class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
-    """Predicts which objects of a scene somebody looks at, in order, while searching for one of them.
+    """Predicts the sequence of objects in a scene that a person looks at while searching for one of them.
 
     Ids of a scene with N objects (the largest scene of a batch): objects 0 to N - 1, EOS = N, PAD = N + 1, BOS = N + 2. A scanpath
     is BOS, objects, EOS.
@@ -436,7 +436,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
             target_index: `(batch,)`, the object that is searched for.
             object_positions: `(batch, objects, 2)`, row and column of each object; those of the full grid of the configuration,
                 row by row, if not given.
-            object_mask: `(batch, objects)`, false for what is no object but fills up a smaller scene of the batch.
+            object_mask: `(batch, objects)`, false for the padding of smaller scenes in the batch.
             decoder_input_ids: `(batch * scanpaths, length)`, BOS and the fixations so far. Made of the labels if they are given,
                 else BOS.
             labels: `(batch * scanpaths, length)`, the fixations and EOS, -100 where nothing is to be predicted. The loss is the

@@ -73,7 +73,7 @@ class OATImageProcessor(BaseImageProcessor):
             `(batch, length)`, the objects and EOS.
 
         Raises:
-            ValueError: for images, boxes, targets or fixations that make no sense; the message says which.
+            ValueError: for invalid images, boxes, targets or fixations; the message says which.
         """
         if return_tensors != "pt":
             raise ValueError(f"OATImageProcessor makes PyTorch tensors (return_tensors='pt'), got {return_tensors!r}.")
@@ -121,7 +121,7 @@ class OATImageProcessor(BaseImageProcessor):
         return scene
 
     def read_image(self, image: ImageLike) -> torch.Tensor:
-        """An image as `(3, height, width)` in [0, 1]; what is transparent is white."""
+        """An image as `(3, height, width)` in [0, 1]; transparent pixels become white."""
         decoded = decode_image(image)
         pixels = decoded.colour.float() / decoded.peak
         if decoded.alpha is not None:

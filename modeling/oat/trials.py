@@ -1,4 +1,4 @@
-"""Trials: somebody searched for an object in an image. Their data set, and its split by image."""
+"""Trials, in which a person searches for an object in an image; their dataset, and its split by image."""
 
 import random
 from collections.abc import Sequence

@@ -21,8 +21,8 @@ class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin,
         granularity (`str`): the paths. `"layer"`: the embeddings and, for each layer, attention and MLP together, so
             `num_hidden_layers + 1`; `"branch"`: the embeddings and, for each layer, attention, then MLP, so
             `2 * num_hidden_layers + 1`.
-        pruned_paths (`list[int]`): paths, counted from 0 (the embeddings), that the classifier does not see. Later layers
-            see them all the same.
+        pruned_paths (`list[int]`): paths, counted from 0 (the embeddings), that are removed from the input of the classifier. Later layers
+            still use them.
         ensemble_scale (`str`, *optional*): learned weights of the paths (EnsembleScale): `"channel"` for one of each
             channel, `"scalar"` for one of each path; none if not given. Like other scales they want no weight decay,
             which Trainer does not know.

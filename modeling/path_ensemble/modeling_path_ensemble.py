@@ -6,8 +6,8 @@ the branches are counted apart:
 
     x_N = x_0 + sum_i (a_i + m_i)
 
-The classifier sees  y = sum_j s_j p_j,  with s_j = 0 for pruned paths and learned otherwise (EnsembleScale). The chain
-x_0, x_1, ... that the layers see is always the whole sum. With all s_j = 1 this is the plain model.
+The input of the classifier is  y = sum_j s_j p_j,  with s_j = 0 for pruned paths and learned otherwise (EnsembleScale). The chain
+x_0, x_1, ... of the inputs of the layers is always the whole sum. With all s_j = 1 this is the plain model.
 """
 
 from collections.abc import Iterable, Sequence
@@ -74,11 +74,11 @@ class PathEnsembleClassifierOutput(ImageClassifierOutput):
 
 @dataclass(frozen=True)
 class PathLogits:
-    """What the paths say of a batch.
+    """Logits of the paths for a batch.
 
     Attributes:
         ensemble: `(batch, num_labels)`, of the ensemble.
-        alone: `(paths, batch, num_labels)`, of each path alone, not scaled.
+        alone: `(paths, batch, num_labels)`, of single paths, not scaled.
         without: `(paths, batch, num_labels)`, of the ensemble without each path.
     """
 
@@ -151,7 +151,7 @@ class PathEnsemblePreTrainedModel(HubModelMixin, ViTPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DeiTEmbeddings):
-            # transformers starts them at zero, with which nothing tells one patch from another.
+            # transformers initialises them with zeros, with which all patches would be treated equally.
             for parameter in (module.cls_token, module.distillation_token, module.position_embeddings):
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
         elif isinstance(module, PathEnsembleLayer) and module.attention_scale is not None:
@@ -260,7 +260,7 @@ class PathEnsembleModel(PathEnsemblePreTrainedModel):
 
 
 class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedModel):
-    """A vision transformer whose classifier sees an ensemble of its paths.
+    """A vision transformer whose classifier uses an ensemble of its paths.
 
     Made from a trained ViT or DeiT by [`~PathEnsembleForImageClassification.from_base`], it computes what that does until
     paths are pruned ([`~PathEnsembleForImageClassification.prune`]) or scaled (`ensemble_scale`).
@@ -334,7 +334,7 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
     # --- paths --------------------------------------------------------------------------------------------------------
 
     def prune(self, paths: Iterable[int]) -> None:
-        """Take paths out of the ensemble; later layers see them all the same.
+        """Remove paths from the ensemble; later layers still use them.
 
         Args:
             paths: all paths to be pruned, counted from 0; an empty list brings every path back. `range(k)` drops the
@@ -361,7 +361,7 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
         return (self.classifier(pooled[:, 0]) + self.distillation_classifier(pooled[:, 1])) / 2
 
     def path_logits(self, pixel_values: torch.Tensor, **kwargs) -> PathLogits:
-        """Scores of the ensemble, of each path alone, and of the ensemble without each path.
+        """Scores of the ensemble, of single paths, and of the ensemble without single paths.
 
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.

@@ -1,4 +1,4 @@
-"""What the official training saves: a PEFT adapter of the decoder, and the head in `attn_pool.pt`."""
+"""Files of the official training: a PEFT adapter of the decoder, and the head in `attn_pool.pt`."""
 
 from pathlib import Path
 

@@ -54,7 +54,7 @@ class PoolingAttentionConfig(DecoderConfig):
         pooling_head_dim (`int`): width w of a head. It is independent of `hidden_size`.
         pooling_std (`float`): standard deviation of new latents and rows of the layer table.
         mean_over (`str`): the tokens whose mean design 5 takes: `"attention_mask"`, or `"pad_token_id"` for the official
-            rule, all that are not the padding token, whatever the mask says.
+            rule, over all tokens except the padding token, regardless of the mask.
         prompts (`dict[str, str]`): name of a task (`query`, `document`) -> text that sentence-transformers puts before a
             text of that task.
 
@@ -100,12 +100,12 @@ class PoolingAttentionConfig(DecoderConfig):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a token sees only itself and earlier ones."""
+        """Whether a token attends only to itself and earlier tokens."""
         return self.__dict__.get("_called_causal", self.design <= 3)
 
     @is_causal.setter
     def is_causal(self, value: bool) -> None:
-        # transformers sets it for the time of a call, to what it was or to an argument of the call.
+        # transformers sets it during a call, to its old value or to an argument of the call.
         if value == (self.design <= 3):
             self.__dict__.pop("_called_causal", None)
         else:
@@ -118,7 +118,7 @@ class PoolingAttentionConfig(DecoderConfig):
 
     @property
     def pools_layers(self) -> bool:
-        """Whether the head sees a vector of each layer; if not, those of the last layer."""
+        """Whether the input of the head is one vector per layer; otherwise it is those of the last layer."""
         return self.design in (3, 5)
 
     def validate_design(self):

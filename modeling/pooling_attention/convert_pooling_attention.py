@@ -23,7 +23,7 @@ _HEAD = (
     (r"cross_attend_blocks\.1\.fn\.net\.0\.", "feed_forward.expand."),
     (r"cross_attend_blocks\.1\.fn\.net\.2\.", "feed_forward.contract."),
 )
-#: heads of the official code where nothing is said; they cannot be read off the shapes
+#: default number of heads of the official code; it does not follow from the shapes
 _DEFAULT_HEADS = 32
 _NO_FIELDS = ("architectures", "model_type", "transformers_version", "dtype", "use_cache")
 

@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
         return weights.transpose(1, 2).flatten(2) @ value.flatten(1, 2)
 
     def _zero(self) -> torch.Tensor:
-        # The gradient of what one key does not need is zero and not missing, which distributed training would object to.
+        # With one key the gradients of unused parameters are zero, not None, which distributed training would not accept.
         unused = (self.query.weight, self.key.weight, self.latents_norm.weight, self.latents_norm.bias)
         return sum(parameter.flatten()[0] * 0 for parameter in unused)
 
@@ -135,7 +135,7 @@ class PoolingHead(nn.Module):
         self.feed_forward = GatedFeedForward(hidden_size)
 
     def reset_parameters(self, std: float = 1.0) -> None:
-        """Initialise what is not loaded: torch's defaults for linear layers, normal latents and table rows."""
+        """Initialise parameters that are not loaded: torch's defaults for linear layers, normal latents and table rows."""
         for parameter in (self.latents, self.layer_embeddings):
             if parameter is not None:
                 init.normal_(parameter, std=std)

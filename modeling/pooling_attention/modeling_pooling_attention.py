@@ -22,7 +22,7 @@ from .sentence_transformers import write_modules
 
 logger = logging.get_logger(__name__)
 
-#: parameters from which on `from_base` says what a head costs
+#: number of parameters from which on `from_base` warns about the cost of a head
 _LARGE_HEAD = 100_000_000
 
 
@@ -68,7 +68,7 @@ class PoolingAttentionDecoder(PoolingAttentionPreTrainedModel, DecoderModel):
 
 
 class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
-    """Embeds texts, one unit vector each: a decoder and a trainable head over its states, as `config.design` says.
+    """Text embedding model, one unit vector per text: a decoder and a trainable head, according to `config.design`.
 
     Padding on either side does not change an embedding. Texts end with the end-of-sequence token, see
     [`~hf_attn.modeling.pooling_attention.tokenization.embedding_tokenizer`].
@@ -195,7 +195,7 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
         if self.config.design == 3:
             return last_token(states, tokens)
         weights = averaged.to(states.device, states.dtype)[..., None]
-        # A text of padding tokens alone, by the official rule, has no mean.
+        # By the official rule, a text that consists only of padding tokens has no mean.
         return (states.where(weights > 0, 0)).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def _run_head(self, states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -236,7 +236,7 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
     @classmethod
     def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
-        """The language modelling head, and what a base of this family has beyond the design."""
+        """The language modelling head, and parts of a base of this family that the design does not have."""
         return name == "lm_head.weight" or (name.startswith("head.") and not config.has_head)
 
     @classmethod
@@ -250,7 +250,7 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
             model = PoolingAttentionModel.from_base("HuggingFaceTB/SmolLM2-135M", design=5, num_latents=64, pooling_head_dim=64)
 
-        The official sizes of the head are the defaults; a warning says what they cost.
+        The official sizes of the head are the defaults; a warning gives their cost.
         """
         model = super().from_base(base, dtype=dtype, **overrides)
         if model.head is not None:

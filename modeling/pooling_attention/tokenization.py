@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 def embedding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy of a tokenizer that ends each text with the end-of-sequence token, also one that is cut, and pads left.
 
-    What it does is saved with it.
+    This behaviour is saved with the tokenizer.
 
     Args:
         tokenizer: a fast tokenizer with an end-of-sequence and a padding token.
@@ -28,7 +28,9 @@ def embedding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
             "tokenizer.pad_token = tokenizer.eos_token."
         )
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot be told to append a token.")
+        raise ValueError(
+            f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot be configured to append a token."
+        )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.truncation_side = "right"

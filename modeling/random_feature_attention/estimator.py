@@ -52,7 +52,7 @@ class RandomFeatureAttentionRegressor(RegressorMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
-        # Of a table with one column a token the model sees no order: it is made for sets of keys.
+        # With one column per token the model does not depend on the order of the columns, because keys are a set.
         tags.regressor_tags.poor_score = True
         return tags
 

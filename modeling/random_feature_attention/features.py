@@ -1,4 +1,4 @@
-"""Feature maps: what the trained values of a model are multiplied with. Both models are linear in their values."""
+"""Feature maps, which are multiplied by the trained values of a model. Both models are linear in their values."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def append_one(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def attention_features_eager(inputs_embeds: torch.Tensor, qk_weight: torch.Tensor) -> torch.Tensor:
-    """[`attention_features`] as the equation says it, head by head."""
+    """[`attention_features`] computed directly from the equation, head by head."""
     query, keys = append_one(inputs_embeds[:, 0]), append_one(inputs_embeds[:, 1:])
     features = []
     for head in qk_weight:

@@ -59,7 +59,7 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
         return getattr(self, self.value_name)
 
     def features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """What the values are multiplied with.
+        """Features, which are multiplied by the values.
 
         Args:
             inputs_embeds: `(batch, 1 + num_keys, input_dim)`, the query first; tokens are meant to have norm 1.

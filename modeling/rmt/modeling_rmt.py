@@ -32,7 +32,7 @@ from .configuration_rmt import RMTConfig
 
 
 class RMTPositions(NamedTuple):
-    """What the blocks of a stage need to know about positions.
+    """Positional information for the blocks of a stage.
 
     Attributes:
         cos, sin: rotation of queries and keys, `(height, width, head_dim)`.
@@ -279,7 +279,7 @@ class RMTEmbeddings(nn.Module):
 
 
 class RMTPreTrainedModel(VisionPreTrainedModel):
-    """What all RMT models share."""
+    """Base class of all RMT models."""
 
     config: RMTConfig
     base_model_prefix = "rmt"
@@ -296,7 +296,7 @@ class RMTModel(StagedModelMixin, RMTPreTrainedModel):
     """RMT without a classifier, for images of any size.
 
     The stride is 32. The `attentions` of a block are `(batch, heads, positions, positions)`, in stages with
-    `axis_decomposed` what the attention along both axes amounts to.
+    `axis_decomposed` the product of the attention along both axes.
     """
 
     embeddings_class = RMTEmbeddings
@@ -323,7 +323,7 @@ class RMTImageClassifierOutput(ModelOutput):
     Args:
         loss: `()`, given `labels`.
         logits: `(batch, num_labels)`; of a model with `token_labeling` in evaluation those of both classifiers together.
-        class_logits: `(batch, num_labels)`, of the classifier of images alone, with `token_labeling`.
+        class_logits: `(batch, num_labels)`, of only the classifier of images, with `token_labeling`.
         token_logits: `(batch, positions, num_labels)`, of the classifier of positions, with `token_labeling`.
         hidden_states, attentions: see [`RMTModel.forward`].
     """

@@ -63,7 +63,7 @@ def swap_box(feature_map: torch.Tensor, box: Box) -> torch.Tensor:
 
 @contextmanager
 def mixed_tokens(model: RMTForImageClassification, box: Box) -> Iterator[None]:
-    """Calls of the model see maps that have been mixed after the stem; their `token_logits` are mixed still.
+    """Context in which the model mixes the maps after the stem; its `token_logits` are still mixed.
 
     Args:
         model: the model, without wrappers.

@@ -17,7 +17,7 @@ _NAMES = Renaming(
     (r"^model\.twig_(layers|norm)\.", r"\1."),
 )
 
-#: what the published networks have, and the only thing that is served
+#: settings of the published networks, the only ones that are supported
 _PUBLISHED_OPTIONS = {
     "enable_twig": True,
     "roi_branch": True,

@@ -23,12 +23,12 @@ _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """Where a task's data set has what, and how it asks.
+    """Columns of a task's dataset, and the form of its questions.
 
     Attributes:
         dataset: Hub id.
         question, identifier, reference: columns; the image is in `image`.
-        instruction: what follows the question.
+        instruction: text after the question.
         max_new_tokens: longest answer.
     """
 

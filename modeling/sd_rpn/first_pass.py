@@ -1,6 +1,6 @@
 """The first pass of SD-RPN: a base model up to the layer from which the region proposal network branches off.
 
-A hook on that layer takes what the layer is given and ends the pass there, so that no later layer runs; nothing of the base is
+A hook on that layer records its inputs and ends the pass there, so that no later layer runs; nothing of the base is
 changed, and its next call is a plain one.
 """
 
@@ -19,7 +19,7 @@ from .modeling_sd_rpn import last_positions
 
 @dataclass(frozen=True)
 class ImageCells:
-    """Where the cells of an image's RoI map stand in a batch of prompts.
+    """Positions of the cells of an image's RoI map in a batch of prompts.
 
     Attributes:
         row: the prompt.
@@ -41,7 +41,7 @@ class ImageCells:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What the region proposal network needs of a base's first pass.
+    """Inputs of the region proposal network from a base's first pass.
 
     Attributes:
         hidden_states: `(batch, sequence, hidden_size)`, output of layer `branch_layer - 1`.
@@ -85,7 +85,7 @@ class FirstPass:
         return cells
 
     def question_positions(self) -> torch.LongTensor:
-        """Positions `(batch, queries)` of what stands behind the first image of each prompt and is no image itself.
+        """Positions `(batch, queries)` of the tokens after the first image of each prompt that are not image tokens.
 
         The last token is the last query of each row; rows with fewer tokens begin with it as well.
         """
@@ -113,7 +113,7 @@ def unwrapped_base(base: nn.Module) -> PreTrainedModel:
     """The base itself, where it is given inside a `PeftModel`; its adapters are in its layers and stay active.
 
     Raises:
-        ValueError: for prompt tuning and its kin, which put tokens in front of the prompt that no RoI map counts.
+        ValueError: for prompt tuning and similar methods, whose additional tokens would shift the positions.
     """
     if not hasattr(base, "get_base_model"):
         return base
@@ -218,7 +218,7 @@ def states_before(layer: nn.Module, base: PreTrainedModel, **inputs) -> tuple[to
     """Run a model up to a layer. Calls that other threads make meanwhile are not affected.
 
     Returns:
-        The hidden states `(batch, sequence, hidden_size)` and the keyword arguments that the layer would have been given.
+        The hidden states `(batch, sequence, hidden_size)` and the keyword arguments of the layer.
     """
     reached = {}
     caller = threading.get_ident()

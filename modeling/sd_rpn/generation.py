@@ -29,7 +29,7 @@ class FocusedImage:
         image: the original image.
         roi_map: probabilities `(rows, columns)` that a cell belongs to the region of interest, before the blur.
         threshold: of the blurred map.
-        regions: what was cropped.
+        regions: the cropped regions.
         crops: the crops, as cut out of the image.
         num_crop_tokens: number of tokens that the crops add to the prompt, those that mark their start and end not counted.
         padded: whether the map is of the image padded to a square.
@@ -58,8 +58,8 @@ class FocusedAnswer:
     """An answer with where the model looked.
 
     Attributes:
-        texts: the answer, or several if `num_return_sequences` asks for them.
-        images: what was found in the images of the prompt, in order; empty for a prompt without images.
+        texts: the answer, or several with `num_return_sequences`.
+        images: results for the images of the prompt, in order; empty for a prompt without images.
     """
 
     texts: list[str]
@@ -138,7 +138,7 @@ class SdRpnGenerator:
         """
         focused = self.prepare(prompts, images, task=task, threshold=threshold, masked=masked)
         generated = self.base.generate(**focused.model_inputs, **generate_kwargs)
-        # A dictionary if the generation configuration asks for one.
+        # A dictionary if the generation configuration requests one.
         sequences = getattr(generated, "sequences", generated)
         new_tokens = sequences[:, focused.model_inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
@@ -237,7 +237,7 @@ class SdRpnGenerator:
                 )
             )
         encoded = [EncodedImage.whole(feature, image.grid) for feature, image in zip(features, cells, strict=True)]
-        # An image without a crop is read as the base alone would read it.
+        # An image without a crop is processed as by the base alone.
         encoded = [
             image.keep(tokens) if of_image and tokens is not None else image
             for image, of_image, tokens in zip(encoded, crops, asked, strict=True)

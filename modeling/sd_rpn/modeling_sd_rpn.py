@@ -82,7 +82,7 @@ class SdRpnPreTrainedModel(HubModelMixin, PreTrainedModel):
 
 
 class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
-    """The region proposal network alone; the base stays as it is.
+    """The region proposal network; the base is neither included nor changed.
 
     `from_base` copies layers K .. K+T-1 and the final norm of a base. Tensors that the map does not depend on are stored,
     as in the official checkpoints, and do not require gradients.
@@ -140,7 +140,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
                 that have a map each; the last token if not given.
             roi_target_map: labels of the cells: 1 foreground, 0 background, -100 ignored. `(batch, cells)`, filled up with
                 -100 where a row has fewer image tokens, or a list of one map of any shape for each row.
-            num_items_in_batch: what the summed cross-entropy is divided by; the labelled cells of this batch if not given.
+            num_items_in_batch: divisor of the summed cross-entropy; the labelled cells of this batch if not given.
 
         Raises:
             ValueError: if a row's labels and image tokens differ in number, or if there are labels for several queries.
@@ -346,7 +346,7 @@ LANGUAGE_MODELS = {
 
 
 def _published_choices(base_model_type: str, text: PreTrainedConfig) -> dict:
-    """What the paper chose for a base of this size, if it has one."""
+    """Settings of the paper for a base of this size, if there are any."""
     for variant in SdRpnConfig.variants:
         config = SdRpnConfig.from_variant(variant)
         if (config.base_model_type, config.base_num_hidden_layers, config.hidden_size) == (

@@ -130,7 +130,7 @@ def tiny_llava(
         grid_size: image tokens in a row.
         hidden_size: width of the language model.
         num_hidden_layers: its number of layers.
-        seed: of the weights; the random state outside is left alone.
+        seed: seed of the weights; the global random state is not changed.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (

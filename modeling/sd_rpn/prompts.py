@@ -93,7 +93,7 @@ def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], im
     ]
     inside = [source for source in sources if source is not None]
     if inside and images:
-        raise ValueError("The images of a chat stand in its messages or beside it, not both.")
+        raise ValueError("Pass the images of a chat either in its messages or as `images`, not both.")
     continues = messages[-1]["role"] == "assistant"
     text = processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
@@ -102,7 +102,7 @@ def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], im
 
 
 def _with_images(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose `image_url` entries are `image` entries, which chat templates know."""
+    """A message with `image` entries, which chat templates support, instead of `image_url` entries."""
     if isinstance(message["content"], str):
         return message
     content = []
@@ -121,7 +121,7 @@ def encode_prompts(processor: ProcessorMixin, config: PreTrainedConfig, prompts:
     boxes for; the image processor of the Hub's checkpoints would cut off their sides.
 
     Returns:
-        What the processor returns, for the batch.
+        Output of the processor for the batch.
     """
     rows = [_encode_prompt(processor, config, prompt) for prompt in prompts]
     length = max(row["input_ids"].shape[1] for row in rows)
@@ -171,5 +171,5 @@ def _concatenated(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def pad_token(tokenizer) -> int:
-    """Id that fills up shorter prompts; what is there is masked."""
+    """Id of the padding of shorter prompts, which is masked."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)

@@ -19,9 +19,9 @@ MIN_AREA = 4
 MAX_AREA_FRACTION = 225 / 576
 #: from this number of image tokens on, Qwen2.5-VL's maps have artefacts at their upper left border
 BORDER_ARTEFACTS_ABOVE = 768
-#: above this number of image tokens, Qwen2.5-VL reads again only those that the question looks at
+#: above this number of image tokens, the second pass of Qwen2.5-VL keeps only those that the question attends to
 UNASKED_LEFT_OUT_ABOVE = 1024
-#: probability that at least one token of the question has to see in an image token that is read again
+#: smallest probability, for at least one token of the question, of an image token that is kept
 MIN_ASKED = 0.01
 
 
@@ -123,7 +123,7 @@ def padded_to_image(box: Box, grid: tuple[int, int], image_size: tuple[int, int]
         box: in cells.
         grid: rows and columns of the map.
         image_size: width and height of the original image.
-        encoder_size: side of the square that the vision tower sees.
+        encoder_size: side of the square input of the vision tower.
     """
     width, height = image_size
     longer = max(image_size)
@@ -155,7 +155,7 @@ def llava_regions(
 ) -> list[Region]:
     """Regions by connected components: LLaVA-1.5, and the view of the whole image of LLaVA-Next.
 
-    A region that lies in the padding altogether does not count, in contrast to the official code, which would crop an image
+    A region that is entirely in the padding is ignored, in contrast to the official code, which would crop an image
     without pixels.
 
     Args:

@@ -86,7 +86,7 @@ def second_pass_inputs(
     Args:
         base: the base.
         input_ids, attention_mask: `(batch, sequence)`, of the first pass.
-        images: where the images stand.
+        images: positions of the images.
         encoded: the images, encoded.
         crops: the crops of each image, encoded.
         pad_token_id: fills up shorter prompts; not the image token.

@@ -83,7 +83,7 @@ class RoiCollator:
 
 
 class SdRpnTrainer(HubTrainerMixin, Trainer):
-    """Trainer of the region proposal network alone.
+    """Trainer of the region proposal network.
 
     The base runs its first pass in front of the network, outside of the model that is trained, saved and shared among
     processes. The loss is the mean over the labelled cells of all batches of an optimizer step, so that accumulating
@@ -112,7 +112,7 @@ class SdRpnTrainer(HubTrainerMixin, Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        # Trainer counts what is in "labels".
+        # Trainer counts the entries of "labels".
         labels = [torch.cat([labels.flatten() for labels in batch["roi_target_map"]]) for batch in batch_samples]
         return super()._get_num_items_in_batch([{"labels": each} for each in labels], device)
 

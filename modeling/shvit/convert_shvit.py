@@ -10,7 +10,7 @@ from .configuration_shvit import SHViTConfig
 from .modeling_shvit import SHViTForImageClassification, SHViTModel
 
 
-#: what is left of a convolution or linear layer and its BatchNorm once they are folded -> the name of the layer before
+#: name of a folded convolution or linear layer -> its name before it was folded with its BatchNorm
 _UNFOLDED = (
     (r"^(patch_embed\.\d+)\.", r"\1.c."),
     (r"^(blocks[23]\.[02]\.0|stages\.\d+\.downsample\.[03])\.(?:m\.)?", r"\1.m.c."),

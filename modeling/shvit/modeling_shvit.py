@@ -43,7 +43,7 @@ def _set_weights(layer: nn.Conv2d | nn.Linear, weight: torch.Tensor, bias: torch
 
 
 def _relu(hidden_states: torch.Tensor, fused: bool) -> torch.Tensor:
-    """ReLU of what nobody else uses; in place in inference only, as backward hooks of modules do not stand it."""
+    """ReLU of a tensor with no other consumer; in place only in inference, because module backward hooks do not support it."""
     return hidden_states.relu_() if fused else hidden_states.relu()
 
 
@@ -321,7 +321,7 @@ class SHViTClassifier(nn.Module):
 
 
 class SHViTPreTrainedModel(VisionPreTrainedModel):
-    """What all SHViT models share."""
+    """Base class of all SHViT models."""
 
     config: SHViTConfig
     base_model_prefix = "shvit"
@@ -393,7 +393,7 @@ class SHViTPreTrainedModel(VisionPreTrainedModel):
         if self.training:
             raise ValueError("Only a model in evaluation mode can be fused. Call `model.eval()` first.")
         parts = [module for module in self.modules() if isinstance(module, SHViTConvNorm | SHViTClassifier)]
-        # All weights first, so that a layer that cannot be fused leaves the model as it is.
+        # All weights first, so that the model is not changed if one layer cannot be fused.
         for part, weights in [(part, part.fused_weights()) for part in parts]:
             part.fuse(*weights)
         self.config.fused = True
@@ -439,7 +439,7 @@ class SHViTImageClassifierOutput(ModelOutput):
     Args:
         loss: `()`, given `labels`.
         logits: `(batch, num_labels)`; of a model with `distillation` in evaluation the mean of both classifiers.
-        class_logits: `(batch, num_labels)`, of the first classifier alone, with `distillation`.
+        class_logits: `(batch, num_labels)`, of only the first classifier, with `distillation`.
         distillation_logits: `(batch, num_labels)`, of the second classifier, with `distillation`.
         hidden_states, attentions: see [`SHViTModel.forward`].
     """

@@ -26,7 +26,7 @@ class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMix
         patch_embedding_init_multiplier (`float`): factor of `initializer_range` for the patch embedding; 0.125 for ViT-L
             and larger.
         use_class_token (`bool`): a token besides those of the patches.
-        pooling (`str`): what is classified: `"token"`, the class token, or `"mean"`, the mean of the patches.
+        pooling (`str`): input of the classifier: `"token"`, the class token, or `"mean"`, the mean of the patches.
         drop_path_rate (`float`): rate of stochastic depth at the last layer; it grows linearly from 0.
 
     The other arguments are those of [`~transformers.ViTConfig`].

@@ -179,7 +179,7 @@ class SigmaReparamViTModel(SigmaReparamViTPreTrainedModel, ViTModel):
         Args:
             pixel_values: `(batch, num_channels, height, width)`, normalised.
             interpolate_pos_encoding: resize the position embeddings for images of another size than `image_size`.
-            attention_mask: `(batch, tokens)`, 0 for tokens that no other may see.
+            attention_mask: `(batch, tokens)`, 0 for masked tokens.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         attention_mask = create_bidirectional_mask(

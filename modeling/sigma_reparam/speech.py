@@ -8,7 +8,7 @@ from hf_attn.analysis.entropy import attention_entropy
 from hf_attn.patching.sigma_reparam import SigmaReparamLinear
 
 
-#: how the projections of the attention input share a gamma -> names of the maps and what each computes
+#: grouping of the projections of the attention input -> names of the layers and the projections that each computes
 PROJECTION_GROUPS = {0: ("qkv",), 1: ("qk", "v"), 2: ("q", "k", "v")}
 
 
@@ -19,7 +19,7 @@ class SigmaReparamSpeechBlock(nn.Module):
         hidden_size: width of the tokens.
         intermediate_size: width inside the feed-forward block.
         num_attention_heads: number of heads.
-        norm: `"none"`, `"pre"` or `"post"`: where LayerNorm stands.
+        norm: `"none"`, `"pre"` or `"post"`: position of LayerNorm.
         reparametrised: whether the maps are reparametrised.
         projection_groups: 0: queries, keys and values as one matrix; 1: queries and keys as one, values apart (the
             paper's choice for speech); 2: three matrices. Each matrix has one gamma.

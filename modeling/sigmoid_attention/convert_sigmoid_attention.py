@@ -66,7 +66,7 @@ def _gala_config(config: dict) -> SigmoidAttentionConfig:
         position_embedding_type=position,
         norm_structure=config["norm_structure"],
         qk_norm_after_rope=True,
-        # The layer that tells segments apart is built for ALiBi only.
+        # The layer that separates segments exists only with ALiBi.
         separate_trailing_padding=position == "alibi",
     )
 
@@ -240,7 +240,7 @@ def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
     return Converted(SigmoidCrossAttention, config, state, _CROSS_ATTENTION.dropped(official))
 
 
-# --- the way back --------------------------------------------------------------------------------------------------
+# --- to the official layouts --------------------------------------------------------------------------------------------------
 
 
 def to_official(tensors: Mapping[str, torch.Tensor], config: SigmoidAttentionConfig) -> dict[str, torch.Tensor]:

@@ -155,7 +155,7 @@ class SigmoidCrossAttention(nn.Module):
     """Sigmoid attention from one stream of tokens to another; the values are normalised in each head.
 
     Args:
-        query_dim: width of the stream that asks.
+        query_dim: width of the inputs of the query projection.
         key_value_dim: width of the stream that is read; the heads of both must have the same width.
         num_heads: number of heads.
         sigmoid_bias: constant added to the logits, naturally `-log(keys at training)`.

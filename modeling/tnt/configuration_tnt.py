@@ -31,7 +31,7 @@ class TNTConfig(StagedVisionConfig):
         squeeze_excitation (`bool`): the MLP of the sentences is followed by a gate on its channels.
         legacy (`bool`): the older design that only timm has: words come from a convolution of the whole image instead of
             each patch by itself, and each word by itself is normalised before it updates its sentence.
-        pooling (`str`): what is classified: `"token"`, the class token, or `"mean"`, the mean of the other tokens.
+        pooling (`str`): input of the classifier: `"token"`, the class token, or `"mean"`, the mean of the other tokens.
         hidden_dropout_prob (`float`): dropout of embeddings, projections and MLPs.
         attention_probs_dropout_prob (`float`): dropout of the attention weights.
         drop_path_rate (`float`): stochastic depth of the last block; it grows linearly from 0.

@@ -54,7 +54,7 @@ _BOTH = (
 )
 _FROM_OFFICIAL, _FROM_TIMM = Renaming(*_OFFICIAL, *_BOTH), Renaming(*_TIMM, *_BOTH)
 
-#: argument -> what it is called in timm's constructor
+#: argument -> its name in timm's constructor
 _TIMM_ARGUMENTS = {
     "outer_dim": "embed_dim",
     "outer_num_heads": "num_heads_outer",
@@ -115,7 +115,7 @@ _ARGUMENTS = (
 
 
 def _config(state: dict[str, torch.Tensor], arguments: dict) -> TNTConfig:
-    """Configuration from what the shapes of the weights say, and from arguments where they say nothing."""
+    """Configuration from the shapes of the weights, and from arguments for the rest."""
 
     def shape(name: str) -> torch.Size:
         if name not in state:

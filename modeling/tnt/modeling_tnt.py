@@ -245,7 +245,7 @@ class TNTEmbeddings(nn.Module):
 
 
 class TNTPreTrainedModel(VisionPreTrainedModel):
-    """What all TNT models share."""
+    """Base class of all TNT models."""
 
     config: TNTConfig
     base_model_prefix = "tnt"

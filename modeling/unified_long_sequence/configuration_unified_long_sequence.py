@@ -16,12 +16,12 @@ class TokenMixerConfig(DecoderConfig):
 
     Args:
         mixer (`str`): name of the token mixer in every layer, see [`~hf_attn.mixers.TokenMixer`].
-        causal (`bool`): a token sees only itself and earlier ones; language models need it, and five of the mixers have no
+        causal (`bool`): a token attends only to itself and earlier tokens; language models need it, and five of the mixers have no
             such form.
         max_position_embeddings (`int`): longest sequence, in tokens. Positions are learned and added to the embeddings.
         mixer_rank (`int`): rows that `linformer` projects the tokens to, and features of `performer`.
         num_landmarks (`int`): landmarks of `nystrom_pinv`.
-        mixer_window (`int`): tokens on either side that `window` and `pooling` see.
+        mixer_window (`int`): number of tokens on either side for `window` and `pooling`.
         mixing_size (`int`, *optional*): hidden tokens of `mlp_mixer`, `2 * max_position_embeddings` if not given.
         pseudo_inverse (`str`): `"exact"` or `"iterative"`, for `nystrom_pinv`.
 

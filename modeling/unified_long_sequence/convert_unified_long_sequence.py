@@ -17,7 +17,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     """Make one mixer of a state dict that may hold the weights of several.
 
     Args:
-        official: `w_q`, `w_k`, `w_v`, which multiply from the right, and what the mixer has besides.
+        official: `w_q`, `w_k`, `w_v`, of shape `(in, out)`, and the other weights of the mixer.
         config: `mixer`, a name of the registry, `embed_dim` and `length`; `head_dim`, `rank`, `landmarks`, `window` and `causal`
             where they matter.
     """

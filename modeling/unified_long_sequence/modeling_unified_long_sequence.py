@@ -122,7 +122,7 @@ class TokenMixerPreTrainedModel(DecoderPreTrainedModel):
 
 
 class TokenMixerModel(TokenMixerPreTrainedModel, DecoderModel):
-    """The model without a head. Positions are learned: most mixers would not know the order of the tokens."""
+    """The model without a head. Position embeddings are learned, because most mixers do not depend on the order of the tokens."""
 
     def __init__(self, config: TokenMixerConfig):
         super().__init__(config)
@@ -151,7 +151,7 @@ class TokenMixerForCausalLM(TokenMixerPreTrainedModel, DecoderForCausalLM):
     def __init__(self, config: TokenMixerConfig):
         if not config.causal:
             raise ValueError(
-                "TokenMixerForCausalLM needs causal=True: otherwise it would see the tokens that it predicts."
+                "TokenMixerForCausalLM needs causal=True: otherwise its inputs would contain the tokens that it predicts."
             )
         super().__init__(config)
 

@@ -114,7 +114,7 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
     ) -> list[float]:
         """Train on the maps of heads with Adam, and take the standardisation from them.
 
-        A model has few heads, 144 in ViT-B, so the auto-encoder over-fits: look at the PCA of the maps as well.
+        A model has few heads, 144 in ViT-B, so the auto-encoder overfits; compare it with the PCA of the maps.
 
         Args:
             maps: as for `forward`.

@@ -45,7 +45,7 @@ class WideTransformerConfig(EncoderConfig):
             `"synthesizer"`, `"bigbird"` or `"performer"`.
         attention_kwargs (`dict`): arguments of the attention type, see `ATTENTION_TYPES`; those that are not given are filled
             in.
-        pooling (`str`): what is classified: `"cls"`, a class token in front of the text; `"first"`, the first token; or
+        pooling (`str`): input of the classifier: `"cls"`, a class token in front of the text; `"first"`, the first token; or
             `"mean"` of the tokens.
         hidden_dropout_prob (`float`): dropout of embeddings and of both branches of a layer.
         attention_dropout (`float`): dropout of attention weights.

@@ -74,7 +74,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     )
     if config.get("head_dim") is None and config.get("num_heads") is None:
         raise ConversionError(
-            "The weights do not tell the width of a head: the configuration needs head_dim or num_heads."
+            "The weights do not determine the head dimension: the configuration needs head_dim or num_heads."
         )
     inner = output.shape[1]
     head_dim = config.get("head_dim") or inner // config["num_heads"]
@@ -89,7 +89,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         raise ConversionError(
             f"attention_type={attention_type!r} is not known. Known: {', '.join((*ATTENTION_TYPES, *_TYPES))}."
         )
-    # What the rules do not know are weights of an attention type.
+    # Names that no rule matches are weights of an attention type.
     others = sorted(name for name in Renaming(*_NAMES).unknown(official) if ".attn." in name)
     own = {index: [name for name in others if name.startswith(f"layers.{index}.attn.")] for index in range(num_layers)}
     tables = [official[name] for name in own[0]]

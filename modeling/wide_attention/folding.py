@@ -17,7 +17,7 @@ from torch import nn
 from .positions import sinusoids
 
 
-#: largest table of scores that is made without being asked for, in bytes
+#: largest table of scores that is created by default, in bytes
 MAX_TABLE = 128 * 2**20
 
 
@@ -48,7 +48,7 @@ def refusal(model: nn.Module) -> str | None:
 
 @dataclass
 class _Constants:
-    """What follows from the weights.
+    """Constants computed from the weights.
 
     Attributes:
         scores: `(hidden_size, heads)`, maps normalised inputs, before the norm's weight, to scores.
@@ -164,7 +164,7 @@ def _make_constants(model: nn.Module, has_table: bool) -> _Constants:
         query = query + attention.q_proj.bias.double()
     heads = (-1, attention.head_dim)
     keys = attention.k_proj.weight.double().unflatten(0, heads)
-    # What the bias of the norm adds is the same for all keys, and cancels like the bias of the keys.
+    # The contribution of the norm's bias is the same for all keys, and cancels like the bias of the keys.
     scores = (
         torch.einsum("hd,hde->eh", query.unflatten(0, heads), keys) * attention.scaling * norm.weight.double()[:, None]
     )
@@ -188,7 +188,7 @@ def _mix(constants: _Constants, embeds: torch.Tensor, mask: torch.Tensor, eps: f
     """Normalised inputs, before weight and bias of the norm, mixed in each head: `(batch, heads, hidden_size)`.
 
     Args:
-        constants: what follows from the weights.
+        constants: constants computed from the weights.
         embeds: `(batch, length, hidden_size)` with the class token in front, without their means; it is overwritten.
         mask: `(batch, length)`.
         eps: of the norm.

@@ -81,7 +81,7 @@ def linformer_projection(states: torch.Tensor, projection: torch.Tensor, mask: t
 
 
 def sinkhorn_permutation(key: torch.Tensor, mask: torch.Tensor, scores: torch.nn.Linear) -> torch.Tensor:
-    """The soft permutation of blocks (arXiv 2002.11296): row `i` weights the blocks that block `i` sees beside itself.
+    """The soft permutation of blocks (arXiv 2002.11296): row `i` has the weights of the blocks that block `i` attends to in addition to itself.
 
     Args:
         key: `(batch, heads, blocks, block_size, head_dim)`.
@@ -89,7 +89,7 @@ def sinkhorn_permutation(key: torch.Tensor, mask: torch.Tensor, scores: torch.nn
         scores: from `head_dim` to the largest number of blocks.
 
     Returns:
-        `(batch, heads, blocks, blocks)`; blocks of padding alone have no weight.
+        `(batch, heads, blocks, blocks)`; blocks that contain only padding have no weight.
     """
     blocks = key.shape[2]
     logits = scores((key * mask).sum(-2))[..., :blocks]

@@ -46,7 +46,7 @@ class GlobalAttention(WideAttention):
 
 
 class SynthesizerAttention(WideAttention):
-    """Weights that depend on the positions alone, `softmax(R1 R2^T)` in each head (arXiv 2005.00743)."""
+    """Weights that depend only on the positions, `softmax(R1 R2^T)` in each head (arXiv 2005.00743)."""
 
     def __init__(self, config: WideTransformerConfig, layer_idx: int):
         super().__init__(config, layer_idx, has_queries_and_keys=False)
@@ -62,7 +62,7 @@ class SynthesizerAttention(WideAttention):
 
 
 class _PaddingMaskedAttention(WideAttention):
-    """Attention that is told which tokens are no padding, and has no weights of single keys to return."""
+    """Attention with a padding mask that has no weights of single keys to return."""
 
     def __init__(self, config: WideTransformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

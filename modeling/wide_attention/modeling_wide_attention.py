@@ -64,7 +64,7 @@ class ClassToken(nn.Module):
 
 
 class WideTransformerPreTrainedModel(DecoderPreTrainedModel):
-    """What all wide transformers share."""
+    """Base class of all wide transformers."""
 
     config: WideTransformerConfig
     layer_class = WideTransformerLayer
@@ -231,7 +231,7 @@ class WideTransformerForSequenceClassification(WideTransformerPreTrainedModel):
         self.post_init()
 
     def fold(self, table: bool | None = None) -> "WideTransformerForSequenceClassification":
-        """Compute the state of the class token alone, which is exact and much faster.
+        """Compute only the state of the class token, which gives the same logits and is much faster.
 
         The weights stay as they are; what is made of them is made anew when they change (but not when they are changed through
         `.data`: call `fold` again then). A call that asks for hidden states or attention weights, needs gradients or

@@ -1,4 +1,4 @@
-"""Attention types that are softmax over some of the keys: which query may see which key.
+"""Attention types that are softmax over some of the keys: the allowed pairs of queries and keys.
 
 Each pattern is a function of the indices of queries and keys, integer tensors that broadcast, and returns a boolean tensor.
 It is combined with the padding mask by the caller.
@@ -12,7 +12,7 @@ from .configuration_wide_attention import WideTransformerConfig
 
 
 def local(query: torch.Tensor, key: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Contiguous blocks that see themselves only."""
+    """Contiguous blocks that attend only to themselves."""
     return query // block_size == key // block_size
 
 
@@ -25,7 +25,7 @@ def sparse(query: torch.Tensor, key: torch.Tensor, block_size: int, summary_size
 
 
 def longformer(query: torch.Tensor, key: torch.Tensor, window_size: int, num_global_tokens: int) -> torch.Tensor:
-    """A window around each token; the first `num_global_tokens` see and are seen by all."""
+    """A window around each token; the first `num_global_tokens` are global."""
     right = window_size // 2
     window = (key - query <= right) & (query - key < window_size - right)
     return window | (query < num_global_tokens) | (key < num_global_tokens)
@@ -34,7 +34,7 @@ def longformer(query: torch.Tensor, key: torch.Tensor, window_size: int, num_glo
 def bigbird(
     query: torch.Tensor, key: torch.Tensor, random_blocks: torch.Tensor, last_block: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """Neighbouring blocks, the first and the last block, which see and are seen by all, and random ones.
+    """Neighbouring blocks, the first and the last block, which are global, and random ones.
 
     Args:
         random_blocks: `(blocks, num_random_blocks)`, numbers in [0, 1): where in the sequence the random blocks of each block
@@ -49,7 +49,7 @@ def bigbird(
 
 
 def mask_function(config: WideTransformerConfig, mask: torch.Tensor) -> Callable | None:
-    """The pattern of a configuration in the form of transformers' mask functions, `None` if every query sees every key.
+    """The pattern of a configuration in the form of transformers' mask functions, `None` if every query attends to every key.
 
     Args:
         config: configuration of the model.
@@ -59,7 +59,7 @@ def mask_function(config: WideTransformerConfig, mask: torch.Tensor) -> Callable
     if config.attention_type == "bigbird":
         block_size, count, seed = (arguments.pop(name) for name in ("block_size", "num_random_blocks", "seed"))
         length = mask.shape[1]
-        # All that the longest input can need, so that shorter ones see the same.
+        # For the longest input, so that the pattern of shorter ones is the same.
         blocks = -(-max(config.max_position_embeddings + 1, length) // block_size)
         generator = torch.Generator().manual_seed(seed)
         random_blocks = torch.rand(blocks, count, generator=generator, device="cpu").to(mask.device)

@@ -1,4 +1,4 @@
-"""What the heads of a class token look at, as numbers and drawn over the text."""
+"""Attention of a class token, as numbers and drawn over the text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ def attention_over_text(
 
     Returns:
         The tokens as they stand in the text, those behind the first one of a character of several bytes empty; and weights
-        `(heads, tokens)`. What is missing to 1 in a row goes to the class token itself.
+        `(heads, tokens)`. The difference of a row's sum to 1 is the weight of the class token itself.
 
     Raises:
         ValueError: if the model has no class token or no weights of single tokens.

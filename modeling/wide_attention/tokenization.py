@@ -42,7 +42,7 @@ def byte_tokenizer(max_length: int = 1000) -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves, the others for those
+    """The character that represents each byte in byte-level vocabularies: printable ones for themselves, the others for those
     from 256 on, in order."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair timing, peak memory, tables and JSON."""
+"""Shared functions of the benchmarks: alternating timing, peak memory, tables and JSON."""
 
 import json
 import platform

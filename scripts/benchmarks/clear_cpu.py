@@ -62,7 +62,7 @@ def repeats_of(tokens: int) -> dict[str, int]:
 
 
 class FullAttentionLimit:
-    """Says when full attention would take too long, from the last time that it was run."""
+    """Predicts whether full attention would take too long, from its last measured time."""
 
     def __init__(self, seconds: float):
         self.limit, self.tokens, self.seconds = seconds, None, None

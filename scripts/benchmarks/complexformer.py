@@ -32,7 +32,7 @@ def make_models(arguments: argparse.Namespace) -> dict[str, torch.nn.Module]:
 
 
 def check(models: dict[str, torch.nn.Module], ids: torch.Tensor) -> None:
-    """No figure while wrong: until it is trained, the one computes what the other does."""
+    """Check that an untrained model computes the same as its base before measuring."""
     with torch.no_grad():
         expected, found = (model.eval()(ids).logits for model in models.values())
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

@@ -57,7 +57,7 @@ def local_states(states: list[torch.Tensor], layout: str, sharding: Sharding, pe
 
 
 def measure(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:
-    """What one process does: all layouts at all lengths."""
+    """Run all layouts at all lengths in one process."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{size}", rank=rank, world_size=size)
     peers, rows = Peers(), []
@@ -83,7 +83,7 @@ def measure(rank: int, size: int, folder: str, options: argparse.Namespace) -> N
                 attend()
                 times["layout"].append(time.perf_counter() - start)
                 distributed.barrier()
-                # One process at a time has what it would have without the others.
+                # One process at a time, as if the others did not exist.
                 if rank == 0:
                     start = time.perf_counter()
                     plain()

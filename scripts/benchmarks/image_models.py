@@ -103,7 +103,7 @@ def growth(model_type: str, config, repeats: int) -> float | None:
 def measure(model_type: str, arguments: argparse.Namespace) -> dict[str, object]:
     variant, config = smallest_config(model_type)
     model = AutoModelForImageClassification.from_config(config).eval()
-    # The counter knows the matrix products of this implementation.
+    # The counter supports the matrix products of this implementation.
     written_out = AutoModelForImageClassification.from_config(config, attn_implementation="eager").eval()
     cost = macs(written_out, images(config, 1))
     peers = {name: timm.create_model(name, img_size=config.image_size).eval() for name in PEERS}

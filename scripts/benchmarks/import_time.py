@@ -1,4 +1,4 @@
-"""What importing hf_attn costs beside importing transformers' Auto classes, each in a fresh process.
+"""Time to import hf_attn relative to transformers' Auto classes, each in a new process.
 
     python scripts/benchmarks/import_time.py --json import_time.json
 
@@ -17,7 +17,7 @@ from _common import print_table, run_fresh, write_json
 MARK = 1.15
 AUTO_CLASSES = "from transformers import AutoConfig, AutoModelForCausalLM"
 
-#: name -> what is timed
+#: name -> code that is timed
 STATEMENTS = {
     "Auto classes": AUTO_CLASSES,
     "hf_attn": "import hf_attn",

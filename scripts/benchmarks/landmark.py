@@ -53,7 +53,7 @@ def make_cache(system: str, model: PreTrainedModel, options: argparse.Namespace)
 
 @torch.no_grad()
 def filled_cache(system: str, model: PreTrainedModel, context: int, options: argparse.Namespace) -> Cache:
-    """A cache of random keys and values, as it is after a prompt of `context` tokens."""
+    """A cache of random keys and values, as after a prompt of `context` tokens."""
     config, cache = model.config, make_cache(system, model, options)
 
     def random_states(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def run_worker(options: argparse.Namespace) -> None:
 def in_fresh_processes(task: str, context: int, systems: tuple[str, ...], options: argparse.Namespace) -> dict:
     os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
     if task == "memory":
-        # Freed memory goes back at once, which takes time, so that the peak is what is held and not what the allocator keeps.
+        # Freed memory is returned at once, which takes time, so that the peak does not include memory kept by the allocator.
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     shared = ("--threads", options.threads, "--top_k", options.top_k, "--mem_freq", options.mem_freq)
     return {

@@ -1,10 +1,10 @@
-"""Compile the Triton kernels of a mechanism ahead of time, without a GPU, and report what they take.
+"""Compile the Triton kernels of a mechanism ahead of time, without a GPU, and report the resources that they need.
 
     python scripts/benchmarks/triton_aot.py sigmoid --json aot.json
     python scripts/benchmarks/triton_aot.py landmark --block-size 64
 
 Prints shared memory and, for NVIDIA targets, registers and spills as cuobjdump reads them from the binary. Nothing is
-run, so the numbers tell whether a kernel fits its target, not how fast it is.
+run, so the numbers show whether a kernel fits its target, not how fast it is.
 """
 
 import argparse

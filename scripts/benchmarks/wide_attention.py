@@ -36,7 +36,7 @@ def make_models() -> dict[str, WideTransformerForSequenceClassification]:
 
 
 def class_token_query(model: WideTransformerForSequenceClassification, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits of a model of one layer that forms all keys and values, and the query of the class token alone."""
+    """Logits of a model of one layer that computes all keys and values, but only the query of the class token."""
     encoder, layer = model.model, model.model.layers[0]
     attention = layer.self_attn
     embeds = encoder.cls_token(encoder.embed_tokens(input_ids))

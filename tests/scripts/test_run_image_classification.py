@@ -190,7 +190,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("single", r"fewer than 2 images none can be held back: y \(1\)"),
+        ("single", r"fewer than 2 images none can be held out: y \(1\)"),
         ("cut", r"x/0\.jpg cannot be read: it is corrupt or cut off"),
         ("few", "there are 16 images to train on, fewer than a batch of 32"),
     ],

@@ -57,7 +57,7 @@ def test_train_evaluate_and_evaluate_again(script, base, text, tmp_path, capsys)
     script.main(arguments(base, text, output, "--max_steps", 60, "--learning_rate", 1e-2))
     printed = capsys.readouterr().out
     assert "30 sequences of 56 tokens with a landmark after every 7" in printed
-    for expected in ("Perplexity of the held-back text", "Pass-key test of the base", "Pass-key test of the landmark"):
+    for expected in ("Perplexity of the held-out text", "Pass-key test of the base", "Pass-key test of the landmark"):
         assert expected in printed
     assert (output / "passkey.png").read_bytes().startswith(b"\x89PNG")
     assert {"README.md", "modeling_hf_attn.py", "tokenizer.json"} <= {path.name for path in output.iterdir()}
@@ -74,7 +74,7 @@ def test_train_evaluate_and_evaluate_again(script, base, text, tmp_path, capsys)
     further = ["--do_eval", "--model_name_or_path", output, "--evaluate", "landmark"]
     script.main(arguments(base, text, output, *further, "--perplexity_lengths", 16, 64, 9999))
     printed = capsys.readouterr().out
-    assert "The held-back text has 1,711 tokens: no perplexity of longer contexts." in printed
+    assert "The held-out text has 1,711 tokens: no perplexity of longer contexts." in printed
     again = json.loads((output / "evaluation_landmark.json").read_text())["perplexity"]
     assert again["16"] == pytest.approx(after["perplexity"]["16"])
     assert "Pass-key test of the base" in printed

@@ -54,7 +54,7 @@ def test_generated_scenes_end_to_end(script, tmp_path, capsys):
         (["--variant", "beer"], "is not one of amazon"),
         (["--variant", "wine", "--shelf_table", "a.csv", "--trials", "b.jsonl"], "give one of"),
         (["--variant", "wine", "--shelf_table", "a.csv"], "--image_dir is missing"),
-        (["--trials", "b.jsonl"], "say what to train"),
+        (["--trials", "b.jsonl"], "give --variant or --model_name_or_path"),
         (["--variant", "amazon", "--trials", "missing.jsonl"], "missing.jsonl"),
         (["--num_images", "2"], "2 images cannot be split"),
     ],

@@ -73,7 +73,7 @@ def weights(folder):
 def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path, capsys):
     metrics = script.main(planted(tmp_path / "out"))
     output = capsys.readouterr().out
-    assert "8 images to train on, 4 held back" in output
+    assert "8 images to train on, 4 held out" in output
     assert {"eval_loss", "mean_iou", "untrained_mean_iou", "target_mean_iou"} == metrics.keys()
     for name in ("eval loss", "mean iou", "untrained mean iou"):
         assert f"\n{name} " in output

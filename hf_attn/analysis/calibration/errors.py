@@ -10,7 +10,7 @@ def check_probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np
     """Probabilities `(samples, classes)` in float64 and labels `(samples,)`.
 
     Raises:
-        ValueError: for anything else; the message says what is wrong.
+        ValueError: for invalid input.
     """
     probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:

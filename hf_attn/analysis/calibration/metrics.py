@@ -17,7 +17,7 @@ class ClassificationMetrics:
         positive_label: the class that precision, recall, F1 and specificity are about.
         num_bins: bins of ECE, ranges of ACE.
 
-    A measure of a class that nobody has, or that is never predicted, is not defined: it is NaN, and a warning says so.
+    Metrics of a class without samples, or that is never predicted, are undefined: they are NaN, with a warning.
     """
 
     def __init__(self, positive_label: int = 1, num_bins: int = 10):

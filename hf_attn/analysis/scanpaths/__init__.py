@@ -1,4 +1,4 @@
-"""Measures of scanpaths, sequences of objects that somebody looks at while searching for one of them."""
+"""Metrics for scanpaths, the sequences of objects that a person looks at while searching for one of them."""
 
 from .behaviour import behaviour, behavioural_distance
 from .maps import fixation_map, normalized_scanpath_saliency, object_similarity

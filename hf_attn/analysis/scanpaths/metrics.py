@@ -34,7 +34,7 @@ class ScanpathMetrics:
         """Compute the metrics of scanpaths, a trial each.
 
         Raises:
-            ValueError: if there are no trials, their numbers differ, or somebody's scanpath is empty.
+            ValueError: if there are no trials, their numbers differ, or a person's scanpath is empty.
         """
         if not len(predictions) == len(truths) == len(targets) or not len(targets):
             raise ValueError(

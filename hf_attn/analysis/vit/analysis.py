@@ -46,11 +46,11 @@ def analyze_vit(
 
     Args:
         model: ViT, DeiT, DINOv2, BEiT, the vision tower of CLIP or SigLIP, SigmaReparamViT, or a vision transformer of timm. It stays
-            as it is; it runs in eval mode on the device where it lies.
+            unchanged; it runs in eval mode on its device.
         images: pixel values `(images, channels, height, width)` as the model takes them, or pictures, which need `processor`.
             A few hundred give reliable means.
         labels: true classes, as indices or names; adds the metrics that compare with them.
-        processor: image processor of the model, or a transform of timm: what makes pixel values of pictures.
+        processor: image processor of the model, or a transform of timm, which converts images to pixel values.
         batch_size: images of a run; memory grows with it.
         keep_one: also run with only one head of a layer left. Twice the time.
         partial_heads: so many of the most important heads are taken apart: parts of their attention are removed.
@@ -60,7 +60,7 @@ def analyze_vit(
         progress: show a bar with the time that is left.
 
     Raises:
-        UnknownLayoutError: for a model that is not supported; the message says what is.
+        UnknownLayoutError: for a model that is not supported; the message lists the supported ones.
         ValueError: for images of the wrong size, fewer than two images, or labels that the model does not have.
     """
     for name, value, least in (

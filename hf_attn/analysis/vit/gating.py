@@ -85,7 +85,7 @@ def tapped(layout: ViTLayout, taps: Mapping[int, WeightsHook]) -> Iterator[None]
     with _timm_taps(layout, counting) if layout.is_timm else _transformers_taps(layout, counting):
         yield
     if called != set(taps):
-        raise UnknownLayoutError(f"{type(layout.model).__name__} does not let others see its attention weights.")
+        raise UnknownLayoutError(f"{type(layout.model).__name__} does not give access to its attention weights.")
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def _prefix_attention(module: nn.Module, query, key, value, attention_mask, scal
 
 @contextmanager
 def prefix_queries(layout: ViTLayout, layer: int, prefix: int) -> Iterator[None]:
-    """Let only the prefix tokens of a layer look at others, where the layer's attention can be exchanged."""
+    """Let only the prefix tokens of a layer attend to others, if the attention of the layer can be replaced."""
     attention = layout.attentions[layer]
     config = getattr(attention, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
@@ -200,7 +200,7 @@ def without_attention(
         model: a supported vision transformer.
         layer, head: the head.
         mask: `(tokens, tokens)`, as of [`partial_mask`].
-        renormalize: let the rows sum to 1 again. That asks another question, so it is off.
+        renormalize: normalise the rows to sum to 1. This measures a different quantity, so it is off by default.
 
     Raises:
         ValueError: for a head that the model does not have, and, when the model runs, for a mask of another size.

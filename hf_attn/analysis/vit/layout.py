@@ -41,12 +41,12 @@ SUPPORTED = (
 
 
 class UnknownLayoutError(ValueError):
-    """A model whose attention cannot be analysed; the message says what is supported."""
+    """A model whose attention cannot be analysed; the message lists what is supported."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model says about images.
+    """Output of a model for images.
 
     Attributes:
         logits: `(images, classes)`; `None` of a model without a classifier.

@@ -1,4 +1,4 @@
-"""What heads look at: features of their maps, clusters of similar heads, and words for the commonest patterns."""
+"""Attention patterns of heads: features of their maps, clusters of similar heads, and names for the most common patterns."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ def principal_components(values: np.ndarray, components: int = _COMPONENTS) -> n
 
 @dataclass(frozen=True)
 class HeadClusters:
-    """Heads grouped by what they look at.
+    """Heads grouped by their attention patterns.
 
     Attributes:
         labels: `(heads,)`, cluster of each head; heads in order of layers.
@@ -112,7 +112,7 @@ def cluster_heads(
     silhouette, found = {}, {}
     for k in sorted({*range(2, min(10, heads - 1) + 1), *([] if num_clusters is None else [num_clusters])}):
         found[k] = KMeans(k, n_init=10, random_state=seed).fit_predict(values)
-        # Heads that are all alike fall into fewer clusters than asked for.
+        # If many heads are equal, there are fewer clusters than requested.
         silhouette[k] = float(silhouette_score(values, found[k])) if len(set(found[k])) > 1 else -1.0
     labels = found[num_clusters or max(silhouette, key=silhouette.get)]
     flat = mean_maps.flatten(0, -3)
@@ -161,7 +161,7 @@ def pattern_of(mean_map: torch.Tensor, grid: Grid) -> str:
         "shifted": best if best > 2 * max(ring, along_row, along_column) else 0.0,
         "key-driven": keys[: max(1, grid.num_patches // 10)].mean().item(),
     }
-    # A patch that looks at itself often looks around as well; only more than that is a pattern of its own.
+    # A patch that attends to itself often attends to its neighbours as well; only a larger share is a separate pattern.
     if scores["self"] < max(3 * ring, 2 * along_row, 2 * along_column):
         scores["self"] = 0.0
     name = max(scores, key=scores.get)

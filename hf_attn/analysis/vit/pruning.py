@@ -1,4 +1,4 @@
-"""What a vision transformer says without each of its heads, without all but one of a layer, without more and more of them."""
+"""Predictions of a vision transformer without single heads, with a single head per layer, and with more and more heads removed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ def changes_of(full: Outcome, pruned: Outcome, labels: torch.Tensor | None = Non
 
 @torch.no_grad()
 def head_outcomes(layout: ViTLayout, pixel_values: torch.Tensor) -> tuple[Outcome, Outcome]:
-    """What the model says in full, and without each head.
+    """Predictions of the full model and of the model without each head.
 
     Returns:
         The full outcome, and one whose tensors are `(layers, heads, images, ...)`.

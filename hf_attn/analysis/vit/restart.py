@@ -132,7 +132,7 @@ class BatchRestart:
         return self._finish_last(last, hidden_states, heads)
 
     def _same_with(self, prefix: torch.Tensor) -> bool:
-        """Whether the model says the same if the last layer puts out its prefix tokens only."""
+        """Whether the predictions are the same if the last layer returns only its prefix tokens."""
         self.trim = 0
         found = self._run_after(self.layout.num_layers - 1, prefix)
         pairs = [(found.representation, self.full.representation)]
@@ -147,14 +147,14 @@ class LayerRestart:
 
     Attributes:
         index: the layer.
-        heads: `(images, tokens, heads * head_dim)`, what its heads put out.
+        heads: `(images, tokens, heads * head_dim)`, outputs of its heads.
     """
 
     def __init__(self, batch: BatchRestart, index: int, hidden_states: torch.Tensor, heads: torch.Tensor):
         self.batch, self.index, self.hidden_states, self.heads = batch, index, hidden_states, heads
 
     def keeping(self, kept: list[int]) -> Outcome:
-        """What the model says with only these heads of the layer."""
+        """Predictions with only these heads of the layer."""
         num_heads = self.batch.layout.num_heads
         mask = self.heads.new_zeros(num_heads, 1)
         mask[kept] = 1
@@ -162,5 +162,5 @@ class LayerRestart:
         return self.batch.run_from(self.index, self.hidden_states, heads)
 
     def without(self, removed: list[int]) -> Outcome:
-        """What the model says without these heads of the layer."""
+        """Predictions without these heads of the layer."""
         return self.keeping([head for head in range(self.batch.layout.num_heads) if head not in removed])

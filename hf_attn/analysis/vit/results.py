@@ -27,12 +27,12 @@ class ViTAnalysis:
     Attributes:
         model_name: class of the model, and where it comes from.
         grid: its tokens.
-        pictures: `(images, height, width, 3)` uint8, the images as the model sees them.
+        pictures: `(images, height, width, 3)` uint8, the images as they are passed to the model.
         class_names: names of the classes; empty of a model without a classifier.
         labels: `(images,)` true classes, if they were given.
         logits: `(images, classes)`, if the model has a classifier.
-        leave_one_out: metric -> `(layers, heads, images)`, each head removed alone.
-        keep_one: metric -> `(layers, heads, images)`, the other heads of the layer removed; empty if it was not asked for.
+        leave_one_out: metric -> `(layers, heads, images)`, with single heads removed.
+        keep_one: metric -> `(layers, heads, images)`, the other heads of the layer removed; empty if not requested.
         without_layer: metric -> `(layers, images)`, all heads of a layer removed.
         mean_maps: `(layers, heads, tokens, tokens)`, attention averaged over images.
         patch_entropy: `(layers, heads)`, entropy of each image's patch rows, averaged over images.
@@ -70,7 +70,7 @@ class ViTAnalysis:
 
     @cached_property
     def strength(self) -> AttentionStrength:
-        """Hop profiles `(layers, heads, hops)` and what follows from them."""
+        """Hop profiles `(layers, heads, hops)` and derived values."""
         return attention_strength(self.mean_maps, self.grid)
 
     @cached_property
@@ -81,7 +81,7 @@ class ViTAnalysis:
     def clusters(
         self, num_clusters: int | None = None, features: str | np.ndarray = "maps", seed: int = 0
     ) -> HeadClusters:
-        """Group the heads by what they look at; arguments as of [`~hf_attn.analysis.vit.patterns.cluster_heads`]."""
+        """Group the heads by their attention patterns; for the arguments see [`~hf_attn.analysis.vit.patterns.cluster_heads`]."""
         return cluster_heads(self.mean_maps, self.grid, num_clusters, features, seed)
 
     def _head_table(self, values: Mapping[str, torch.Tensor]) -> "DataFrame":
@@ -95,7 +95,7 @@ class ViTAnalysis:
     def tables(self) -> dict[str, "DataFrame"]:
         """All results as pandas tables.
 
-        - `importance`: mean over images of each metric, each head removed alone;
+        - `importance`: mean over images of each metric, with single heads removed;
         - `keep_one`: the same with all other heads of its layer removed;
         - `layers`: the same without any head of a layer;
         - `images`: prediction, label and the head whose removal changes the image most;

@@ -8,7 +8,7 @@ from torch import nn
 from .layout import ViTLayout
 
 
-#: field of a configuration that says which heads are zero
+#: field of a configuration that lists the zeroed heads
 _FIELD = "zeroed_heads"
 
 
@@ -16,14 +16,14 @@ _FIELD = "zeroed_heads"
 def zero_heads(model: nn.Module, heads: Mapping[int, Sequence[int]]) -> None:
     """Remove heads for good: zero their columns of the output projection, which equals pruning them.
 
-    The shapes stay, so the model saves and loads as before, with its heads removed; `config.zeroed_heads` says which they are.
+    The shapes stay, so the model saves and loads as before, with its heads removed; `config.zeroed_heads` lists them.
 
     Args:
         model: a supported vision transformer.
         heads: layer -> heads to remove, besides those that were removed before.
 
     Raises:
-        ValueError: for a layer or head that the model does not have, or a projection whose weight is not stored as it is.
+        ValueError: for a layer or head that the model does not have, or a projection whose weight is not stored as a plain tensor.
     """
     layout = ViTLayout.of(model)
     layout.check_heads(heads)
@@ -88,7 +88,7 @@ def cut_heads(model: nn.Module, heads: Mapping[int, Sequence[int]] | None = None
 
     def refuse(*args, **kwargs):
         raise ValueError(
-            "Heads were cut out of this model, and from_pretrained would not know its shapes. Save the model with zero_heads "
+            "Heads were cut out of this model, so from_pretrained could not load its shapes. Save the model with zero_heads "
             "instead, and cut after loading."
         )
 

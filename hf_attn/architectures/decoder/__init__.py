@@ -1,6 +1,6 @@
 """A decoder whose mixers, feed-forward blocks and positions families replace.
 
-It is transformers' Llama, written so that its parts can be exchanged, and honours what transformers' decoders honour:
+It is transformers' Llama with replaceable parts, and supports what transformers' decoders support:
 dynamic, static, quantised and offloaded caches, chunked prefill, early exit (`config.num_hidden_layers` below the number of
 layers), `logits_to_keep`, gradient checkpointing, recording of outputs, tied embeddings, padding, packed sequences. A family
 is a configuration, a mixer, and a few class attributes:

@@ -1,4 +1,4 @@
-"""What a layer keeps of earlier tokens: keys and values, values only, a state of constant size, or nothing.
+"""Cache layers: keys and values, values only, a state of constant size, or nothing.
 
 Caches are made by people who do not know the mixers of a model: `generate` makes dynamic, static, quantised and offloaded
 ones from the configuration, PEFT fills one with a prefix. A mixer that keeps something else than keys and values names a
@@ -44,13 +44,13 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 class StateLayer(DummyLayer, CacheLayerMixin):
-    """A cache layer without keys and values: what it holds has a constant size, or is nothing.
+    """A cache layer without keys and values, for a state of constant size or for nothing.
 
     It counts as a dummy layer, so that masks are sized by the layers with keys, and knows the number of tokens seen, so that
     a model of such layers only has positions too.
 
     Attributes:
-        states: what the mixer keeps, by names of its own; the first dimension of each tensor is the batch. Empty before the
+        states: tensors that the mixer caches, by name; the first dimension of each tensor is the batch. Empty before the
             first input, and always for a mixer that keeps nothing.
         seen_tokens: number of columns of the input so far, padding included. The model counts, after each forward.
     """

@@ -27,7 +27,7 @@ class DecoderConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
     The other arguments are those of [`~transformers.LlamaConfig`].
     """
 
-    #: whether a token sees only itself and earlier ones
+    #: whether a token attends only to itself and earlier tokens
     is_causal: ClassVar[bool] = True
 
     attention_output_bias: bool | None = None
@@ -55,7 +55,7 @@ class DecoderConfig(HubConfigMixin, VariantsMixin, LlamaConfig):
 
 @strict
 class EncoderConfig(DecoderConfig):
-    r"""Configuration of an encoder with the layers of the decoder, in which every token sees all.
+    r"""Configuration of an encoder with the layers of the decoder, in which every token attends to all tokens.
 
     The arguments are those of [`DecoderConfig`].
     """

@@ -51,7 +51,7 @@ class Mixer(nn.Module):
     """What mixes the tokens of a layer. `forward` returns the output and the attention weights, or `None` for them.
 
     Attributes:
-        cache_kind: what the layer keeps of earlier tokens: `None` for keys and values, `ValueLayer`, `StateLayer`, or a
+        cache_kind: kind of the cache layer: `None` for keys and values, `ValueLayer`, `StateLayer`, or a
             subclass of these.
         mask_kind: the mask that `forward` gets as `attention_mask`: `"full_attention"` or `"sliding_attention"` for one of
             pairs of tokens in the form of the attention implementation; `"padding"` for boolean `(batch, length)`, false for

@@ -47,7 +47,7 @@ class DecoderPreTrainedModel(HubModelMixin, LlamaPreTrainedModel):
 class DecoderModel(DecoderPreTrainedModel):
     """The decoder without a head."""
 
-    #: kind of mask -> what makes it
+    #: kind of mask -> function that creates it
     mask_functions: ClassVar[dict[str, Callable]] = {
         "full_attention": create_causal_mask,
         "sliding_attention": create_sliding_window_causal_mask,
@@ -162,7 +162,7 @@ class DecoderModel(DecoderPreTrainedModel):
         static = isinstance(cache, Cache) and any(isinstance(kept, StaticLayer) for kept in cache.layers)
         if static and not cache.is_compileable:
             # transformers leaves out masks that only say "causal", unless a cache can be compiled: then it has empty slots.
-            # With states beside them, these slots are in a cache that cannot.
+            # Together with states, these slots are in a cache that does not support it.
             kwargs.setdefault("and_mask_function", _allow_everything)
         masks = {}
         for kind in sorted({layer.self_attn.mask_kind for layer in layers}):
@@ -250,7 +250,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, LlamaForCausalLM):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # `generate` makes masks by what the cache is, before the first forward.
+        # `generate` chooses masks by the class of the cache, before the first forward pass.
         if isinstance(model_kwargs.get(CACHE), Cache):
             layers = self.model.layers[: self.config.num_hidden_layers]
             adopt_cache(model_kwargs[CACHE], (layer.self_attn for layer in layers))

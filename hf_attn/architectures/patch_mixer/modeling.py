@@ -140,7 +140,7 @@ class PatchModelMixin:
         """
         if kwargs.get("output_attentions"):
             raise ValueError(
-                f"{type(self).__name__} has no attention maps. Ask for output_gates=True, the gates of its blocks."
+                f"{type(self).__name__} has no attention maps. Use output_gates=True for the gates of its blocks."
             )
         hidden_states = self.patch_embeddings(pixel_values)
         for layer in self.layers:

@@ -44,7 +44,7 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     attribute_map = {"hidden_size": "embed_dim"}
     keys_to_ignore_at_inference = ["hidden_states", "attentions"]
 
-    # qk_scale 0 asks for the default, as in the official code.
+    # qk_scale 0 means the default, as in the official code.
     ranges = {"upscale": SIZE, "img_range": POSITIVE, "qk_scale": Range(at_least=0)}
 
     num_channels: int = 3

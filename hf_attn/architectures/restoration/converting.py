@@ -1,4 +1,4 @@
-"""What the official checkpoints of image-restoration families have in common (BasicSR's layout)."""
+"""Conversion of official checkpoints, shared by the families for image restoration (BasicSR's layout)."""
 
 import math
 import re
@@ -93,10 +93,10 @@ def given_fields(
     """Official constructor arguments (or the `network_g` of a configuration file) as configuration fields.
 
     Args:
-        arguments: what the user gave.
+        arguments: the arguments given by the user.
         own: arguments of this family only -> fields.
         ignored: arguments that the official class accepts and does not use.
-        inferred: what follows from the weights.
+        inferred: the fields inferred from the weights.
         slug: the paper, for error messages.
 
     Raises:
@@ -121,7 +121,7 @@ def given_fields(
         image_size = fields["image_size"] = image_size[0]
     if fields.get("upscale", inferred["upscale"]) != inferred["upscale"]:
         raise ConversionError(
-            f"The checkpoint is for scale {inferred['upscale']}, and upscale={fields['upscale']} was asked for."
+            f"The checkpoint is for scale {inferred['upscale']}, and upscale={fields['upscale']} was requested."
         )
     window_size = fields.get("window_size", inferred["window_size"])
     if image_size is not None and image_size <= window_size:

@@ -13,7 +13,7 @@ from ...kernels.bfloat16_cpu import linear
 from .configuration import ImageRestorationConfig
 
 
-#: what is added to the logit of two tokens that the cyclic shift has brought together (not -inf: official weights know it)
+#: added to the logit of two tokens that only the cyclic shift made neighbours (not -inf, as for the official weights)
 SHIFT_MASK_VALUE = -100.0
 
 
@@ -231,7 +231,7 @@ class WindowAttention(WindowAttentionBase):
 
 
 def join(regions: list[torch.Tensor], num_columns: int) -> torch.Tensor:
-    """Put regions `(batch, rows, columns, ...)`, given row by row, side by side and one below the other."""
+    """Assemble a map from regions `(batch, rows, columns, ...)`, given row by row."""
     if len(regions) == 1:
         return regions[0]
     bands = [torch.cat(regions[start : start + num_columns], dim=2) for start in range(0, len(regions), num_columns)]

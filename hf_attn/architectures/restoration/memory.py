@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-#: allocators, workspaces of convolutions and matrix products, and what the formulas below leave out
+#: allocators, workspaces of convolutions and matrix products, and terms that the formulas below omit
 _MARGIN = 1.3
 #: what libraries keep for themselves once they have run
 _WORKSPACE = 64 * 2**20
@@ -31,7 +31,7 @@ def parse_memory(size: str | int) -> int:
 def activation_bytes_per_pixel(model: PreTrainedModel) -> float:
     """Peak of the activations of a forward without gradients, for each (padded) pixel of the input.
 
-    It is the larger of the peaks in an attention module and in the reconstruction. Serves HAT, DRCT and Swin2SR.
+    It is the larger of the peaks in an attention module and in the reconstruction. Supports HAT, DRCT and Swin2SR.
     """
     config = model.config
     width = max(config.block_dims()) if hasattr(config, "block_dims") else config.embed_dim
@@ -43,7 +43,7 @@ def activation_bytes_per_pixel(model: PreTrainedModel) -> float:
         # Logits, their sum with the bias, and weights.
         body += 3 * max(config.num_heads) * window**2 * key_ratio
     scale = config.upscale
-    # The last pixel shuffle and its convolution's output, what that took, and the image.
+    # The last pixel shuffle, the output and the input of its convolution, and the image.
     head = 2 * config.embed_dim + 64 * (2 * scale**2 + scale**2 / (9 if scale == 3 else 4)) + 12 * scale**2
     size = torch.finfo(model.dtype).bits / 8
     if size < 4:
@@ -69,7 +69,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def fixed_bytes(model: PreTrainedModel, height: int, width: int, channels: int, bytes_per_value: int) -> int:
-    """What does not depend on the tile: weights, the image, the result and its copy as a Pillow image."""
+    """Memory that does not depend on the tile: weights, the image, the result and its copy as a Pillow image."""
     scale = model.config.upscale
     pixels = height * width
     # Pillow keeps RGB in four bytes.
@@ -92,7 +92,7 @@ def largest_tile(
     """The largest tile, a multiple of the window, with which an image fits a budget; None if the whole image fits.
 
     Raises:
-        ValueError: if not even the smallest tile fits; it says how much that takes.
+        ValueError: if not even the smallest tile fits; the message gives the memory that it needs.
     """
     window, scale = model.config.window_size, model.config.upscale
     fixed = fixed_bytes(model, height, width, channels, bytes_per_value)

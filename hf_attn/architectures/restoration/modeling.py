@@ -176,7 +176,7 @@ class ForImageSuperResolutionMixin:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Images in [0, 1], of any size from 1x1 up.
             labels (`torch.Tensor` of shape `(batch_size, num_channels, upscale * height, upscale * width)`, *optional*):
-                What to reconstruct, in [0, 1]; gives a loss, `config.loss_type`.
+                Target images in [0, 1]; if given, a loss is returned (`config.loss_type`).
 
         Returns:
             `reconstruction` has the shape of `labels`. It is not clamped, and is float32 also in a half-precision model,

@@ -1,4 +1,4 @@
-"""A start for training: weights with which a model interpolates, so that it only has to learn what is better than that."""
+"""Initial weights with which a model computes an interpolation, so that training starts from there."""
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ def start_as_interpolation(model: PreTrainedModel) -> None:
     those that would add to the output, which start at zero.
 
     Args:
-        model: `HATForImageSuperResolution` or `DRCTForImageSuperResolution` as it is initialised; changed in place.
+        model: `HATForImageSuperResolution` or `DRCTForImageSuperResolution` with its initial weights; changed in place.
 
     Raises:
         ValueError: if the model has fewer channels than the image.

@@ -38,7 +38,7 @@ class StagedVisionConfig(
 
     @classmethod
     def from_variant(cls, name: str, **overrides):
-        """Build the configuration of a variant, see [`VariantsMixin.from_variant`]; a published one knows its classes."""
+        """Build the configuration of a variant, see [`VariantsMixin.from_variant`]; published variants have the names of their classes."""
         num_labels = cls.variants.get(name, {}).get("num_labels")
         if num_labels is not None and not overrides.keys() & {"num_labels", "id2label", "label2id"}:
             overrides |= published_labels(num_labels)

@@ -48,7 +48,7 @@ class VisionPreTrainedModel(HubModelMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            # PyTorch's own start, which the official codes leave as it is.
+            # PyTorch's default initialisation, as in the official codes.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
@@ -112,7 +112,7 @@ class StagedModelMixin:
         self.post_init()
 
     def final_norm(self, config: StagedVisionConfig) -> nn.Module:
-        """What the last feature map goes through."""
+        """Layers after the last feature map."""
         return nn.Identity()
 
     @can_return_tuple

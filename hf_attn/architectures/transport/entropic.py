@@ -35,12 +35,12 @@ def entropic_plan_eager(
     row_mask: torch.Tensor | None = None,
     column_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sweeps as the equations have them, in the log domain; see :func:`entropic_plan`.
+    """The sweeps as in the equations, in the log domain; see :func:`entropic_plan`.
 
         f_i = reg log a_i - reg LSE_j((g_j - c_ij) / reg),   g_j = reg log b_j - reg LSE_i((f_i - c_ij) / reg)
         P = exp((f_i + g_j - c_ij) / reg)
 
-    Autograd keeps what every sweep computes.
+    Autograd stores the results of every sweep.
     """
     row_weights, column_weights = _marginals(cost, row_mask, column_mask)
     log_a, log_b = (

@@ -39,7 +39,7 @@ def exact_plan(
         `(batch, n, m)` in the dtype of the cost.
 
     Raises:
-        ImportError: if the solver is not installed; it says which is there.
+        ImportError: if the solver is not installed; the message names the installed ones.
         ValueError: for costs that are not finite, and a sample without rows or columns.
     """
     if cost.ndim != 3:

@@ -1,4 +1,4 @@
-"""Costs of optimal transport, and what it makes of the source."""
+"""Costs of optimal transport, and the transported source."""
 
 import torch
 

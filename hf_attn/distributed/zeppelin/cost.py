@@ -1,4 +1,4 @@
-"""What a step costs: models, hardware, links and rings. Times are predictions under the constants given here.
+"""Cost model of a step: models, hardware, links and rings. Times are predictions with the constants given here.
 
 For a sequence of `s` tokens, hidden width `h`, width of keys or values `h_kv`, feed-forward width `f`, `e` bytes an element:
 
@@ -53,7 +53,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a cluster does a second.
+    """Rates of a cluster.
 
     Attributes:
         flops_attn: FLOP/s of a GPU in attention.

@@ -134,7 +134,7 @@ def zigzag_spans(start: int, tokens: Sequence[int]) -> list[list[Span]]:
 
 
 def _moved(spans: Sequence[Sequence[Span]], remap: Remap) -> tuple[tuple[Span, ...], ...]:
-    """The spans of each rank after the moves, which take tokens from the end of what a rank has."""
+    """The spans of each rank after the moves, which take tokens from the end of a rank's tokens."""
     kept = [list(own) for own in spans]
     received: list[list[Span]] = [[] for _ in spans]
     for source, destination, count in remap.moves:
@@ -193,7 +193,7 @@ class ZeppelinEngine:
             query: `(tokens, heads, head_dim)` of this rank, in the layout of attention.
             key: `(tokens, kv_heads, head_dim)`.
             value: `(tokens, kv_heads, value_dim)`.
-            causal: a token sees itself and those before it.
+            causal: a token attends to itself and earlier tokens.
             scaling: of the logits; `head_dim ** -0.5` by default.
         """
         expected = self.schedule.attention.lengths[self.schedule.peers.rank]

@@ -8,7 +8,7 @@ from pathlib import Path
 from .partition import PlanError
 
 
-#: name -> what is drawn
+#: name -> distribution
 DISTRIBUTIONS = {
     "short": "lognormal, median 600 tokens",
     "mid": "lognormal, median 6,000 tokens",

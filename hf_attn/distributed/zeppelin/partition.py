@@ -21,7 +21,7 @@ ZONES = ("local", "intra", "inter")
 
 
 class PlanError(ValueError):
-    """A batch that cannot be planned, or a plan that does not fit; the message says what would do."""
+    """A batch that cannot be planned, or a plan that does not fit; the message suggests a solution."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def plot_plan(
         model: sizes.
         hardware: constants of the prediction.
         seconds: predicted step time of each method.
-        path: of the image; its ending says the format.
+        path: path of the image; its extension determines the format.
 
     Raises:
         ImportError: if matplotlib (the extra `plot`) is not installed.

@@ -14,7 +14,7 @@ class Remap:
         tokens: of each rank in the layout of attention.
         target: of each rank in the balanced layout.
         moves: `(from, to, tokens)`.
-        gpus_per_node: to tell moves inside a node from those across.
+        gpus_per_node: number of GPUs per node, to distinguish moves inside a node from moves across nodes.
     """
 
     tokens: tuple[int, ...]
@@ -26,12 +26,12 @@ class Remap:
         return source // self.gpus_per_node != destination // self.gpus_per_node
 
     def cost(self, intra: float = 1.0, inter: float = 6.0) -> float:
-        """Sum over the moved tokens of what a token costs inside a node and across nodes."""
+        """Sum over the moved tokens of the cost per token, inside a node or across nodes."""
         return float(sum(count * (inter if self.crosses_nodes(a, b) else intra) for a, b, count in self.moves))
 
 
 def plan_remap(tokens: Sequence[int], gpus_per_node: int) -> Remap:
-    """Balance tokens at the least cost: from surplus to deficit inside each node first, and what is left across nodes.
+    """Balance tokens at minimal cost: first from surplus to deficit inside each node, then across nodes.
 
     With one cost inside a node and a higher one across, this greedy transport is optimal.
 

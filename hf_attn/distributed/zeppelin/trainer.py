@@ -17,7 +17,7 @@ from .partition import PlanError
 
 
 class ZeppelinCollator(DataCollatorWithFlattening):
-    """Packs documents into one row with the bounds of the documents; what each rank gets of it is decided when it is trained on.
+    """Packs documents into one row with the bounds of the documents; they are assigned to ranks in the training step.
 
     Args:
         cluster: if given, a batch that it does not take is refused here, with the capacity that would do.

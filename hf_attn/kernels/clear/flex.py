@@ -48,7 +48,7 @@ def clear_block_mask(
             query, key = q_index.clamp(max=image_length - 1), kv_index.clamp(max=image_length - 1)
             squared_distance = (rows[query] - rows[key]) ** 2 + (columns[query] - columns[key]) ** 2
             near = squared_distance < radius**2
-            # Text queries see all but pooled keys, image queries all but far image keys.
+            # Text queries attend to all but pooled keys, image queries to all but distant image keys.
             return torch.where(q_is_image, ~kv_is_image | near, kv_index < q_len)
 
         needed, full = _needed_blocks(rows, columns, text_length, kv_len, radius)
@@ -81,7 +81,7 @@ def _needed_blocks(rows, columns, text_length, kv_len, radius) -> tuple[torch.Te
     pure = image_length // BLOCK
     needed[:pure, :pure] = nearest[:pure, :pure] < radius**2
     full[:pure, :pure] = farthest[:pure, :pure] < radius**2
-    # Image queries see all that is neither image nor padding; text queries all that is neither pooled nor padding.
+    # Image queries attend to all keys that are neither image nor padding; text queries to all that are neither pooled nor padding.
     full[:pure, image_blocks : kv_len // BLOCK] = True
     full[image_blocks : q_len // BLOCK, : q_len // BLOCK] = True
     needed[image_blocks:, -(-q_len // BLOCK) :] = False
@@ -134,7 +134,7 @@ def clear_attention_flex(
 
 
 def check_flex(call: ClearCall) -> Refusal | None:
-    """Whether FlexAttention can serve a call."""
+    """Whether FlexAttention supports a call."""
     if call.text_mask is not None:
         return Refusal("'flex' caches its mask and cannot take one of text padding with it")
     if call.query.device.type == "cpu" and call.needs_gradient:

@@ -74,7 +74,7 @@ def _sides(length: int, reach: int) -> list[_Side]:
 
 @lru_cache(maxsize=128)
 def _disc_mask(rows: _Side, columns: _Side, radius: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the logits of a tile, `(1, 1, queries, keys)`, queries row by row and keys column by column.
+    """Bias of the logits of a tile, `(1, 1, queries, keys)`, queries row by row and keys column by column.
 
     The sides' start and count do not matter.
     """
@@ -290,17 +290,17 @@ def clear_attention_tiles(
     shared_mask: torch.Tensor | None = None,
     scaling: float,
 ) -> torch.Tensor:
-    """What image queries get in CLEAR attention: from the disc around them and from the keys that all of them see.
+    """CLEAR attention of image queries, to the disc around them and to the keys that they share.
 
     Args:
         query: of image tokens, row by row, `(batch, heads, height * width, head_dim)`, on the CPU.
         key: of the same shape.
         value: of the same shape.
-        shared_key: keys that every query sees, `(batch, heads, shared, head_dim)`, maybe none.
+        shared_key: keys for every query, `(batch, heads, shared, head_dim)`, possibly none.
         shared_value: their values.
         grid: `(height, width)`.
         radius: of the disc, in tokens; the cells at exactly this distance are outside.
-        shared_mask: boolean `(batch, shared)`, False for shared keys that nobody sees after all.
+        shared_mask: boolean `(batch, shared)`, False for masked shared keys.
         scaling: of the logits.
 
     Returns:
@@ -345,7 +345,7 @@ def attention_with_logsumexp(
 
 
 def check_tiles(call: ClearCall) -> Refusal | None:
-    """Whether the tiles can serve a call."""
+    """Whether the tiles support a call."""
     if call.query.device.type != "cpu":
         return Refusal(f"'tiles' runs on the CPU, and the query is on {call.query.device}")
     return None

@@ -21,7 +21,7 @@ class CombinerCall(AttentionCall):
         kind: the plan, see :mod:`hf_attn.kernels.combiner.plan`.
         segment_length: tokens of a segment; near the square root of the number of keys if not given.
         pool: how the queries and the keys of a span become one, ``"max"``, ``"mean"`` or ``"sum"``.
-        own_segment_summary: whether a token that sees later ones also sees the summary of its own segment.
+        own_segment_summary: whether, without causality, a token also attends to the summary of its own segment.
         row_key: of ``rowmajor``: ``(row outputs (batch, heads, tokens, head_dim), row inputs (batch, tokens, width)) -> keys
             (batch, heads, tokens, head_dim)``.
         row_input: of ``rowmajor``: input of the attention module, ``(batch, length, width)``.
@@ -56,7 +56,7 @@ class Sequences:
     """The sequences of a call, each in a row of its own that begins with its first token.
 
     Attributes:
-        is_causal: whether a token sees itself and earlier ones only.
+        is_causal: whether a token attends only to itself and earlier tokens.
         index: ``(sequences, longest)``, where their tokens are in the flattened batch; ``None`` if the rows of the batch
             are the sequences.
         valid: boolean ``(sequences, longest)``, false where a sequence is over; ``None`` if they are all as long.
@@ -203,14 +203,14 @@ def by_sequences(call: CombinerCall, sequences: Sequences) -> CombinerCall:
 
 
 def check_eager(call: CombinerCall) -> Sequences | Refusal | None:
-    """Whether the specification serves a call; its sequences."""
+    """Whether the reference supports a call; its sequences."""
     if call.state is not None and call.state.seen_tokens > 0:
         return None
     return find_sequences(call)
 
 
 def check_torch(call: CombinerCall) -> Sequences | Refusal | None:
-    """Whether the fast forms serve a call; its sequences."""
+    """Whether the fast implementation supports a call; its sequences."""
     refusal = refusal_of_fused(call)
     if refusal is not None:
         return refusal

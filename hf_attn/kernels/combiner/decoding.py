@@ -1,9 +1,9 @@
-"""Decoding with Combiner attention: what is kept of earlier tokens, and how those that follow are served.
+"""Decoding with Combiner attention: the state of earlier tokens, and the processing of new ones.
 
-A span that a causal query sees is complete, so that its summary is computed once. `fixed` and `rowmajor` keep the summaries
-of closed segments and the tokens of the open one, and serve the tokens of a segment together. The other plans, in which
-tokens of earlier segments are seen directly or are summarised anew, keep all tokens too; they serve a segment's length of
-tokens and more with the form for whole sequences, fewer one by one.
+The spans that a causal query attends to are complete, so their summaries are computed once. `fixed` and `rowmajor` keep the summaries
+of closed segments and the tokens of the open one, and process the tokens of a segment together. The other plans, which
+attend directly to tokens of earlier segments or summarise them again, also keep all tokens. They recompute the whole
+sequence for at least a segment's length of new tokens, and process fewer tokens one at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ def closings(kind: str, segment_length: int, seen: int, position: int) -> Iterat
 
 
 def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions that a query sees directly, and the slots of the spans that it sees; not for `SEGMENT_KINDS`."""
+    """The positions that a query attends to directly, and the slots of its spans; not for `SEGMENT_KINDS`."""
     if kind == "logsparse":
         slots = [level for level in range(position.bit_length()) if (position >> level) & 1]
         return torch.tensor([position]), torch.tensor(slots, dtype=torch.long)
@@ -95,7 +95,7 @@ def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, t
 
 
 class CombinerState:
-    """What a layer keeps of earlier tokens.
+    """State of a layer for earlier tokens.
 
     Attributes:
         seen_tokens: number of columns of the input so far, padding included.

@@ -89,7 +89,7 @@ def attend_grid(call: CombinerCall) -> torch.Tensor:
     for pool, within in _spans_of_rows(call, column):
         members = within & real[:, None]
         if call.kind == ROWMAJOR:
-            # Its last token asks for the columns that a row lacks.
+            # Its last token is the query for the columns that a row lacks.
             asking = torch.arange(rows * columns, device=query.device).clamp(max=length - 1)
             span_query = call.query[:, :, asking].to(precision).unflatten(2, (rows, columns))
         else:

@@ -1,4 +1,4 @@
-"""Who sees what in Combiner attention: directly, or through the summary of a span.
+"""Plans of Combiner attention: which tokens attend directly, and which through the summary of a span.
 
 Position ``i`` is in row ``i // s`` and column ``i % s`` of a grid whose rows are the segments of length ``s``.
 """
@@ -12,9 +12,9 @@ import torch
 KINDS = ("fixed", "logsparse", "vertical", "horizontal", "mixture")
 #: the plan whose summaries have weights of their own
 ROWMAJOR = "rowmajor"
-#: plans that the paper defines for tokens that see later ones too
+#: plans that the paper also defines for bidirectional attention
 BIDIRECTIONAL_KINDS = ("fixed", "vertical", "horizontal", ROWMAJOR)
-#: plans in which a token may see the summary of its own segment too
+#: plans in which a token may also attend to the summary of its own segment
 OWN_SUMMARY_KINDS = ("fixed", "horizontal", ROWMAJOR)
 
 
@@ -23,9 +23,9 @@ class Plan:
     """A plan as masks.
 
     Attributes:
-        direct: boolean ``(length, length)``, which positions a query sees directly.
+        direct: boolean ``(length, length)``, the positions that a query attends to directly.
         members: boolean ``(spans, length)``, the positions of each span.
-        uses: boolean ``(length, spans)``, the spans that a query sees.
+        uses: boolean ``(length, spans)``, the spans that a query attends to.
         asking: position ``(spans,)`` whose query reads the span, for spans that have one; otherwise the query of a span is
             pooled.
     """
@@ -50,8 +50,8 @@ def make_plan(
         kind: one of :data:`KINDS`, or :data:`ROWMAJOR`.
         length: number of tokens.
         segment_length: tokens of a segment; `logsparse` has none.
-        is_causal: whether a token sees itself and earlier ones only.
-        own_segment_summary: whether a token that sees later ones also sees the summary of its own segment.
+        is_causal: whether a token attends only to itself and earlier tokens.
+        own_segment_summary: whether, without causality, a token also attends to the summary of its own segment.
         device: of the masks.
     """
     position = torch.arange(length, device=device)
@@ -64,7 +64,7 @@ def make_plan(
     cell_row, cell_column = rows.repeat_interleave(len(columns)), columns.repeat(len(rows))
 
     def seen(row_of_span: torch.Tensor) -> torch.Tensor:
-        """Whether a query may see the span of a row, by the rows of both."""
+        """Whether a query may attend to the span of a row, by the rows of both."""
         if is_causal:
             return row_of_span < row[:, None]
         return torch.ones_like(row[:, None] == row_of_span) if own_segment_summary else row_of_span != row[:, None]
@@ -76,7 +76,7 @@ def make_plan(
     in_row, in_column = cell_row[:, None] == row, cell_column[:, None] == column
     own_column = column[:, None] == cell_column
     if kind == ROWMAJOR:
-        # Its last token asks for the columns that a row lacks.
+        # Its last token is the query for the columns that a row lacks.
         asking = (cell_row * segment_length + cell_column).clamp(max=length - 1)
         return Plan(same_row & earlier, in_row, seen(cell_row) & own_column, asking)
     other_rows = row < cell_row[:, None] if is_causal else row != cell_row[:, None]

@@ -40,7 +40,7 @@ def local_expectations(
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Softmax attention `(..., queries, head_dim)` under a boolean mask; zeros for a query that may see nothing."""
+    """Softmax attention `(..., queries, head_dim)` under a boolean mask; zeros for a query without allowed keys."""
     if key.shape[-2] >= FEW_KEYS:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
     weights = masked_softmax(query @ key.transpose(-1, -2) * scaling, allowed)

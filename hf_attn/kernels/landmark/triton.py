@@ -29,7 +29,7 @@ from .call import LandmarkCall
 @triton.jit
 def _scores(queries, keys, rows, columns, mask, stride_mask_row, stride_mask_column, scaling, first, kv_len,
             BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
-    """Scaled products of a tile; minus infinity where a query does not see a key.
+    """Scaled products of a tile; minus infinity for masked pairs.
 
     Of the own block these are later keys and the landmark, of any block those that the mask forbids.
 
@@ -51,13 +51,13 @@ def _scores(queries, keys, rows, columns, mask, stride_mask_row, stride_mask_col
 
 @triton.jit
 def _finite(maximum):
-    """A maximum that can be subtracted, also where there was nothing to see."""
+    """A maximum that can be subtracted, also for rows without allowed keys."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def _split(scores, BLOCK: tl.constexpr):
-    """The score of the landmark, and the softmax of the regular tokens, zero where nothing is seen."""
+    """The score of the landmark, and the softmax of the regular tokens, zero for rows without allowed keys."""
     is_landmark = tl.arange(0, BLOCK)[None, :] == BLOCK - 1
     gate = tl.max(tl.where(is_landmark, scores, float("-inf")), 1)
     scores = tl.where(is_landmark, float("-inf"), scores)
@@ -129,7 +129,7 @@ def _forward_kernel(
         accumulator.to(output.dtype.element_ty),
         mask=in_input[:, None] & (value_dims[None, :] < VALUE_DIM),
     )
-    # Infinity makes all weights of a query zero that sees nothing.
+    # Infinity makes all weights zero for a query without allowed keys.
     normaliser = tl.where(total == 0.0, float("inf"), _finite(new_maximum) + tl.log(safe_total))
     tl.store(normalisers + tl.program_id(1) * q_len + rows - first, normaliser, mask=in_input)
 
@@ -144,7 +144,7 @@ def _grad_scores(scores, grad_weights, normaliser, correction, BLOCK: tl.constex
     """
     if OWN:
         weights = tl.exp(scores - normaliser[:, None])
-        # A weight of one is that of all there is to see, and has no gradient: the difference would be one of rounding.
+        # A weight of one is that of the only key and has no gradient; the difference would be a rounding error.
         grad_scores = tl.where(weights == 1.0, 0.0, weights * (grad_weights - correction[:, None]))
     else:
         gate, inside = _split(scores, BLOCK)

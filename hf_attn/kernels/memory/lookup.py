@@ -55,7 +55,7 @@ def hash_chunks(
 
 
 def plain_lookup(rows: torch.Tensor, weights: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """The sum as it is written; needs memory for (tokens, tables, width)."""
+    """The sum, computed directly; needs memory for (tokens, tables, width)."""
     return (weights[..., None].to(tables.dtype) * tables[rows]).sum(-2)
 
 

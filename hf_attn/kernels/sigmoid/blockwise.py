@@ -174,11 +174,11 @@ class _Blocks:
         return self.mask[tuple(i if size > 1 else slice(None) for i, size in zip(index, self.mask.shape, strict=True))]
 
     def _needed_mask(self, positions: slice, columns: slice) -> tuple[bool, torch.Tensor | None]:
-        """Whether a block has any allowed pair as far as the mask goes, and what to apply to it, if anything."""
+        """Whether the mask allows any pair of a block, and the part of the mask to apply, if any."""
         if self.mask is None or self.folds_mask:
             return True, None
         mask = self._mask_block(positions, columns)
-        if mask.device.type != "cpu":  # a look at the mask would wait for the device
+        if mask.device.type != "cpu":  # reading the mask would synchronise with the device
             return True, mask
         pairs = (
             part.start if size > 1 else 0
@@ -197,7 +197,7 @@ class _Blocks:
             yield slice(start, min(start + self.block_positions, self.q_len))
 
     def column_blocks(self, positions: slice) -> Iterator[slice]:
-        """The blocks of keys that queries at ``positions`` may see as far as causality and window go."""
+        """The blocks of keys that causality and window allow for queries at ``positions``."""
         first, last = positions.start + self.offset, positions.stop - 1 + self.offset
         start, stop = self._columns(first, last)
         for column in range(start, stop, self.block_columns):
@@ -221,7 +221,7 @@ class _Blocks:
         return query_positions - torch.arange(columns.start, columns.stop, device=self.query.device)
 
     def _forbid_by_position(self, weights: torch.Tensor, positions: slice, columns: slice) -> None:
-        # Seen from every position of the block.
+        # Allowed for every position of the block.
         start, stop = self._columns(positions.stop - 1 + self.offset, positions.start + self.offset)
         edges = []
         if columns.stop > stop:

@@ -69,7 +69,7 @@ def _weights(
 ):
     """P from scaled products; ``rows`` and ``columns`` broadcast against each other in either orientation.
 
-    Rows and columns beyond the bounds need no care: what they are multiplied with was loaded as zeros.
+    Rows and columns beyond the bounds need no masking, because they are multiplied by zeros.
     """
     distance = rows + query_offset - columns
     logits += bias

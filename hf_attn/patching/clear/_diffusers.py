@@ -1,4 +1,4 @@
-"""Where other parts of diffusers would undo CLEAR, or lose its weights, and what they say instead."""
+"""Errors for functions of diffusers that would undo CLEAR or lose its weights."""
 
 import functools
 import re

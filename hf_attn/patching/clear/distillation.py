@@ -1,4 +1,4 @@
-"""The distillation of CLEAR: a FLUX transformer with local attention learns to do what it did with full attention.
+"""The distillation of CLEAR: a FLUX transformer with local attention is trained to reproduce its outputs with full attention.
 
     L = mean (v - (noise - x_0))^2 + 0.5 mean (v - v_T)^2 + 0.5 mean over layers of mean (a - a_T)^2
 
@@ -42,7 +42,7 @@ class ClearDistillationOutput:
 
 
 def freeze_for_distillation(student: nn.Module) -> dict[str, nn.Parameter]:
-    """Let only what the paper trains require gradients.
+    """Require gradients only for the parameters that the paper trains.
 
     Returns:
         The trainable parameters by name.
@@ -103,7 +103,7 @@ def distillation_losses(
         sigmas: noise levels in [0, 1], `(batch,)`; the transformers take them as timesteps.
         encoder_hidden_states: text, `(batch, text, dim)`.
         pooled_projections: pooled text, `(batch, dim)`.
-        guidance: scale that guidance-distilled transformers are told.
+        guidance: guidance scale passed to guidance-distilled transformers.
     """
     level = sigmas.view(-1, 1, 1, 1).to(latents.dtype)
     noisy = (1 - level) * latents + level * noise
@@ -160,7 +160,7 @@ class ClearDistillation(nn.Module):
 
 
 def _with_attention(transformer: nn.Module, names: list[str], inputs: dict) -> tuple[torch.Tensor, dict]:
-    """What a transformer predicts, and what its named attention layers return, before any output projection."""
+    """Prediction of a transformer, and outputs of its named attention layers before the output projection."""
     outputs = {}
 
     def keep(name):

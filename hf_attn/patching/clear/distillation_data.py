@@ -43,10 +43,10 @@ def generate_samples(
         height: of the images, in pixels.
         width: of the images, in pixels.
         num_inference_steps: denoising steps.
-        guidance_scale: that guidance-distilled models are told.
+        guidance_scale: guidance scale passed to guidance-distilled models.
         max_sequence_length: tokens to which the text is padded.
         batch_size: images generated together.
-        seed: of the noise; sample i depends on `seed + i` and its prompt alone.
+        seed: seed of the noise; sample i depends only on `seed + i` and its prompt.
         process_index: which part of the prompts this process takes.
         num_processes: how many take part.
     """

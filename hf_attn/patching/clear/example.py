@@ -3,7 +3,7 @@
 It has every part of a real one, tokenizers, text encoders, transformer, VAE and scheduler, and saves and loads like it.
 Its training images are flat colours with a faint wave across the whole image, whose direction is that of the prompt. Noise hides
 them from every single token, so the transformer learns to average over the image: local attention changes what it
-computes, as it does in a model that somebody would want to distil.
+computes, as in a real model.
 """
 
 import math

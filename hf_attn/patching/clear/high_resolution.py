@@ -68,7 +68,7 @@ def generate_high_resolution(
 ) -> list[Image.Image]:
     """Generate an image larger than the model was trained for, by the recipe of CLEAR's official code.
 
-    The pipeline is left as it came: weights, scheduler, VAE and progress bar are what they were.
+    The state of the pipeline is restored: weights, scheduler, VAE and progress bar.
 
     Args:
         pipe: a FLUX pipeline.
@@ -84,7 +84,7 @@ def generate_high_resolution(
         ntk_factor: how much the position encoding is stretched in further stages, see :func:`ntk_scaled`.
         max_sequence_length: tokens to which the text is padded.
         seed: stage i draws its noise from `seed + i`.
-        folder: where the image of each stage is saved as soon as it is there, as `stage_0_1024x1024.png` and so on.
+        folder: folder in which the image of each stage is saved once it is finished, as `stage_0_1024x1024.png` and so on.
         start_stage: first stage to run; resuming gives the same images as an uninterrupted call.
         image: of the stage before ``start_stage``; read from the folder by default.
         joint_attention_kwargs: passed to the transformer in all stages, such as the scale of a LoRA adapter.
@@ -182,7 +182,7 @@ def _check_sizes(stages: list[tuple[int, int]], multiple: int) -> None:
 
 @contextmanager
 def _settings_kept(pipe: "diffusers.FluxPipeline") -> Iterator[None]:
-    """Put back the VAE's tiling and the settings of the progress bar."""
+    """Restore the VAE's tiling and the settings of the progress bar."""
     tiling, progress = pipe.vae.use_tiling, getattr(pipe, "_progress_bar_config", {})
     try:
         yield

@@ -252,7 +252,7 @@ def clear_parallel(
     processors = clear_processors(transformer)
     if len(processors) < len(transformer.attn_processors):
         raise ValueError(
-            "Layers with full attention would see a part of the image only: use `apply_clear` on all layers."
+            "Layers with full attention would attend to a part of the image only: use `apply_clear` on all layers."
         )
     if any(processor.down_factor > 1 for processor in processors.values()):
         raise ValueError("Pooled keys are not supported on several processes: every query attends to those of all.")

@@ -204,7 +204,7 @@ def _expect_clear(attn: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def _drop_context(attn: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of attention layers that were left alone: their processors do not know our arguments."""
+    """Forward pre-hook of attention layers that were not patched: their processors do not accept our arguments."""
     return args, {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
 
 

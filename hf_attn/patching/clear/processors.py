@@ -1,4 +1,4 @@
-"""The attention of CLEAR in the layers of FLUX and SD3 of diffusers: processors, and what a call tells them."""
+"""The attention of CLEAR in the layers of FLUX and SD3 of diffusers: processors, and their arguments."""
 
 from typing import NamedTuple, Protocol
 
@@ -43,7 +43,7 @@ class ImagePart(Protocol):
 
 
 class ClearContext(NamedTuple):
-    """What the attention of one call of a transformer has to know.
+    """Arguments of attention for one call of a transformer.
 
     Attributes:
         grid: `(height, width)` of the image in tokens.
@@ -57,7 +57,7 @@ class ClearContext(NamedTuple):
 
 
 class ClearProcessor(nn.Module):
-    """What the processors of both models share.
+    """Base class of the processors of both models.
 
     Attributes:
         radius: of the disc, in tokens.

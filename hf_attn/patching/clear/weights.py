@@ -129,13 +129,13 @@ def load_clear_weights(
 
 @contextmanager
 def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterator[ClearWeightsReport]:
-    """Within this context a transformer of full attention has CLEAR and weights for it; then it is what it was.
+    """Context in which a transformer with full attention has CLEAR and its weights; both are removed at the end.
 
     The replaced weights wait on the CPU: 3.6 GB for FLUX.1 in bfloat16.
 
     Args:
         transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel` without CLEAR.
-        weights: what :func:`load_clear_weights` takes, which also says what is raised.
+        weights: as for :func:`load_clear_weights`, which also documents the errors.
         **arguments: its further arguments.
     """
     if clear_processors(transformer):

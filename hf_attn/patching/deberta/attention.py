@@ -17,7 +17,7 @@ from .projections import PositionProjections, is_capturing_graph
 
 
 class FastSelfAttention(nn.Module):
-    """What the fast attention of all versions shares; mixed into transformers' `DisentangledSelfAttention`.
+    """Fast attention of all versions; mixed into transformers' `DisentangledSelfAttention`.
 
     Attributes:
         implementation: `"auto"` or a name of ``DISENTANGLED``.
@@ -26,14 +26,14 @@ class FastSelfAttention(nn.Module):
     """
 
     def make_fast(self, hf_compat: bool) -> None:
-        """Set what a module of transformers that has just become an object of this class is missing."""
+        """Set the attributes that a module of transformers lacks after its class was changed to this one."""
         self.hf_compat = hf_compat
         self.position_projections = PositionProjections()
         # Here and not in `forward`: a graph that is captured there cannot look into a cache.
         self._rows_by_distance = rows_by_distance(*self._table_arguments) if self.relative_attention else None
 
     def make_plain(self) -> None:
-        """Remove what makes the module fast, before it changes its class back."""
+        """Remove these attributes, before the class of the module is changed back."""
         for name in ("implementation", "hf_compat", "position_projections", "_rows_by_distance"):
             delattr(self, name)
 
@@ -83,7 +83,7 @@ class FastSelfAttention(nn.Module):
 
         Raises:
             ValueError: for texts of length 0; if there are not as many queries as keys and no `relative_pos`; or if the
-                implementation that was asked for cannot serve the call.
+                requested implementation does not support the call.
         """
         if hidden_states.shape[1] == 0:
             raise ValueError("The texts of this batch have length 0; a text needs one token at least.")
@@ -158,7 +158,7 @@ class FastSelfAttention(nn.Module):
         """`relative_pos` for distances, query position minus key position, of any shape."""
         return rows_of_pairs(distance, self._rows_by_distance) - self.span
 
-    # The cache checks by itself whether it fits. What follows only frees it at once.
+    # The cache checks its validity itself; the following only frees its memory early.
 
     def train(self, mode: bool = True):
         self.position_projections.clear()
@@ -232,7 +232,7 @@ class FastEncoder(nn.Module):
         )
 
     def get_rel_pos(self, hidden_states, query_states=None, relative_pos=None):
-        """What was given: without it the attention knows the distances."""
+        """`relative_pos` if given; otherwise the attention computes the distances itself."""
         return relative_pos
 
 

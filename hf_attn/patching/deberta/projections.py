@@ -10,7 +10,7 @@ from torch import nn
 
 
 def _bits(tensor: torch.Tensor) -> int:
-    """A sum over the bits of a tensor; it sees changes through `.data`, which leave no trace in the version of a tensor."""
+    """A sum over the bits of a tensor; it detects changes through `.data`, which do not change the version of a tensor."""
     flat = tensor.detach().reshape(-1)
     size = flat.element_size()
     if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
@@ -29,7 +29,7 @@ def is_capturing_graph() -> bool:
 
 
 class PositionProjections:
-    """Cache of one attention module: name of the projection -> what it was made from, and the result.
+    """Cache of one attention module: name of the projection -> inputs and result.
 
     It is never copied or pickled with the module.
     """

@@ -15,13 +15,13 @@ from ...kernels.memory import gradient_of_tables, lookup
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well a memory layer does what the linear layer did.
+    """How well a memory layer approximates the linear layer.
 
     Attributes:
         name: of the layer in the model.
         tokens: number of tokens that it was fitted to.
-        first_error: relative error on held-back tokens before the fit, with tables that follow from the matrix.
-        error: the same after it: `|y - y'| / |y - mean(y)|`, where 1 is what a constant would do.
+        first_error: relative error on held-out tokens before the fit, with tables that follow from the matrix.
+        error: the same after the fit: `|y - y'| / |y - mean(y)|`; a constant prediction has an error of 1.
     """
 
     name: str
@@ -65,13 +65,13 @@ def convert_linear(
     Each layer gets the inputs that reach it when the earlier ones have been replaced, and is fitted to the outputs of the
     matrix for these. For given inputs the output is linear in the tables, so the fit is a least-squares problem. It starts from
     the tables that the matrix gives for the mean of each bucket, and ends when the error on the last fifth of the tokens, which
-    is held back, grows.
+    is held out, grows.
 
     `from_pretrained` does not know of the change. Save `model.state_dict()`; to load it, convert the same model again without
     batches.
 
     Args:
-        model: a model in any state; it is run in eval mode and put back.
+        model: a model; it is run in eval mode, and its mode is restored.
         targets: the layers: last parts of their names (`["q_proj", "up_proj"]`), or a regular expression for the whole name.
         batches: inputs of the model, dictionaries or tensors of token ids; they are run once for each layer. Without them
             the layers are replaced and not fitted.
@@ -134,7 +134,7 @@ def _find(model: nn.Module, targets: str | Iterable[str], code_length: int) -> l
 
 
 class _Enough(Exception):
-    """The layer has been reached; what comes after it need not run."""
+    """Raised when the layer has been reached, to skip the rest of the forward pass."""
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def _error(output: torch.Tensor, target: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _fit(name: str, linear: nn.Linear, memory: MemoryLayer, inputs: torch.Tensor, iterations: int) -> LayerFit:
-    """Conjugate gradients on the tables (CGLS), in float32, until the error on held-back tokens grows."""
+    """Conjugate gradients on the tables (CGLS), in float32, until the error on held-out tokens grows."""
     inputs = inputs.float()
     weight = linear.weight.float()
     target = inputs @ weight.T

@@ -1,4 +1,4 @@
-"""What PEFT and quantisers do to a layer's ``weight``: done to W_hat, or refused. They know our layers as plain ones."""
+"""Operations of PEFT and quantisers on a layer's ``weight``: they apply to W_hat, or raise an error."""
 
 import functools
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def _refuse(what: str) -> None:
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
-#: adapters that add to what the layer returns, scale it, or rotate its input, and touch the weight only to merge
+#: adapters that add to the output, scale it, or rotate the input, and change the weight only when merged
 _ADDITIVE = {"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT"}
-#: values of `init_lora_weights` that leave the weight of the layer alone
+#: values of `init_lora_weights` that do not change the weight of the layer
 _LORA_INITS = (True, False, "gaussian", "orthogonal")
 #: options of LoRA that do not make it compute with the weight of the layer
 _LORA_OPTIONS = {
@@ -56,7 +56,7 @@ _LORA_OPTIONS = {
 
 
 def _unsupported(config) -> str | None:
-    """What in the configuration of an adapter makes it compute with the weight of the layer."""
+    """The setting with which an adapter computes with the weight of the layer."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in _ADDITIVE:
         return kind
@@ -150,7 +150,7 @@ def _change_torch_ao(quantize: ModuleType) -> None:
 
     @functools.wraps(swap_module)
     def checked(mod, mapping, *args, **kwargs):
-        # It goes by the exact class, and would leave the layer in full precision without a word.
+        # It checks the exact class, and would silently keep the layer in full precision.
         if isinstance(mod, SigmaReparamLayer) and any(cls in mapping for cls in type(mod).__mro__):
             _refuse("torch.ao")
         return swap_module(mod, mapping, *args, **kwargs)

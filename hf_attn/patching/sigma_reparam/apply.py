@@ -18,7 +18,7 @@ class SigmaReparamReport:
 
     Attributes:
         converted: names of the layers that were reparametrised.
-        skipped: name of a linear layer that was left alone -> reason.
+        skipped: name of a linear layer that was not converted -> reason.
     """
 
     converted: tuple[str, ...]
@@ -42,7 +42,7 @@ def apply_sigma_reparam(
         init: `"preserve"` keeps the function (gamma = sigma(W)); `"unit"` starts every map at spectral norm 1, for
             training from scratch.
         include: pattern (as of `fnmatch`), or several, of the names of layers to convert.
-        exclude: pattern or patterns of names to leave alone.
+        exclude: pattern or patterns of names to exclude.
         run: calls the model on a typical input and returns its output, such as `lambda model: model(**inputs)`. Layers
             whose weight the model turns out to read instead of calling them are left alone, see :func:`bypassed_layers`.
             Without it they are looked for in the source of the model's modules.

@@ -19,7 +19,7 @@ from torch.utils import _pytree
 from .layers import SigmaReparamLayer
 
 
-#: what may be asked of a weight without computing with it
+#: attributes of a weight that can be read without computing with it
 _FACTS = {"device", "dtype", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_floating_point"}
 _ABOUT = {"isinstance", "hasattr", "type", "id"}
 _Path = tuple[str, ...]
@@ -119,7 +119,7 @@ def bypassed_layers(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
         if isinstance(layer, SigmaReparamLayer) and not layer.stats_only
     }
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no reparametrised layer to look at.")
+        raise ValueError(f"{type(model).__name__} has no reparametrised layers.")
     before = [
         (layer, layer.weight.requires_grad, layer.gamma.requires_grad, layer.u.clone()) for layer in layers.values()
     ]
@@ -135,7 +135,7 @@ def bypassed_layers(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
             ]
             if not outputs:
                 raise ValueError(
-                    "No output of the run depends on the reparametrised layers: `run` has to return what the model computes, "
+                    "No output of the run depends on the reparametrised layers: `run` has to return the outputs of the model, "
                     "with gradients."
                 )
             total = sum(leaf.float().nan_to_num(0, 0, 0).square().sum() for leaf in outputs)

@@ -168,7 +168,7 @@ class _Starts:
 
 
 class SigmaReparamLayer:
-    """What the reparametrised layers share; mixed into a class that has ``weight``.
+    """Base class of the reparametrised layers; mixed into a class that has ``weight``.
 
     Attributes:
         gamma: learned scale `(1,)`; none with ``stats_only``.
@@ -219,12 +219,12 @@ class SigmaReparamLayer:
 
     @torch.no_grad()
     def refresh_u(self) -> None:
-        """Set u to the leading singular vector of the weight as it is now; gamma stays."""
+        """Set u to the leading singular vector of the current weight; gamma is not changed."""
         right = torch.linalg.svd(self.matrix(), full_matrices=False).Vh
         self.u.copy_(right[0])
 
     def spectral_norm(self, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Estimate sigma(W) by one power iteration from u, which stays; see :func:`power_iteration`."""
+        """Estimate sigma(W) by one power iteration from u, which is not changed; see :func:`power_iteration`."""
         u = self.u if u is None else u
         matrix = self.matrix()
         with torch.autocast(matrix.device.type, enabled=False):
@@ -238,7 +238,7 @@ class SigmaReparamLayer:
         spectrum = self._next_spectrum()
         if self.stats_only:
             return self.weight
-        # Exporters know no functions with a backward pass of their own.
+        # Exporters do not support custom autograd functions.
         reparametrise = _Reparametrise.forward if _is_exporting() else _Reparametrise.apply
         return reparametrise(self.weight, self.gamma, *spectrum)
 
@@ -269,7 +269,7 @@ class SigmaReparamLayer:
 
     @contextmanager
     def plain_weight(self):
-        """Let ``weight`` be W_hat for a while; what it has become afterwards is W_hat again, exactly.
+        """Context in which ``weight`` is W_hat; afterwards W is set so that W_hat equals the changed weight.
 
         For adding to the effective weight, as when an adapter is merged.
         """
@@ -314,7 +314,7 @@ _PLAIN = {reparametrised: plain for plain, reparametrised in REPARAMETRISED.item
 
 
 def reparametrise_layer(module: nn.Module) -> None:
-    """Make one plain layer a reparametrised one; its gamma and u are still to be set (see `reset_spectrum`)."""
+    """Convert a plain layer to a reparametrised one; gamma and u have to be set afterwards (see `reset_spectrum`)."""
     module.__class__ = REPARAMETRISED[type(module)]
     module._add_spectrum()
 

@@ -23,7 +23,7 @@ class AttentionRecipe:
     """Which attention labels a base model's images, and by which rule.
 
     Attributes:
-        grounding: layer -> heads that look at the object in question, all counted from 0.
+        grounding: layer -> heads that attend to the object in question, all counted from 0.
         sink: layer -> heads that mark sinks; `None` for all heads of the layer. Without layers there are no sinks.
         rule: whose labelling rule to follow.
         sink_threshold: mean sink attention from which a cell is a sink.
@@ -41,7 +41,7 @@ class AttentionRecipe:
             raise ValueError(f"rule must be 'llava' or 'qwen', got {self.rule!r}.")
 
 
-#: base model and, for Qwen2.5-VL, kind of images -> what the official scripts use
+#: base model and, for Qwen2.5-VL, kind of images -> heads used by the official scripts
 RECIPES = {
     ("llava-1.5-7b", None): AttentionRecipe({14: (13, 24, 26)}, {2: None}, "llava", 1e-3),
     ("llava-1.5-13b", None): AttentionRecipe(
@@ -82,7 +82,7 @@ class AnswerAttention:
     """Attention of an answer to the image tokens of its prompt, mean over rows and heads.
 
     Attributes:
-        grounding: float32 `(rows, columns)` of the image's grid, in the heads that look at the object.
+        grounding: float32 `(rows, columns)` of the image's grid, in the heads that attend to the object.
         sink: the same in the heads that mark sinks.
     """
 
@@ -239,7 +239,7 @@ def _check_recipe(recipe: AttentionRecipe, layers: nn.ModuleList) -> None:
         if heads is not None and not all(0 <= head < count for head in heads):
             raise ValueError(f"The recipe uses heads {tuple(heads)} of layer {layer}, which has {count} heads.")
         if getattr(attention, "sliding_window", None) is not None:
-            raise ValueError(f"Layer {layer} has a sliding window, in which rows do not see the whole image.")
+            raise ValueError(f"Layer {layer} has a sliding window, in which queries do not attend to the whole image.")
 
 
 def _with_answers(
@@ -248,7 +248,7 @@ def _with_answers(
     """Inputs of prompts followed by all of their answers but the last token, and which rows `(batch, rows)` are real."""
     input_ids = inputs["input_ids"]
     row_mask = torch.zeros(len(answers), max(map(len, answers)) - 1, dtype=torch.bool, device=input_ids.device)
-    # What stands in the padding is masked; it only must be no image token.
+    # Padding is masked; it only must not be an image token.
     padding = answers[0][0].item()
     added_ids = torch.full_like(row_mask, padding, dtype=input_ids.dtype)
     for i, answer in enumerate(answers):

@@ -14,7 +14,7 @@ from .rule import pseudo_labels
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-#: columns of the official files that are used, and what they have to be
+#: columns of the official files that are used, and their types
 _OFFICIAL = {"image": str, "prompt": str, "text": str, "sink_attn": np.ndarray, "grounding_attn_o2i": np.ndarray}
 
 

@@ -1,4 +1,4 @@
-"""Pseudo-labels by a base model itself: it answers a question, and its attention says which region the answer came from."""
+"""Pseudo-labels from a base model: it answers a question, and its attention shows which region the answer is based on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,9 @@ def label_images(
         model: LLaVA or Qwen2.5-VL for conditional generation.
         processor: its processor.
         images: one for each question.
-        questions: what the labels are for.
+        questions: questions to label.
         recipe: whose attention, and by which rule.
-        asked: what the model is asked instead while its attention is collected.
+        asked: questions to ask instead while the attention is collected.
         max_new_tokens: longest answer.
 
     Returns:
@@ -84,7 +84,7 @@ def label_images(
 
 
 def _to_the_end(model: PreTrainedModel, answer: torch.Tensor) -> torch.Tensor:
-    """The answer up to and with its end token; what follows is padding."""
+    """The answer up to and including its end token, followed by padding."""
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=answer.device).flatten()
     is_end = torch.isin(answer, ends)

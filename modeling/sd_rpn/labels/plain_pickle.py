@@ -1,6 +1,6 @@
 """Reading pickles without trusting them: numbers, strings, containers and arrays of numbers come out, or nothing does.
 
-A pickle is a program, and `pickle.load` runs whatever it asks for. Here the names under which NumPy stores arrays lead to
+A pickle is a program, and `pickle.load` runs any function that it names. Here the names under which NumPy stores arrays refer to
 stand-ins that check what they are given and build the arrays from the bytes; every other name is refused. No function
 of NumPy, or of anything else, is called on behalf of the file.
 
@@ -20,7 +20,7 @@ import numpy as np
 
 
 class PlainPickleError(ValueError):
-    """The file holds something other than plain data, or is damaged; the message says what."""
+    """The file contains something other than plain data, or is damaged; the message says what."""
 
 
 def load_plain_pickle(path: str | Path) -> Any:
@@ -34,7 +34,7 @@ def load_plain_pickle(path: str | Path) -> Any:
         these. NumPy scalars are Python's.
 
     Raises:
-        PlainPickleError: if the file asks for anything else, or cannot be read as a pickle.
+        PlainPickleError: if the file names anything else, or cannot be read as a pickle.
     """
     path = Path(path)
     try:
@@ -52,7 +52,7 @@ def load_plain_pickle(path: str | Path) -> Any:
 
 
 def _check_opcodes(file: BinaryIO, size: int) -> None:
-    """Refuse what makes an unpickler reserve memory for data that the file does not have."""
+    """Refuse opcodes that make an unpickler reserve memory for data that the file does not contain."""
     puts = 0
     for opcode, argument, position in pickletools.genops(file):
         if opcode.name == "FRAME" and argument > size - position:
@@ -79,7 +79,7 @@ class _Budget:
 
 
 class _StandIn:
-    """What a name of the pickle leads to.
+    """Stand-in for a name in the pickle.
 
     The pickle may try to set the state of any object or class. With this method that never falls back to setting
     attributes.
@@ -171,7 +171,7 @@ _STAND_INS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds stand-ins.
+    """Unpickler that builds stand-ins.
 
     Args:
         file: the pickle.
@@ -194,7 +194,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _plain(value: Any, seen: dict[int, Any]) -> Any:
-    """The data without stand-ins; what is in several places stays one object."""
+    """The data without stand-ins; shared objects stay shared."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if isinstance(value, _Array | _Buffer | _Scalar | _Bytes):

@@ -1,6 +1,6 @@
 """Pseudo-labels of the region proposal network: attention maps of a base model, denoised into three classes.
 
-A cell of the image-token grid is foreground, background, or ignored where the attention does not tell. Both rules are
+A cell of the image-token grid is foreground, background, or ignored if the attention is inconclusive. Both rules are
 those of the official code (arXiv 2509.16944, section 3.2), which finds sinks by their attention in an early layer and
 not, as printed, by the norm of their features.
 """
@@ -71,11 +71,11 @@ def llava_pseudo_labels(
     grid.
 
     Args:
-        grounding: `(batch, rows, columns)`, attention of the answer to the image in the heads that look at the object.
+        grounding: `(batch, rows, columns)`, attention of the answer to the image in the heads that attend to the object.
         sink: of the same shape, attention that marks cells which collect attention without a meaning.
         sink_threshold: attention from which a cell is a sink.
         foreground_ratio, background_ratio: thresholds as fractions of the maximum.
-        max_box_ratio: share of the grid from which the box says nothing.
+        max_box_ratio: share of the grid from which the box is ignored.
 
     Raises:
         ValueError: if the maps are no batches of grids of equal shape, or hold negative or non-finite values.
@@ -109,7 +109,7 @@ def qwen_pseudo_labels(
         grounding, sink: `(batch, g, g)`, see :func:`llava_pseudo_labels`.
         image_sizes: width and height of each image before it was padded.
         sink_threshold, foreground_ratio, background_ratio, max_box_ratio: see :func:`llava_pseudo_labels`.
-        min_peak: maximum of the attention without sinks and padding below which the map says nothing.
+        min_peak: minimum of the largest attention without sinks and padding; below it the map is ignored.
 
     Raises:
         ValueError: as :func:`llava_pseudo_labels`, or if the grids are not square or the sizes do not fit the batch.
