@@ -177,7 +177,13 @@ PAPERS = (
                 config="CombinerConfig",
                 models={"AutoModel": "CombinerModel", "AutoModelForCausalLM": "CombinerForCausalLM"},
                 peft="llama",
-                compares={},
+                # the body of a Llama, so that only the attention is another
+                compares={
+                    "position_embedding_type": "rope",
+                    "norm_type": "rms_norm",
+                    "gated_mlp": True,
+                    "lm_head_bias": False,
+                },
             ),
             Family(
                 model_type="combiner_encoder",
