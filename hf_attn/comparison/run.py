@@ -15,7 +15,7 @@ from ..training.output_folder import output_folder
 from ..training.text import train_tokenizer
 from ..training.writing import written_whole
 from .data import Corpus
-from .entries import BASELINE, Shape, default_entries, make_config
+from .entries import BASELINE, Shape, default_entries, make_config, make_model
 from .report import write_report
 
 
@@ -124,10 +124,11 @@ def _compare(
 
     plan_file = output / "plan.json"
     if not plan_file.is_file():
-        trials = [_trial(job(entry, 0, TRIAL_STEPS), output) for entry in tqdm(entries, desc="time of a step")]
-        # What a process takes for each step, and for starting and measuring.
-        a_step, apart = (seeds * sum(times) for times in zip(*trials, strict=True))
-        left = deadline - time.perf_counter() - apart
+        times = {entry: _seconds_a_step(job(entry, 0, TRIAL_STEPS), corpus) for entry in tqdm(entries, desc="trials")}
+        a_step = seeds * sum(time for time in times.values() if time is not None)
+        working = [entry for entry in entries if times[entry] is not None]
+        apart = _seconds_apart(job(working[0], 0, TRIAL_STEPS), output) if working else 0.0
+        left = deadline - time.perf_counter() - seeds * len(entries) * apart
         steps = max(MIN_STEPS, int(left / a_step)) if a_step else MIN_STEPS
         with written_whole(plan_file) as part:
             part.write_text(json.dumps({"steps": steps}), encoding="utf-8")
@@ -139,15 +140,23 @@ def _compare(
     return results
 
 
-def _trial(job: dict, output: Path) -> tuple[float, float]:
-    """Seconds of a step, and what a training takes beside its steps; an entry that fails takes no time."""
+def _seconds_a_step(job: dict, corpus: Corpus) -> float | None:
+    from .measure import train
+
+    try:
+        model = make_model(job["entry"], Shape(**job["shape"]))
+        return job["batch_size"] * job["length"] / train(model, corpus, job)[1]
+    except Exception:  # it fails again in its own process, whose message goes into its row
+        return None
+
+
+def _seconds_apart(job: dict, output: Path) -> float:
+    """What a training takes beside its steps: its process starts, and measures."""
     start = time.perf_counter()
     result_file = output / ".trial.json"
-    if _failure(job, output / ".trial-job.json", result_file) is not None:
-        return 0.0, time.perf_counter() - start
-    a_step = job["batch_size"] * job["length"] / json.loads(result_file.read_text())["training_tokens_a_second"]
-    result_file.unlink()
-    return a_step, time.perf_counter() - start - job["steps"] * a_step
+    if _failure(job, output / ".trial-job.json", result_file) is None:
+        result_file.unlink()
+    return time.perf_counter() - start
 
 
 def _run(job: dict, output: Path, number: int) -> dict:
