@@ -123,7 +123,7 @@ PAPERS = (
                 models={"AutoModel": "DeconstructedModel", "AutoModelForCausalLM": "DeconstructedForCausalLM"},
                 # those of Qwen2; a layer of kind `mlp` has the others
                 peft=("q_proj", "v_proj", "self_attn.gate_proj", "self_attn.up_proj"),
-                compares={},
+                compares={"placement": "hybrid"},
             ),
         ),
         converter=True,
@@ -193,7 +193,13 @@ PAPERS = (
                 config="CombinerConfig",
                 models={"AutoModel": "CombinerModel", "AutoModelForCausalLM": "CombinerForCausalLM"},
                 peft="llama",
-                compares={},
+                # the body of a Llama, so that only the attention is another
+                compares={
+                    "position_embedding_type": "rope",
+                    "norm_type": "rms_norm",
+                    "gated_mlp": True,
+                    "lm_head_bias": False,
+                },
             ),
             Family(
                 model_type="combiner_encoder",
@@ -256,7 +262,7 @@ PAPERS = (
                 },
                 folder="unified_long_sequence",
                 peft=("q_proj", "k_proj", "v_proj", "o_proj"),
-                compares={"num_attention_heads": 1, "num_key_value_heads": 1},
+                compares={"mixer": "linear_elu", "num_attention_heads": 1, "num_key_value_heads": 1},
             ),
         ),
         converter=True,

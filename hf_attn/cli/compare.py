@@ -25,7 +25,7 @@ def add_parser(commands) -> None:
         "configuration (default: all)",
     )
     compare.add_argument(
-        "--minutes", type=float, default=20.0, metavar="N", help="about how long all trainings take (%(default)s)"
+        "--minutes", type=float, default=20.0, metavar="N", help="about how long it takes (%(default)s)"
     )
     compare.add_argument("--seeds", type=positive, default=2, metavar="N", help="trainings of each (%(default)s)")
     compare.add_argument(
@@ -33,7 +33,10 @@ def add_parser(commands) -> None:
     )
     compare.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
     compare.add_argument(
-        "--overwrite", action="store_true", help="start anew in a folder that holds another comparison"
+        "--overwrite-output-dir",
+        "--overwrite_output_dir",
+        action="store_true",
+        help="start anew; an earlier comparison is kept beside it",
     )
     compare.set_defaults(run=run)
 
@@ -44,7 +47,12 @@ def run(options: argparse.Namespace) -> None:
 
     try:
         compare(
-            options.output, options.families, options.minutes, options.seeds, options.data, overwrite=options.overwrite
+            options.output,
+            options.families,
+            options.minutes,
+            options.seeds,
+            options.data,
+            overwrite=options.overwrite_output_dir,
         )
     except (ImportError, OutputFolderError) as error:
         raise CommandError(str(error)) from error

@@ -1,6 +1,7 @@
 """The whole comparison: jobs in processes of their own, continued where they were, and one table at the end."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..training.output_folder import claim_output_folder
+from ..training.output_folder import output_folder
 from ..training.text import train_tokenizer
+from ..training.writing import written_whole
 from .data import Corpus
 from .entries import BASELINE, Shape, default_entries, make_config, make_model
 from .report import write_report
@@ -22,6 +24,8 @@ BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 VOCAB_SIZE = 1024
 MIN_STEPS = 2
+#: of a trial that tells how many steps the time allows
+TRIAL_STEPS = 4
 
 
 def _texts(data: str | None) -> tuple[list[str], list[str]]:
@@ -29,8 +33,13 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
 
     if data is None:
         return load_texts("train"), load_texts("test")
+    if Path(data).suffix in (".txt", ".md", ".json", ".jsonl", ".csv") and not Path(data).exists():
+        raise ValueError(f"There is no file {data}.")
     if Path(data).is_file():
-        text = read_texts(file=data)[0]
+        try:
+            text = read_texts(file=data)[0]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
         cut = len(text) * 9 // 10
         if not text[cut:].strip():
             raise ValueError(f"{data} holds too little text to hold a tenth of it back.")
@@ -42,16 +51,16 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
     return texts[:cut], texts[cut:]
 
 
-def _seconds_a_step(entry: str, shape: Shape, corpus: Corpus) -> float:
-    """Time of a training step, of which the first does not count."""
-    from .measure import train
-
-    job = {"entry": entry, "seed": 0, "learning_rate": 0.0, "batch_size": BATCH_SIZE, "length": LENGTH}
-    model = make_model(entry, shape)
-    train(model, corpus, {**job, "steps": 1})
-    start = time.perf_counter()
-    train(model, corpus, {**job, "steps": 2})
-    return (time.perf_counter() - start) / 2
+def _corpus(data: str | None) -> Corpus:
+    """The texts as tokens; raises `ValueError` for too few of them."""
+    texts, held_back = _texts(data)
+    corpus = Corpus.from_texts(texts, held_back, train_tokenizer(texts, VOCAB_SIZE))
+    for name, tokens, least in (("training", corpus.train, LENGTH + 1), ("held-back", corpus.test, 4 * LENGTH)):
+        if len(tokens) < least:
+            raise ValueError(
+                f"The {name} text has {len(tokens)} tokens, and {least} at least are needed: give more text."
+            )
+    return corpus
 
 
 def compare(
@@ -64,48 +73,45 @@ def compare(
 ) -> list[dict]:
     """Train the entries with the same budget and compare them; see the command `hf-attn compare`.
 
-    All models are trained on the same tokens in the same order, with the same optimizer. The number of steps is chosen so that all trainings
-    together take about the given time. Each training runs in a separate process; if one fails, its row contains the error.
+    All models are trained on the same tokens in the same order, with the same optimizer, for the same number of steps. The number
+    of steps is chosen so that the whole comparison takes about the given time. Each training runs in a separate process; if one
+    fails, its row contains the error.
 
     Args:
         output: folder for results, table and pictures. A comparison with the same settings is continued.
         entries: see [`make_config`]; all of the catalogue if not given. The first is the baseline.
-        minutes: about how long the trainings take together.
+        minutes: about how long it takes, trainings and measurements together.
         seeds: trainings of each entry.
         data: a text file or the Hub id of a data set with a column `text`; Python's documentation if not given.
-        overwrite: start anew; see [`claim_output_folder`].
+        overwrite: start anew; see [`output_folder`].
 
     Returns:
         A result for each training, see [`measure`], or `{"entry", "seed", "error"}`.
 
     Raises:
         ValueError: for entries, texts or numbers that make no comparison.
+        OutputFolderError: if the folder holds something else, or another comparison is at work in it.
     """
+    start = time.perf_counter()
     entries = list(dict.fromkeys(entries or default_entries()))
-    if minutes <= 0 or seeds < 1:
+    if not 0 < minutes < math.inf or seeds < 1:
         raise ValueError(f"minutes must be above 0 and seeds at least 1, got {minutes} and {seeds}.")
-    output = Path(output)
-    texts, held_back = _texts(data)
     settings = {"entries": entries, "minutes": minutes, "seeds": seeds, "data": data}
-    claim_output_folder(output, settings, overwrite)
+    with output_folder(output, settings, overwrite, command="hf-attn compare"):
+        corpus = _corpus(data)
+        shape = Shape(vocab_size=corpus.vocab_size, max_position_embeddings=4 * LENGTH)
+        for entry in entries:
+            make_config(entry, shape)  # names and fields are checked before anything is trained
+        return _compare(Path(output), entries, start + 60 * minutes, seeds, corpus, shape)
 
-    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
-    corpus = Corpus.from_texts(texts, held_back, tokenizer)
-    shape = Shape(vocab_size=corpus.vocab_size, max_position_embeddings=4 * LENGTH)
-    for entry in entries:
-        make_config(entry, shape)  # names and fields are checked before anything is trained
+
+def _compare(
+    output: Path, entries: list[str], deadline: float, seeds: int, corpus: Corpus, shape: Shape
+) -> list[dict]:
     save_file({"train": corpus.train, "test": corpus.test}, output / "corpus.safetensors")
 
-    plan_file = output / "plan.json"
-    if not plan_file.is_file():
-        seconds = {entry: _timed(entry, shape, corpus) for entry in tqdm(entries, desc="time of a step")}
-        together = sum(time for time in seconds.values() if time is not None) * seeds
-        steps = max(MIN_STEPS, int(60 * minutes / together)) if together else MIN_STEPS
-        plan_file.write_text(json.dumps({"steps": steps}), encoding="utf-8")
-    steps = json.loads(plan_file.read_text(encoding="utf-8"))["steps"]
-
-    jobs = [
-        {
+    def job(entry: str, seed: int, steps: int) -> dict:
+        return {
             "entry": entry,
             "seed": seed,
             "steps": steps,
@@ -116,33 +122,64 @@ def compare(
             "corpus": str(output / "corpus.safetensors"),
             "first_symbol": corpus.first_symbol,
         }
-        for seed in range(seeds)
-        for entry in entries
-    ]
+
+    plan_file = output / "plan.json"
+    if not plan_file.is_file():
+        times = {entry: _seconds_a_step(job(entry, 0, TRIAL_STEPS), corpus) for entry in tqdm(entries, desc="trials")}
+        a_step = seeds * sum(time for time in times.values() if time is not None)
+        working = [entry for entry in entries if times[entry] is not None]
+        apart = _seconds_apart(job(working[0], 0, TRIAL_STEPS), output) if working else 0.0
+        left = deadline - time.perf_counter() - seeds * len(entries) * apart
+        steps = max(MIN_STEPS, int(left / a_step)) if a_step else MIN_STEPS
+        with written_whole(plan_file) as part:
+            part.write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    steps = json.loads(plan_file.read_text(encoding="utf-8"))["steps"]
+
+    jobs = [job(entry, seed, steps) for seed in range(seeds) for entry in entries]
     results = [_run(job, output, entries.index(job["entry"])) for job in tqdm(jobs, desc="trainings")]
     write_report(results, output, entries[0] if BASELINE not in entries else BASELINE, steps)
     return results
 
 
-def _timed(entry: str, shape: Shape, corpus: Corpus) -> float | None:
+def _seconds_a_step(job: dict, corpus: Corpus) -> float | None:
+    from .measure import train
+
     try:
-        return _seconds_a_step(entry, shape, corpus)
+        model = make_model(job["entry"], Shape(**job["shape"]))
+        return job["batch_size"] * job["length"] / train(model, corpus, job)[1]
     except Exception:  # it fails again in its own process, whose message goes into its row
         return None
+
+
+def _seconds_apart(job: dict, output: Path) -> float:
+    """What a training takes beside its steps: its process starts, and measures."""
+    start = time.perf_counter()
+    result_file = output / ".trial.json"
+    if _failure(job, output / ".trial-job.json", result_file) is None:
+        result_file.unlink()
+    return time.perf_counter() - start
 
 
 def _run(job: dict, output: Path, number: int) -> dict:
     name = f"{number:02}-{job['seed']}"
     result_file = output / "results" / f"{name}.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text(encoding="utf-8"))
-    result_file.parent.mkdir(exist_ok=True)
-    job_file = output / "results" / f".{name}-job.json"
+    if not result_file.is_file():
+        result_file.parent.mkdir(exist_ok=True)
+        failure = _failure(job, output / "results" / f".{name}-job.json", result_file)
+        if failure is not None:
+            return {"entry": job["entry"], "seed": job["seed"], "error": failure}
+    return json.loads(result_file.read_text(encoding="utf-8"))
+
+
+def _failure(job: dict, job_file: Path, result_file: Path) -> str | None:
+    """Run a job in a process of its own; what went wrong, if something did."""
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "hf_attn.comparison.measure", str(job_file), str(result_file)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    job_file.unlink()
+    try:
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        job_file.unlink()
     if done.returncode == 0:
-        return json.loads(result_file.read_text(encoding="utf-8"))
+        return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"entry": job["entry"], "seed": job["seed"], "error": lines[-1] if lines else f"exit {done.returncode}"}
+    return lines[-1] if lines else f"exit {done.returncode}"

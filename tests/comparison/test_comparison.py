@@ -39,6 +39,12 @@ def test_every_causal_family_makes_a_model_of_the_shape():
         assert model.config.vocab_size == 200 and model.config.num_hidden_layers == 4, entry
 
 
+def test_a_family_takes_part_with_its_mechanism():
+    kinds = make_config("deconstructing_attention", SHAPE)[0].layer_kinds
+    assert list(kinds) == ["taylor_joint", "standard"] * 2
+    assert make_config("token_mixer", SHAPE)[0].mixer != "softmax"
+
+
 def test_fields_and_attention_functions_go_into_the_name():
     config, attention = make_config("llama+sigmoid:rms_norm_eps=0.1;hidden_act=gelu", SHAPE)
     assert (attention, config.hidden_act) == ("sigmoid", "gelu")
@@ -122,3 +128,16 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert main(["compare", "--output", str(tmp_path / "full")]) == 2
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    few, bytes_file = tmp_path / "few.txt", tmp_path / "bytes.txt"
+    few.write_text("a few words " * 40)
+    bytes_file.write_bytes(b"\x87" * 100)
+    for arguments, message in (
+        (["--data", str(tmp_path / "nowhere.txt")], "There is no file"),
+        (["--data", str(bytes_file)], "bytes.txt is no text in UTF-8"),
+        (["--data", str(few)], "text has"),
+        (["--minutes", "nan"], "minutes must be above 0"),
+    ):
+        assert main(["compare", *arguments, "--families", "llama", "--output", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    # What failed at once is not in the way of another try.
+    assert not (tmp_path / "out" / "_hf_attn_run.json").exists()

@@ -143,10 +143,10 @@ function drawCurve() {
     const band = rows.map((row) => [axes.x(row.removed), axes.y(clamp(row.mean + row.std, 0, 1))])
       .concat(rows.slice().reverse().map((row) => [axes.x(row.removed), axes.y(clamp(row.mean - row.std, 0, 1))]));
     return `<path d="${path(band)}Z" fill="${palette[i]}" opacity=".15"/>` +
-      `<path d="${path(rows.map((row) => [axes.x(row.removed), axes.y(row.mean)]))}" fill="none" stroke="${palette[i]}" stroke-width="2"/>` +
-      `<text x="${290}" y="${16 + 12 * i}" style="fill:${palette[i]}">${order}</text>`;
+      `<path d="${path(rows.map((row) => [axes.x(row.removed), axes.y(row.mean)]))}" fill="none" stroke="${palette[i]}" stroke-width="2"/>`;
   });
-  $("curve").innerHTML = axes.svg(lines.join(""));
+  const names = orders.map((order, i) => `<span><i style="background:${palette[i]}"></i>${order}</span>`);
+  $("curve").innerHTML = `<div class="legend">${names.join("")}</div>${axes.svg(lines.join(""))}`;
 }
 function sparkline(layer, head) {
   const values = data.ring_mean[layer * data.heads + head];
