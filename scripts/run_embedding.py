@@ -49,14 +49,25 @@ class ScriptArguments:
     num_latents: int = field(default=32, metadata={"help": "Latents of the head."})
     num_pooling_heads: int = field(default=8, metadata={"help": "Attention heads of the head."})
     pooling_head_dim: int = field(default=64, metadata={"help": "Width of an attention head of the head."})
+    pooling_init: str = field(
+        default="mean",
+        metadata={
+            "help": "Start of the head: as the mean of what it pools, or random as in the paper.",
+            "choices": ["mean", "random"],
+        },
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA on the decoder; 0 to train it in full."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a dataset, in the place of the documentation."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
     held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held out for the retrieval."})
-    max_length: int = field(default=64, metadata={"help": "Tokens at which texts are cut."})
+    max_length: int = field(default=32, metadata={"help": "Tokens at which texts are cut."})
     scale: float = field(default=20.0, metadata={"help": "Factor of the similarities in the loss."})
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an embedder of sentence-transformers to measure beside it."},
+    )
     query_prompt: str = field(default="", metadata={"help": "Put before every query, and saved with the model."})
     document_prompt: str = field(default="", metadata={"help": "Put before every document, and saved with the model."})
 
@@ -65,7 +76,7 @@ class ScriptArguments:
 class EmbeddingArguments(TrainingArguments):
     """transformers' arguments with other defaults."""
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts of an evaluation step."})
     max_steps: int = field(default=40, metadata={"help": "Steps."})
@@ -125,30 +136,67 @@ def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) 
     return torch.cat(embeddings)
 
 
-def held_back_ranks(model, tokenizer, rows: list[dict], arguments: ScriptArguments, batch_size: int) -> torch.Tensor:
-    """Rank of each row's positive among those of all rows, each text once."""
+@dataclass
+class Retrieval:
+    """Retrieval of held-back rows: each query of a task looks for any of its positives among those of all rows.
+
+    A query that is itself one of these documents does not find itself.
+    """
+
+    rows: list[dict]
+
+    def __post_init__(self):
+        self.documents = list(dict.fromkeys(row["positive"] for row in self.rows))
+        places = {document: index for index, document in enumerate(self.documents)}
+        answers = {}
+        for row in self.rows:
+            key = (row.get("task") or "held back", row["query"])
+            answers.setdefault(key, set()).add(places[row["positive"]])
+        self.tasks, self.queries = (list(values) for values in zip(*answers, strict=True))
+        self.relevant = list(answers.values())
+        self.ignored = [{places[query]} if query in places else () for query in self.queries]
+
+    def ranks(self, embed_queries, embed_documents) -> torch.Tensor:
+        """Rank of each query's first positive; the arguments turn lists of texts into embeddings."""
+        embedded = embed_queries(self.queries), embed_documents(self.documents)
+        return retrieval_ranks(*embedded, self.relevant, self.ignored)
+
+    def scores_by_task(self, ranks: torch.Tensor) -> dict[str, dict[str, float]]:
+        """Retrieval scores of the queries of each task."""
+        return {
+            task: retrieval_scores(ranks[[index for index, other in enumerate(self.tasks) if other == task]])
+            for task in dict.fromkeys(self.tasks)
+        }
+
+
+def held_back_ranks(
+    model, tokenizer, retrieval: Retrieval, arguments: ScriptArguments, batch_size: int
+) -> torch.Tensor:
+    """Ranks of the held-back queries' positives."""
     was_training = model.training
     model.eval()
-    documents = list(dict.fromkeys(row["positive"] for row in rows))
-    places = {document: index for index, document in enumerate(documents)}
-    queries, answers = (
-        embed(model, tokenizer, [prompt + text for text in texts], batch_size, arguments.max_length)
-        for prompt, texts in (
-            (arguments.query_prompt, [row["query"] for row in rows]),
-            (arguments.document_prompt, documents),
+
+    def embed_with(prompt: str):
+        return lambda texts: embed(
+            model, tokenizer, [prompt + text for text in texts], batch_size, arguments.max_length
         )
-    )
+
+    ranks = retrieval.ranks(embed_with(arguments.query_prompt), embed_with(arguments.document_prompt))
     model.train(was_training)
-    return retrieval_ranks(queries, answers, [places[row["positive"]] for row in rows])
+    return ranks
 
 
-def scores_by_task(ranks: torch.Tensor, rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Retrieval scores of the rows of each task."""
-    tasks = [row.get("task") or "held out" for row in rows]
-    return {
-        task: retrieval_scores(ranks[[index for index, other in enumerate(tasks) if other == task]])
-        for task in dict.fromkeys(tasks)
-    }
+def reference_ranks(name_or_path: str, retrieval: Retrieval, arguments: ScriptArguments) -> torch.Tensor:
+    """Ranks that another embedder, one of sentence-transformers, gives the same texts, cut at as many tokens."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise stop("--reference_model needs sentence-transformers: pip install 'hf_attn[embeddings]'") from error
+    encoder = SentenceTransformer(name_or_path, device="cpu")
+    encoder.max_seq_length = arguments.max_length
+    return retrieval.ranks(
+        *(partial(method, convert_to_tensor=True) for method in (encoder.encode_query, encoder.encode_document))
+    )
 
 
 def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
@@ -170,6 +218,7 @@ def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformer
             num_latents=arguments.num_latents,
             num_pooling_heads=arguments.num_pooling_heads,
             pooling_head_dim=arguments.pooling_head_dim,
+            pooling_init=arguments.pooling_init,
             prompts=prompts,
         )
     return model, tokenizer
@@ -210,7 +259,11 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     measures = training.process_index == 0
     batch_size = training.per_device_eval_batch_size
     model.to(training.device)
-    before = held_back_ranks(model, tokenizer, held_back, script, batch_size) if measures else None
+    retrieval, ranks = Retrieval(held_back), {}
+    if measures:
+        if script.reference_model is not None:
+            ranks["reference"] = reference_ranks(script.reference_model, retrieval, script)
+        ranks["before"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
     if script.lora_rank:
         model = add_lora(model, script.lora_rank)
     trainer = EmbeddingTrainer(
@@ -225,17 +278,15 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {}
     if measures:
-        after = held_back_ranks(model, tokenizer, held_back, script, batch_size)
+        ranks["after"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
         metrics = {
-            f"{when}_{name}": value
-            for when, ranks in (("before", before), ("after", after))
-            for name, value in retrieval_scores(ranks).items()
+            f"{when}_{name}": value for when, those in ranks.items() for name, value in retrieval_scores(those).items()
         }
         if script.lora_rank:
             model = model.merge_and_unload()
         model.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
-        for name, result in (("eval_results", metrics), ("task_results", scores_by_task(after, held_back))):
+        for name, result in (("eval_results", metrics), ("task_results", retrieval.scores_by_task(ranks["after"]))):
             (output_dir / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(metrics))
     trainer.accelerator.wait_for_everyone()

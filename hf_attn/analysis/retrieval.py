@@ -1,29 +1,48 @@
 """How well embeddings find the text that belongs to a query."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch.nn import functional as F
 
 
-def retrieval_ranks(queries: torch.Tensor, documents: torch.Tensor, relevant: Sequence[int]) -> torch.Tensor:
-    """Rank of each query's document among all, by cosine similarity, from 1; of equal ones it counts as the last.
+def retrieval_ranks(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    relevant: Sequence[Collection[int]],
+    ignored: Sequence[Collection[int]] | None = None,
+) -> torch.Tensor:
+    """Rank, from 1, of the first relevant document of each query, by cosine similarity.
+
+    Relevant documents do not count against each other; of equal similarities, irrelevant documents come first.
 
     Args:
         queries: `(queries, width)`.
         documents: `(documents, width)`.
-        relevant: index of the document of each query.
+        relevant: for each query the indices of the documents that answer it.
+        ignored: for each query the indices of documents that are left out, such as the query's own text.
 
     Raises:
-        ValueError: if the numbers do not fit, or a score is not finite.
+        ValueError: if the numbers do not fit, a query has no relevant document, or a score is not finite.
     """
     if len(relevant) != len(queries) or len(queries) == 0:
-        raise ValueError(f"Each query needs one relevant document, got {len(queries)} queries and {len(relevant)}.")
+        raise ValueError(
+            f"Each query needs its relevant documents, got {len(queries)} queries and those of {len(relevant)}."
+        )
+    if ignored is not None and len(ignored) != len(queries):
+        raise ValueError(f"Got the documents to ignore of {len(ignored)} queries, and {len(queries)} queries.")
     scores = F.normalize(queries.float(), dim=-1) @ F.normalize(documents.float(), dim=-1).t()
     if not bool(scores.isfinite().all()):
         raise ValueError("Some similarities are not finite: an embedding has NaN or infinite entries.")
-    own = scores.gather(1, torch.as_tensor(relevant, device=scores.device)[:, None])
-    return (scores >= own).sum(dim=1)
+    is_relevant, is_ignored = torch.zeros(2, *scores.shape, dtype=torch.bool, device=scores.device)
+    for row, (found, left_out) in enumerate(zip(relevant, ignored or [()] * len(queries), strict=True)):
+        is_relevant[row, list(found)] = True
+        is_ignored[row, list(left_out)] = True
+    is_relevant &= ~is_ignored
+    if not bool(is_relevant.any(dim=1).all()):
+        raise ValueError(f"Query {int(is_relevant.any(dim=1).int().argmin())} has no relevant document.")
+    best = scores.masked_fill(~is_relevant, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~is_relevant & ~is_ignored).sum(dim=1) + 1
 
 
 def retrieval_scores(ranks: torch.Tensor) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Building blocks of GMAN: linear layers with batch normalisation, in pairs, and the gate of two branches."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -44,6 +46,49 @@ def batch_norm(config: GMANConfig, channels: int, activated: bool = True) -> nn.
     return GMANBatchNorm(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
 
+def normalised_maps(
+    hidden_states: torch.Tensor, linears: Sequence[nn.Module], norms: Sequence[nn.Module], activated: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """`norm(linear(hidden_states))` of each pair, if `activated` with a ReLU.
+
+    In eval mode batch normalisation is an affine map, so that each pair is one linear map, and all pairs together are one.
+    Adapters, quantisers, hooks and offloading work through the call of a layer, which they keep.
+    """
+    pairs = tuple(zip(linears, norms, strict=True))
+    if not all(_is_affine(linear, norm) for linear, norm in pairs):
+        outputs = (norm(linear(hidden_states)) for linear, norm in pairs)
+        return tuple(output.relu_() if activated else output for output in outputs)
+    weights, biases = zip(*(_folded(linear, norm) for linear, norm in pairs), strict=True)
+    together = nn.functional.linear(hidden_states, torch.cat(weights), torch.cat(biases))
+    if activated:
+        together = together.relu_()
+    return together.split([len(weight) for weight in weights], dim=-1)
+
+
+def _is_affine(linear: nn.Module, norm: nn.Module) -> bool:
+    return (
+        type(linear) is nn.Linear
+        and type(norm) is GMANBatchNorm
+        and not norm.training
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            for module in (linear, norm)
+        )
+    )
+
+
+def _folded(linear: nn.Linear, norm: GMANBatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of `norm(linear(x))`, multiplied in at least float32."""
+    dtype = linear.weight.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    factor = norm.weight.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()
+    bias = -norm.running_mean.to(exact)
+    if linear.bias is not None:
+        bias = bias + linear.bias
+    bias = torch.addcmul(norm.bias.to(exact), bias, factor)
+    return (linear.weight * factor[:, None]).to(dtype), bias.to(dtype)
+
+
 def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
     """Set the share of a batch in the running statistics of all batch normalisations of a GMAN."""
     for module in model.modules():
@@ -83,10 +128,10 @@ class GMANMLP(nn.Module):
             self.fc2 = self.norm2 = nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.norm1(self.fc1(self.dropout(hidden_states))).relu_()
+        (hidden_states,) = normalised_maps(self.dropout(hidden_states), [self.fc1], [self.norm1], activated=True)
         if isinstance(self.fc2, nn.Identity):
             return hidden_states
-        return self.norm2(self.fc2(self.dropout(hidden_states)))
+        return normalised_maps(self.dropout(hidden_states), [self.fc2], [self.norm2])[0]
 
 
 class GMANEmbeddings(nn.Module):
@@ -130,7 +175,7 @@ class GMANGatedFusion(nn.Module):
         self.output = GMANMLP(config, width, width)
 
     def forward(self, spatial: torch.Tensor, temporal: torch.Tensor) -> torch.Tensor:
-        gate = self.gate(
-            self.spatial_norm(self.spatial_proj(spatial)) + self.temporal_norm(self.temporal_proj(temporal))
-        )
+        (of_spatial,) = normalised_maps(spatial, [self.spatial_proj], [self.spatial_norm])
+        (of_temporal,) = normalised_maps(temporal, [self.temporal_proj], [self.temporal_norm])
+        gate = self.gate(of_spatial + of_temporal)
         return self.output(torch.lerp(temporal, spatial, gate))

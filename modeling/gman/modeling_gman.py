@@ -16,7 +16,7 @@ from hf_attn.architectures.layers import eager_attention_forward
 from hf_attn.hub import HubModelMixin
 
 from .configuration_gman import GMANConfig
-from .layers import GMANMLP, GMANEmbeddings, GMANGatedFusion, batch_norm
+from .layers import GMANMLP, GMANEmbeddings, GMANGatedFusion, batch_norm, normalised_maps
 from .metrics import masked_mae, observed_values
 
 
@@ -98,11 +98,11 @@ class GMANAttention(nn.Module):
         self, query_states: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `(..., hidden_size)`, the heads side by side."""
-        return (
-            self.q_norm(self.q_proj(query_states)).relu_(),
-            self.k_norm(self.k_proj(key_states)).relu_(),
-            self.v_norm(self.v_proj(value_states)).relu_(),
-        )
+        linears, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm, self.v_norm)
+        if query_states is key_states is value_states:
+            return normalised_maps(query_states, linears, norms, activated=True)
+        each = zip((query_states, key_states, value_states), linears, norms, strict=True)
+        return tuple(normalised_maps(states, [linear], [norm], activated=True)[0] for states, linear, norm in each)
 
     def attend(
         self,

@@ -70,3 +70,8 @@ def prepare_cache(cache: EncoderDecoderCache) -> None:
     scanpaths = cache.self_attention_cache
     if type(scanpaths) is DynamicCache and not scanpaths.offloading and scanpaths.get_seq_length() == 0:
         cache.self_attention_cache = _cache(GrowingLayer)
+
+
+def grows(cache: EncoderDecoderCache) -> bool:
+    """Whether the fixations so far are in a cache of this module, whose rows can be repeated."""
+    return getattr(cache.self_attention_cache, "layer_class_to_replicate", None) is GrowingLayer

@@ -24,9 +24,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hf_attn.hub import HubModelMixin
 
-from .caches import new_cache, prepare_cache
+from .caches import grows, new_cache, prepare_cache
 from .checks import check_labels, check_scenes
 from .configuration_oat import OATConfig
+from .pointer_head import OATPointerHead
 from .position_table import position_table
 
 
@@ -132,48 +133,6 @@ class OATDecoderLayer(BartDecoderLayer):
             config=config,
             layer_idx=layer_idx,
         )
-
-
-class OATPointerHead(nn.Module):
-    """Object attention, the output head: scores of the encoder's tokens, and a constant one of PAD.
-
-    S_h = concat(Q_h E_h^T, 0) / sqrt(d), scores = sum_h w_h S_h + b; without w and b if there is one head. The last token of
-    the encoder, the target, stands for EOS.
-    """
-
-    def __init__(self, config: OATConfig):
-        super().__init__()
-        self.num_heads = config.num_pointer_heads
-        self.scaling = (config.pointer_scaling_dim or config.hidden_size) ** -0.5
-        self.query_proj = nn.Linear(config.hidden_size, self.num_heads * config.hidden_size)
-        self.key_proj = nn.Linear(config.hidden_size, self.num_heads * config.hidden_size)
-        self.readout = nn.Linear(self.num_heads, 1) if self.num_heads > 1 else None
-
-    def forward(
-        self, hidden_states: torch.Tensor, scenes: torch.Tensor, token_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Score.
-
-        Args:
-            hidden_states: `(batch * scanpaths, length, hidden_size)`, of the decoder.
-            scenes: `(batch, objects + 1, hidden_size)`, of the encoder.
-            token_mask: `(batch, objects + 1)`; scores are minus infinity where it is false.
-
-        Returns:
-            `(batch * scanpaths, length, objects + 2)`.
-        """
-        queries = self.query_proj(hidden_states).reshape(scenes.shape[0], -1, self.query_proj.out_features)
-        bias = 0.0
-        if self.readout is not None:
-            # The weighted sum over heads is one product over the channels of all heads.
-            weights = self.readout.weight.squeeze(0).repeat_interleave(hidden_states.shape[-1])
-            queries, bias = queries * weights, self.readout.bias
-        scores = queries @ self.key_proj(scenes).transpose(1, 2) * self.scaling
-        scores = nn.functional.pad(scores, (0, 1)) + bias
-        if token_mask is not None:
-            token_mask = nn.functional.pad(token_mask, (0, 1), value=True)
-            scores = scores.masked_fill(~token_mask.unsqueeze(1), -torch.inf)
-        return scores.view(*hidden_states.shape[:-1], -1)
 
 
 class OATPreTrainedModel(HubModelMixin, PreTrainedModel):
@@ -378,6 +337,10 @@ class OATModel(OATPreTrainedModel):
                 num_tokens - 1,
                 device=encoder_outputs.last_hidden_state.device,
             )
+        num_scenes, copies = encoder_outputs.last_hidden_state.shape[0], 1
+        if self._begins_alike(decoder_input_ids, num_scenes, past_key_values, kwargs):
+            copies = len(decoder_input_ids) // num_scenes
+            decoder_input_ids = decoder_input_ids[::copies]
         outputs = self.decoder(
             decoder_input_ids,
             encoder_outputs=encoder_outputs,
@@ -386,6 +349,9 @@ class OATModel(OATPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        if copies > 1:
+            outputs.past_key_values.self_attention_cache.batch_repeat_interleave(copies)
+            outputs.last_hidden_state = outputs.last_hidden_state.repeat_interleave(copies, dim=0)
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -396,6 +362,22 @@ class OATModel(OATPreTrainedModel):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
+
+    def _begins_alike(
+        self, input_ids: torch.LongTensor, num_scenes: int, cache: EncoderDecoderCache | None, kwargs: dict
+    ) -> bool:
+        """Whether this is the first step of several scanpaths a scene that begin with the same id, which is decoded once."""
+        if self.training or torch.compiler.is_compiling() or input_ids.shape[1] != 1 or len(input_ids) == num_scenes:
+            return False
+        shows_rows = any(
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_attentions", "output_hidden_states")
+        )
+        if cache is None or shows_rows or cache.get_seq_length() > 0:
+            return False
+        prepare_cache(cache)
+        in_scenes = input_ids.view(num_scenes, -1)
+        return grows(cache) and bool((in_scenes == in_scenes[:, :1]).all())
 
 
 class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
@@ -468,7 +450,8 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         )
         if isinstance(self.head, OATPointerHead):
             scenes = (encoder_outputs.last_hidden_state, encoder_outputs.token_mask)
-            logits = self.head(outputs.last_hidden_state, *scenes)
+            folded = self._folded_head(outputs.past_key_values, encoder_outputs.last_hidden_state)
+            logits = self.head(outputs.last_hidden_state, *scenes, folded)
         else:
             logits = self.head(outputs.last_hidden_state)
         loss = None
@@ -486,6 +469,16 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
         )
+
+    def _folded_head(self, cache: EncoderDecoderCache | None, scenes: torch.Tensor):
+        """What the head makes of the scenes, kept beside their keys and values from the first step on."""
+        if cache is None or self.training or torch.is_grad_enabled():
+            return None
+        kept_scenes, folded = getattr(cache, "folded_head", (None, None))
+        if kept_scenes is not scenes:
+            folded = self.head.fold(scenes)
+            cache.folded_head = (scenes, folded)
+        return folded
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor, num_objects: int) -> torch.LongTensor:
         """Labels shifted by one: BOS first, PAD where a label is -100."""

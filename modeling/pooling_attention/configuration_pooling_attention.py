@@ -53,6 +53,9 @@ class PoolingAttentionConfig(DecoderConfig):
         num_pooling_heads (`int`): number H of its attention heads.
         pooling_head_dim (`int`): width w of a head. It is independent of `hidden_size`.
         pooling_std (`float`): standard deviation of new latents and rows of the layer table.
+        pooling_init (`str`): how a new head starts: `"random"` as in the paper, or `"mean"`, which makes its output nearly the mean
+            of the normalised vectors that it pools, so that little training does not have to make up for a random map. It
+            multiplies `pooling_std` by 0.02.
         mean_over (`str`): the tokens whose mean design 5 takes: `"attention_mask"`, or `"pad_token_id"` for the official
             rule, over all tokens except the padding token, regardless of the mask.
         prompts (`dict[str, str]`): name of a task (`query`, `document`) -> text that sentence-transformers puts before a
@@ -95,6 +98,7 @@ class PoolingAttentionConfig(DecoderConfig):
     num_pooling_heads: int = 32
     pooling_head_dim: int = 2048
     pooling_std: float | int = 1.0
+    pooling_init: Literal["random", "mean"] = "random"
     mean_over: Literal["attention_mask", "pad_token_id"] = "attention_mask"
     prompts: dict[str, str] | None = None
 

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 
+#: a head that starts as a mean multiplies the standard deviation of its latents by it
+_SMALL = 0.02
+
+
 class LatentAttention(nn.Module):
     """Cross-attention of the latents to the hidden states, without biases."""
 
@@ -134,11 +138,18 @@ class PoolingHead(nn.Module):
         self.attention = LatentAttention(hidden_size, num_heads, head_dim)
         self.feed_forward = GatedFeedForward(hidden_size)
 
-    def reset_parameters(self, std: float = 1.0) -> None:
-        """Initialise parameters that are not loaded: torch's defaults for linear layers, normal latents and table rows."""
+    def reset_parameters(self, std: float = 1.0, start: str = "random") -> None:
+        """Initialise parameters that are not loaded.
+
+        Args:
+            std: standard deviation of latents and table rows.
+            start: `"random"` for torch's defaults of linear layers; `"mean"` for a head whose output is nearly the mean of the
+                normalised vectors: values are copies of their channels and the output undoes it, as far as there are
+                enough channels, the feed-forward block adds nothing, and latents and table rows are small.
+        """
         for parameter in (self.latents, self.layer_embeddings):
             if parameter is not None:
-                init.normal_(parameter, std=std)
+                init.normal_(parameter, std=std if start == "random" else _SMALL * std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
@@ -148,6 +159,18 @@ class PoolingHead(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 init.ones_(module.weight)
                 init.zeros_(module.bias)
+        if start == "mean":
+            value = self.attention.value.weight
+            inner, hidden_size = value.shape
+            if inner < hidden_size:
+                init.orthogonal_(value)
+            else:
+                channels = torch.arange(inner, device=value.device) % hidden_size
+                init.copy_(value, nn.functional.one_hot(channels, hidden_size))
+            # Columns of channels that are there several times add up.
+            init.copy_(self.attention.dense.weight, value.t() / value.square().sum(dim=0).clamp(min=1)[:, None])
+            init.zeros_(self.feed_forward.contract.weight)
+            init.zeros_(self.feed_forward.contract.bias)
 
     def _add_layer_embeddings(self, states: torch.Tensor) -> torch.Tensor:
         if self.layer_embeddings is None:

@@ -37,7 +37,7 @@ class PoolingAttentionPreTrainedModel(DecoderPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, PoolingHead):
-            module.reset_parameters(self.config.pooling_std)
+            module.reset_parameters(self.config.pooling_std, self.config.pooling_init)
         elif not getattr(module, "_is_in_pooling_head", False):
             super()._init_weights(module)
 

@@ -65,11 +65,15 @@ def test_a_batch_has_queries_then_positives_then_negatives():
         collator([{"query": "a"}])
 
 
-def test_of_equal_documents_the_relevant_one_counts_as_the_last():
+def test_ranks_of_the_first_relevant_document():
     documents = torch.eye(3)[[0, 1, 1, 2]]
-    ranks = retrieval_ranks(torch.eye(3), documents, [0, 1, 3])
-    assert ranks.tolist() == [1, 2, 1]
+    ranks = retrieval_ranks(torch.eye(3), documents, [[0], [1], [3]])
+    assert ranks.tolist() == [1, 2, 1]  # of equal ones the relevant one is the last
+    assert retrieval_ranks(torch.eye(3), documents, [[0], [1, 2], [3]]).tolist() == [1, 1, 1]
+    assert retrieval_ranks(torch.eye(3), documents, [[0], [1], [3]], [(), {2}, ()]).tolist() == [1, 1, 1]
     scores = retrieval_scores(ranks)
     assert scores == pytest.approx({"recall@1": 2 / 3, "recall@10": 1.0, "mrr": 2.5 / 3})
+    with pytest.raises(ValueError, match="Query 0 has no relevant document"):
+        retrieval_ranks(torch.eye(3)[:1], documents, [[0]], [[0]])
     with pytest.raises(ValueError, match="not finite"):
-        retrieval_ranks(torch.full((1, 3), torch.nan), documents, [0])
+        retrieval_ranks(torch.full((1, 3), torch.nan), documents, [[0]])

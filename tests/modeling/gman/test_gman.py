@@ -188,7 +188,22 @@ def test_generate_returns_one_sample():
     batch = inputs(model.config)
     sequences = model.generate(**batch).sequences
     assert sequences.shape == (3, 1, 4, 6) and not sequences.requires_grad
-    assert torch.equal(sequences[:, 0], model(**batch).prediction_outputs)
+    torch.testing.assert_close(sequences[:, 0], model(**batch).prediction_outputs)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"batch_norm_everywhere": True, "embedding_bias": False}])
+def test_a_normalisation_folded_into_its_map_changes_nothing_and_a_hook_prevents_it(overrides):
+    model = tiny_model(**overrides).double()
+    batch = inputs(model.config, dtype=torch.float64)
+    folded = model(**batch).prediction_outputs
+    called = set()
+    norms = [module for module in model.modules() if isinstance(module, GMANBatchNorm)]
+    for module in norms:
+        module.register_forward_hook(lambda module, *_: called.add(module))
+    torch.testing.assert_close(model(**batch).prediction_outputs, folded)
+    assert len(called) == len(norms) > 0
+    folded.sum().backward()
+    assert all(module.weight.grad is not None for module in norms)
 
 
 class TestBatchNorm:

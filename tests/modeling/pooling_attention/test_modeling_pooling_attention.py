@@ -133,6 +133,20 @@ def test_the_last_layer_head_ignores_the_order_and_the_multi_layer_head_does_not
             head(torch.randn(2, 6, 16))
 
 
+@pytest.mark.parametrize("head_dim", [16, 32])
+@pytest.mark.parametrize("design", [2, 3, 4, 5])
+def test_a_head_can_start_as_the_mean_of_what_it_pools(design, head_dim):
+    model = make(design, pooling_head_dim=head_dim, pooling_init="mean", pooling_std=0.0).eval()
+    ids, states = torch.tensor([[3, 4, 5], [6, 7, 8]]), {}
+    model.head.register_forward_pre_hook(lambda _, inputs: states.update(pooled=inputs[0]))
+    embeddings = model(ids).pooler_output
+    expected = torch.nn.functional.layer_norm(states["pooled"], [32], eps=1e-5).mean(dim=1)
+    if design != 2:  # one key has the weight 1; the weights of several are near each other
+        model.head.attention.query.weight.data.zero_()
+        embeddings = model(ids).pooler_output
+    torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected, dim=-1))
+
+
 def test_official_numbers_of_parameters():
     with torch.device("meta"):
         heads = [
