@@ -47,6 +47,7 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import files_written_whole
 
 
@@ -141,7 +142,7 @@ class ScriptTrainingArguments(TrainingArguments):
     )
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family."""
 
 

@@ -51,6 +51,7 @@ from hf_attn.modeling.rmt.token_labeling import (
 from hf_attn.restoration.images import as_rgb
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 
 
 try:
@@ -209,7 +210,7 @@ class ScriptTrainingArguments(TrainingArguments):
     )
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family, and trains on batches that mixup and CutMix have mixed.
 
     Args:

@@ -3,10 +3,11 @@
 from .entries import Family, Paper
 
 
+_LAYOUTS = tuple(f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid"))
+_PLANNED = ("distributed_zeppelin",)
+
 #: names for ``attn_implementation`` that split a sequence over processes
-DISTRIBUTED_ATTENTION = tuple(
-    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
-)
+DISTRIBUTED_ATTENTION = (*_LAYOUTS, *_PLANNED)
 
 PAPERS = (
     Paper(
@@ -241,6 +242,7 @@ PAPERS = (
                 compares={"num_attention_heads": 1, "num_key_value_heads": 1},
             ),
         ),
+        attention=_LAYOUTS,
         converter=True,
         doors={"TokenMixer": "mixers"},
     ),
@@ -250,7 +252,7 @@ PAPERS = (
         arxiv="2509.21841",
         becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
         available=True,
-        attention=DISTRIBUTED_ATTENTION,
+        attention=_PLANNED,
         doors={
             "ZeppelinCollator": "distributed.zeppelin.trainer",
             "ZeppelinEngine": "distributed.zeppelin.engine",

@@ -106,6 +106,7 @@ def everything(rank, folder, port):
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
+    results["bf16"] = train("ring", Path(folder, "bf16"), shared=True, bf16=True)
     results["refused"] = []
     for kind, more in (("ring", {"label_smoothing_factor": 0.1}), ("ring", {})):
         try:
@@ -141,6 +142,20 @@ def test_the_weights_are_those_of_one_process(results, one_process, kind):
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4)
             assert not torch.equal(start[name], weight) or "norm" in name, name
+
+
+def test_bfloat16_is_as_exact_as_in_one_process(results, one_process, tmp_path):
+    exact, losses, _ = one_process["ring"]
+    rounded, _, _ = train("ring", tmp_path, shared=False, bf16=True)
+
+    def error(weights):
+        return sum((weights[name] - weight).square().sum() for name, weight in exact.items()).sqrt()
+
+    for result in results:
+        weights, found_losses, _ = result["bf16"]
+        # Both round, each in its own order; float32 would have no error.
+        assert 0.1 * error(rounded) < error(weights) < 2 * error(rounded)
+        assert found_losses == pytest.approx(losses, rel=2**-7)
 
 
 def test_what_is_refused(results):
