@@ -1,6 +1,5 @@
 """Trainer in processes that share their sequences ends with the weights of one process."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hf_attn.distributed.zeppelin.partition import PlanError
 from hf_attn.distributed.zeppelin.trainer import ZeppelinCollator, ZeppelinTrainerMixin
 
 from .models import tiny_model
-from .processes import free_port, in_processes
+from .processes import free_port, in_processes, set_launcher_variables
 
 
 pytestmark = pytest.mark.xdist_group("distributed_trainer")
@@ -88,14 +87,7 @@ def train(kind, folder, shared, resume=None, **more):
 
 
 def everything(rank, folder, port):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    set_launcher_variables(rank, PROCESSES, port)
     results = {kind: train(kind, Path(folder, kind), shared=True) for kind in KINDS}
     checkpoint = str(Path(folder, "zeppelin", "checkpoint-2"))
     results["resumed"] = train("zeppelin", Path(folder, "resumed"), shared=True, resume=checkpoint)

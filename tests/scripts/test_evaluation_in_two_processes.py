@@ -18,7 +18,7 @@ from PIL import Image
 
 from hf_attn import GMANConfig, GMANForPrediction
 from tests.batteries.text import byte_tokenizer, llama
-from tests.distributed.processes import free_port, in_processes
+from tests.distributed.processes import free_port, in_processes, set_launcher_variables
 
 
 pytest.importorskip("datasets")
@@ -124,15 +124,8 @@ def run(name: str, data: str, output: Path) -> dict[str, float] | str:
 
 
 def everything(rank: int, data: str, outputs: str, port: int) -> dict[str, dict[str, float] | str]:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "HF_DATASETS_CACHE": f"{outputs}/cache",
-    }
+    set_launcher_variables(rank, PROCESSES, port)
+    os.environ["HF_DATASETS_CACHE"] = f"{outputs}/cache"
     return {name: run(name, data, Path(outputs, name)) for name in CASES}
 
 
