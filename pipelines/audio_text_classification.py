@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from hf_attn.modeling.dementia_fusion.audio import read_speech
 from hf_attn.modeling.dementia_fusion.plots import plot_transport, words_over_time
+from hf_attn.pipelines.heads import check_head
 
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class AudioTextClassificationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_head(self.model)
         if self.processor is None:
             raise ValueError("The model has no processor: give one, processor=DementiaFusionProcessor(...).")
         # For padding, when the pipeline makes batches.

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from hf_attn.architectures.restoration import memory
 from hf_attn.architectures.restoration.configuration import ImageRestorationConfig
+from hf_attn.pipelines.heads import check_head
 from hf_attn.restoration import tiling
 from hf_attn.restoration.images import DecodedImage, decode_frames, encode_image, resize_alpha
 
@@ -55,6 +56,7 @@ class ImageRestorationPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_head(self.model)
         # A model object may come from its training: drop path would make each call another image.
         self.model.eval()
 

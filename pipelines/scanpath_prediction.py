@@ -8,6 +8,7 @@ from transformers import Pipeline
 
 from hf_attn.modeling.oat.drawing import draw_scanpath
 from hf_attn.modeling.oat.layout import box_centres, check_boxes, grid_boxes, object_of_box
+from hf_attn.pipelines.heads import check_head
 
 
 try:
@@ -55,6 +56,7 @@ class ScanpathPredictionPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_head(self.model)
         if self.image_processor is None:
             raise ValueError(
                 "The model has no image processor: give one, image_processor=OATImageProcessor.from_config(model.config)."

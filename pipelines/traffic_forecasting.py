@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from hf_attn.modeling.gman.data import order_sensors, read_table, regular_grid, step_of, time_features
 from hf_attn.modeling.gman.plots import plot_forecast
+from hf_attn.pipelines.heads import check_head
 
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class TrafficForecastingPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_head(self.model)
+        self.model.eval()
 
     def _sanitize_parameters(self, start=None, time_zone=None, sensors=None, return_sensor_attention=None, **unknown):
         if unknown:

@@ -46,6 +46,7 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.text import train_tokenizer
 from hf_attn.training.writing import files_written_whole
 
@@ -135,7 +136,7 @@ class ScriptTrainingArguments(RunArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family."""
 
 

@@ -44,6 +44,7 @@ from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, run_script, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import written_whole
 
 
@@ -89,11 +90,11 @@ class PretrainingArguments(RunArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
 
 
-class PretrainingTrainer(HubTrainerMixin, transformers.Trainer):
+class PretrainingTrainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family."""
 
 
-class SiFTTrainer(SiFTTrainerMixin, transformers.Trainer):
+class SiFTTrainer(ExactEvaluationMixin, SiFTTrainerMixin, transformers.Trainer):
     """Trainer with scale-invariant fine-tuning."""
 
 

@@ -50,6 +50,7 @@ from hf_attn.modeling.rmt.token_labeling import (
 from hf_attn.restoration.images import as_rgb
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 
 
 try:
@@ -215,7 +216,7 @@ class ScriptTrainingArguments(RunArguments):
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family, and trains on batches that mixup and CutMix have mixed.
 
     Args:

@@ -49,6 +49,7 @@ from hf_attn.modeling.oat.readers import read_amazon, read_shelves, read_trials
 from hf_attn.modeling.oat.trials import ScanpathDataset, Trial, split_by_image, without_outliers
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import written_whole
 
 
@@ -181,7 +182,7 @@ def make_model(model_args: ModelArguments, train_trials: list[Trial]) -> OATForS
     )
 
 
-class ScanpathTrainer(HubTrainerMixin, transformers.Trainer):
+class ScanpathTrainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Evaluates greedy scanpaths: predictions are objects, with -1 where a scanpath has ended."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

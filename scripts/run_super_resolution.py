@@ -55,6 +55,7 @@ from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import written_whole
 
 
@@ -409,7 +410,7 @@ class WeightAverage(TrainerCallback):
             self.swap()
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Evaluates averaged weights, halves the learning rate by a recipe, and writes the model card of the family."""
 
     def __init__(self, *args, weight_average: WeightAverage, metrics: RestorationMetrics | None = None, **kwargs):

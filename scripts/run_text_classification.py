@@ -53,6 +53,7 @@ from hf_attn.modeling.wide_attention.listops import SYMBOLS, Difficulty, generat
 from hf_attn.modeling.wide_attention.tokenization import symbol_tokenizer
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import written_whole
 
 
@@ -78,6 +79,8 @@ DIFFICULTIES = {
     "small": Difficulty(max_depth=2, max_arguments=4, min_length=4, max_length=24),
     "standard": Difficulty(),
 }
+#: Each model has its checkpoints in a folder of its own.
+CHECKPOINTS = "*/checkpoint-*"
 
 
 @dataclass
@@ -142,7 +145,7 @@ class ScriptTrainingArguments(TrainingArguments):
     )
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family."""
 
 
@@ -179,8 +182,7 @@ def _problem(model_args: ModelArguments, data_args: DataArguments, training_args
     if training_args.resume_from_checkpoint is not None:
         if training_args.overwrite_output_dir:
             return "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them"
-        # Each model has its checkpoints in a folder of its own.
-        if not any(Path(training_args.output_dir).glob("*/checkpoint-*")):
+        if not any(Path(training_args.output_dir).glob(CHECKPOINTS)):
             return f"there is no checkpoint in {training_args.output_dir} to resume from"
     return None
 
@@ -336,7 +338,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script; returns the results by model."""
     model_args, data_args, training_args = parse_arguments(arguments)
     logging.set_verbosity(training_args.get_process_log_level())
-    with training_folder(NAME, training_args, settings_of(model_args, data_args)):
+    with training_folder(NAME, training_args, settings_of(model_args, data_args), checkpoints=CHECKPOINTS):
         return train_and_evaluate(model_args, data_args, training_args)
 
 

@@ -44,6 +44,7 @@ from hf_attn.modeling.gman.metrics import forecast_errors
 from hf_attn.modeling.gman.training import BatchNormMomentumCallback, staircase_schedule
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, run_script, training_folder
+from hf_attn.training.evaluation import ExactEvaluationMixin
 
 
 NAME = "run_traffic.py"
@@ -119,7 +120,7 @@ class ScriptTrainingArguments(RunArguments):
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation loss before stopping."})
 
 
-class Trainer(HubTrainerMixin, transformers.Trainer):
+class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     """Writes the model card of the family, and has the learning rate fall in stairs."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

@@ -8,11 +8,10 @@ SmolLM2-135M on English prose that is part of Python, 4,096 tokens on two proces
 
 Before training every process reports on the first batch: the loss beside that of one process, the bytes that attention sends
 beside the formula of its layout, and the peak of memory of a step. `accelerate launch --config_file
-scripts/configs/sequence_parallel_cpu.yaml scripts/train_long_context.py ...` is the same. See `--help` for the arguments of this script, and
+scripts/configs/sequence_parallel_cpu.yaml scripts/train_long_context.py --use_cpu true ...` is the same. See `--help` for the arguments of this script, and
 transformers' `TrainingArguments` for the others. On GPUs the process group is NCCL's; that has not been run.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -22,9 +21,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -33,12 +29,12 @@ from hf_attn.distributed.context import activated
 from hf_attn.distributed.exchange import count_sent_bytes
 from hf_attn.distributed.functional import LAYOUTS
 from hf_attn.distributed.measure import forward_bytes
+from hf_attn.distributed.script import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.distributed.trainer import SequenceParallelTrainerMixin
-from hf_attn.examples.assets import AssetError, read_texts, smollm2_folder, token_blocks
+from hf_attn.examples.assets import read_texts, token_blocks
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import run_script, training_folder
-from hf_attn.training.writing import written_whole
 
 
 NAME = "train_long_context.py"
@@ -46,37 +42,21 @@ stop = partial(command_line.stop, NAME)
 
 
 @dataclass
-class LongContextArguments:
+class LongContextArguments(DecoderArguments):
     """What to train, on what, and how the processes share it."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a decoder. Default: SmolLM2-135M, fetched once."}
-    )
     layout: str = field(default="ring", metadata={"help": f"Who computes what: {', '.join(LAYOUTS)}."})
     split: str = field(default="zigzag", metadata={"help": "How tokens are dealt out: zigzag or contiguous."})
     block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence, of all processes together."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset with texts."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
-    report: bool = field(default=True, metadata={"help": "Compare the first batch with one process before training."})
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(SharedTrainingArguments):
     """transformers' arguments with other defaults."""
 
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "Sequences of a step, of all processes together."}
-    )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
 
 
@@ -187,26 +167,6 @@ def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, 
     return script_args, training_args
 
 
-def load_model(script_args: LongContextArguments, training_args: TrainingArguments):
-    """The model with distributed attention, and its tokenizer."""
-    try:
-        with training_args.main_process_first(desc="model"):
-            name = script_args.model_name_or_path or str(smollm2_folder())
-    except (AssetError, ImportError) as error:
-        raise stop(f"{error}") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=f"distributed_{script_args.layout}"
-    )
-    longest = model.config.max_position_embeddings
-    if script_args.block_size > longest:
-        raise stop(f"--block_size {script_args.block_size} is more than the {longest} positions of the model.")
-    if script_args.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=script_args.lora_rank, task_type="CAUSAL_LM"))
-    return model, AutoTokenizer.from_pretrained(name)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the numbers of the report."""
     script_args, training_args = parse_arguments(arguments)
@@ -217,7 +177,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def train(script_args: LongContextArguments, training_args: ScriptTrainingArguments) -> dict[str, float]:
     """Report and train; returns the numbers of the report."""
     set_seed(training_args.seed)
-    model, tokenizer = load_model(script_args, training_args)
+    implementation = f"distributed_{script_args.layout}"
+    model, tokenizer = load_decoder(script_args, training_args, implementation, stop)
+    longest = model.config.max_position_embeddings
+    if script_args.block_size > longest:
+        raise stop(f"--block_size {script_args.block_size} is more than the {longest} positions of the model.")
     try:
         texts = read_texts(
             "train",
@@ -243,19 +207,8 @@ def train(script_args: LongContextArguments, training_args: ScriptTrainingArgume
     results = {}
     if script_args.report:
         rows = blocks[: training_args.per_device_train_batch_size].to(training_args.device)
-        results = report(trainer, {"input_ids": rows, "labels": rows}, f"distributed_{script_args.layout}")
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    if training_args.should_save:
-        with written_whole(Path(training_args.output_dir, "report.json")) as part:
-            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.create_model_card()
+        results = report(trainer, {"input_ids": rows, "labels": rows}, implementation)
+    train_and_save(trainer, results)
     return results
 
 

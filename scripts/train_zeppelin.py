@@ -14,28 +14,26 @@ for the others.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import set_seed
 
 from hf_attn.distributed.context import activated, global_loss
 from hf_attn.distributed.exchange import Peers
 from hf_attn.distributed.measure import idle_shares, measure_attention
+from hf_attn.distributed.script import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.distributed.zeppelin.parallel import Cluster, EvenCluster, ZeppelinParallel
 from hf_attn.distributed.zeppelin.partition import PlanError
 from hf_attn.distributed.zeppelin.trainer import ZeppelinCollator, ZeppelinTrainerMixin
-from hf_attn.examples.assets import AssetError, read_texts, smollm2_folder
+from hf_attn.examples.assets import read_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import run_script, training_folder
-from hf_attn.training.writing import written_whole
 
 
 NAME = "train_zeppelin.py"
@@ -43,40 +41,24 @@ stop = partial(command_line.stop, NAME)
 
 
 @dataclass
-class ZeppelinArguments:
+class ZeppelinArguments(DecoderArguments):
     """What to train, on what, and where."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a Llama-like model. Default: SmolLM2-135M, fetched once."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset with texts."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     max_length: int = field(default=2048, metadata={"help": "Longer documents are cut into pieces of this length."})
     num_nodes: int = field(default=1, metadata={"help": "Nodes that the processes are on, equally many on each."})
     capacity: int | None = field(
         default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15%% more."}
     )
-    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
-    report: bool = field(default=True, metadata={"help": "Measure idle shares on the first batch before training."})
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(SharedTrainingArguments):
     """transformers' arguments with other defaults."""
 
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Documents of a step, of all processes together."}
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it; documents have tokens only."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class Trainer(ZeppelinTrainerMixin, HubTrainerMixin, transformers.Trainer):
@@ -201,17 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
 def train(script_args: ZeppelinArguments, training_args: ScriptTrainingArguments) -> dict[str, dict]:
     """Report and train; returns the numbers of the report."""
     set_seed(training_args.seed)
-    try:
-        with training_args.main_process_first(desc="model"):
-            name = script_args.model_name_or_path or str(smollm2_folder())
-    except (AssetError, ImportError) as error:
-        raise stop(f"{error}") from error
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="distributed_zeppelin")
-    if script_args.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=script_args.lora_rank, task_type="CAUSAL_LM"))
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    model, tokenizer = load_decoder(script_args, training_args, "distributed_zeppelin", stop)
     documents = load_documents(script_args, tokenizer)
     if training_args.should_log:
         lengths = sorted(len(document["input_ids"]) for document in documents)
@@ -233,20 +205,9 @@ def train(script_args: ZeppelinArguments, training_args: ScriptTrainingArguments
         if script_args.report:
             first = next(iter(trainer.get_train_dataloader()))
             results = report(trainer, trainer._prepare_inputs(first))
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        train_and_save(trainer, results)
     except PlanError as error:
         raise stop(f"{error}") from error
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    if training_args.should_save:
-        with written_whole(Path(training_args.output_dir, "report.json")) as part:
-            part.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.create_model_card()
     return results
 
 

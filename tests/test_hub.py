@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load as load_weights
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -493,6 +494,8 @@ class TestPushing:
         assert json.loads(files["config.json"])["auto_map"] == auto_map(family)
         assert files[f"{STUB_NAME}.py"] == (folder / model_type / f"{STUB_NAME}.py").read_bytes()
         assert files["model.safetensors"] == (folder / model_type / "model.safetensors").read_bytes()
+        # Trainer's `load_best_model_at_end` reads the file without the renaming of `from_pretrained`.
+        assert load_weights(files["model.safetensors"]).keys() <= tiny_model(family).state_dict().keys()
         card = card_of(hub, f"tester/{model_type}")
         assert {"hf_attn", model_type, "pushed"} <= set(card.data.tags)
         assert f"tester/{model_type}" in card.text

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .variants import VariantsMixin
+
 
 if TYPE_CHECKING:
     from transformers import BitImageProcessor, PreTrainedConfig
@@ -70,6 +72,18 @@ def published_labels(num_labels: int) -> dict[str, Any]:
     if names is None:
         return {"num_labels": num_labels}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+class PublishedClassesMixin(VariantsMixin):
+    """Gives a configuration class variants of which the published classifiers know their classes."""
+
+    @classmethod
+    def from_variant(cls, name: str, **overrides):
+        """Build the configuration of a variant, see [`VariantsMixin.from_variant`]; a published one knows its classes."""
+        num_labels = cls.variants.get(name, {}).get("num_labels")
+        if num_labels is not None and not overrides.keys() & {"num_labels", "id2label", "label2id"}:
+            overrides |= published_labels(num_labels)
+        return super().from_variant(name, **overrides)
 
 
 def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":

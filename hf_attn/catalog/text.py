@@ -3,10 +3,11 @@
 from .entries import Family, Paper
 
 
+_LAYOUTS = tuple(f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid"))
+_PLANNED = ("distributed_zeppelin",)
+
 #: names for ``attn_implementation`` that split a sequence over processes
-DISTRIBUTED_ATTENTION = tuple(
-    f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid", "zeppelin")
-)
+DISTRIBUTED_ATTENTION = (*_LAYOUTS, *_PLANNED)
 
 PAPERS = (
     Paper(
@@ -265,6 +266,7 @@ PAPERS = (
                 compares={"mixer": "linear_elu", "num_attention_heads": 1, "num_key_value_heads": 1},
             ),
         ),
+        attention=_LAYOUTS,
         converter=True,
         doors={"TokenMixer": "mixers"},
     ),
@@ -276,7 +278,7 @@ PAPERS = (
         claim="Partitioning sequences of different lengths by cost, instead of splitting each one evenly over all "
         "processes, balances the work and makes training steps faster.",
         available=True,
-        attention=DISTRIBUTED_ATTENTION,
+        attention=_PLANNED,
         doors={
             "ZeppelinCollator": "distributed.zeppelin.trainer",
             "ZeppelinEngine": "distributed.zeppelin.engine",

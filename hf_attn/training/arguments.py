@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..architectures.ranges import Range
-from .output_folder import OutputFolderError, output_folder
+from .output_folder import CHECKPOINTS, OutputFolderError, output_folder
 
 
 logger = logging.get_logger(__name__)
@@ -292,6 +292,7 @@ def training_folder(
     settings: dict[str, Any],
     continues: bool = False,
     adds: bool = False,
+    checkpoints: str = CHECKPOINTS,
 ) -> Iterator[None]:
     """Hold `output_dir` for the run of a script, in the first of its processes.
 
@@ -301,6 +302,7 @@ def training_folder(
         settings: see :func:`hf_attn.training.output_folder.claim_output_folder`.
         continues: whether the same settings continue a run; else `--resume_from_checkpoint` does.
         adds: whether the run only adds files of its own to what is in the folder.
+        checkpoints: see :func:`hf_attn.training.output_folder.claim_output_folder`.
 
     Raises:
         SystemExit: with one line for the user, if the folder holds something else.
@@ -316,6 +318,7 @@ def training_folder(
                         command=command,
                         continues=continues,
                         resume=adds or (not continues and training_args.resume_from_checkpoint is not None),
+                        checkpoints=checkpoints,
                     )
                     stack.enter_context(claimed)
         except OutputFolderError as error:

@@ -22,6 +22,10 @@ RECORD = "_hf_attn_run.json"
 LOCK = "_hf_attn_run.lock"
 
 
+#: what Trainer calls the folders of its checkpoints
+CHECKPOINTS = "checkpoint-*"
+
+
 class OutputFolderError(ValueError):
     """The folder contains something else; the message explains how to continue."""
 
@@ -34,6 +38,7 @@ def claim_output_folder(
     command: str = "",
     continues: bool = True,
     resume: bool = False,
+    checkpoints: str = CHECKPOINTS,
 ) -> bool:
     """Reserve a folder for a run with these settings.
 
@@ -44,6 +49,7 @@ def claim_output_folder(
         command: name of the script or command.
         continues: whether the same settings continue the run that is in the folder.
         resume: whether the user asked to continue what is in the folder; then its settings are not compared.
+        checkpoints: pattern of the folders in it that `--resume_from_checkpoint last` continues from.
 
     Returns:
         Whether the folder belongs to an earlier run, which is to be continued.
@@ -59,7 +65,11 @@ def claim_output_folder(
     if _is_used(folder):
         earlier = _read_record(folder)
         if earlier is None and not resume:
-            last = "; `--resume_from_checkpoint last` continues from its checkpoint" if _has_checkpoint(folder) else ""
+            last = (
+                "; `--resume_from_checkpoint last` continues from its checkpoint"
+                if any(folder.glob(checkpoints))
+                else ""
+            )
             raise OutputFolderError(
                 f"{folder} is not empty and holds no run of hf_attn, so nothing is written into it or taken out of it. "
                 f"Choose another folder{'' if continues else last}."
@@ -68,7 +78,7 @@ def claim_output_folder(
             if continues:
                 _check_same_run(folder, earlier, command, settings)
             elif not resume:
-                last = " `--resume_from_checkpoint last` continues it," if _has_checkpoint(folder) else ""
+                last = " `--resume_from_checkpoint last` continues it," if any(folder.glob(checkpoints)) else ""
                 raise OutputFolderError(
                     f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts anew and keeps "
                     "the earlier run beside it, and so does another folder."
@@ -106,7 +116,7 @@ def output_folder(
         except KeyboardInterrupt:
             if options.get("continues", True):
                 advice = "The same command continues it where it was."
-            elif _has_checkpoint(Path(folder)):
+            elif any(Path(folder).glob(options.get("checkpoints", CHECKPOINTS))):
                 advice = "The same command with `--resume_from_checkpoint last` continues from the last checkpoint."
             else:
                 advice = "There is no checkpoint yet: `--overwrite_output_dir` starts anew."
@@ -169,10 +179,6 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("checkpoint-*"))
 
 
 def _check_same_run(folder: Path, earlier: dict[str, Any], command: str, settings: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ import torch
 from transformers import Trainer
 
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training.evaluation import ExactEvaluationMixin
 
 
 #: parts of the names of the new layers' parameters
 _NEW = ("interaction.", "head.")
 
 
-class TwoRatesTrainer(HubTrainerMixin, Trainer):
+class TwoRatesTrainer(ExactEvaluationMixin, HubTrainerMixin, Trainer):
     """A Trainer whose `learning_rate` is that of the encoders.
 
     Args:

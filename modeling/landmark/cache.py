@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_landmark import LandmarkConfig
-from .store import GROWTH, BlockStore, grown
+from .store import GROWTH, BlockStore, grown, longest
 
 
 Retrieval = Literal["per_token_and_head", "max_over_tokens", "max_over_heads", "max_over_tokens_and_heads"]
@@ -291,7 +291,7 @@ class LandmarkCache(Cache):
         """Called after an input `(batch, length)` has been stored in all layers."""
         self.lengths = self.lengths + valid.sum(-1)
         if self.top_k is None:
-            width = int(self.lengths.max())
+            width = longest(self.lengths)
             flags = torch.zeros(len(valid), width, dtype=torch.bool, device=valid.device)
             flags[:, : self.is_landmark.shape[1]] = self.is_landmark
             row, column = valid.nonzero(as_tuple=True)
@@ -326,7 +326,7 @@ class LandmarkCache(Cache):
             self.lengths = (self.lengths + tokens_to_remove).clamp(min=0)
         self.seen_tokens = max(self.seen_tokens + tokens_to_remove, 0)
         if self.top_k is None:
-            width = int(self.lengths.max())
+            width = longest(self.lengths)
             kept = torch.arange(width, device=self.lengths.device) < self.lengths[:, None]
             self.is_landmark = self.is_landmark[:, :width] & kept
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_landmark import LandmarkConfig
+from .store import longest
 
 
 #: text of the landmark token
@@ -79,7 +80,7 @@ class Insertion:
         place = (rank - 1 + landmarks - completes.long()).masked_fill(~valid, 0)
 
         lengths = valid.sum(-1) + completes.sum(-1)
-        shape = (len(valid), int(lengths.max()))
+        shape = (len(valid), longest(lengths))
         source = torch.full(shape, -1, device=valid.device)
         row, column = valid.nonzero(as_tuple=True)
         source[row, place[row, column]] = column

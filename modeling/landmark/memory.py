@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from .cache import Destination, LandmarkCache
+from .store import longest
 
 
 #: cosines and sines, which broadcast to the states
@@ -141,16 +142,16 @@ def begin_step(
     after = lengths + valid.sum(-1)
     kept = valid & (positions >= (after - cache.max_slots)[:, None])
     slots = torch.where(kept, positions % cache.max_slots, -1)
-    destination = Destination.of(slots, min(int(after.max()), cache.max_slots), block)
+    destination = Destination.of(slots, min(longest(after), cache.max_slots), block)
     # The place of a block brings the factor that some rotary embeddings have.
     cos, sin = (table[:, None] / rotary_emb.attention_scaling for table in rotary_emb(states, positions % block))
 
-    blocks = 0 if cache.top_k is None else int(lengths.max()) // block
+    blocks = 0 if cache.top_k is None else longest(lengths) // block
     retrieval, all_blocks, past_length, past_places = None, None, 0, None
     if cache.top_k is not None and blocks > cache.top_k:
         retrieval = _begin_retrieval(cache, valid, rotary_emb, states, is_landmark)
     else:
-        past_length = int(lengths.max())
+        past_length = longest(lengths)
         if blocks > 0:
             numbers = torch.arange(blocks, device=lengths.device) - blocks + (lengths // block)[:, None]
             all_blocks = numbers.clamp(min=-1)[:, None, None]
@@ -182,7 +183,7 @@ def _begin_retrieval(
     lengths = cache.lengths
     counts = lengths // block
     slots = cache.layers[0].landmark_keys.shape[2]
-    slot = torch.arange(min(slots, int(counts.max())), device=lengths.device)
+    slot = torch.arange(min(slots, longest(counts)), device=lengths.device)
     # The newest block in a slot; before the cache is full that is the block of the slot's number.
     numbers = counts[:, None] - 1 - (counts[:, None] - 1 - slot) % slots
     if cache.max_blocks is not None:
@@ -196,7 +197,7 @@ def _begin_retrieval(
     newest_slots = torch.where(newest_numbers < counts[:, None], newest_numbers % slots, len(slot))
     place_starts = (newest[:, None] - 1 + torch.arange(top_k + 1, device=lengths.device)) * block
 
-    recent = int((lengths % block).max())
+    recent = longest(lengths % block)
     recent_positions = (counts * block)[:, None] + torch.arange(recent, device=lengths.device)
     return RetrievalStep(
         top_k=top_k,

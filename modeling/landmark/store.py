@@ -11,6 +11,11 @@ GROWTH = 1.25
 PAGE_BLOCKS = 16
 
 
+def longest(lengths: torch.Tensor) -> int:
+    """The largest of the lengths of rows, 0 of an empty batch."""
+    return int(lengths.max()) if len(lengths) else 0
+
+
 def grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
     """The buffer with more slots in its dimension 2; the old ones keep their content."""
     larger = buffer.new_zeros(*buffer.shape[:2], slots, *buffer.shape[3:])

@@ -75,7 +75,9 @@ class MemoryFormerAttention(DecoderAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         hashed = self.q_proj.hash(hidden_states)
         query, key, value = (
-            projection.fetch(*hashed).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            projection.fetch(*hashed)
+            .view(*hidden_states.shape[:-1], projection.out_features // self.head_dim, self.head_dim)
+            .transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)

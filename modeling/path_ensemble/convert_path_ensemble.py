@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import torch
 
+from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 
 from .configuration_path_ensemble import PathEnsembleConfig
@@ -19,7 +20,6 @@ _TIMM_ARGUMENTS = {
     "embed_dim": "hidden_size",
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
-    "num_classes": "num_labels",
     "norm_eps": "layer_norm_eps",
     "init_values": "layer_scale_init_value",
     "qkv_bias": "qkv_bias",
@@ -74,6 +74,7 @@ def _timm_fields(official: StateDict, config: dict) -> dict:
     return {
         "layer_norm_eps": 1e-6,
         **arguments,
+        **(published_labels(config["num_classes"]) if "num_classes" in config else {}),
         "intermediate_size": official["blocks.0.mlp.fc1.weight"].shape[0],
         "pooling": "mean" if pooling == "avg" else "token",
         "norm_after_pooling": "fc_norm.weight" in official,

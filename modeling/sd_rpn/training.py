@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
 
 from hf_attn.hub import HubTrainerMixin
+from hf_attn.training.evaluation import ExactEvaluationMixin
 
 from .first_pass import check_base, run_first_pass, unwrapped_base
+from .modeling_sd_rpn import IGNORE_INDEX
 from .prompts import encode_prompts, pad_to_square, read_prompt
 
 
@@ -82,7 +84,7 @@ class RoiCollator:
         return {**inputs, "roi_target_map": [torch.as_tensor(row["roi_labels"], dtype=torch.long) for row in rows]}
 
 
-class SdRpnTrainer(HubTrainerMixin, Trainer):
+class SdRpnTrainer(ExactEvaluationMixin, HubTrainerMixin, Trainer):
     """Trainer of the region proposal network.
 
     The base runs its first pass in front of the network, outside of the model that is trained, saved and shared among
@@ -123,6 +125,12 @@ class SdRpnTrainer(HubTrainerMixin, Trainer):
         first = run_first_pass(self.base, self.branch_layer, **inputs)
         inputs = {**first.rpn_inputs(dtype=self.dtype), "roi_target_map": labels}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def first_samples(self, inputs: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The batch with nothing to find in what follows its first samples; some processors join the patches of all images."""
+        targets = inputs["roi_target_map"]
+        ignored = [torch.full_like(target, IGNORE_INDEX) for target in targets[number:]]
+        return {**inputs, "roi_target_map": [*targets[:number], *ignored]}
 
 
 __all__ = ["RoiCollator", "SdRpnTrainer", "labelling_inputs"]

@@ -6,14 +6,13 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
 
-from hf_attn.architectures.imaging import ImagePreprocessingMixin
+from hf_attn.architectures.imaging import ImagePreprocessingMixin, PublishedClassesMixin
 from hf_attn.architectures.ranges import POSITIVE
-from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.hub import HubConfigMixin
 
 
 @strict
-class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin, ViTConfig):
+class SigmaReparamViTConfig(HubConfigMixin, ImagePreprocessingMixin, PublishedClassesMixin, ViTConfig):
     r"""Configuration of a [`SigmaReparamViTForImageClassification`]; the defaults are ViT-B/16.
 
     Args:

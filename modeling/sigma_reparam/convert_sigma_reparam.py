@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
 from hf_attn.checkpoints.renaming import Renaming
 from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLinear
@@ -66,7 +67,7 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         intermediate_size=int(arguments["embed_dim"] * arguments.get("mlp_ratio", 4.0)),
         num_channels=arguments.get("in_chans", 3),
         qkv_bias=arguments.get("qkv_bias", True),
-        num_labels=arguments["num_classes"],
+        **published_labels(arguments["num_classes"]),
     )
     arguments.agree(class_token="cls_token" in official)
     state = _VIT.state_dict(official)

@@ -42,3 +42,15 @@ def free_port() -> int:
 def environment(**variables: str) -> dict[str, str]:
     """Variables of this process, with one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def set_launcher_variables(rank: int, size: int, port: int) -> None:
+    """What torchrun tells a process, so that Trainer and accelerate find the others."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -1,6 +1,5 @@
 """Trainer in processes that share their sequences ends with the weights of one process."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hf_attn.distributed.zeppelin.partition import PlanError
 from hf_attn.distributed.zeppelin.trainer import ZeppelinCollator, ZeppelinTrainerMixin
 
 from .models import tiny_model
-from .processes import free_port, in_processes
+from .processes import free_port, in_processes, set_launcher_variables
 
 
 pytestmark = pytest.mark.xdist_group("distributed_trainer")
@@ -88,14 +87,7 @@ def train(kind, folder, shared, resume=None, **more):
 
 
 def everything(rank, folder, port):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "LOCAL_WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    set_launcher_variables(rank, PROCESSES, port)
     results = {kind: train(kind, Path(folder, kind), shared=True) for kind in KINDS}
     checkpoint = str(Path(folder, "zeppelin", "checkpoint-2"))
     results["resumed"] = train("zeppelin", Path(folder, "resumed"), shared=True, resume=checkpoint)
@@ -106,6 +98,7 @@ def everything(rank, folder, port):
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
+    results["bf16"] = train("ring", Path(folder, "bf16"), shared=True, bf16=True)
     results["refused"] = []
     for kind, more in (("ring", {"label_smoothing_factor": 0.1}), ("ring", {})):
         try:
@@ -141,6 +134,20 @@ def test_the_weights_are_those_of_one_process(results, one_process, kind):
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4)
             assert not torch.equal(start[name], weight) or "norm" in name, name
+
+
+def test_bfloat16_is_as_exact_as_in_one_process(results, one_process, tmp_path):
+    exact, losses, _ = one_process["ring"]
+    rounded, _, _ = train("ring", tmp_path, shared=False, bf16=True)
+
+    def error(weights):
+        return sum((weights[name] - weight).square().sum() for name, weight in exact.items()).sqrt()
+
+    for result in results:
+        weights, found_losses, _ = result["bf16"]
+        # Both round, each in its own order; float32 would have no error.
+        assert 0.1 * error(rounded) < error(weights) < 2 * error(rounded)
+        assert found_losses == pytest.approx(losses, rel=2**-7)
 
 
 def test_what_is_refused(results):

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForImageToImage
 
+from hf_attn import SigmaReparamViTConfig
 from hf_attn.architectures.imaging import ImagePreprocessingMixin, image_processor_for
 from hf_attn.catalog import families
+from hf_attn.checkpoints.official import from_official
 from tests.batteries.families import tiny_config
 from tests.batteries.imaging import randomize
 
@@ -131,3 +133,13 @@ def test_onnx_computes_the_same_at_other_sizes(model_type, tmp_path):
         with torch.no_grad():
             expected = model(pixel_values).logits
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4, msg=f"{size}")
+
+
+def test_vision_transformers_of_imagenet_know_their_classes():
+    timm = pytest.importorskip("timm")
+    vit = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 1000}
+    timm_model = timm.models.VisionTransformer(**vit)
+    converted = from_official("path_ensemble", timm_model.state_dict(), config={"library": "timm", **vit}).config
+    for config in (converted, SigmaReparamViTConfig.from_variant("vit_base_patch16_224")):
+        assert config.num_labels == 1000 and config.id2label[1] == "goldfish, Carassius auratus"
+    assert SigmaReparamViTConfig.from_variant("vit_base_patch16_224", num_labels=3).id2label[0] == "LABEL_0"

@@ -1,4 +1,4 @@
-"""scripts/train_long_context.py and scripts/train_zeppelin.py on a tiny base: one process, and two by torchrun."""
+"""scripts/train_long_context.py and scripts/train_zeppelin.py on a tiny base: one process, and two by torchrun and accelerate."""
 
 import importlib.util
 import json
@@ -76,11 +76,27 @@ def test_one_process_trains_and_goes_on(script, base, dataset, tmp_path, capsys,
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 3
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    str(SCRIPTS / "configs" / "sequence_parallel_cpu.yaml"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_two_processes_report_equal_losses_and_bytes(name, base, dataset, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(SCRIPTS / f"{name}.py"), *arguments(name, base, dataset, tmp_path / "out"), "--max_steps", "1"]
+@pytest.mark.parametrize(
+    ("name", "launcher", "more"),
+    [
+        ("train_long_context", TORCHRUN, ["--layout", "ulysses"]),
+        ("train_long_context", ACCELERATE, ["--bf16", "true"]),
+        ("train_zeppelin", TORCHRUN, []),
+    ],
+)
+def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base, dataset, tmp_path):
+    command = [sys.executable, *launcher, str(SCRIPTS / f"{name}.py")]
+    command += [*arguments(name, base, dataset, tmp_path / "out"), "--max_steps", "1", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -88,7 +104,7 @@ def test_two_processes_report_equal_losses_and_bytes(name, base, dataset, tmp_pa
     if name == "train_long_context":
         assert results["loss"] == pytest.approx(results["one_process_loss"], abs=1e-5)
         assert results["bytes_sent"] == results["bytes_by_formula"]
-        assert min(results["bytes_sent"]) > 0
+        assert len(results["bytes_sent"]) == 2 and min(results["bytes_sent"]) > 0
     else:
         assert all(len(found["step"]) == 2 and min(found["step"]) > 0 for found in results.values())
 

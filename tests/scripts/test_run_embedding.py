@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tests.batteries.text import byte_tokenizer, llama
-from tests.distributed.processes import free_port
 
 
 pytest.importorskip("datasets")
@@ -80,17 +78,6 @@ def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
     torch.testing.assert_close(second.state_dict(), first.state_dict(), atol=1e-4, rtol=1e-4)
     assert (tmp_path / "whole" / "modules.json").is_file()
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
-
-
-def test_two_processes_train_a_design_whose_head_has_one_key(arguments, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
-    options = (*arguments, "--design", 2, "--max_steps", 2, "--output_dir", tmp_path / "out")
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *map(str, options)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
-    assert metrics["after_mrr"] != metrics["before_mrr"]
 
 
 def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -252,21 +250,3 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
 def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message):
         script.main(tiny(folder, tmp_path, *more))
-
-
-def test_two_processes_evaluate_images_of_different_sizes(script, folder, tmp_path):
-    """Three images of three sizes in two processes: the same metrics as in one."""
-    options = ["--do_eval", "--scale", "2", "--seed", "3"]
-    one = script.main(tiny(folder, tmp_path / "one", *options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    run = subprocess.run(
-        [*command, *tiny(folder, tmp_path / "two", *options, "--ddp_backend", "gloo")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    two = json.loads((tmp_path / "two" / "eval_results.json").read_text())
-    for name in ("eval_psnr", "eval_ssim", "eval_loss", "eval_bicubic_psnr"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5), name

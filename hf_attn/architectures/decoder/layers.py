@@ -164,6 +164,9 @@ class DecoderAttention(Mixer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output `(batch, length, heads, head_dim)` of the attention function of the configuration, and its weights."""
+        if len(query_states) == 0:
+            # transformers' functions cannot shape what has no elements.
+            return query_states.new_empty(*query_states.transpose(1, 2).shape[:-1], value_states.shape[-1]), None
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(

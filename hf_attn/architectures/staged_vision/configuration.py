@@ -9,13 +9,12 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_attn.hub import HubConfigMixin
 
-from ..imaging import ImagePreprocessingMixin, published_labels
-from ..variants import VariantsMixin
+from ..imaging import ImagePreprocessingMixin, PublishedClassesMixin
 
 
 @strict
 class StagedVisionConfig(
-    HubConfigMixin, VariantsMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig
+    HubConfigMixin, PublishedClassesMixin, ImagePreprocessingMixin, BackboneConfigMixin, PreTrainedConfig
 ):
     r"""Configuration of an image model whose stages a backbone can return.
 
@@ -35,14 +34,6 @@ class StagedVisionConfig(
     image_size: int = 224
     num_channels: int = 3
     initializer_range: float = 0.02
-
-    @classmethod
-    def from_variant(cls, name: str, **overrides):
-        """Build the configuration of a variant, see [`VariantsMixin.from_variant`]; published variants have the names of their classes."""
-        num_labels = cls.variants.get(name, {}).get("num_labels")
-        if num_labels is not None and not overrides.keys() & {"num_labels", "id2label", "label2id"}:
-            overrides |= published_labels(num_labels)
-        return super().from_variant(name, **overrides)
 
     @property
     def num_stages(self) -> int:

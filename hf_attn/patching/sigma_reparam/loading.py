@@ -42,12 +42,12 @@ class SigmaReparamLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             apply_sigma_reparam(model, init=self.quantization_config.init)
-        elif type(model).__name__ not in (model.config.architectures or ()):
-            # A head of another size has a weight of its own, and u of the saved one.
-            inside = f"{model.base_model_prefix}."
+        else:
             for name in self.quantization_config.layers:
-                if model.base_model is not model and not name.startswith(inside):
-                    model.get_submodule(name).refresh_u()
+                layer = model.get_submodule(name)
+                # transformers marks what it has loaded. A weight of another size is new, while the saved u may fit.
+                if not getattr(layer.weight, "_is_hf_initialized", False):
+                    layer.refresh_u()
         return model
 
     def _dequantize(self, model, dtype=None):

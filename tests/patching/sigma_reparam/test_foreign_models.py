@@ -348,16 +348,22 @@ def test_pre_trained_model_gets_other_heads(tmp_path):
     assert isinstance(head, SigmaReparamLayer)
 
 
-def test_another_head_of_the_same_name_gets_a_u_of_its_own(tmp_path):
+@pytest.mark.parametrize("auto_class", [AutoModelForTokenClassification, AutoModelForSequenceClassification])
+def test_a_head_of_another_size_gets_a_u_of_its_own(auto_class, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_config(BertConfig(**TINY, num_labels=2))
     apply_sigma_reparam(model)
+    # what was loaded keeps its u, also one that trails its weight
+    dense = model.bert.encoder.layer[0].output.dense
+    dense.u.copy_(dense.u.roll(1))
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.num_labels = 5
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    loaded = auto_class.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
     head = loaded.classifier
     torch.testing.assert_close(head.spectral_norm()[0], torch.linalg.matrix_norm(head.weight, ord=2))
+    for name, saved in model.bert.named_buffers():
+        assert torch.equal(loaded.bert.get_buffer(name), saved), name
 
 
 def test_model_without_any_of_the_layers(tmp_path):

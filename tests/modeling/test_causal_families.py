@@ -1,0 +1,69 @@
+"""Tests that every causal language model is subject to: empty batches, ONNX with free batch and length."""
+
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_attn.catalog import families
+from tests.batteries.families import tiny_config
+
+
+CAUSAL = [family.model_type for family in families() if "AutoModelForCausalLM" in family.models]
+every_family = pytest.mark.parametrize("model_type", CAUSAL)
+#: families that refuse to be exported, or that torch.export has no graph for -> what the error says
+NOT_EXPORTED = {}
+
+
+def tiny_model(model_type):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+
+
+@every_family
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cache", "no_cache"])
+def test_an_empty_batch_has_empty_logits_and_gradients_of_zero(model_type, options):
+    model, ids = tiny_model(model_type), torch.zeros(0, 7, dtype=torch.long)
+    for more in ({}, {"attention_mask": ids}):
+        logits = model(input_ids=ids, **options, **more).logits
+        assert logits.shape == (0, 7, model.config.vocab_size)
+    logits.sum().backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", [name for name in CAUSAL if name not in NOT_EXPORTED])
+def test_onnx_computes_the_same_at_other_sizes(model_type, tmp_path):
+    model, path = Logits(tiny_model(model_type)), tmp_path / "model.onnx"
+
+    def inputs(batch_size, length):
+        ids = torch.randint(4, model.model.config.vocab_size - 2, (batch_size, length))
+        mask = torch.ones_like(ids)
+        mask[0, length - length // 3 :] = 0
+        return ids, mask
+
+    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    torch.onnx.export(
+        model,
+        inputs(2, 12),
+        path,
+        dynamic_shapes={"input_ids": free, "attention_mask": free},
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((2, 12), (1, 7), (3, 21), (4, 33)):
+        ids, mask = inputs(*size)
+        (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(ids, mask)
+        kept = mask.bool()
+        torch.testing.assert_close(torch.from_numpy(logits)[kept], expected[kept], atol=1e-5, rtol=1e-5, msg=f"{size}")
