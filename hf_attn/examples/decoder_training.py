@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from ..examples.assets import AssetError, smollm2_folder
 from ..training.writing import written_whole
+from .assets import AssetError, smollm2_folder
 
 
 @dataclass
