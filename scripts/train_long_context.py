@@ -29,9 +29,9 @@ from hf_attn.distributed.context import activated
 from hf_attn.distributed.exchange import count_sent_bytes
 from hf_attn.distributed.functional import LAYOUTS
 from hf_attn.distributed.measure import forward_bytes
-from hf_attn.distributed.script import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.distributed.trainer import SequenceParallelTrainerMixin
 from hf_attn.examples.assets import read_texts, token_blocks
+from hf_attn.examples.decoder_training import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import run_script, training_folder

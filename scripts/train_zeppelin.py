@@ -26,11 +26,11 @@ from transformers import set_seed
 from hf_attn.distributed.context import activated, global_loss
 from hf_attn.distributed.exchange import Peers
 from hf_attn.distributed.measure import idle_shares, measure_attention
-from hf_attn.distributed.script import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.distributed.zeppelin.parallel import Cluster, EvenCluster, ZeppelinParallel
 from hf_attn.distributed.zeppelin.partition import PlanError
 from hf_attn.distributed.zeppelin.trainer import ZeppelinCollator, ZeppelinTrainerMixin
 from hf_attn.examples.assets import read_texts
+from hf_attn.examples.decoder_training import DecoderArguments, SharedTrainingArguments, load_decoder, train_and_save
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import run_script, training_folder

@@ -138,7 +138,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(data, tmp_path_factory):
-    return in_processes(everything, PROCESSES, data, str(tmp_path_factory.mktemp("two")), free_port())
+    folder = str(tmp_path_factory.mktemp("two"))
+    return in_processes(everything, PROCESSES, data, folder, free_port(), timeout=600)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -64,7 +64,8 @@ def _draw_tokens(axes, plan: Plan) -> None:
         axes.bar(0, 0, color=colour, label=f"{_MEANINGS[zone]} ({count})")
     axes.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     axes.set_ylabel("tokens" + (", with the sequence's number" if named else ""))
-    axes.set_title("Sequences on the ranks", loc="right")
+    # above the legend
+    axes.set_title("Sequences on the ranks", pad=20)
     _mark_nodes(axes, plan)
 
 
@@ -76,7 +77,7 @@ def _draw_time(axes, plan: Plan, model: ModelShape, hardware: Hardware) -> None:
     axes.bar(range(plan.num_ranks), idle, bottom=seconds, color="#eeeeee", label="waiting for the others")
     axes.set_ylabel("ms of attention, one layer forward")
     axes.set_xlabel("rank")
-    axes.set_title("Predicted under these constants", loc="right")
+    axes.set_title("Time in attention, predicted under these constants", pad=20)
     axes.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _mark_nodes(axes, plan)
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from ..examples.assets import AssetError, smollm2_folder
 from ..training.arguments import RunArguments
 from ..training.writing import written_whole
+from .assets import AssetError, smollm2_folder
 
 
 @dataclass
