@@ -32,7 +32,11 @@ def test_from_photographs_to_a_folder_for_the_hub(tmp_path, capsys):
     # It starts as interpolation: nothing that a few steps do makes it much worse than bicubic.
     assert abs(results["hat"]["psnr"] - results["bicubic"]["psnr"]) < 3
     printed = capsys.readouterr().out
-    for expected in ("bicubic", "[3/3] On held-out photographs", f"hf upload YOUR-NAME/small-hat {tmp_path / 'model'}"):
+    for expected in (
+        "bicubic",
+        "[3/3] On held-out photographs",
+        f"hf upload YOUR-NAME/small-hat {tmp_path / 'model'}",
+    ):
         assert expected in printed
     assert Image.open(tmp_path / "comparison.png").size == (3 * (6 * module.SIDE + 8) - 8, 6 * module.SIDE + 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "comparison.png", "model", "results.json"]
