@@ -285,6 +285,30 @@ def settings_of(*groups: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
+#: arguments of transformers that the resulting weights depend on
+_RESULT_ARGUMENTS = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "bf16",
+    "fp16",
+)
+
+
+def training_settings_of(training_args: TrainingArguments, *more: str) -> dict[str, Any]:
+    """The training arguments that the resulting weights depend on, and `more`, for the record of a run."""
+    return {name: getattr(training_args, name) for name in (*_RESULT_ARGUMENTS, *more)}
+
+
 @contextmanager
 def training_folder(
     command: str,
