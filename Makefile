@@ -31,7 +31,7 @@ test: $(INSTALLED) ## run the whole suite
 LOWEST := 5.23.0
 test-lowest: $(INSTALLED) ## run the tests of registration, Hub, generation and goldens on the lowest supported transformers
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
-	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_registration.py tests/test_hub.py tests/goldens tests/attention tests/modeling/echo_att tests/modeling/landmark tests/modeling/sigmoid_attention $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_registration.py tests/test_hub.py tests/goldens tests/attention tests/modeling/echo_att tests/modeling/landmark tests/modeling/sigmoid_attention $(ARGS)
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .
