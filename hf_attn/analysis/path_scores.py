@@ -146,7 +146,7 @@ def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
     outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
     if len(outside):
         raise ValueError(
-            f"There are labels that are no class of the model, which has the classes 0 to {num_classes - 1}: "
+            f"Some labels are not classes of the model, which has the classes 0 to {num_classes - 1}: "
             f"{outside[0].item()}. A label of {IGNORED} leaves a sample out."
         )
 

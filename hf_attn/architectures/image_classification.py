@@ -83,4 +83,4 @@ def linear_classifier(width: int, num_labels: int) -> nn.Module:
 def check_has_classifier(num_labels: int) -> None:
     """Raise `ValueError` if there is no classifier, and so no loss of labels."""
     if not num_labels:
-        raise ValueError("This model has no classifier (num_labels=0), so that there is no loss of labels.")
+        raise ValueError("This model has no classifier (num_labels=0), so it cannot compute a loss from labels.")

@@ -33,7 +33,7 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
         text = read_texts(file=data)[0]
         cut = len(text) * 9 // 10
         if not text[cut:].strip():
-            raise ValueError(f"{data} holds too little text to hold a tenth of it back.")
+            raise ValueError(f"{data} has too little text to hold out a tenth of it.")
         return [text[:cut]], [text[cut:]]
     texts = read_texts("train", dataset_name=data)
     cut = max(1, len(texts) * 9 // 10)

@@ -164,8 +164,8 @@ def active() -> SequenceParallel:
     """
     if not _active:
         raise RuntimeError(
-            'A model with attn_implementation="distributed_..." works within `with sequence_parallel(model):` only, which says '
-            "what the ranks share. Its backward pass belongs there too."
+            'A model with attn_implementation="distributed_..." works only within `with sequence_parallel(model):`, which defines '
+            "how the ranks share a sequence. Call `backward()` there too."
         )
     return _active[-1]
 

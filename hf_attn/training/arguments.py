@@ -268,7 +268,8 @@ def resolve_resume(command: str, training_args: TrainingArguments) -> None:
         return
     if training_args.overwrite_output_dir:
         raise stop(
-            command, "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them."
+            command,
+            "--resume_from_checkpoint continues a run and --overwrite_output_dir starts a new one; give only one of them.",
         )
     if resume == "last":
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None

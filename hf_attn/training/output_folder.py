@@ -1,7 +1,7 @@
 """Output folders of long runs: one run at a time, continued by the same run, and never overwritten.
 
-A run that starts anew in the folder of an earlier one moves that one aside. What no run of this package has written is
-left alone, whatever is asked for.
+A new run in the folder of an earlier one renames the earlier folder. Files that no run of this package has written are
+never changed.
 """
 
 import json
@@ -70,7 +70,7 @@ def claim_output_folder(
             elif not resume:
                 last = " `--resume_from_checkpoint last` continues it," if _has_checkpoint(folder) else ""
                 raise OutputFolderError(
-                    f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts anew and keeps "
+                    f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts a new run and keeps "
                     "the earlier run beside it, and so does another folder."
                 )
             return True
@@ -192,7 +192,7 @@ def _move_aside(folder: Path, settings: dict[str, Any]) -> None:
     resolved = folder.resolve()
     if resolved in (Path.cwd(), *Path.cwd().parents):
         raise OutputFolderError(
-            f"{folder} is the folder that you are in, which cannot be moved aside. Go elsewhere, or choose another."
+            f"{folder} is the current folder, which cannot be renamed. Change to another folder, or choose another output folder."
         )
     for name, value in settings.items():
         for path in value if isinstance(value, list) else [value]:

@@ -43,7 +43,7 @@ class Cluster:
             PlanError: if the nodes would have different numbers of ranks.
         """
         if nodes < 1 or ranks % nodes:
-            raise PlanError(f"{ranks} ranks cannot be dealt out evenly to {nodes} nodes.")
+            raise PlanError(f"{ranks} ranks cannot be distributed evenly over {nodes} nodes.")
         return cls(nodes, ranks // nodes, capacity)
 
 

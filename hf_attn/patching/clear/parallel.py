@@ -255,7 +255,9 @@ def clear_parallel(
             "Layers with full attention would attend to a part of the image only: use `apply_clear` on all layers."
         )
     if any(processor.down_factor > 1 for processor in processors.values()):
-        raise ValueError("Pooled keys are not supported on several processes: every query attends to those of all.")
+        raise ValueError(
+            "Pooled keys are not supported on several processes: every query attends to those of all processes."
+        )
     group = distributed.group.WORLD if group is None else group
     current: list[Strip] = []
 
