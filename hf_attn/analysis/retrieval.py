@@ -1,4 +1,4 @@
-"""How well embeddings find the text that belongs to a query."""
+"""Retrieval metrics of embeddings."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def retrieval_ranks(queries: torch.Tensor, documents: torch.Tensor, relevant: Sequence[int]) -> torch.Tensor:
-    """Rank of each query's document among all, by cosine similarity, from 1; of equal ones it counts as the last.
+    """Rank of each query's document among all, by cosine similarity, from 1; ties count as better.
 
     Args:
         queries: `(queries, width)`.

@@ -22,7 +22,7 @@ class ImageClassifierMixin:
         output_class: the output; fields that the base model's has too are passed on.
     """
 
-    # The loss is a mean over the images of a call whatever the problem type, so Trainer has to average over calls.
+    # For all problem types the loss is a mean over the images of a call, so Trainer has to average over calls.
     accepts_loss_kwargs = False
     body_class: ClassVar[type[nn.Module]]
     output_class: ClassVar[type[ModelOutput]] = ImageClassifierOutput

@@ -1,4 +1,4 @@
-"""From a pretrained transformers checkpoint to a family that changes a part of it."""
+"""Models of a family from pretrained transformers checkpoints."""
 
 import copy
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
     )
     compare.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
     compare.add_argument(
-        "--overwrite", action="store_true", help="start anew in a folder that holds another comparison"
+        "--overwrite", action="store_true", help="start a new comparison in a folder that contains another one"
     )
     compare.set_defaults(run=run)
 

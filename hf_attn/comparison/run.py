@@ -43,7 +43,7 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
 
 
 def _seconds_a_step(entry: str, shape: Shape, corpus: Corpus) -> float:
-    """Time of a training step, of which the first does not count."""
+    """Time of a training step, without the first one."""
     from .measure import train
 
     job = {"entry": entry, "seed": 0, "learning_rate": 0.0, "batch_size": BATCH_SIZE, "length": LENGTH}
@@ -73,7 +73,7 @@ def compare(
         minutes: about how long the trainings take together.
         seeds: trainings of each entry.
         data: a text file or the Hub id of a data set with a column `text`; Python's documentation if not given.
-        overwrite: start anew; see [`claim_output_folder`].
+        overwrite: start a new comparison; see [`claim_output_folder`].
 
     Returns:
         A result for each training, see [`measure`], or `{"entry", "seed", "error"}`.

@@ -268,7 +268,7 @@ class _GradientSum:
         return keep
 
     def begin(self) -> None:
-        """A backward pass is under way."""
+        """A backward pass has started."""
         if self.closed:
             raise RuntimeError(
                 "Call `loss.backward()` within `with sequence_parallel(model):`, where the ranks are known."

@@ -146,7 +146,7 @@ class ViTLayout:
         return len(self.layers)
 
     def grid_of(self, pixel_values: torch.Tensor) -> Grid:
-        """The tokens that the model makes of images.
+        """The token embeddings of images.
 
         Raises:
             ValueError: for images of another size than the model's.

@@ -1,4 +1,4 @@
-"""Vision transformers and pictures for an analysis, from folders, the Hub, or what scikit-learn and scikit-image bring along."""
+"""Vision transformers and images for an analysis, from folders, the Hub, scikit-learn and scikit-image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _TOWERS = {
     "siglip": ("SiglipVisionModel", "SiglipForImageClassification"),
 }
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-#: photographs that scikit-image brings along
+#: photographs of scikit-image
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 

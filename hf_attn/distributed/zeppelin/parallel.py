@@ -17,7 +17,7 @@ class Cluster:
     Attributes:
         nodes: number of nodes.
         gpus_per_node: ranks of a node.
-        capacity: tokens that a rank takes; by default whatever the batch needs and 15% more.
+        capacity: maximum number of tokens per rank; by default the need of the batch plus 15%.
     """
 
     nodes: int

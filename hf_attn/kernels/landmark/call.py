@@ -90,7 +90,7 @@ def check_triton(call: LandmarkCall) -> Refusal | int:
         The size of its tiles, which are the blocks; where there are fewer keys than a block has, any tile that holds them
         does. Or why not.
     """
-    # What is cheap to find out comes first: the positions of the landmarks have to be waited for.
+    # Cheap checks come first, because reading the positions of the landmarks synchronises with the device.
     refusal = refusal_of_fused(call) or refusal_of_triton(call, MAX_TRITON_HEAD_DIM)
     if refusal is not None:
         return refusal
