@@ -214,7 +214,7 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
     """`["hidden_size=512", "depths=[1,2]", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
 
     Raises:
-        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
+        SystemExit: for a name that is no field of the configuration, which transformers would silently store.
     """
     known = [config_field.name for config_field in fields(config_class)]
     parsed = {}
@@ -261,7 +261,7 @@ def resolve_resume(command: str, training_args: TrainingArguments) -> None:
     """Make a folder of `--resume_from_checkpoint last`, and see that there is one.
 
     Raises:
-        SystemExit: with one line for the user, if there is no checkpoint, or if the run is to start anew as well.
+        SystemExit: with one line for the user, if there is no checkpoint, or if a new run is requested as well.
     """
     resume, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if resume is None:

@@ -40,7 +40,7 @@ def claim_output_folder(
     Args:
         folder: output folder, created if it does not exist.
         settings: what the results depend on, as JSON values; kept in the folder.
-        overwrite: start anew: an earlier run in the folder is moved to `NAME.earlier-N` beside it.
+        overwrite: start a new run; an earlier run in the folder is renamed to `NAME.earlier-N`.
         command: name of the script or command.
         continues: whether the same settings continue the run that is in the folder.
         resume: whether the user asked to continue what is in the folder; then its settings are not compared.
@@ -113,7 +113,7 @@ def output_folder(
             print(f"\nInterrupted; the run is in {folder}. {advice}", file=sys.stderr)
             raise
         finally:
-            # A run that has stopped at once, such as at a file that is missing, is not in the way of the next one.
+            # A run that stopped immediately, for example because of a missing file, does not block the next one.
             if not continued and {path.name for path in Path(folder).iterdir()} <= {RECORD, LOCK}:
                 (Path(folder) / RECORD).unlink(missing_ok=True)
 
@@ -176,9 +176,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _check_same_run(folder: Path, earlier: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
-    advice = (
-        "Choose another folder, or start anew with `--overwrite_output_dir`, which keeps the earlier run beside it."
-    )
+    advice = "Choose another folder, or start a new run with `--overwrite_output_dir`, which renames the earlier one."
     if earlier["command"] != command:
         raise OutputFolderError(f"{folder} holds a run of {earlier['command'] or 'something else'}. {advice}")
     before = earlier["settings"]

@@ -240,7 +240,7 @@ def _fused(transformer: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fuse_again(transformer: nn.Module) -> None:
-    """Copy changed weights to where layers have them in one piece."""
+    """Copy changed weights into the fused weights of the layers."""
     for attn in _fused(transformer).values():
         if hasattr(attn, "unfuse_projections"):  # a fused layer of FLUX would not be fused again
             attn.unfuse_projections()
