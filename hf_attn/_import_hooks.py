@@ -1,4 +1,4 @@
-"""Run a function once another module has been imported, whichever of the two comes first."""
+"""Run a function once another module has been imported, or at once if it already is."""
 
 import importlib.util
 import sys

@@ -41,7 +41,7 @@ from $model_module import $models
 __all__ = [$names]
 ''')
 
-#: Auto class -> task of the Hub. A model without a head is a feature extractor, whatever its family is for.
+#: Auto class -> task of the Hub. A model without a head is a feature extractor in every family.
 _PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
@@ -207,7 +207,7 @@ def _changed_fields(config: "PreTrainedConfig") -> dict[str, object]:
 
 
 def _classes(model: "PreTrainedModel", family: Family) -> tuple[str, str]:
-    """Auto class and class of a model; sharded training and users make subclasses of it."""
+    """Auto class and class of a model, which may be a subclass, as created by sharded training or by users."""
     auto_classes = {model_class: auto_class for auto_class, model_class in family.models.items()}
     for parent in type(model).__mro__:
         if parent.__name__ in auto_classes:
@@ -249,7 +249,7 @@ def hub_id(name: str | Path | None) -> str | None:
 
 
 def _origin(model: "PreTrainedModel", base_model: str | None, repo_id: str | None) -> dict[str, str]:
-    """Base model and licence, as fields of a card, as far as they are known.
+    """Base model and licence as fields of a card, if they are known.
 
     The card in the folder that a model was loaded from has facts that the model does not have.
     """

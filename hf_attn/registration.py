@@ -174,7 +174,7 @@ def _imported_when_called(reference: str) -> Callable:
 
 
 def _register_pipelines(module: ModuleType) -> None:
-    # `register_pipeline` takes a class, and marks it as code that has to travel with every saved pipeline.
+    # `register_pipeline` takes a class, and marks it as code that is copied into every saved pipeline.
     for task in TASKS:
         package = "hf_attn.auto" if task.auto_class in OWN_AUTO_CLASSES else "transformers"
         entry = {"impl": task.pipeline_reference, "pt": (load(f"{package}.{task.auto_class}"),), "type": task.type}

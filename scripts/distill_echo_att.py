@@ -139,27 +139,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 
 def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: DistillationArguments) -> dict:
     """Settings that the resulting weights depend on."""
-    names = [
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "optim",
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "world_size",
-        "bf16",
-        "fp16",
-        "refinement_ratio",
-        "loss_weights",
-        "kl_direction",
-        "intermediate_reduction",
-    ]
-    training = {name: getattr(training_args, name) for name in names}
+    training = command_line.training_settings_of(
+        training_args, "refinement_ratio", "loss_weights", "kl_direction", "intermediate_reduction"
+    )
     return {**command_line.settings_of(model_args, data_args), **training}
 
 

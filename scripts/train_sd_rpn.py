@@ -169,24 +169,7 @@ def _kind_of_base(arguments: list[str]) -> str:
 
 def settings_of(model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments) -> dict:
     """Settings that the resulting weights depend on."""
-    names = [
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "adam_beta2",
-        "max_grad_norm",
-        "optim",
-        "seed",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "world_size",
-        "bf16",
-        "fp16",
-    ]
-    training = {name: getattr(training_args, name) for name in names}
+    training = command_line.training_settings_of(training_args, "adam_beta2")
     return {**command_line.settings_of(model_args, data_args), **training}
 
 

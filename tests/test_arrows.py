@@ -132,6 +132,12 @@ def test_what_the_checks_would_find(monkeypatch):
     assert "hf_attn.architectures.restoration.memory" in imports("hf_attn.pipelines.image_restoration")
 
 
-def test_no_file_of_the_package_is_large():
-    large = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in PATHS.items()}
-    assert not {module: lines for module, lines in large.items() if lines > 600}
+def test_no_file_is_large():
+    paths = [*PATHS.values(), *(ROOT / "tests").rglob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert not {path: count for path, count in lines.items() if count >= 600}
+
+
+def test_every_folder_of_tests_is_a_package():
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]

@@ -36,7 +36,7 @@ def perplexity_by_context(
         tokens: ids `(length,)`.
         lengths: of the segments.
         make_cache: makes the cache of a segment; transformers' `DynamicCache` if not given.
-        piece: a segment goes through the model in pieces of this many tokens, so that it never holds the logits of a long
+        piece: a segment is processed in chunks of this many tokens, so that the model never holds the logits of a long
             one.
         progress: whether to show a progress bar.
         forward_arguments: for `forward`, such as `insert_landmarks=True` of a model with landmarks.
@@ -48,7 +48,9 @@ def perplexity_by_context(
         ValueError: for a length below 2, or one that the text is too short for.
     """
     if not lengths or piece < 1:
-        raise ValueError(f"There must be a length, and pieces of at least 1 token; got {list(lengths)} and {piece}.")
+        raise ValueError(
+            f"There must be at least one length, and chunks of at least 1 token; got {list(lengths)} and {piece}."
+        )
     if min(lengths) < 2:
         raise ValueError(f"A segment needs at least 2 tokens, got lengths {list(lengths)}.")
     longest = max(lengths)

@@ -34,7 +34,7 @@ def entropy_lower_bound(logit_norm: torch.Tensor | float, num_keys: torch.Tensor
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     n = torch.as_tensor(num_keys, dtype=s.dtype, device=s.device)
     others = n - 1
-    # n / (n - 1) has no value for a single key, whose entropy is 0 whatever its logit.
+    # n / (n - 1) is undefined for a single key, whose entropy is always 0.
     ratio = torch.where(others > 0, n / others.clamp(min=1), torch.ones_like(n))
     beta = torch.exp(-s * ratio.sqrt())
     bound = torch.log1p(others * beta) + s * (n * others).sqrt() * beta / (1 + others * beta)

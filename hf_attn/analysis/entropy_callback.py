@@ -1,4 +1,4 @@
-"""Watches the entropy of attention during training (arXiv 2303.06296): its collapse comes before that of the training."""
+"""Monitors the entropy of attention during training (arXiv 2303.06296), whose collapse precedes divergence."""
 
 import json
 import math
@@ -181,7 +181,7 @@ class AttentionEntropyCallback(TrainerCallback):
 def _attentions(outputs) -> tuple[tuple[torch.Tensor, ...], bool]:
     """Attention maps of all layers, and whether the bound holds for them.
 
-    The keys of a cross-attention come from elsewhere than its queries, and the order of modules is another one there.
+    The keys of cross-attention are computed from another sequence than its queries, and the order of modules differs.
     """
     if getattr(outputs, "attentions", None):
         return outputs.attentions, True

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches that belongs to no window.
+    """An empty figure of the given size in inches, without a window.
 
     Raises:
         ImportError: if matplotlib (the extra `plot`) is not installed.

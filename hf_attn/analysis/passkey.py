@@ -94,7 +94,7 @@ def passkey_prompt(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: f
         passkey: the number.
 
     Raises:
-        ValueError: for a depth out of range, or a length that has no room for the instruction, the number and the question.
+        ValueError: for a depth out of range, or a length too short for the instruction, the number and the question.
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth is a share between 0 and 1, got {depth}.")

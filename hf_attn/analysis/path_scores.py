@@ -106,8 +106,7 @@ def path_scores(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not hasattr(model, "path_logits"):
         raise ValueError(
-            f"{type(model).__name__} has no paths. Make a path ensemble of it: "
-            "`PathEnsembleForImageClassification.from_base(model)`."
+            f"{type(model).__name__} has no paths. Convert it: `PathEnsembleForImageClassification.from_base(model)`."
         )
     was_training = model.training
     model.eval()
@@ -137,7 +136,7 @@ def path_scores(
 
 
 def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Refuse labels that would count as misses because they are no class."""
+    """Raise an error for labels that are not classes, which would count as errors of the model."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"A label must be the index of one class, a whole number; got {labels.dtype} of shape {tuple(labels.shape)}, "
@@ -146,7 +145,7 @@ def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
     outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
     if len(outside):
         raise ValueError(
-            f"There are labels that are no class of the model, which has the classes 0 to {num_classes - 1}: "
+            f"Some labels are not classes of the model, which has the classes 0 to {num_classes - 1}: "
             f"{outside[0].item()}. A label of {IGNORED} leaves a sample out."
         )
 

@@ -1,4 +1,4 @@
-"""How well embeddings find the text that belongs to a query."""
+"""Retrieval metrics of embeddings."""
 
 from collections.abc import Collection, Sequence
 

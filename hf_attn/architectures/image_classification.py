@@ -22,7 +22,7 @@ class ImageClassifierMixin:
         output_class: the output; fields that the base model's has too are passed on.
     """
 
-    # The loss is a mean over the images of a call whatever the problem type, so Trainer has to average over calls.
+    # For all problem types the loss is a mean over the images of a call, so Trainer has to average over calls.
     accepts_loss_kwargs = False
     body_class: ClassVar[type[nn.Module]]
     output_class: ClassVar[type[ModelOutput]] = ImageClassifierOutput
@@ -83,4 +83,4 @@ def linear_classifier(width: int, num_labels: int) -> nn.Module:
 def check_has_classifier(num_labels: int) -> None:
     """Raise `ValueError` if there is no classifier, and so no loss of labels."""
     if not num_labels:
-        raise ValueError("This model has no classifier (num_labels=0), so that there is no loss of labels.")
+        raise ValueError("This model has no classifier (num_labels=0), so it cannot compute a loss from labels.")

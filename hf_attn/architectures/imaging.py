@@ -104,7 +104,7 @@ def image_processor_for(config: "PreTrainedConfig") -> "BitImageProcessor":
 
     if not isinstance(config, ImagePreprocessingMixin):
         raise ValueError(
-            f"{type(config).__name__} does not say how its images are prepared. Use the image processor saved with the "
+            f"{type(config).__name__} does not define how its images are prepared. Use the image processor saved with the "
             "model: `AutoImageProcessor.from_pretrained(...)`."
         )
     if not (is_torchvision_available() and is_vision_available()):

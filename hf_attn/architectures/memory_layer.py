@@ -13,7 +13,7 @@ BUCKET_WEIGHTS = ("l1_scaled", "probability")
 
 
 def check_code(in_features: int, num_tables: int, code_length: int, name: str = "in_features") -> None:
-    """Raise `ValueError` if chunks of `code_length` channels do not make up a vector."""
+    """Raise `ValueError` if a vector cannot be split into chunks of `code_length` channels."""
     if code_length < 1 or num_tables < 1 or num_tables * code_length != in_features:
         raise ValueError(
             f"num_tables * code_length must be {name}: {num_tables} * {code_length} = {num_tables * code_length}, "
@@ -52,7 +52,7 @@ class MemoryLayer(nn.Module):
         sparse_gradients: whether the gradient of the tables is a sparse tensor.
 
     Raises:
-        ValueError: if the chunks do not make up the input, or the tables do not fit into memory.
+        ValueError: if the input cannot be split into the chunks, or the tables do not fit into memory.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class Range:
     Every entry of a list and every value of a dictionary is checked; other types are checked by the type of the field.
 
     Attributes:
-        at_least, above, at_most, below: limits; `above` and `below` do not count themselves.
+        at_least, above, at_most, below: limits; `above` and `below` are exclusive.
         also: numbers with a meaning of their own that are allowed besides.
         length: number of entries that a list must have.
     """

@@ -151,7 +151,7 @@ def _torch(call: CombinerCall, sequences: Sequences | None):
 
 
 class CombinerMechanism(Mechanism):
-    """A plan of Combiner; its calls continue the state that their keys belong to."""
+    """A plan of Combiner; its calls continue the state of their keys."""
 
     def make_call(self, module, name, query, key, value, *args, is_causal=None, **kwargs) -> CombinerCall:
         call = super().make_call(module, name, query, key, value, *args, is_causal=is_causal, **kwargs)

@@ -1,4 +1,4 @@
-"""What `hf-attn check-gpu` does: every GPU kernel against its specification on the GPU at hand, and how fast it is."""
+"""Implementation of `hf-attn check-gpu`: correctness and speed of every GPU kernel on the current GPU."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""How an attention function with several implementations becomes functions of transformers' attention interface.
+"""Attention functions with several implementations as functions of transformers' attention interface.
 
 A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that serves the call, and as
 ``"<mechanism>_<implementation>"``, which pins one and raises if it cannot serve the call. What a name means never depends on

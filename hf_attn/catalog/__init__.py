@@ -70,7 +70,7 @@ OWN_AUTO_CLASSES: dict[str, str] = {
     "AutoModelForScanpathPrediction": "scanpath prediction",
 }
 
-#: what belongs to no paper: public name -> ``package.module.name``
+#: public names that belong to no paper -> ``package.module.name``
 PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",

@@ -1,4 +1,4 @@
-"""From a pretrained transformers checkpoint to a family that changes a part of it."""
+"""Models of a family from pretrained transformers checkpoints."""
 
 import copy
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class FromBaseMixin:
     @classmethod
     def config_from_base(cls, base_config: PreTrainedConfig, **overrides) -> PreTrainedConfig:
         """The family's configuration for a base; raises ``ValueError`` for an architecture that is not supported."""
-        raise NotImplementedError(f"{cls.__name__} does not say how to derive its configuration from a base.")
+        raise NotImplementedError(f"{cls.__name__} does not define how to derive its configuration from a base.")
 
     @classmethod
     def state_from_base(cls, state: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ class FromBaseMixin:
         unfilled = [name for name in new if not cls.new_to_base(name, config)]
         if info["unexpected_keys"] or unfilled:
             raise ValueError(
-                f"{base_class} is no base for this {cls.__name__}. Tensors of the base that have no place: "
+                f"{base_class} is not a valid base for {cls.__name__}. Unused tensors of the base: "
                 f"{', '.join(sorted(info['unexpected_keys'])) or 'none'}; tensors that the base lacks: "
                 f"{', '.join(unfilled) or 'none'}."
             )

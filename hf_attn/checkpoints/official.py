@@ -315,7 +315,7 @@ def from_official(
     except ConversionError as error:
         if not _all_begin_with(_BASE_MODEL, tensors):
             raise
-        # A bare model saved from within a wrapper of one's own; official layouts whose names do begin so have converted.
+        # A model saved from within a custom wrapper; official layouts with this prefix have been converted above.
         unwrapped = {name.removeprefix(_BASE_MODEL): tensors[name] for name in tensors}
         try:
             return _convert(slug, paper.converter_module, unwrapped, config or {}, source)

@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
         "--overwrite-output-dir",
         "--overwrite_output_dir",
         action="store_true",
-        help="start anew; an earlier comparison is kept beside it",
+        help="start a new comparison; an earlier one in this folder is renamed",
     )
     compare.set_defaults(run=run)
 

@@ -103,7 +103,7 @@ def _decode_speed(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
 
 
 def _forget_peak() -> int | None:
-    """Let the peak of the resident memory start anew; its present size in bytes, or none where the system cannot."""
+    """Reset the peak of the resident memory; returns its current size in bytes, or None if the system does not support it."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

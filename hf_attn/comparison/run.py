@@ -42,7 +42,7 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
             raise ValueError(f"{data} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
         cut = len(text) * 9 // 10
         if not text[cut:].strip():
-            raise ValueError(f"{data} holds too little text to hold a tenth of it back.")
+            raise ValueError(f"{data} has too little text to hold out a tenth of it.")
         return [text[:cut]], [text[cut:]]
     texts = read_texts("train", dataset_name=data)
     cut = max(1, len(texts) * 9 // 10)
@@ -55,7 +55,7 @@ def _corpus(data: str | None) -> Corpus:
     """The texts as tokens; raises `ValueError` for too few of them."""
     texts, held_back = _texts(data)
     corpus = Corpus.from_texts(texts, held_back, train_tokenizer(texts, VOCAB_SIZE))
-    for name, tokens, least in (("training", corpus.train, LENGTH + 1), ("held-back", corpus.test, 4 * LENGTH)):
+    for name, tokens, least in (("training", corpus.train, LENGTH + 1), ("held-out", corpus.test, 4 * LENGTH)):
         if len(tokens) < least:
             raise ValueError(
                 f"The {name} text has {len(tokens)} tokens, and {least} at least are needed: give more text."
@@ -83,7 +83,7 @@ def compare(
         minutes: about how long it takes, trainings and measurements together.
         seeds: trainings of each entry.
         data: a text file or the Hub id of a data set with a column `text`; Python's documentation if not given.
-        overwrite: start anew; see [`output_folder`].
+        overwrite: start a new comparison; see [`output_folder`].
 
     Returns:
         A result for each training, see [`measure`], or `{"entry", "seed", "error"}`.

@@ -164,8 +164,8 @@ def active() -> SequenceParallel:
     """
     if not _active:
         raise RuntimeError(
-            'A model with attn_implementation="distributed_..." works within `with sequence_parallel(model):` only, which says '
-            "what the ranks share. Its backward pass belongs there too."
+            'A model with attn_implementation="distributed_..." works only within `with sequence_parallel(model):`, which defines '
+            "how the ranks share a sequence. Call `backward()` there too."
         )
     return _active[-1]
 
@@ -268,7 +268,7 @@ class _GradientSum:
         return keep
 
     def begin(self) -> None:
-        """A backward pass is under way."""
+        """A backward pass has started."""
         if self.closed:
             raise RuntimeError(
                 "Call `loss.backward()` within `with sequence_parallel(model):`, where the ranks are known."

@@ -210,7 +210,7 @@ class Message:
 
 
 class Pending:
-    """Messages on their way."""
+    """Pending messages."""
 
     def __init__(self, peers: Peers, works, operations, received: list[torch.Tensor | None]):
         # The operations keep a reference to the sent tensors.

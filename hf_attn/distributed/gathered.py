@@ -22,7 +22,7 @@ def grid_shape(ranks: int, grid: Sequence[int] | None) -> tuple[int, int]:
     """`(query blocks, key blocks)`; without a choice as square as it goes.
 
     Raises:
-        ValueError: if they do not make up the ranks.
+        ValueError: if their product is not the number of ranks.
     """
     if grid is None:
         rows = max(n for n in range(1, int(ranks**0.5) + 1) if ranks % n == 0)
@@ -49,7 +49,7 @@ def wanted_spans(
 
 @dataclass
 class Route:
-    """How tokens come from their owners to the ranks that want them.
+    """Exchange of tokens between their owners and the ranks that need them.
 
     Attributes:
         send: for each rank, positions in the local tensor of the tokens that it receives.

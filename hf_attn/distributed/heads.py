@@ -1,6 +1,6 @@
 """Layouts in which a rank has whole sequences and some of the heads.
 
-Heads are dealt out in groups that share a key/value head, the first ranks having one more; ranks beyond their number have
+Heads are distributed in groups that share a key/value head, the first ranks having one more; ranks beyond their number have
 none and only pass tokens on.
 """
 

@@ -18,7 +18,7 @@ SPLITS = ("contiguous", "zigzag")
 def split_spans(length: int, ranks: int, split: str) -> tuple[tuple[Span, ...], ...]:
     """The tokens of each rank as spans of the sequence.
 
-    `"contiguous"`: a piece for each rank. `"zigzag"`: twice as many pieces, and rank `r` has pieces `r` and `2 * ranks - 1 - r`, so that
+    `"contiguous"`: one part for each rank. `"zigzag"`: twice as many parts, and rank `r` has parts `r` and `2 * ranks - 1 - r`, so that
     all ranks have the same work in causal attention.
 
     Raises:
@@ -39,7 +39,7 @@ class Sharding:
     """A batch of sequences and where its tokens are.
 
     Attributes:
-        spans: of each rank: pieces of the sequence, in the order in which the rank has them.
+        spans: parts of the sequence for each rank, in the order in which the rank stores them.
         length: of the whole sequence.
         cu_seqlens: first token of each document of a packed sequence, and the length; `(0, length)` for one document.
         mask: boolean `(batch, length)`, False for padding, or None.
@@ -68,7 +68,7 @@ class Sharding:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], cu_seqlens=None, mask=None) -> "Sharding":
-        """A contiguous piece of given length for each rank."""
+        """A contiguous part of given length for each rank."""
         ends = list(accumulate(lengths))
         spans = tuple(((end - size, end),) for end, size in zip(ends, lengths, strict=True))
         return cls(spans, ends[-1], *_checked(ends[-1], cu_seqlens, mask))
@@ -171,7 +171,7 @@ def shift_labels(labels: torch.Tensor, sharding: Sharding, ignore_index: int = -
     Args:
         labels: `(batch, length)`, as a causal model of transformers takes them.
         sharding: of the sequence.
-        ignore_index: label that does not count.
+        ignore_index: label that is ignored.
     """
     shifted = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].clone()
     lasts = [bound - 1 for bound in sharding.cu_seqlens[1:] if bound > 0]

@@ -139,7 +139,7 @@ def _convert_gguf(gguf_file: Path, folder: Path) -> None:
 
 
 def _write_card(folder: Path) -> None:
-    """Note where the weights come from, for the cards of models that are made of them."""
+    """Record the source of the weights, for the cards of models made from them."""
     card = folder / "README.md"
     if not card.exists():
         card.write_text(_SMOLLM2_CARD, encoding="utf-8")

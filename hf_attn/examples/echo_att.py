@@ -279,7 +279,7 @@ def costs(models: dict[str, PreTrainedModel], context: int = 128, new_tokens: in
         models: name -> causal language model.
         context: tokens before the decoded ones.
         new_tokens: tokens to decode in a round.
-        rounds: the fastest one counts.
+        rounds: number of rounds, of which the fastest is used.
 
     Returns:
         name -> `parameters`, `cache_bytes` (of a token) and `tokens_per_second` (batch size 1).

@@ -1,7 +1,7 @@
 """Synthetic recordings and transcripts whose class can be inferred only from both together.
 
-A speaker has two tendencies, to pause and to use empty words, drawn independently. The class is whether their sum is positive. Whoever
-knows one of them only is right in three cases of four; whoever knows both, always. Nothing here is speech, or says anything about it.
+A speaker has two independent random tendencies, to pause and to use filler words. The class is whether their sum is positive. A
+classifier that knows only one of them has an accuracy of 75 % at best, one that knows both can be perfect. The signals are not speech.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pairs of texts that belong together, from the headings and paragraphs of Python's own documentation."""
+"""Pairs of related texts, from the headings and paragraphs of Python's documentation."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class TextPair:
 
     Attributes:
         query, positive: the texts.
-        task: how they belong together: `"heading"` (a heading and a paragraph below it) or `"neighbour"` (a paragraph and the
+        task: relation of the texts: `"heading"` (a heading and a paragraph below it) or `"neighbour"` (a paragraph and the
             next one).
         topic: first line of the document.
     """

@@ -53,7 +53,7 @@ def _read(file: Path) -> dict[str, dict[str, list[str]]]:
     try:
         record = json.loads(file.read_text())
     except (OSError, ValueError):
-        # No record, or one that was cut short: nothing counts as passed, and the next check writes a new one.
+        # No record, or a truncated one: no kernel has passed, and the next check writes a new record.
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -42,7 +42,7 @@ class NystromMixer(ProjectedMixer):
     """Attention through landmarks: `softmax(Q Kl^T) pinv(softmax(Ql Kl^T)) softmax(Ql K^T)`, scores divided by `sqrt d`.
 
     The landmarks are the means of `num_landmarks` contiguous segments of `floor(length / num_landmarks)` tokens; tokens
-    that are left over at the end belong to no segment. Of fewer tokens than landmarks each is one.
+    that are left over at the end belong to no segment. If there are fewer tokens than landmarks, each token is a landmark.
     """
 
     name = "nystrom_pinv"

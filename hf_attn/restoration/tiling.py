@@ -172,7 +172,7 @@ def restore_bands(
         yield done, result[:, : min(stop, out_height) - done, :out_width]
         done = stop
         if done >= out_height:
-            # The other bands hold nothing but padding.
+            # The other bands contain only padding.
             break
 
 
@@ -184,7 +184,7 @@ def restore_image(restore: Restore, image: torch.Tensor, scale: int, multiple: i
 def count_tiles(
     height: int, width: int, multiple: int, tile: int | None, overlap: int, blend: str, padding: str
 ) -> int:
-    """How many tiles :func:`restore_bands` makes of an image."""
+    """Number of tiles of :func:`restore_bands` for an image."""
     padded = [
         size + (-size % multiple if padding == "reflect" else multiple - size % multiple) for size in (height, width)
     ]

@@ -214,7 +214,7 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
     """`["hidden_size=512", "depths=[1,2]", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
 
     Raises:
-        SystemExit: for a name that is no field of the configuration, which transformers would store without a word.
+        SystemExit: for a name that is no field of the configuration, which transformers would silently store.
     """
     known = [config_field.name for config_field in fields(config_class)]
     parsed = {}
@@ -261,14 +261,15 @@ def resolve_resume(command: str, training_args: TrainingArguments) -> None:
     """Make a folder of `--resume_from_checkpoint last`, and see that there is one.
 
     Raises:
-        SystemExit: with one line for the user, if there is no checkpoint, or if the run is to start anew as well.
+        SystemExit: with one line for the user, if there is no checkpoint, or if a new run is requested as well.
     """
     resume, output_dir = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if resume is None:
         return
     if training_args.overwrite_output_dir:
         raise stop(
-            command, "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them."
+            command,
+            "--resume_from_checkpoint continues a run and --overwrite_output_dir starts a new one; give only one of them.",
         )
     if resume == "last":
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
@@ -283,6 +284,30 @@ def settings_of(*groups: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     """Arguments as JSON values, for the record of a run."""
     settings = {name: value for group in groups for name, value in asdict(group).items() if name not in without}
     return json.loads(json.dumps(settings, default=str))
+
+
+#: arguments of transformers that the resulting weights depend on
+_RESULT_ARGUMENTS = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "bf16",
+    "fp16",
+)
+
+
+def training_settings_of(training_args: TrainingArguments, *more: str) -> dict[str, Any]:
+    """The training arguments that the resulting weights depend on, and `more`, for the record of a run."""
+    return {name: getattr(training_args, name) for name in (*_RESULT_ARGUMENTS, *more)}
 
 
 @contextmanager

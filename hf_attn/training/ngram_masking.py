@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 
-#: how tokenizers mark the first token of a word
+#: marks of the first token of a word in tokenizers
 _WORD_STARTS = ("\u2581", "\u0120")
 _CONTINUATION = "##"
 

@@ -1,7 +1,7 @@
 """Output folders of long runs: one run at a time, continued by the same run, and never overwritten.
 
-A run that starts anew in the folder of an earlier one moves that one aside. What no run of this package has written is
-left alone, whatever is asked for.
+A new run in the folder of an earlier one renames the earlier folder. Files that no run of this package has written are
+never changed.
 """
 
 import json
@@ -45,7 +45,7 @@ def claim_output_folder(
     Args:
         folder: output folder, created if it does not exist.
         settings: what the results depend on, as JSON values; kept in the folder.
-        overwrite: start anew: an earlier run in the folder is moved to `NAME.earlier-N` beside it.
+        overwrite: start a new run; an earlier run in the folder is renamed to `NAME.earlier-N`.
         command: name of the script or command.
         continues: whether the same settings continue the run that is in the folder.
         resume: whether the user asked to continue what is in the folder; then its settings are not compared.
@@ -80,7 +80,7 @@ def claim_output_folder(
             elif not resume:
                 last = " `--resume_from_checkpoint last` continues it," if any(folder.glob(checkpoints)) else ""
                 raise OutputFolderError(
-                    f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts anew and keeps "
+                    f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts a new run and keeps "
                     "the earlier run beside it, and so does another folder."
                 )
             return True
@@ -123,7 +123,7 @@ def output_folder(
             print(f"\nInterrupted; the run is in {folder}. {advice}", file=sys.stderr)
             raise
         finally:
-            # A run that has stopped at once, such as at a file that is missing, is not in the way of the next one.
+            # A run that stopped immediately, for example because of a missing file, does not block the next one.
             if not continued and {path.name for path in Path(folder).iterdir()} <= {RECORD, LOCK}:
                 (Path(folder) / RECORD).unlink(missing_ok=True)
 
@@ -182,9 +182,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_same_run(folder: Path, earlier: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
-    advice = (
-        "Choose another folder, or start anew with `--overwrite_output_dir`, which keeps the earlier run beside it."
-    )
+    advice = "Choose another folder, or start a new run with `--overwrite_output_dir`, which renames the earlier one."
     if earlier["command"] != command:
         raise OutputFolderError(f"{folder} holds a run of {earlier['command'] or 'something else'}. {advice}")
     before = earlier["settings"]
@@ -198,7 +196,7 @@ def _move_aside(folder: Path, settings: dict[str, Any]) -> None:
     resolved = folder.resolve()
     if resolved in (Path.cwd(), *Path.cwd().parents):
         raise OutputFolderError(
-            f"{folder} is the folder that you are in, which cannot be moved aside. Go elsewhere, or choose another."
+            f"{folder} is the current folder, which cannot be renamed. Change to another folder, or choose another output folder."
         )
     for name, value in settings.items():
         for path in value if isinstance(value, list) else [value]:

@@ -74,7 +74,7 @@ def find_embedding_norm(model: nn.Module) -> nn.Module:
     """The LayerNorm of the word embeddings, before which SiFT acts.
 
     Raises:
-        ValueError: if there is not exactly one `embeddings.LayerNorm`, as DeBERTa, BERT and their kin have it.
+        ValueError: if there is not exactly one `embeddings.LayerNorm`, as in DeBERTa, BERT and similar models.
     """
     found = [module for name, module in model.named_modules() if f".{name}".endswith(".embeddings.LayerNorm")]
     if len(found) != 1:

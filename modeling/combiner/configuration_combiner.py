@@ -115,7 +115,7 @@ class CombinerConfig(DecoderConfig):
             raise ValueError(f"Sinusoidal positions need an even hidden_size of at least 4, got {self.hidden_size}.")
         if self.own_segment_summary and self.is_causal:
             raise ValueError(
-                "own_segment_summary is for encoders: the summary of its own segment would show a token the future."
+                "own_segment_summary is for encoders: the summary of its own segment would contain later tokens."
             )
 
 

@@ -42,8 +42,8 @@ class ComplexFormerAttention(DecoderAttention):
 
         |q| |k| cos(delta * (angle(q) - angle(k)) + bias + (m - n) * frequency)
 
-    The cosine of a difference splits, so that queries and keys are turned once, by their own angles and then by their
-    positions as in rotary embeddings, and any attention function and cache does the rest. `delta` belongs to the heads of
+    The cosine of a difference separates, so queries and keys are rotated once, by their own angles and then by their
+    positions as in rotary embeddings, and every attention function and cache can be used. `delta` belongs to the heads of
     the keys, which queries of a group share; `bias` to those of the queries.
     """
 

@@ -9,7 +9,7 @@ EPSILON = 1e-9
 
 
 def _turn(states, delta, bias, positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The turned states, and of the given ones the squared magnitude and the angle."""
+    """The rotated states, and the squared magnitude and angle of the original ones."""
     real, imaginary = states.chunk(2, dim=-1)
     square = torch.addcmul(real * real + EPSILON, imaginary, imaginary)
     magnitude, angle = square.sqrt(), torch.atan2(imaginary, real)

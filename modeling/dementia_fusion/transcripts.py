@@ -1,4 +1,4 @@
-"""Transcripts as plain words: CHAT files of DementiaBank without marks and without the interviewer."""
+"""Transcripts as plain words: CHAT files of DementiaBank without annotations and without the interviewer."""
 
 import re
 
@@ -22,7 +22,7 @@ _MARKS = (
 
 
 def clean_chat(text: str) -> str:
-    """One utterance in CHAT without its marks."""
+    """One utterance in CHAT without annotations."""
     for pattern, replacement in _MARKS:
         text = re.sub(pattern, replacement, text)
     return text.strip()
@@ -38,12 +38,12 @@ def read_chat(content: str, speaker: str = "PAR") -> str:
     Raises:
         ValueError: if the speaker says nothing; the message lists those who do.
     """
-    # A line that starts with a tab belongs to the one before.
+    # A line that starts with a tab continues the one before.
     lines = re.sub(r"\r?\n[\t ]+", " ", content).splitlines()
     tiers = [match.groups() for line in lines if (match := re.match(r"\*(\w+):\s*(.*)", line))]
     utterances = [cleaned for who, said in tiers if who == speaker and (cleaned := clean_chat(said))]
     # Punctuation alone is no speech.
     if not re.search(r"\w", " ".join(utterances)):
         speakers = ", ".join(sorted({who for who, _ in tiers})) or "nobody"
-        raise ValueError(f"{speaker} says nothing in this transcript. Speakers in it: {speakers}.")
+        raise ValueError(f"{speaker} has no words in this transcript. Its speakers:  {speakers}.")
     return " ".join(utterances)

@@ -39,7 +39,7 @@ def intermediate_loss(
 
     Args:
         student_states, teacher_states: a tensor `(batch, sequence, hidden_size)` for each compared layer.
-        mask: `(batch, sequence)`, nonzero for the tokens that count; all of them if not given.
+        mask: `(batch, sequence)`, nonzero for the tokens to include; all of them if not given.
         num_items: divisor to use instead of this batch's number of tokens (`"mean"`) or sequences (`"sum"`).
         reduction: `"mean"` is the mean over tokens and dimensions, `"sum"` the squared norm of a sequence.
 

@@ -510,7 +510,7 @@ class GMANForPrediction(GMANPreTrainedModel):
         """
         if labels is not None:
             if future_values is not None:
-                raise ValueError("labels and future_values are two names of one thing; give one of them.")
+                raise ValueError("labels and future_values are names of the same argument; pass only one of them.")
             future_values = labels
         outputs = self.gman(
             past_values,

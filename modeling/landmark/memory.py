@@ -187,7 +187,7 @@ def _begin_retrieval(
     # The newest block in a slot; before the cache is full that is the block of the slot's number.
     numbers = counts[:, None] - 1 - (counts[:, None] - 1 - slot) % slots
     if cache.max_blocks is not None:
-        # The slot that the block at hand is being filled into is not memory any more.
+        # The slot of the block that is being filled is no longer part of the memory.
         numbers = numbers.masked_fill(numbers < (counts - cache.max_blocks)[:, None], -1)
     numbers = numbers.clamp(min=-1)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Which blocks a text was continued from: how often each block of the memory was retrieved, and a plot of it."""
+"""Retrieval statistics: how often each block of the memory was retrieved, and a plot of it."""
 
 from pathlib import Path
 

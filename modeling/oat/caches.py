@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class SceneLayer(DynamicLayer):
-    """Keys and values of the encoded scenes, one row a scene, however many scanpaths are drawn of each."""
+    """Keys and values of the encoded scenes, one row per scene, for any number of scanpaths per scene."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Nothing moves: the beams of a scene change places among themselves."""
@@ -16,7 +16,7 @@ class SceneLayer(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of the fixations so far, in memory with room for more, so that a step does not copy those before it."""
+    """Keys and values of the fixations so far, in preallocated memory, so that a step does not copy earlier ones."""
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -85,7 +85,7 @@ class OATImageProcessor(BaseImageProcessor):
         if not images:
             raise ValueError("There are no images.")
         if (target_index is None) == (target_boxes is None):
-            raise ValueError("Say what is searched for: either target_index or target_boxes.")
+            raise ValueError("Pass the targets of the search: either target_index or target_boxes.")
         given = {"boxes": boxes, "target_index": target_index, "target_boxes": target_boxes, "fixations": fixations}
         for name, values in given.items():
             if values is not None and len(values) != len(images):

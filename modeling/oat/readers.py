@@ -1,4 +1,4 @@
-"""Eye-tracking data sets -> trials: the paper's two formats, and JSON lines for data of one's own."""
+"""Eye-tracking datasets -> trials: the two formats of the paper, and JSON lines for your own data."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def shelf_boxes(rows: int, columns: int, height: int, width: int) -> torch.Tenso
 
 
 def read_trials(file: str | Path) -> list[Trial]:
-    """Read trials of one's own: JSON lines, a trial each.
+    """Read your own trials from JSON lines, one trial per line.
 
     Keys: `image` (path, from the folder of the file), `boxes` or `grid` with `size` (`[width, height]`), `target_index`, and
     `fixations` (points in pixels) or `scanpath` (objects).

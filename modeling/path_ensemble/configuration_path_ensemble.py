@@ -116,7 +116,7 @@ class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin,
             if len(set(paths)) != len(paths):
                 raise ValueError(f"{name} must not repeat a path, got {list(paths)}.")
         if len(self.pruned_paths) == self.num_paths:
-            raise ValueError("All paths are pruned: the classifier would see nothing. Keep at least one.")
+            raise ValueError("All paths are pruned, so the classifier would have no input. Keep at least one.")
 
     def validate_distillation(self):
         """Part of the validation that `@strict` runs."""

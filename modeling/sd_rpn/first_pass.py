@@ -126,7 +126,7 @@ def unwrapped_base(base: nn.Module) -> PreTrainedModel:
 
 
 def execution_device(base: PreTrainedModel) -> torch.device:
-    """Where the inputs of a base belong. Offloaded weights wait elsewhere, on "meta" at times."""
+    """The device for the inputs of a base. Offloaded weights are on another device, for example "meta"."""
     embeddings = base.get_input_embeddings()
     for module in (base, embeddings):
         hook = getattr(module, "_hf_hook", None)
@@ -139,7 +139,7 @@ def execution_device(base: PreTrainedModel) -> torch.device:
 
 @contextmanager
 def own_weights(module: nn.Module) -> Iterator[None]:
-    """Have the weights that a module itself owns, which offloading brings for the time of its `forward` only."""
+    """Load the module's own weights, which offloading otherwise provides only during its `forward`."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         yield

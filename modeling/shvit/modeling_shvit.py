@@ -114,7 +114,7 @@ class SHViTConvNorm(nn.Module):
         return self.conv.weight.double() * scale[:, None, None, None], shift
 
     def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Become the convolution with this weight and bias."""
+        """Replace the module's layers by one convolution with this weight and bias."""
         dtype = self.conv.weight.dtype
         if self.conv.kernel_size == (1, 1):
             self.conv = SHViTPositionwiseConv(self.conv.in_channels, self.conv.out_channels)
@@ -314,7 +314,7 @@ class SHViTClassifier(nn.Module):
         return weight * scale, self.dense.bias.double() + weight @ shift
 
     def fuse(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Become the linear layer with this weight and bias."""
+        """Replace the module's layers by one linear layer with this weight and bias."""
         dtype = self.dense.weight.dtype
         _set_weights(self.dense, weight.to(dtype), bias.to(dtype))
         self.norm = nn.Identity()

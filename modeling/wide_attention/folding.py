@@ -1,4 +1,4 @@
-"""The exact shortcut of one softmax layer with a class token: nothing but the state of that token is computed.
+"""Folding of a softmax layer with a class token, which is exact: only the state of that token is computed.
 
 The class token is the same in every text, so its query is a constant of the weights, and so are, in each head,
 
@@ -66,7 +66,7 @@ class _Constants:
 
 
 class FoldedClassToken:
-    """Computes the state of the class token of a folded model; makes its constants anew when weights have changed.
+    """Computes the state of the class token of a folded model; recomputes its constants when weights have changed.
 
     Args:
         model: a [`WideTransformerForSequenceClassification`].

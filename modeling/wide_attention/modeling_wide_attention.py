@@ -233,7 +233,7 @@ class WideTransformerForSequenceClassification(WideTransformerPreTrainedModel):
     def fold(self, table: bool | None = None) -> "WideTransformerForSequenceClassification":
         """Compute only the state of the class token, which gives the same logits and is much faster.
 
-        The weights stay as they are; what is made of them is made anew when they change (but not when they are changed through
+        The weights are not changed; the constants are recomputed when the weights change (but not if they are changed through
         `.data`: call `fold` again then). A call that asks for hidden states or attention weights, needs gradients or
         comes in training is served as before.
 

@@ -84,3 +84,13 @@ def write_json(path: Path | None, result: Mapping[str, object]) -> None:
 
     machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
     path.write_text(json.dumps({**machine, **result}, indent=2) + "\n", encoding="utf-8")
+
+
+def relative_to(peer: str, seconds: Mapping[str, float], peaks: Mapping[str, int]) -> dict[str, float]:
+    """Time and peak memory of `ours`, absolute and relative to a peer, as columns of a table."""
+    return {
+        "seconds": seconds["ours"],
+        "speedup": seconds[peer] / seconds["ours"],
+        "peak_mib": peaks["ours"] / 2**20,
+        "memory": peaks["ours"] / peaks[peer],
+    }

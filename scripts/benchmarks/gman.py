@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
+from _common import alternating_medians, peak_memory, print_table, relative_to, run_fresh, write_json
 from transformers.utils import logging
 
 from hf_attn import from_official
@@ -173,10 +173,7 @@ def main():
                         "nodes": nodes,
                         "mode": mode,
                         "error": error,
-                        "seconds": seconds["ours"],
-                        "speedup": seconds["peer"] / seconds["ours"],
-                        "peak_mib": peaks["ours"] / 2**20,
-                        "memory": peaks["ours"] / peaks["peer"],
+                        **relative_to("peer", seconds, peaks),
                     }
                 )
                 print_table(rows[-1:])

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import alternating_medians, peak_memory, print_table, run_fresh, write_json
+from _common import alternating_medians, peak_memory, print_table, relative_to, run_fresh, write_json
 from transformers.utils import logging
 
 from hf_attn import from_official
@@ -124,10 +124,7 @@ def main():
                         "dtype": dtype,
                         "size": size,
                         "error": error,
-                        "seconds": seconds["ours"],
-                        "speedup": seconds["spandrel"] / seconds["ours"],
-                        "peak_mib": peaks["ours"] / 2**20,
-                        "memory": peaks["ours"] / peaks["spandrel"],
+                        **relative_to("spandrel", seconds, peaks),
                     }
                 )
                 print_table(rows[-1:])

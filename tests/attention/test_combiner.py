@@ -154,7 +154,7 @@ def test_masks_with_holes_are_refused():
 def test_what_has_no_meaning_for_spans_is_refused():
     assert "window" in refusal(make_call("fixed", 8, 4, sliding_window=3))
     bias = torch.randn(1, 1, 8, 8)
-    assert "adds to the scores" in refusal(make_call("fixed", 8, 4, False, attention_mask=bias))
+    assert "the mask is additive" in refusal(make_call("fixed", 8, 4, False, attention_mask=bias))
     for kind in ("logsparse", "mixture"):
         assert "causal attention only" in refusal(make_call(kind, 8, 4, False))
     assert "own_segment_summary" in refusal(make_call("vertical", 8, 4, False, own_segment_summary=True))

@@ -211,7 +211,7 @@ def test_what_is_refused(results):
         "implementation": "has attn_implementation='sdpa'. Choose how ranks share a sequence",
         "window": "a sliding window of 8",
         "soft cap": "soft-capped logits",
-        "outside": "works within `with sequence_parallel(model):` only",
+        "outside": "works only within `with sequence_parallel(model):`",
         "unsharded": "call it as `model(**shard(batch))`",
         "backward": "Call `loss.backward()` within",
         "dropout": "does not serve dropout of 0.5",

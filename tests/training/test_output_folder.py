@@ -67,7 +67,7 @@ def test_neither_the_current_folder_nor_an_input_is_moved(tmp_path, monkeypatch)
     with pytest.raises(OutputFolderError, match=r"--model .*run is part of the run"):
         claim_output_folder(tmp_path / "run", {"model": str(tmp_path / "run")}, overwrite=True)
     monkeypatch.chdir(tmp_path / "run")
-    with pytest.raises(OutputFolderError, match="the folder that you are in"):
+    with pytest.raises(OutputFolderError, match="is the current folder"):
         claim_output_folder(".", SETTINGS, overwrite=True)
     assert names(tmp_path) == ["run"]
 

@@ -94,7 +94,7 @@ def adaptive_calibration_error(probabilities: Any, labels: Any, num_ranges: int 
     Args:
         probabilities: `(samples, classes)`.
         labels: `(samples,)`.
-        num_ranges: number of ranges of each class; with fewer samples some are empty, and do not count.
+        num_ranges: number of ranges of each class; with fewer samples some are empty and are ignored.
     """
     probabilities, labels = check_probabilities(probabilities, labels)
     if num_ranges < 1:

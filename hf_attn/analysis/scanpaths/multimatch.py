@@ -51,7 +51,7 @@ def _saccades(scanpath: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _alignment(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest way from the first to the last cell by steps right, down and diagonal, without the cost of the first."""
+    """The path of least cost from the first to the last cell by steps right, down and diagonal, without the cost of the first."""
     total = costs.copy()
     total[0, 0] = 0
     for i in range(costs.shape[0]):

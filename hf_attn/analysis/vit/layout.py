@@ -146,7 +146,7 @@ class ViTLayout:
         return len(self.layers)
 
     def grid_of(self, pixel_values: torch.Tensor) -> Grid:
-        """The tokens that the model makes of images.
+        """The token embeddings of images.
 
         Raises:
             ValueError: for images of another size than the model's.
@@ -226,14 +226,16 @@ def _num_heads(attention: nn.Module) -> int:
     for name in ("num_attention_heads", "num_heads"):
         if hasattr(attention, name):
             return getattr(attention, name)
-    raise UnknownLayoutError(f"{type(attention).__name__} does not say how many heads it has. Supported: {SUPPORTED}.")
+    raise UnknownLayoutError(
+        f"{type(attention).__name__} does not define its number of heads. Supported:  {SUPPORTED}."
+    )
 
 
 def _first_convolution(model: nn.Module) -> nn.Conv2d:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module
-    raise UnknownLayoutError(f"{type(model).__name__} has no convolution that makes patches. Supported: {SUPPORTED}.")
+    raise UnknownLayoutError(f"{type(model).__name__} has no patch embedding convolution. Supported:  {SUPPORTED}.")
 
 
 def _image_size(model: nn.Module, is_timm: bool) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Vision transformers and pictures for an analysis, from folders, the Hub, or what scikit-learn and scikit-image bring along."""
+"""Vision transformers and images for an analysis, from folders, the Hub, scikit-learn and scikit-image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _TOWERS = {
     "siglip": ("SiglipVisionModel", "SiglipForImageClassification"),
 }
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-#: photographs that scikit-image brings along
+#: photographs of scikit-image
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
@@ -68,7 +68,7 @@ def read_pictures(
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of images.")
+        raise ValueError(f"{folder} is not a folder of images.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise ValueError(f"{folder} has no images ({', '.join(_SUFFIXES)}).")
@@ -78,7 +78,7 @@ def read_pictures(
         unknown = sorted({*labels} - {*class_names})
         if unknown:
             raise ValueError(
-                f"{folder / unknown[0]} is named as no class of the model. Rename the sub-folders, or put the images into "
+                f"{folder / unknown[0]} does not have the name of a class. Rename the sub-folders, or put the images into "
                 f"{folder} itself to analyse them without labels."
             )
     chosen = _evenly(len(files), limit)

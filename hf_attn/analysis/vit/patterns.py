@@ -8,7 +8,7 @@ import torch
 from .hops import Grid, attention_strength, offset_map
 
 
-#: features of heads that need no training; the latents of a `VitPatternAutoencoder` are an array of one's own
+#: features of heads that need no training; pass the latents of a `VitPatternAutoencoder` as an array
 FEATURES = ("maps", "offsets", "profile")
 PATTERNS = ("self", "neighbourhood", "row", "column", "shifted", "key-driven", "diffuse")
 

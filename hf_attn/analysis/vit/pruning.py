@@ -40,7 +40,7 @@ def head_outcomes(layout: ViTLayout, pixel_values: torch.Tensor) -> tuple[Outcom
 
 @dataclass
 class PruningSums:
-    """Metrics of a model without parts of it, batch by batch.
+    """Metrics of a model without some of its heads, batch by batch.
 
     Attributes:
         layout: the model, in eval mode.

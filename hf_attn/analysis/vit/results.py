@@ -25,7 +25,7 @@ class ViTAnalysis:
     """What [`analyze_vit`] found. Heads and layers are counted from 0.
 
     Attributes:
-        model_name: class of the model, and where it comes from.
+        model_name: class and source of the model.
         grid: its tokens.
         pictures: `(images, height, width, 3)` uint8, the images as they are passed to the model.
         class_names: names of the classes; empty of a model without a classifier.

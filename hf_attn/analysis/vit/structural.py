@@ -1,4 +1,4 @@
-"""Removing heads for good: as zeros that a saved model keeps, or cut out of the weights for speed."""
+"""Permanent removal of heads: as zeros that are saved with the model, or cut out of the weights for speed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ _FIELD = "zeroed_heads"
 
 @torch.no_grad()
 def zero_heads(model: nn.Module, heads: Mapping[int, Sequence[int]]) -> None:
-    """Remove heads for good: zero their columns of the output projection, which equals pruning them.
+    """Remove heads permanently: set their columns of the output projection to zero, which is equivalent to pruning them.
 
     The shapes stay, so the model saves and loads as before, with its heads removed; `config.zeroed_heads` lists them.
 

@@ -219,7 +219,7 @@ def _padding_of_input(
     if attention_mask is None:
         if length > 1 and position_ids.shape[0] > 1 and bool((position_ids.diff(dim=-1) <= 0).any()):
             raise ValueError(
-                "position_ids begin anew inside a row, which means several sequences in one row; layers without keys cannot "
+                "position_ids restart inside a row, which means several sequences in one row; layers without keys cannot "
                 "keep them apart. Give each sequence a row, with padding and an attention_mask."
             )
         return None

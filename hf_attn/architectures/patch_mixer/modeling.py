@@ -1,6 +1,6 @@
 """The shell that NiNformer and Activator share: patch embedding, blocks, mean over tokens, linear head.
 
-Neither has a class token, positions or a final norm; a family brings its blocks. A block is a
+Neither has a class token, position embeddings or a final norm; a family provides the blocks. A block is a
 `GradientCheckpointingLayer` over tokens `(batch, tokens, hidden_size)` with a gating unit inside, a module that returns
 `(output, gate)`.
 """

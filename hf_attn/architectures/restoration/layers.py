@@ -18,7 +18,7 @@ SHIFT_MASK_VALUE = -100.0
 
 
 class TokenLinear(nn.Linear):
-    """`nn.Linear` on `(..., features)`, in the way that is fastest on the CPU at hand for bfloat16."""
+    """`nn.Linear` on `(..., features)`, with the fastest implementation for bfloat16 on this CPU."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return linear(tokens, self.weight, self.bias)
@@ -95,7 +95,7 @@ def shift_mask(window_size: int, shift_size: int, last_row: bool, last_column: b
 
 
 class WindowAttentionBase(nn.Module):
-    """Projections, relative position table and attention of windows, whatever the windows are.
+    """Projections, relative position table and attention of windows of any kind.
 
     Args:
         config: configuration of the model.

@@ -1,7 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """The body of image models with stages: stem, stages of blocks on ever smaller maps, and what is made of them.
 
-A family brings its stem and its stage, and combines them with the classes here:
+A family provides its stem and its stage, and combines them with the classes of this module:
 
     class XEncoder(StagedEncoderMixin, XPreTrainedModel):      stage_class = XStage
     class XModel(StagedModelMixin, XPreTrainedModel):          embeddings_class, encoder_class = XEmbeddings, XEncoder

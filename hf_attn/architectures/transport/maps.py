@@ -15,7 +15,7 @@ def squared_distances(
     Args:
         source: `(batch, n, width)`.
         target: `(batch, m, width)`.
-        source_mask: `(batch, n)`, false where there is padding. Pairs with padding count for nothing.
+        source_mask: `(batch, n)`, false where there is padding. Pairs with padding are ignored.
         target_mask: `(batch, m)`.
         normalize: whether to divide by the largest entry.
 

@@ -115,7 +115,7 @@ class ZeppelinSchedule:
 
 
 def zigzag_spans(start: int, tokens: Sequence[int]) -> list[list[Span]]:
-    """A front and a back piece for each rank of a ring: front pieces in their order, back pieces in the reverse one.
+    """A front and a back part for each rank of a ring: front parts in order, back parts in reverse order.
 
     Args:
         start: of the document in the batch.

@@ -1,4 +1,4 @@
-"""Where the lengths of a batch come from: a file, a tokenised dataset, or a distribution with a name."""
+"""Sources of the lengths of a batch: a file, a tokenised dataset, or a named distribution."""
 
 import json
 import math

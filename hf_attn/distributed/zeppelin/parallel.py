@@ -17,7 +17,7 @@ class Cluster:
     Attributes:
         nodes: number of nodes.
         gpus_per_node: ranks of a node.
-        capacity: tokens that a rank takes; by default whatever the batch needs and 15% more.
+        capacity: maximum number of tokens per rank; by default the need of the batch plus 15%.
     """
 
     nodes: int
@@ -43,7 +43,7 @@ class Cluster:
             PlanError: if the nodes would have different numbers of ranks.
         """
         if nodes < 1 or ranks % nodes:
-            raise PlanError(f"{ranks} ranks cannot be dealt out evenly to {nodes} nodes.")
+            raise PlanError(f"{ranks} ranks cannot be distributed evenly over {nodes} nodes.")
         return cls(nodes, ranks // nodes, capacity)
 
 

@@ -1,4 +1,4 @@
-"""Predicted time of a training step by Zeppelin and by three other ways to place a batch of uneven sequences.
+"""Predicted time of a training step with Zeppelin and with three other placements of a batch of uneven sequences.
 
 Predictions under the constants of :class:`~hf_attn.distributed.zeppelin.cost.Hardware`, not measurements.
 """
@@ -75,7 +75,7 @@ def zeppelin_layer(
 def attention_seconds_per_rank(
     plan: Plan, model: ModelShape, hardware: Hardware, step: Pass, routing: bool = True
 ) -> list[float]:
-    """Seconds of the rings that each rank belongs to, one after the other."""
+    """Total seconds of the rings of each rank."""
     seconds = [0.0] * plan.num_ranks
     for length, zone, shares in zip(plan.lengths, plan.zones, plan.shares, strict=True):
         time = ring_seconds(model, hardware, step, length, len(shares), zone == "inter", routing)

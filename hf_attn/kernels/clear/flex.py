@@ -77,7 +77,7 @@ def _needed_blocks(rows, columns, text_length, kv_len, radius) -> tuple[torch.Te
 
     needed = torch.ones(q_blocks, kv_blocks, dtype=torch.bool, device=rows.device)
     full = torch.zeros_like(needed)
-    # Blocks that hold nothing but image tokens; the last one may hold text as well.
+    # Blocks that contain only image tokens; the last one may also contain text.
     pure = image_length // BLOCK
     needed[:pure, :pure] = nearest[:pure, :pure] < radius**2
     full[:pure, :pure] = farthest[:pure, :pure] < radius**2

@@ -98,7 +98,7 @@ def allowed_pairs(mask: torch.Tensor) -> torch.Tensor | Refusal:
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
         if bool((mask.masked_fill(~allowed, 0) != 0).any()):
-            return Refusal("the mask adds to the scores, and the summaries of spans have no place for that")
+            return Refusal("the mask is additive, which summaries of spans do not support")
     else:
         allowed = mask
     if allowed.shape[1] != 1:

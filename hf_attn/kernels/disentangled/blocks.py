@@ -1,6 +1,6 @@
 """Disentangled attention by SDPA with the position terms as a bias.
 
-For inference the bias is made piece by piece and not gathered pair by pair: where rows of the table follow the distance, a
+For inference the bias is computed block by block and not gathered pair by pair: where rows of the table follow the distance, a
 product of tokens with rows holds the bias of its pairs along its diagonals, which is a strided view.
 """
 
@@ -20,7 +20,7 @@ SHORT = 512
 
 
 def dense_disentangled(call: DisentangledCall) -> torch.Tensor:
-    """Any call, with gradients, in one piece."""
+    """Any call, with gradients, without blocks."""
     scaling, bias = call.scaling, None
     if call.has_positions:
         bias = position_scores(call.query * scaling, call.key * scaling, *call.positions, call.row_of_pairs())
@@ -76,7 +76,7 @@ def _attend_short(query, key, value, position_key, position_query, mask, scaling
     length = query.shape[2]
     bias = query.new_empty(*query.shape[:2], length, length, dtype=_wide(query))
     for block in _slices(length, SHORT_BLOCK):
-        # The distances of these tokens to all others, whichever way they are counted.
+        # The distances of these tokens to all others, in either direction.
         distances = slice(length - block.stop, 2 * length - 1 - block.start)
         if position_key is not None:
             bias[:, :, block] = _diagonals(query[:, :, block] @ position_key[:, distances].transpose(-1, -2), length)

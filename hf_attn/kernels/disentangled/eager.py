@@ -44,7 +44,7 @@ def position_scores(
 def masked_out(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Scores with the lowest finite number where the mask `(batch, 1, 1 or q_len, kv_len)` is false.
 
-    Finite, so that a text of nothing but padding becomes a mean and not NaN.
+    Finite, so that the output for a text that is only padding is a mean and not NaN.
     """
     if attention_mask is None:
         return scores

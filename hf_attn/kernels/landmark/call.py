@@ -60,7 +60,7 @@ def check_blockwise(call: LandmarkCall) -> Refusal | int:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     is_landmark, mask = call.is_landmark, call.attention_mask
     if torch.compiler.is_compiling():
-        return Refusal("it looks at the positions of the landmarks, which a compiled graph does not know")
+        return Refusal("it reads the positions of the landmarks, which are unknown in a compiled graph")
     if q_len > kv_len:
         return Refusal(f"there are more queries ({q_len}) than keys ({kv_len})")
     if call.sliding_window is not None:
@@ -90,7 +90,7 @@ def check_triton(call: LandmarkCall) -> Refusal | int:
         The size of its tiles, which are the blocks; where there are fewer keys than a block has, any tile that holds them
         does. Or why not.
     """
-    # What is cheap to find out comes first: the positions of the landmarks have to be waited for.
+    # Cheap checks come first, because reading the positions of the landmarks synchronises with the device.
     refusal = refusal_of_fused(call) or refusal_of_triton(call, MAX_TRITON_HEAD_DIM)
     if refusal is not None:
         return refusal

@@ -70,7 +70,7 @@ class _Blocks:
         self.multiplies_in_bfloat16 = query.dtype == torch.bfloat16 and (
             few_rows or query.device.type != "cpu" or not bfloat16_cpu.PRODUCTS_ARE_SLOW
         )
-        # Bias and key mask become further columns of query and key, so that the product already holds them.
+        # Bias and key mask become additional columns of query and key, so that the product includes them.
         has_bias = head_bias is not None or bias != 0
         folds = not few_rows and not self.multiplies_in_bfloat16
         self.folds_bias = folds and has_bias

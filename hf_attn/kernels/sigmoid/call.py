@@ -1,4 +1,4 @@
-"""A call of sigmoid attention, what its fused kernels take of it, and which calls they serve."""
+"""A call of sigmoid attention, and the checks of its fused kernels."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

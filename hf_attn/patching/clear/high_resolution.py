@@ -79,7 +79,7 @@ def generate_high_resolution(
             the model as it is, the others with these. None: the transformer has CLEAR, and all stages use it.
         num_inference_steps: of a schedule; of those of a further stage the last `strength * num_inference_steps` are done.
         guidance_scale: of the first stage.
-        strength: how much of an enlarged image is made anew, in (0, 1].
+        strength: strength of the noise that is added to an enlarged image, in (0, 1].
         refinement_guidance_scale: of further stages.
         ntk_factor: how much the position encoding is stretched in further stages, see :func:`ntk_scaled`.
         max_sequence_length: tokens to which the text is padded.

@@ -169,7 +169,7 @@ def merged(output: torch.Tensor, logsumexp: torch.Tensor, group: distributed.Pro
 
 
 class _HaloExchange:
-    """Rows beyond a strip, on their way from the neighbours; `states` are `(2, batch, heads, strip, head_dim)`."""
+    """Rows beyond a strip, being received from the neighbours; `states` are `(2, batch, heads, strip, head_dim)`."""
 
     def __init__(self, strip: Strip, states: torch.Tensor, reach: int):
         self.received: list[torch.Tensor] = []
@@ -179,7 +179,7 @@ class _HaloExchange:
             if rows == 0:
                 self.received.append(states[..., :0, :])
                 continue
-            # What the neighbour needs of this strip: its rows below for the one above, and the other way round.
+            # What the neighbour needs of this strip: its rows below for the one above, and vice versa.
             needed = strip.halo(neighbour, reach)[first] * strip.width
             sent = states[..., :needed, :] if first else states[..., states.shape[3] - needed :, :]
             self.received.append(states.new_empty(*states.shape[:3], rows * strip.width, states.shape[4]))
@@ -224,7 +224,7 @@ def clear_parallel(
 ) -> Iterator[None]:
     """Within this context the processes of a group share the work on each image; all have to make the same calls.
 
-    The rows of the token grid are dealt out as evenly as they go. Every call returns the whole output in every process.
+    The rows of the token grid are split as evenly as possible. Every call returns the whole output in every process.
 
     Args:
         transformer: FLUX transformer with CLEAR on all attention layers, without pooled keys.
@@ -255,7 +255,9 @@ def clear_parallel(
             "Layers with full attention would attend to a part of the image only: use `apply_clear` on all layers."
         )
     if any(processor.down_factor > 1 for processor in processors.values()):
-        raise ValueError("Pooled keys are not supported on several processes: every query attends to those of all.")
+        raise ValueError(
+            "Pooled keys are not supported on several processes: every query attends to those of all processes."
+        )
     group = distributed.group.WORLD if group is None else group
     current: list[Strip] = []
 

@@ -87,7 +87,7 @@ class ClearProcessor(nn.Module):
         )
 
     def forward(self) -> torch.Tensor:
-        """The spatial weight. Offloading brings weights for the time of a module's `forward`, and takes them away again."""
+        """The spatial weight. With offloading, weights are loaded only during a module's `forward`."""
         return self.spatial_weight.clone()
 
     def attend(

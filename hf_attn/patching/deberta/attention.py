@@ -1,4 +1,4 @@
-"""The attention modules of transformers' DeBERTa, with another way to compute the same.
+"""The attention modules of transformers' DeBERTa, with a faster computation of the same function.
 
 They are subclasses with the same parameters: a module changes its class in place, so that hooks, adapters and references
 to it stay, and a saved model is an ordinary DeBERTa.

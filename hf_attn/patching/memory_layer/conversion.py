@@ -1,4 +1,4 @@
-"""Linear layers of a pretrained model become memory layers that are fitted to its activations."""
+"""Conversion of linear layers of a pretrained model to memory layers that are fitted to its activations."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -172,7 +172,7 @@ def _note_in_config(model: nn.Module, layers: list[str] | None) -> None:
 
 
 def refresh_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
-    """Set the tracked singular vectors u of all reparametrised layers anew, by singular value decompositions.
+    """Recompute the tracked singular vectors u of all reparametrised layers, by singular value decompositions.
 
     For weights that did not come from training with u: averages of models (EMA, SWA), whose averaged u is no singular vector of
     the averaged weight, or weights edited by hand.

@@ -154,7 +154,7 @@ def answer_attention(
 
 
 def average_attention(weights: Sequence[torch.Tensor], row_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over rows and heads of several layers; each head counts the same.
+    """Mean over rows and heads of several layers, with equal weights for all heads.
 
     Args:
         weights: `(batch, heads, rows, keys)` of each layer.

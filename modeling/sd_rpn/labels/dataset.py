@@ -1,4 +1,4 @@
-"""Data sets of pseudo-labels: their columns, and how the official files become one."""
+"""Datasets of pseudo-labels: their columns, and conversion of the official files."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -155,7 +155,7 @@ class TestLoss:
         model = tiny_model()
         batch, targets = inputs(model.config), 50 + torch.rand(3, 4, 6)
         assert model(**batch, labels=targets).loss == model(**batch, future_values=targets).loss
-        with pytest.raises(ValueError, match="two names of one thing"):
+        with pytest.raises(ValueError, match="names of the same argument"):
             model(**batch, labels=targets, future_values=targets)
 
 

@@ -27,7 +27,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel, SdRpnOutput
+from hf_attn.modeling.sd_rpn.prompts import encode_prompts, read_prompt
 
 
 BASES = ("llava", "llava_next", "qwen2_5_vl")
@@ -197,3 +199,44 @@ def force_maps(rpn: SdRpnModel, *maps: torch.Tensor) -> None:
         return SdRpnOutput(logits=logits)
 
     rpn.forward = forward
+
+
+#: greedy, always to the same length
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+#: regions in maps of all grids that the pictures of these tests have: none, one, several
+NONE, ONE, SEVERAL = (), ((2, 2, 4, 4),), ((0, 0, 2, 2), (3, 3, 6, 6))
+
+
+def make_generator(kind: str, *regions) -> SdRpnGenerator:
+    """A generator; with `regions`, one that finds these in square images, one entry for each image."""
+    rpn = tiny_rpn(kind)
+    if regions:
+        force_maps(rpn, *(blob((GRID, GRID), *boxes) for boxes in regions))
+    return SdRpnGenerator(tiny_base(kind), rpn, tiny_processor(kind))
+
+
+def square(seed: int = 0) -> Image.Image:
+    """A picture that all bases see as GRID x GRID cells: Qwen2.5-VL has cells of 28 pixels."""
+    return picture(28 * GRID, 28 * GRID, seed)
+
+
+def tokens(generator: SdRpnGenerator, *arguments, threshold=0.4, **options) -> list[list[int]]:
+    focused = generator.prepare(*arguments, threshold=threshold)
+    sequences = generator.base.generate(**focused.model_inputs, **{**GREEDY, **options})
+    return sequences[:, focused.model_inputs["input_ids"].shape[1] :].tolist()
+
+
+def plain_tokens(kind: str, prompts: list, images: list, **options) -> list[list[int]]:
+    """What the base answers by itself."""
+    processor, base = tiny_processor(kind), tiny_base(kind)
+    read = [read_prompt(processor, prompt, given) for prompt, given in zip(prompts, images, strict=True)]
+    inputs = encode_prompts(processor, base.config, read)
+    sequences = base.generate(**inputs, **{**GREEDY, **options})
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def prompt_length(kind: str, prompt: str, image: Image.Image) -> int:
+    read = read_prompt(tiny_processor(kind), prompt, image)
+    return encode_prompts(tiny_processor(kind), tiny_base(kind).config, [read])["input_ids"].shape[1]
