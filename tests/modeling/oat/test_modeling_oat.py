@@ -123,6 +123,25 @@ def test_cache_does_not_change_the_scanpaths(model, scenes, settings, cache_impl
     torch.testing.assert_close(cached, model.generate(**scenes, **settings, use_cache=False))
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_scores_of_sampled_steps_do_not_depend_on_what_is_kept(scenes, heads):
+    set_seed(0)
+    model = OATForScanpathPrediction(OATConfig.from_variant("tiny", num_pointer_heads=heads)).eval()
+    settings = {"do_sample": True, "num_return_sequences": 4, "min_new_tokens": 4, "max_new_tokens": 4}
+    rows, outputs = [], []
+    for use_cache in (True, False):
+        hook = model.oat.decoder.layers[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+        set_seed(0)
+        outputs.append(
+            model.generate(**scenes, **settings, use_cache=use_cache, output_logits=True, return_dict_in_generate=True)
+        )
+        hook.remove()
+    # With a cache the first step, BOS for all scanpaths of a scene, is decoded once a scene.
+    assert rows == [2, 8, 8, 8, 8, 8, 8, 8]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), **TOLERANCE)
+
+
 def test_samples_of_a_scene_share_its_encoding(model, scenes):
     encodings, keys = [], []
     encoder, projection = model.oat.encoder, model.oat.decoder.layers[0].encoder_attn.k_proj
