@@ -46,8 +46,6 @@ class AttentionCall:
     def repeated_heads(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value with as many heads as the query."""
         groups = self.query.shape[1] // self.key.shape[1]
-        if groups == 1:
-            return self.key, self.value
         return self.key.repeat_interleave(groups, dim=1), self.value.repeat_interleave(groups, dim=1)
 
 

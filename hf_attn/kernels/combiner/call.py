@@ -45,6 +45,12 @@ class CombinerCall(AttentionCall):
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {self.pool!r}.")
 
+    def repeated_heads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value with as many heads as the query; not copied if they have as many already."""
+        if self.key.shape[1] == self.query.shape[1]:
+            return self.key, self.value
+        return super().repeated_heads()
+
 
 def default_segment_length(length: int) -> int:
     """The segment length near the square root of a length."""
