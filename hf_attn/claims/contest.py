@@ -25,7 +25,7 @@ class ImageContest:
         steps: of a training.
     """
 
-    def __init__(self, sides: Mapping[str, Callable[[int], nn.Module]], same_cost: bool = True, steps: int = 200):
+    def __init__(self, sides: Mapping[str, Callable[[int], nn.Module]], same_cost: bool = True, steps: int = 1000):
         self.sides, self.same_cost, self.steps = dict(sides), same_cost, steps
         self.own, *self.peers = self.sides
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..catalog import PAPERS
 from .result import figures_of, read_result
+from .run import claims
 
 
 NOT_RUN = "not run yet"
@@ -47,13 +48,17 @@ def paper_section(slug: str, results: str | Path, path_to_results: str) -> str:
 def _row(slug: str, record: dict[str, Any] | None) -> str:
     paper = f"[`{slug}`](papers/{slug}.md)"
     if record is None:
-        return f"| {paper} | {PAPERS[slug].claim} | | {NOT_RUN} | |\n"
+        return f"| {paper} | {PAPERS[slug].claim} | | {NOT_RUN} | {_command(slug)} |\n"
     measured = "<br>".join(map(str, figures_of(record)))
     verdict = f"[{record['verdict']}](results/{slug}.png)"
     if not record["verdict"].startswith("shown"):
         verdict += f": {record['why']}"
     run = f"`{record['command']}`<br>{_circumstances(record)}"
     return f"| {paper} | {record['claim']} | {measured} | {verdict} | {run} |\n"
+
+
+def _command(slug: str) -> str:
+    return f"`hf-attn claim {slug}`" if slug in claims() else "no run"
 
 
 def _circumstances(record: dict[str, Any]) -> str:

@@ -6,13 +6,13 @@ that a distilled model makes need its weights and a GPU, and are not judged.
 """
 
 import math
-import time
 
 import torch
 from torch.nn import functional as F
 
 from ...attention.clear import clear_attention, clear_mask
 from ..result import Conclusion, Figure
+from ..timing import least_cpu_seconds
 
 
 RADIUS, TEXT_LENGTH, HEAD_DIM = 8, 512, 64
@@ -57,14 +57,7 @@ def seconds(side: int, with_full: bool) -> list[float | None]:
     calls = [lambda: clear_attention(*inputs, grid=(side, side), radius=RADIUS)]
     if with_full:
         calls.append(lambda: F.scaled_dot_product_attention(*inputs))
-    times = [[] for _ in calls]
-    for turn in range(4):
-        for call, found in zip(calls, times, strict=True):
-            start = time.process_time()
-            call()
-            if turn:
-                found.append(time.process_time() - start)
-    return [*map(min, times), *([] if with_full else [None])]
+    return [*least_cpu_seconds(calls, 3), *([] if with_full else [None])]
 
 
 def growth(rows: list[list], column: int = 1) -> float:

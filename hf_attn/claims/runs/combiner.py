@@ -6,7 +6,6 @@ and keys by the equations. That language and pictures are modelled better than w
 """
 
 import math
-import time
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +15,7 @@ from ...kernels.combiner.call import CombinerCall
 from ...kernels.combiner.plan import make_plan
 from ..drawing import COLORS
 from ..result import Conclusion, Figure
+from ..timing import least_cpu_seconds
 
 
 PLANS = ("fixed", "logsparse", "vertical")
@@ -62,14 +62,7 @@ def seconds(length: int) -> list[float]:
 
     calls = [*((lambda kind=kind: combiner(kind)) for kind in PLANS)]
     calls.append(lambda: F.scaled_dot_product_attention(*states, is_causal=True))
-    times = [[] for _ in calls]
-    for turn in range(6):
-        for call, found in zip(calls, times, strict=True):
-            start = time.process_time()
-            call()
-            if turn:
-                found.append(time.process_time() - start)
-    return list(map(min, times))
+    return least_cpu_seconds(calls, 5)
 
 
 def conclude(data: dict) -> Conclusion:

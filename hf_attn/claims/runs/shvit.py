@@ -4,15 +4,13 @@ Shown in small if SHViT is at least twice as fast at both batch sizes, contradic
 trained weights and ImageNet, and is not measured; both models have random weights, BatchNorms folded where they can be.
 """
 
-import statistics
-import time
-
 import torch
 from torch import nn
 
 from ...checkpoints.official import from_official
 from ..drawing import bars
 from ..result import Conclusion, Figure
+from ..timing import least_cpu_seconds
 from ..training import operations
 
 
@@ -49,15 +47,9 @@ def make_models() -> tuple[nn.Module, nn.Module]:
 
 @torch.inference_mode()
 def milliseconds(ours: nn.Module, theirs: nn.Module, batch: int, size: int, repeats: int) -> list[float]:
-    """Medians of the CPU time of calls in turns, on one thread."""
-    pictures, times = torch.randn(batch, 3, size, size), ([], [])
-    for turn in range(repeats + 1):
-        for model, found in zip((ours, theirs), times, strict=True):
-            start = time.process_time()
-            model(pictures)
-            if turn:
-                found.append(1e3 * (time.process_time() - start))
-    return [statistics.median(found) for found in times]
+    """Least CPU times of a call on one thread."""
+    pictures = torch.randn(batch, 3, size, size)
+    return [1e3 * found for found in least_cpu_seconds([lambda: ours(pictures), lambda: theirs(pictures)], repeats)]
 
 
 def conclude(data: dict) -> Conclusion:

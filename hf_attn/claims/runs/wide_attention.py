@@ -5,7 +5,6 @@ needs less CPU time; contradicted if with every type they agree that the deep on
 without folding, which only the wide model has.
 """
 
-import time
 from functools import cache, partial
 
 import torch
@@ -16,6 +15,7 @@ from ...modeling.wide_attention.listops import SYMBOLS, Difficulty, generate
 from ...modeling.wide_attention.modeling_wide_attention import WideTransformerForSequenceClassification
 from ..drawing import bars
 from ..result import Conclusion, Figure, agreement
+from ..timing import least_cpu_seconds
 from ..training import batches, loss_and_accuracy, optimise, tuned
 
 
@@ -108,13 +108,8 @@ def latency(repeats: int) -> dict[str, list[float]]:
     found = {}
     for kind in TYPES:
         models = [make_model(kind, depth, LATENCY_LENGTH).eval() for depth in SIDES.values()]
-        times = [[] for _ in models]
-        for _ in range(repeats):
-            for model, own in zip(models, times, strict=True):
-                start = time.thread_time()
-                model(ids)
-                own.append(1e3 * (time.thread_time() - start))
-        found[kind] = [min(own) for own in times]
+        calls = [lambda model=model: model(ids) for model in models]
+        found[kind] = [1e3 * seconds for seconds in least_cpu_seconds(calls, repeats)]
     return found
 
 
