@@ -101,9 +101,11 @@ class AttentionFunction:
             found = implementation.check(call)
             if not isinstance(found, Refusal):
                 return implementation, found
+        others = (other for other in self.preferred(call) if other is not implementation)
+        can = pinned is not None and any(not isinstance(other.check(call), Refusal) for other in others)
         raise ValueError(
-            f"{self.option}={self.name_of(implementation)!r} cannot serve this call: {found.reason}. Use "
-            f"{self.option}={self.automatic!r}, which picks an implementation that can."
+            f"{self.option}={self.name_of(implementation)!r} cannot serve this call: {found.reason}."
+            + (f" Use {self.option}={self.automatic!r}, which picks an implementation that can." if can else "")
         )
 
     def __call__(

@@ -36,14 +36,24 @@ class _RecurrentMixer(DecoderAttention):
     """Base class of the mixers with a state of constant size. `eager` computes the map if all tokens are in the input."""
 
     cache_kind = StateLayer
+    #: names of what it keeps
+    state_names: tuple[str, ...]
 
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.mask_kind = "padding"
 
     def states_of(self, cache: Cache | None) -> dict[str, torch.Tensor] | None:
-        """The states of the cache, or `None` without one."""
-        return None if cache is None else cache.layers[self.layer_idx].states
+        """The states of the cache, or `None` without one; raises `ValueError` for those of another mixer."""
+        if cache is None:
+            return None
+        states = cache.layers[self.layer_idx].states
+        if states and set(states) != set(self.state_names):
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache holds {', '.join(sorted(states))}, the state of another mixer, and "
+                f"{type(self).__name__} keeps {', '.join(self.state_names)}. Start with a cache of this model, or without one."
+            )
+        return states
 
     def is_readable(self, states: dict[str, torch.Tensor] | None) -> bool:
         return self.config._attn_implementation == "eager" and not states
@@ -55,6 +65,8 @@ class _RecurrentMixer(DecoderAttention):
 class CumulativeSoftmaxMixer(_RecurrentMixer):
     """`non_approximate`: `silu(q_j) . k_j` is the score of token j for every query. A rotary embedding would turn both
     by the same angle, and is left out."""
+
+    state_names = ("maximum", "sums")
 
     @takes_cache
     def forward(
@@ -89,6 +101,7 @@ class TaylorMixer(_RecurrentMixer):
     def __init__(self, config: DecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.terms = TAYLOR_TERMS[config.layer_kinds[layer_idx]]
+        self.state_names = tuple(f"sums_{order}" for order in range(len(self.terms)))
 
     @takes_cache
     def forward(
@@ -117,12 +130,12 @@ class TaylorMixer(_RecurrentMixer):
                 value,
                 self.terms,
                 valid,
-                [states[f"sums_{order}"] for order in range(len(self.terms))] if states else None,
+                [states[name] for name in self.state_names] if states else None,
                 keep_sums=cache is not None,
             )
             output = output if weights is not None else fast
             if cache is not None:
-                states.update({f"sums_{order}": total for order, total in enumerate(sums)})
+                states.update(zip(self.state_names, sums, strict=True))
         return self.result(output.flatten(1, 2), hidden_states.dtype), weights
 
 

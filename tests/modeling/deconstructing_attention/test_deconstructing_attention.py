@@ -375,3 +375,6 @@ def test_bad_inputs():
     logits(other, ids(1, 3), past_key_values=filled)
     with pytest.raises(ValueError, match="mixer keeps none"):
         make_model("mlp")(ids(1, 1), past_key_values=filled)
+    filled = make_model("non_approximate")(ids(1, 3), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds maximum, sums, the state of another mixer"):
+        make_model("taylor_joint")(ids(1, 1), past_key_values=filled)
