@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
+from ..training.arguments import RunArguments
 from ..training.writing import written_whole
 from .assets import AssetError, smollm2_folder
 
@@ -29,17 +30,11 @@ class DecoderArguments:
 
 
 @dataclass
-class SharedTrainingArguments(TrainingArguments):
+class SharedTrainingArguments(RunArguments):
     """transformers' arguments with other defaults."""
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 def load_decoder(
