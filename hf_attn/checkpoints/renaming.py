@@ -47,7 +47,7 @@ class Renaming:
             if new is None or not known:
                 continue
             if new in old_names:
-                raise ConversionError(f"{old_names[new]} and {name} are the same tensor, {new}.")
+                raise ConversionError(f"{old_names[new]} and {name} would both become {new}.")
             old_names[new] = name
         return {new: tensors[name] for new, name in old_names.items()}
 

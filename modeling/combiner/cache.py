@@ -65,7 +65,7 @@ class CombinerCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove and self.state.seen_tokens:
             raise ValueError(
-                "The summaries of a Combiner cache cannot remove single tokens, which assisted decoding needs:  decode "
+                "The summaries of a Combiner cache cannot remove single tokens, which assisted decoding needs: decode "
                 "without an assistant."
             )
 

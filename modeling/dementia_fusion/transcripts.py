@@ -45,5 +45,5 @@ def read_chat(content: str, speaker: str = "PAR") -> str:
     # Punctuation alone is no speech.
     if not re.search(r"\w", " ".join(utterances)):
         speakers = ", ".join(sorted({who for who, _ in tiers})) or "nobody"
-        raise ValueError(f"{speaker} has no words in this transcript. Its speakers:  {speakers}.")
+        raise ValueError(f"{speaker} has no words in this transcript. Its speakers: {speakers}.")
     return " ".join(utterances)

@@ -53,7 +53,7 @@ def check_scenes(
         if num_objects != config.num_objects:
             raise ValueError(
                 f"The scenes have {num_objects} objects, the grid of the configuration has {config.num_rows} x "
-                f"{config.num_columns}. Pass their positions: object_positions,  (batch, objects, 2) with row and column."
+                f"{config.num_columns}. Pass their positions: object_positions, (batch, objects, 2) with row and column."
             )
         index = torch.arange(num_objects, device=pixel_values.device)
         grid = torch.stack([index // config.num_columns, index % config.num_columns], dim=-1)

@@ -38,4 +38,4 @@ def test_another_scale_than_the_file_has(tmp_path, capsys):
     (tmp_path / "x2.yml").write_text("network_g: {type: HAT, upscale: 2}")
     command = ["convert", "hat", str(tmp_path / "HAT_SRx4.pth"), "--config", str(tmp_path / "x2.yml")]
     assert main([*command, "--output", str(tmp_path / "folder")]) == 2
-    assert "The checkpoint is for scale 4, and upscale=2 was asked for" in capsys.readouterr().err
+    assert "The checkpoint is for scale 4, and upscale=2 was requested" in capsys.readouterr().err

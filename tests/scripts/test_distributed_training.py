@@ -119,7 +119,7 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
         ("train_long_context", ["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
         ("train_long_context", ["--block_size", "999999"], "is more than the"),
         ("train_zeppelin", ["--max_length", "1"], "too short to predict anything"),
-        ("train_zeppelin", ["--num_nodes", "3"], "1 ranks cannot be dealt out evenly to 3 nodes"),
+        ("train_zeppelin", ["--num_nodes", "3"], "1 ranks cannot be distributed evenly over 3 nodes"),
         ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take 5. A capacity of"),
     ],
 )

@@ -227,7 +227,7 @@ def _num_heads(attention: nn.Module) -> int:
         if hasattr(attention, name):
             return getattr(attention, name)
     raise UnknownLayoutError(
-        f"{type(attention).__name__} does not define its number of heads. Supported:  {SUPPORTED}."
+        f"{type(attention).__name__} does not define its number of heads. Supported: {SUPPORTED}."
     )
 
 
@@ -235,7 +235,7 @@ def _first_convolution(model: nn.Module) -> nn.Conv2d:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module
-    raise UnknownLayoutError(f"{type(model).__name__} has no patch embedding convolution. Supported:  {SUPPORTED}.")
+    raise UnknownLayoutError(f"{type(model).__name__} has no patch embedding convolution. Supported: {SUPPORTED}.")
 
 
 def _image_size(model: nn.Module, is_timm: bool) -> tuple[int, int] | None:

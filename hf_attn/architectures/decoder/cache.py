@@ -106,7 +106,7 @@ class StateLayer(DummyLayer, CacheLayerMixin):
             return
         if self.states:
             raise ValueError(
-                "A layer with a state of constant size cannot remove single tokens, which assisted decoding needs:  decode "
+                "A layer with a state of constant size cannot remove single tokens, which assisted decoding needs: decode "
                 "without an assistant."
             )
         self.seen_tokens = max(self.seen_tokens - abs(tokens_to_remove), 0)

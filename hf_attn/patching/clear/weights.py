@@ -274,7 +274,7 @@ def _refuse_out_of_reach(transformer: nn.Module) -> None:
 
 def _setting(name: str, given: int | None, found: int | None, source: str) -> int:
     if given is None and found is None:
-        raise ValueError(f"{source} does not contain the {name} that it was trained with:  pass `{name}=`.")
+        raise ValueError(f"{source} does not contain the {name} that it was trained with: pass `{name}=`.")
     if given is not None and found is not None and given != found:
         raise ValueError(f"{source} was trained with {name} = {found}, and {name} = {given} is asked for.")
     return found if given is None else given

@@ -379,7 +379,7 @@ def test_averaged_weights_come_first(tmp_path):
 
 def test_checkpoints_that_do_not_fit():
     state = spandrel_network("hat", **SMALL_NETWORK["hat"]).state_dict()
-    with pytest.raises(ConversionError, match="for scale 4, and upscale=2 was asked for"):
+    with pytest.raises(ConversionError, match="for scale 4, and upscale=2 was requested"):
         from_official("hat", state, {"upscale": 2})
     with pytest.raises(ConversionError, match=r"keys that hat does not know: extra\.weight"):
         from_official("hat", {**state, "extra.weight": torch.zeros(1)})

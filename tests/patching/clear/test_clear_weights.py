@@ -192,7 +192,7 @@ def test_fused_projections_of_sd3(tmp_path):
 
 def test_tensors_need_a_radius():
     expected, tensors = trained()
-    with pytest.raises(ValueError, match="does not say which radius it was trained with: pass `radius=`"):
+    with pytest.raises(ValueError, match="does not contain the radius that it was trained with: pass `radius=`"):
         load_clear_weights(tiny_flux(), tensors)
     model = tiny_flux()
     load_clear_weights(model, tensors, radius=2)
