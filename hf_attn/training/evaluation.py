@@ -17,10 +17,11 @@ class ExactEvaluationMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See [`~transformers.Trainer.prediction_step`]; the loss is that of the samples that belong to the process."""
         loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        size = find_batch_size(inputs)
-        own = self._own_samples(size)
-        if loss is not None and 0 < own < size:
-            loss, _, _ = super().prediction_step(model, self.first_samples(inputs, own), True, ignore_keys)
+        own = self._own_samples(find_batch_size(inputs))
+        if loss is not None and own is not None and own > 0:
+            # Without a number of items, which all processes would have to count together.
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(self.first_samples(inputs, own))).detach().mean()
         return loss, predictions, labels
 
     def first_samples(self, inputs: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -31,9 +32,9 @@ class ExactEvaluationMixin:
             for name, value in inputs.items()
         }
 
-    def _own_samples(self, size: int) -> int:
-        """How many samples of the batch at hand do not repeat others."""
+    def _own_samples(self, size: int) -> int | None:
+        """How many samples of a batch that was filled up do not repeat others; none if it was not."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return size
+            return None
         return min(size, state.remainder - self.args.process_index * size)
