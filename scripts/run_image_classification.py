@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
-"""Train an image classifier of the catalogue, from scratch or from a checkpoint.
+"""Train an image classifier of the catalogue, or a plain ViT, from scratch or from a checkpoint.
 
 From scratch, on the 1,797 handwritten digits of scikit-learn; a small model, a few minutes on two cores:
 
@@ -30,7 +30,6 @@ from transformers import (
     BitImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
     ViTImageProcessor,
     default_data_collator,
     set_seed,
@@ -50,7 +49,7 @@ from hf_attn.modeling.rmt.token_labeling import (
 )
 from hf_attn.restoration.images import as_rgb
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
 
 
 try:
@@ -65,11 +64,24 @@ except ImportError as error:
 NAME = "run_image_classification.py"
 stop = partial(command_line.stop, NAME)
 
-MODEL_TYPES = tuple(family.model_type for family in families() if "AutoModelForImageClassification" in family.models)
+#: transformers' plain ViT, to compare with or to analyse, and the families of the catalogue
+MODEL_TYPES = (
+    "vit",
+    *(family.model_type for family in families() if "AutoModelForImageClassification" in family.models),
+)
 
 #: sizes with which a model from scratch learns the digits in a few minutes on two cores; for other families and for
 #: anything serious, say --variant or --config_overrides
 SMALL = {
+    "vit": {
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "initializer_range": 0.1,
+    },
     "shvit": {
         "image_size": 64,
         "hidden_sizes": [32, 64, 96],
@@ -183,7 +195,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
 
     learning_rate: float | None = field(
@@ -201,12 +213,6 @@ class ScriptTrainingArguments(TrainingArguments):
         metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
@@ -281,11 +287,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 2e-3
     if data_args.augmentation is None:
         data_args.augmentation = "shift" if data_args.dataset_name is None else "photo"
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
     training_args.remove_unused_columns = False  # images become pixel values when they are looked at
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    command_line.resolve_resume(NAME, training_args)
+    command_line.prepare_run(NAME, training_args)
     return model_args, data_args, training_args
 
 

@@ -153,9 +153,12 @@ def _torch(call: CombinerCall, sequences: Sequences | None):
 class CombinerMechanism(Mechanism):
     """A plan of Combiner; its calls continue the state that their keys belong to."""
 
-    def make_call(self, module, name, query, key, value, *args, **kwargs) -> CombinerCall:
-        call = super().make_call(module, name, query, key, value, *args, **kwargs)
+    def make_call(self, module, name, query, key, value, *args, is_causal=None, **kwargs) -> CombinerCall:
+        call = super().make_call(module, name, query, key, value, *args, is_causal=is_causal, **kwargs)
         call.state = getattr(key, "combiner_state", None)
+        if query.shape[2] == key.shape[2] == 1 and call.attention_mask is None:
+            # The first token of a sequence that goes on, for which causal and not are the same but for the cache.
+            call.is_causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
         return call
 
 

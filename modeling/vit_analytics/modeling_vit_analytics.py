@@ -127,8 +127,10 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
             The mean loss of each epoch.
 
         Raises:
-            ValueError: for fewer than two maps, or maps that are all the same.
+            ValueError: for fewer than two maps, maps that are all the same, or no epoch.
         """
+        if epochs < 1 or batch_size < 1:
+            raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
         if len(maps) < 2:
             raise ValueError(f"An auto-encoder needs the maps of at least 2 heads, got {len(maps)}.")
         maps = maps.to(self.to_latent.weight)

@@ -77,6 +77,8 @@ def analyze_vit(
     pixel_values = _pixel_values(images, processor)
     if len(pixel_values) < 2:
         raise ValueError(f"Importance is a mean over images: give at least 2, got {len(pixel_values)}.")
+    if not bool(pixel_values.isfinite().all()):
+        raise ValueError("The pixel values hold NaN or infinity, of which no mean can be taken.")
     parameter = next(model.parameters())
     with _eval_mode(model), torch.no_grad():
         grid = layout.grid_of(pixel_values[:1].to(parameter))

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import eager_attention_forward
@@ -91,7 +92,10 @@ def tapped(layout: ViTLayout, taps: Mapping[int, WeightsHook]) -> Iterator[None]
 def _transformers_taps(layout: ViTLayout, taps: Mapping[int, WeightsHook]) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(_TAPPED, _tapped_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_TAPPED, eager_mask)
-    with attention_implementation(layout.model, _TAPPED):
+    # The tower, not what is around it: a configuration of a text tower that is not there would be warned of at every call.
+    towers = [module for module in layout.model.modules() if isinstance(module, PreTrainedModel)]
+    tower = next(tower for tower in reversed(towers) if any(layout.layers[0] is module for module in tower.modules()))
+    with attention_implementation(tower, _TAPPED):
         try:
             for layer, tap in taps.items():
                 layout.attentions[layer]._hf_attn_tap = tap
@@ -197,11 +201,17 @@ def without_attention(
         layer, head: the head.
         mask: `(tokens, tokens)`, as of [`partial_mask`].
         renormalize: let the rows sum to 1 again. That asks another question, so it is off.
+
+    Raises:
+        ValueError: for a head that the model does not have, and, when the model runs, for a mask of another size.
     """
     layout = model if isinstance(model, ViTLayout) else ViTLayout.of(model)
     layout.check_heads({layer: [head]})
 
     def tap(weights: torch.Tensor) -> torch.Tensor:
+        if mask.shape != weights.shape[2:]:
+            tokens = weights.shape[-1]
+            raise ValueError(f"The mask must be ({tokens}, {tokens}), for all tokens, got {tuple(mask.shape)}.")
         weights = weights.clone()
         kept = weights[:, head] * mask.to(weights)
         if renormalize:

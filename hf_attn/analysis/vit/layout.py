@@ -199,7 +199,9 @@ class ViTLayout:
         return Outcome(logits=logits, representation=states)
 
     def check_heads(self, heads: Mapping[int, Sequence[int]]) -> None:
-        """Raise `ValueError` for a layer or a head that the model does not have."""
+        """Raise `ValueError` for a layer or a head that the model does not have, or heads in another form."""
+        if not isinstance(heads, Mapping) or any(isinstance(indices, int) for indices in heads.values()):
+            raise ValueError(f"Heads are given as layer -> list of heads, such as {{0: [1, 2]}}; got {heads!r}.")
         for layer, indices in heads.items():
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"Layer {layer} is out of range: the model has {self.num_layers} layers, from 0.")

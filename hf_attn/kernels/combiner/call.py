@@ -153,6 +153,19 @@ def _from_mask(call: CombinerCall, batch: int, length: int) -> Sequences | Refus
     return _packed(first, valid, is_causal)
 
 
+def left_padded(start: torch.Tensor, length: int) -> Sequences:
+    """Causal sequences to the end of rows.
+
+    Args:
+        start: `(batch,)`, the columns of padding before each; `length` for a row without a token.
+        length: number of columns.
+    """
+    if not bool(start.any()):
+        return Sequences(is_causal=True)
+    valid = torch.arange(length, device=start.device) >= start[:, None]
+    return _packed(torch.where(valid, start[:, None], -1), valid, is_causal=True)
+
+
 def _packed(first: torch.Tensor, valid: torch.Tensor, is_causal: bool) -> Sequences:
     length = first.shape[1]
     row, place = torch.nonzero(valid & (torch.arange(length, device=first.device) == first), as_tuple=True)

@@ -1,18 +1,23 @@
-"""Decoding with Combiner attention: what is kept of earlier tokens, and one step.
+"""Decoding with Combiner attention: what is kept of earlier tokens, and how those that follow are served.
 
 A span that a causal query sees is complete, so that its summary is computed once. `fixed` and `rowmajor` keep the summaries
-of closed segments and the tokens of the open one; the other plans, in which tokens of earlier segments are seen directly
-or are summarised anew, keep all tokens too.
+of closed segments and the tokens of the open one, and serve the tokens of a segment together. The other plans, in which
+tokens of earlier segments are seen directly or are summarised anew, keep all tokens too; they serve a segment's length of
+tokens and more with the form for whole sequences, fewer one by one.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .call import CombinerCall, Sequences, allowed_pairs
+from .call import CombinerCall, Sequences, allowed_pairs, left_padded
 from .plan import ROWMAJOR
 from .softmax import masked_softmax
+
+
+#: plans whose queries see, beside their own segment, summaries of earlier ones that never change
+SEGMENT_KINDS = ("fixed", ROWMAJOR)
 
 
 @dataclass(frozen=True)
@@ -71,19 +76,14 @@ def closings(kind: str, segment_length: int, seen: int, position: int) -> Iterat
 
 
 def sees(kind: str, segment_length: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions that a query sees directly, and the slots of the spans that it sees."""
+    """The positions that a query sees directly, and the slots of the spans that it sees; not for `SEGMENT_KINDS`."""
     if kind == "logsparse":
         slots = [level for level in range(position.bit_length()) if (position >> level) & 1]
         return torch.tensor([position]), torch.tensor(slots, dtype=torch.long)
     s = segment_length
     row, column = divmod(position, s)
-    direct = torch.arange(row * s, position + 1)
-    if kind == "fixed":
-        return direct, torch.arange(row)
     cells = torch.arange(row) * s + column
-    if kind == ROWMAJOR:
-        return direct, cells
-    direct = torch.cat((cells, direct))
+    direct = torch.cat((cells, torch.arange(row * s, position + 1)))
     others = torch.cat((torch.arange(column), torch.arange(column + 1, s))) if row > 0 else torch.arange(0)
     if kind == "vertical":
         return direct, others
@@ -145,13 +145,25 @@ class CombinerState:
             raise ValueError(f"This cache cannot be continued: {self.end}, or pass use_cache=False.")
         else:
             self._find_start(call, new)
-            outputs = []
-            for i in range(new):
-                self._append(call, i)
-                outputs.append(self._step(call))
-                self._forget(call)
-            output, weights = torch.cat(outputs, dim=2), None
+            output, weights = self._continue(call, attend), None
         return output, weights
+
+    def _continue(self, call: CombinerCall, attend: Callable) -> torch.Tensor:
+        """Output `(batch, heads, new, head_dim)` of tokens that follow."""
+        new = call.query.shape[2]
+        if call.kind in SEGMENT_KINDS:
+            self._append(call, 0, new)
+            output = self._segments(call, new)
+            self._forget(call)
+            return output
+        if new > 1 and new >= call.segment_length:
+            self._append(call, 0, new)
+            return self._whole(call, new, attend)
+        outputs = []
+        for i in range(new):
+            self._append(call, i, i + 1)
+            outputs.append(self._step(call))
+        return torch.cat(outputs, dim=2)
 
     def _begin(self, call: CombinerCall, sequences: Sequences) -> None:
         batch, length = call.query.shape[0], call.query.shape[2]
@@ -170,9 +182,7 @@ class CombinerState:
         key, value = call.repeated_heads()
         self.query, self.key, self.value, self.row_input = call.query, key, value, call.row_input
         self.span_key, self.span_value = key[:, :, :0], value[:, :, :0]
-        for rows, start in self._groups():
-            if length > start:
-                self._close(call, rows, start, seen=0, position=length - 1 - start)
+        self._close_all(call, served=0)
         self._forget(call)
 
     def _find_start(self, call: CombinerCall, new: int) -> None:
@@ -192,19 +202,19 @@ class CombinerState:
             "pass the mask of all tokens."
         )
 
-    def _append(self, call: CombinerCall, i: int) -> None:
+    def _append(self, call: CombinerCall, first: int, last: int) -> None:
         groups = call.query.shape[1] // call.key.shape[1]
-        key, value = (states[:, :, i : i + 1].repeat_interleave(groups, dim=1) for states in (call.key, call.value))
-        self.query = torch.cat((self.query, call.query[:, :, i : i + 1]), dim=2)
+        key, value = (states[:, :, first:last].repeat_interleave(groups, dim=1) for states in (call.key, call.value))
+        self.query = torch.cat((self.query, call.query[:, :, first:last]), dim=2)
         self.key, self.value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
         if call.row_input is not None:
-            self.row_input = torch.cat((self.row_input, call.row_input[:, i : i + 1]), dim=1)
-        self.seen_tokens += 1
+            self.row_input = torch.cat((self.row_input, call.row_input[:, first:last]), dim=1)
+        self.seen_tokens += last - first
 
     def _forget(self, call: CombinerCall) -> None:
         """Drop the tokens that no later query needs: for two of the plans, all before the last segment's length."""
         drop = self.seen_tokens - self.first - call.segment_length
-        if call.kind in ("fixed", ROWMAJOR) and drop > 0:
+        if call.kind in SEGMENT_KINDS and drop > 0:
             self.query, self.key, self.value = (
                 states[:, :, drop:].clone() for states in (self.query, self.key, self.value)
             )
@@ -214,6 +224,61 @@ class CombinerState:
     def _groups(self) -> list[tuple[torch.Tensor, int]]:
         """Rows of the batch whose sequences began in the same column, and that column."""
         return [(torch.nonzero(self.start == start)[:, 0], start) for start in sorted(set(self.start.tolist()))]
+
+    def _segments(self, call: CombinerCall, new: int) -> torch.Tensor:
+        """Output of the last `new` tokens for `SEGMENT_KINDS`, those of a segment at a time."""
+        outputs = torch.zeros_like(self.value[:, :, -new:])
+        groups = self._groups()
+        s, shift = call.segment_length, self.value.shape[2] - new
+        for rows, start in groups:
+            of = _rows_of(rows, len(groups))
+            offset = start - self.first  # of the columns that are held, from positions
+            position, end = max(self.seen_tokens - new - start, 0), self.seen_tokens - start
+            while position < end:
+                row = position // s
+                stop = min((row + 1) * s, end)
+                self._close(call, rows, start, seen=position, position=position)
+                key, value = (of(states)[:, :, row * s + offset : stop + offset] for states in (self.key, self.value))
+                query = of(self.query)[:, :, position + offset : stop + offset]
+                columns = torch.arange(position - row * s, stop - row * s, device=key.device)
+                later = torch.arange(key.shape[2], device=key.device) > columns[:, None]
+                direct = (query @ key.transpose(-1, -2)).masked_fill(later, float("-inf"))
+                if call.kind == "fixed":
+                    span_key, span_value = (of(spans)[:, :, :row] for spans in (self.span_key, self.span_value))
+                    across = query @ span_key.transpose(-1, -2)
+                else:
+                    # Of each earlier row the span of the query's own column: (batch, heads, queries, rows, head_dim).
+                    span_key, span_value = (
+                        of(spans)[:, :, : row * s].unflatten(2, (row, s))[:, :, :, columns].transpose(2, 3)
+                        for spans in (self.span_key, self.span_value)
+                    )
+                    across = (span_key @ query[..., None])[..., 0]
+                logits = torch.cat((across, direct), dim=-1) * call.scaling
+                precision = torch.promote_types(logits.dtype, torch.float32)
+                weights = logits.softmax(dim=-1, dtype=precision).to(value.dtype)
+                across, direct = weights.split((row, key.shape[2]), dim=-1)
+                if call.kind == "fixed":
+                    output = across @ span_value
+                else:
+                    output = (across[..., None, :] @ span_value)[..., 0, :]
+                outputs[rows, :, position + offset - shift : stop + offset - shift] = output + direct @ value
+                position = stop
+        return outputs
+
+    def _whole(self, call: CombinerCall, new: int, attend: Callable) -> torch.Tensor:
+        """Output of the last `new` tokens from the form for whole sequences; all tokens are held."""
+        whole = replace(
+            call, query=self.query, key=self.key, value=self.value, attention_mask=None, is_causal=True, state=None
+        )
+        output, _ = attend(whole, left_padded(self.start, self.seen_tokens))
+        self._close_all(call, served=self.seen_tokens - new)
+        return output[:, :, -new:]
+
+    def _close_all(self, call: CombinerCall, served: int) -> None:
+        """Close what the last query needs and those of the columns before `served` have not closed."""
+        for rows, start in self._groups():
+            if self.seen_tokens > start:
+                self._close(call, rows, start, seen=max(served - start, 0), position=self.seen_tokens - 1 - start)
 
     def _step(self, call: CombinerCall) -> torch.Tensor:
         """Output `(batch, heads, 1, head_dim)` of the last token."""
@@ -226,11 +291,7 @@ class CombinerState:
             self._close(call, rows, start, seen=position, position=position)
             direct, slots = sees(call.kind, call.segment_length, position)
             direct, slots = (index.to(self.key.device) for index in (direct + start - self.first, slots))
-            everywhere = len(groups) == 1
-
-            def of(states: torch.Tensor, rows=rows, everywhere=everywhere) -> torch.Tensor:
-                return states if everywhere else states[rows]
-
+            of = _rows_of(rows, len(groups))
             keys, values = (
                 torch.cat((of(tokens).index_select(2, direct), of(spans).index_select(2, slots)), dim=2)
                 for tokens, spans in ((self.key, self.span_key), (self.value, self.span_value))
@@ -263,6 +324,11 @@ class CombinerState:
             )
         self.span_key[rows, :, slots] = span_key
         self.span_value[rows, :, slots] = span_value
+
+
+def _rows_of(rows: torch.Tensor, groups: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What picks the rows of a group; without a copy if it is the only one."""
+    return (lambda states: states) if groups == 1 else (lambda states: states[rows])
 
 
 def _pool(states: torch.Tensor, members: torch.Tensor, pool: str) -> torch.Tensor:

@@ -189,6 +189,14 @@ def test_bad_arguments_are_named():
         without_heads(model, {7: [0]}),
     ):
         pass
+    for heads in ([1], {0: 1}):
+        with pytest.raises(ValueError, match="layer -> list of heads"), without_heads(model, heads):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"mask must be \(25, 25\).*got \(3, 3\)"),
+        without_attention(model, 0, 0, torch.ones(3, 3)),
+    ):
+        model(pixel_values=torch.zeros(1, 3, 24, 16))
     layout = ViTLayout.of(model)
     with pytest.raises(ValueError, match=r"Images are 16 x 16 pixels.*24 x 16"):
         layout.grid_of(torch.zeros(1, 3, 16, 16))

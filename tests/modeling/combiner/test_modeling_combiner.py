@@ -50,7 +50,8 @@ def test_decoding_from_summaries_is_the_full_forward(kind):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     full = model(ids, attention_mask=mask, position_ids=positions).logits
     cache, steps = None, []
-    for first, last in ((0, 6), (6, 10), *((i, i + 1) for i in range(10, 26))):
+    # Fewer tokens than a segment has, and more.
+    for first, last in ((0, 1), (1, 3), (3, 6), (6, 14), *((i, i + 1) for i in range(14, 26))):
         output = model(
             ids[:, first:last],
             attention_mask=mask[:, :last],
@@ -83,6 +84,8 @@ def test_a_llama_generates_with_the_attention_functions(kind):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    first = model.generate(ids[1:, :1], past_key_values=hf_attn.CombinerCache(), max_new_tokens=4, do_sample=False)
+    assert first.tolist() == model.generate(ids[1:, :1], use_cache=False, max_new_tokens=4, do_sample=False).tolist()
     without = model.generate(ids, use_cache=False, **settings)
     cached = model.generate(ids, past_key_values=hf_attn.CombinerCache(), **settings)
     assert cached.tolist() == without.tolist()
