@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import Pipeline
 from transformers.utils import logging
@@ -94,7 +95,8 @@ class TrafficForecastingPipeline(Pipeline):
             )
         future = self._steps(start, config.prediction_length, step)
         return {
-            "past_values": torch.tensor(history.to_numpy(), dtype=torch.float32)[None],
+            # A copy: a table with its columns reversed is a view that PyTorch does not take.
+            "past_values": torch.from_numpy(np.array(history.to_numpy(), dtype=np.float32))[None],
             "past_time_features": torch.from_numpy(time_features(history.index, config.steps_per_day))[None],
             "future_time_features": torch.from_numpy(time_features(future, config.steps_per_day))[None],
             "timestamps": future,

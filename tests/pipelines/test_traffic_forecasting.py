@@ -74,6 +74,9 @@ def test_sensors_without_names_are_taken_in_order(table, caplog):
     pipe = make_pipeline(sensor_ids=None)
     renamed = table.set_axis([str(number) for number in range(6)], axis=1)
     np.testing.assert_array_equal(pipe(renamed), pipe(table))
+    # A view with negative strides.
+    backwards = pd.DataFrame(np.ascontiguousarray(table.to_numpy()[:, ::-1]), table.index)
+    np.testing.assert_array_equal(pipe(table.iloc[:, ::-1]), pipe(backwards))
     with pytest.raises(ValueError, match="has 6 sensors, the table has 5"):
         pipe(table.iloc[:, :5])
 
