@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-lowest lint format docs quickstart clean
+.PHONY: help install test test-lowest lint format docs claims quickstart clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,7 +31,7 @@ test: $(INSTALLED) ## run the whole suite
 LOWEST := 5.23.0
 test-lowest: $(INSTALLED) ## run the tests of registration, Hub, generation and goldens on the lowest supported transformers
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/lowest transformers==$(LOWEST)
-	PYTHONPATH=$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_registration.py tests/test_hub.py tests/goldens tests/attention tests/modeling/echo_att tests/modeling/landmark tests/modeling/sigmoid_attention $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/lowest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_registration.py tests/test_hub.py tests/goldens tests/attention tests/modeling/echo_att tests/modeling/landmark tests/modeling/sigmoid_attention $(ARGS)
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .
@@ -41,8 +41,11 @@ format: $(INSTALLED) ## apply style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue, and build the site into build/site
+docs: $(INSTALLED) ## write what README.md and docs/ take from the catalogue and from results, and build the site into build/site
 	$(BIN)/python scripts/make_docs.py
+
+claims: $(INSTALLED) ## measure again what the papers claim, up to four hours, into outputs/claims; store: ARGS=--store
+	OMP_NUM_THREADS=1 $(BIN)/hf-attn claim --all $(ARGS)
 
 quickstart: $(INSTALLED) ## train a small HAT that beats bicubic enlargement, two minutes, into outputs/quickstart
 	$(BIN)/hf-attn quickstart --output outputs/quickstart $(ARGS)

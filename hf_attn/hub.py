@@ -19,7 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from .catalog import Family, Paper, find_family
+from .catalog import TASKS, Family, Paper, find_family
 
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ _PIPELINE_TAGS = {
     "AutoModelForImageToImage": "image-to-image",
     "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoBackbone": "image-feature-extraction",
+    "AutoModelForDocumentMatching": "text-classification",
+    "AutoModelForAudioTextClassification": "audio-classification",
 }
 _HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 #: an example for a task that is no task of the Hub
-_OTHER_TASK = re.compile(r'pipeline\("(image-restoration|traffic-forecasting|scanpath-prediction)"')
+_OTHER_TASK = re.compile(rf'pipeline\("({"|".join(task.name for task in TASKS)})"')
 
 #: fields of a configuration that say little about the model; the labels of a classifier can be thousands
 _BOOKKEEPING = ("architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version")
@@ -131,7 +133,6 @@ def model_card(
         card.data.language = language
     if datasets:
         card.data.datasets = list(datasets)
-    card.data.pipeline_tag = facts["pipeline_tag"] or card.data.pipeline_tag
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
 
     text = str(card)
@@ -185,7 +186,7 @@ def _facts(model: "PreTrainedModel", paper: Paper, family: Family, repo_id: str 
         "model_class": model_class,
         "model_type": family.model_type,
         "is_headless": headless,
-        "pipeline_tag": tag or _PIPELINE_TAGS.get(auto_class, ""),
+        "pipeline_tag": tag or _PIPELINE_TAGS.get(auto_class, family.pipeline_tag or "other"),
         "num_parameters": f"{model.num_parameters():,}",
         "dtype": str(model.dtype).removeprefix("torch."),
         "config": json.dumps(_changed_fields(model.config), indent=2, sort_keys=True, default=str),

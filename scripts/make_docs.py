@@ -1,4 +1,4 @@
-"""Write what README.md and docs/ take from the catalogue, and build the site with mkdocs.
+"""Write what README.md and docs/ take from the catalogue and from the results of claims, and build the site with mkdocs.
 
 python scripts/make_docs.py            # write, then build into build/site
 python scripts/make_docs.py --no-build # write only
@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 from hf_attn.catalog import OWN_AUTO_CLASSES, PACKAGE_DOORS, PAPERS, Paper, paper_references
+from hf_attn.claims.pages import claims_page, paper_section
 
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
+RESULTS = ROOT / "docs" / "results"
+PAPERS_MARKERS = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
+CLAIM_MARKERS = "<!-- claim: written by `make docs` -->", "<!-- end of claim -->"
 
 
 def _row(paper: Paper, pages: str) -> str:
@@ -41,13 +44,23 @@ def papers_table(pages: str) -> str:
     return "\n".join(lines)
 
 
+def _between(text: str, markers: tuple[str, str], written: str, name: str) -> str:
+    start, end = markers
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{name} must hold the lines {start} and {end}.")
+    return f"{before}{start}\n{written}\n{end}{after}"
+
+
 def with_papers_table(readme: str) -> str:
     """The text of the README with the table that belongs between its two markers."""
-    before, _, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"README.md must hold the lines {START} and {END}.")
-    return f"{before}{START}\n{papers_table('docs/papers/')}\n{END}{after}"
+    return _between(readme, PAPERS_MARKERS, papers_table("docs/papers/"), "README.md")
+
+
+def with_claim(slug: str, page: str) -> str:
+    """The text of a paper's page with its claim between the two markers."""
+    return _between(page, CLAIM_MARKERS, paper_section(slug, RESULTS, "../results"), f"docs/papers/{slug}.md")
 
 
 def _reference(paper: Paper) -> str:
@@ -66,7 +79,7 @@ def _documented(reference: str) -> str:
 
 
 def generated_pages() -> dict[str, str]:
-    """Path below `docs/` -> text of each page that is written from the catalogue."""
+    """Path below `docs/` -> text of each page that is written from the catalogue and from results, or holds a part that is."""
     documented = [paper for paper in PAPERS.values() if paper.available]
     pages = {
         "papers/index.md": f"# Papers\n\n{papers_table('')}\n",
@@ -76,7 +89,12 @@ def generated_pages() -> dict[str, str]:
         + "".join(f"- [`{paper.slug}`]({paper.slug}.md)\n" for paper in documented),
         "reference/package.md": _page("The package", "What belongs to no paper.", PACKAGE_DOORS.values()),
     }
-    return pages | {f"reference/{paper.slug}.md": _reference(paper) for paper in documented}
+    pages["claims.md"] = claims_page(RESULTS)
+    for paper in documented:
+        path = f"papers/{paper.slug}.md"
+        pages[path] = with_claim(paper.slug, (ROOT / "docs" / path).read_text(encoding="utf-8"))
+        pages[f"reference/{paper.slug}.md"] = _reference(paper)
+    return pages
 
 
 def write() -> None:

@@ -32,7 +32,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -46,7 +45,8 @@ from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.patching.sigma_reparam import apply_sigma_reparam
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.text import train_tokenizer
 from hf_attn.training.writing import files_written_whole
 
 
@@ -124,7 +124,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
 
     learning_rate: float | None = field(
@@ -133,12 +133,6 @@ class ScriptTrainingArguments(TrainingArguments):
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
@@ -159,10 +153,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         raise stop(problem)
     if training_args.learning_rate is None:
         training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 3e-3
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    command_line.resolve_resume(NAME, training_args)
+    command_line.prepare_run(NAME, training_args)
     return model_args, data_args, training_args
 
 
@@ -226,27 +217,6 @@ def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
     return raw
 
 
-def train_tokenizer(documents: datasets.Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on documents; it encodes any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|padding|>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        (batch["text"] for batch in documents.iter(batch_size=1000)), trainer, length=len(documents)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|padding|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-
-
 def load_tokenizer(
     model_args: ModelArguments, training_args: TrainingArguments, documents: datasets.Dataset
 ) -> PreTrainedTokenizerBase:
@@ -257,7 +227,8 @@ def load_tokenizer(
     folder = training_args.resume_from_checkpoint or training_args.output_dir
     if training_args.resume_from_checkpoint is None and training_args.local_process_index == 0:
         with files_written_whole(folder) as part:
-            train_tokenizer(documents, model_args.vocab_size).save_pretrained(part)
+            texts = (text for batch in documents.iter(batch_size=1000) for text in batch["text"])
+            train_tokenizer(texts, model_args.vocab_size).save_pretrained(part)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -43,7 +43,7 @@ from hf_attn import DataCollatorForNGramMasking, DebertaEMDConfig, SiFTTrainerMi
 from hf_attn.examples.assets import load_texts
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.arguments import RunArguments, run_script, training_folder
 from hf_attn.training.writing import written_whole
 
 
@@ -77,7 +77,7 @@ class ScriptArguments:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(RunArguments):
     """transformers' arguments with other defaults."""
 
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the pre-training."})
@@ -87,12 +87,6 @@ class PretrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class PretrainingTrainer(HubTrainerMixin, transformers.Trainer):

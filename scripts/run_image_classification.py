@@ -30,7 +30,6 @@ from transformers import (
     BitImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
     ViTImageProcessor,
     default_data_collator,
     set_seed,
@@ -50,7 +49,7 @@ from hf_attn.modeling.rmt.token_labeling import (
 )
 from hf_attn.restoration.images import as_rgb
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
 
 
 try:
@@ -196,7 +195,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
 
     learning_rate: float | None = field(
@@ -214,12 +213,6 @@ class ScriptTrainingArguments(TrainingArguments):
         metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):
@@ -294,11 +287,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         training_args.learning_rate = 5e-5 if model_args.model_name_or_path is not None else 2e-3
     if data_args.augmentation is None:
         data_args.augmentation = "shift" if data_args.dataset_name is None else "photo"
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
     training_args.remove_unused_columns = False  # images become pixel values when they are looked at
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    command_line.resolve_resume(NAME, training_args)
+    command_line.prepare_run(NAME, training_args)
     return model_args, data_args, training_args
 
 

@@ -40,7 +40,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -53,7 +52,7 @@ from hf_attn.modeling.landmark.data import LandmarkDataCollator
 from hf_attn.modeling.landmark.insertion import check_landmark_token
 from hf_attn.modeling.landmark.modeling_landmark import LandmarkForCausalLM
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, run_script, settings_of, training_folder
 from hf_attn.training.writing import written_whole
 
 
@@ -134,7 +133,7 @@ class EvaluationArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with the paper's defaults; trains and evaluates unless one of both is asked for."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The paper's, for 15,000 steps of LLaMA-7B."})
@@ -147,12 +146,6 @@ class ScriptTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after this time, wherever the schedule is."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
     )
 
 
@@ -184,13 +177,10 @@ def parse_arguments(
     classes = (ModelArguments, DataArguments, EvaluationArguments, ScriptTrainingArguments)
     parsed = command_line.parse_arguments(NAME, classes, arguments, __doc__)
     training_args = parsed[-1]
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
+    command_line.prepare_run(NAME, training_args)
     problem = _problem(*parsed)
     if problem is not None:
         raise stop(problem)
-    command_line.resolve_resume(NAME, training_args)
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return parsed
 
 

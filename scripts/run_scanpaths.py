@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from hf_attn.analysis.scanpaths import ScanpathMetrics
@@ -48,7 +48,7 @@ from hf_attn.modeling.oat.processing_oat import OATImageProcessor, collate_scene
 from hf_attn.modeling.oat.readers import read_amazon, read_shelves, read_trials
 from hf_attn.modeling.oat.trials import ScanpathDataset, Trial, split_by_image, without_outliers
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, run_script, settings_of, training_folder
 from hf_attn.training.writing import written_whole
 
 
@@ -100,7 +100,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with the paper's recipe for published sizes; trains and evaluates unless one is asked for."""
 
     learning_rate: float | None = field(
@@ -115,12 +115,6 @@ class ScriptTrainingArguments(TrainingArguments):
     patience: int = field(default=30, metadata={"help": "Epochs without a better delta after which training stops."})
     seed: int = field(default=1234, metadata={"help": "Of the split, the model and the generated shelves."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
@@ -143,8 +137,6 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         raise stop("--image_dir is missing, the folder of the images")
     if any(sources) and model_args.variant is None and model_args.model_name_or_path is None:
         raise stop("say what to train: --variant or --model_name_or_path")
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
     published = model_args.variant is not None or model_args.model_name_or_path is not None
     if training_args.learning_rate is None:
         training_args.learning_rate = 1e-4 if published else 1e-3
@@ -156,8 +148,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     training_args.save_total_limit = training_args.save_total_limit or 2
     training_args.remove_unused_columns = False
     training_args.label_names = ["labels"]
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    command_line.resolve_resume(NAME, training_args)
+    command_line.prepare_run(NAME, training_args)
     return model_args, data_args, training_args
 
 

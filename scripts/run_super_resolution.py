@@ -43,7 +43,6 @@ from transformers import (
     AutoModelForImageToImage,
     PreTrainedModel,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -55,7 +54,7 @@ from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import parse_overrides, run_script, settings_of, training_folder
+from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
 from hf_attn.training.writing import written_whole
 
 
@@ -168,7 +167,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with the papers' optimizer; trains and evaluates unless one of both is asked for."""
 
     recipe: str | None = field(
@@ -195,12 +194,6 @@ class ScriptTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Decay of the average of the weights; default 0.999, without a recipe 0.99."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataArguments, ScriptTrainingArguments]:
@@ -238,11 +231,8 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         model_args.start = "interpolation" if training_args.recipe is None else "random"
     if training_args.ema_decay is None:
         training_args.ema_decay = 0.99 if training_args.recipe is None else 0.999
-    if not (training_args.do_train or training_args.do_eval):
-        training_args.do_train = training_args.do_eval = True
     training_args.remove_unused_columns = False
-    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
-    command_line.resolve_resume(NAME, training_args)
+    command_line.prepare_run(NAME, training_args)
     return model_args, data_args, training_args
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, TrainingArguments, pipeline, set_seed
+from transformers import EarlyStoppingCallback, pipeline, set_seed
 from transformers.utils import logging
 
 from hf_attn import GMANConfig, GMANForPrediction
@@ -43,7 +43,7 @@ from hf_attn.modeling.gman.graph import read_adjacency, read_spatial_embedding, 
 from hf_attn.modeling.gman.metrics import forecast_errors
 from hf_attn.modeling.gman.training import BatchNormMomentumCallback, staircase_schedule
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.arguments import RunArguments, run_script, training_folder
 
 
 NAME = "run_traffic.py"
@@ -100,7 +100,7 @@ class ModelArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with other defaults; trains and evaluates unless one of both is asked for."""
 
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 1e-3; 3e-3 for the synthetic data."})
@@ -115,12 +115,6 @@ class ScriptTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch."})
     metric_for_best_model: str = field(default="loss", metadata={"help": "What makes an epoch the best."})
     patience: int = field(default=10, metadata={"help": "Epochs without a better validation loss before stopping."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
-    )
 
 
 class Trainer(HubTrainerMixin, transformers.Trainer):

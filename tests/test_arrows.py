@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 #: what may import what: a part imports those below it, and others of its own level as long as there is no circle
 LEVELS = (
-    {"scripts", "hf_attn.cli", "hf_attn.comparison", "hf_attn.examples"},
+    {"scripts", "hf_attn.cli", "hf_attn.claims", "hf_attn.comparison", "hf_attn.examples"},
     {"hf_attn", "hf_attn.registration", "hf_attn.auto"},
     {"hf_attn.pipelines"},
     {"hf_attn.modeling", "hf_attn.patching"},

@@ -110,7 +110,8 @@ def test_listing_papers_does_not_import_torch():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["papers"], ["convert"], ["quickstart"], ["compare"], ["analyze-vit"], ["plan"], ["check-gpu"]]
+    "command",
+    [[], ["papers"], ["convert"], ["quickstart"], ["compare"], ["claim"], ["analyze-vit"], ["plan"], ["check-gpu"]],
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:

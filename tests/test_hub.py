@@ -74,6 +74,7 @@ def test_the_template_asks_for_known_facts_only(slug):
     template = Template(text)
     known = {"repo_id", "name", "title", "arxiv", "auto_class", "model_class", "model_type", "pipeline_tag"}
     assert template.is_valid()
+    assert "\npipeline_tag: $pipeline_tag\n" in text
     assert set(template.get_identifiers()) <= known | {"num_parameters", "dtype", "config"}
 
 

@@ -156,8 +156,8 @@ def _tiles(call: ClearCall, found: None) -> tuple[torch.Tensor, None]:
 
 class _ClearAttention(AttentionFunction):
     def preferred(self, call: ClearCall) -> tuple[Implementation, ...]:
-        dense, eager = self.implementations[2:]
-        return (dense, eager) if call.query.shape[2] <= DENSE_IS_FASTEST else self.implementations
+        candidates = super().preferred(call)
+        return candidates[-2:] if call.query.shape[2] <= DENSE_IS_FASTEST else candidates
 
 
 CLEAR = _ClearAttention(

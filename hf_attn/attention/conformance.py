@@ -11,6 +11,7 @@ import torch
 
 from ..kernels.call import AttentionCall, Refusal
 from .clear import CLEAR, ClearCall
+from .disentangled import DISENTANGLED, DisentangledCall
 from .dispatch import AttentionFunction, Implementation
 from .interface import Mechanism
 from .window import WINDOW, WindowCall
@@ -80,6 +81,8 @@ def cases(function: AttentionFunction) -> Iterator[Case]:
         yield from _clear_cases()
     elif function is WINDOW:
         yield from _window_cases()
+    elif function is DISENTANGLED:
+        yield from _disentangled_cases()
     else:
         yield from _mechanism_cases(function)
 
@@ -201,6 +204,34 @@ def _window_call(masked: bool, dtype: torch.dtype, precision: torch.dtype) -> Wi
     return WindowCall(*states, position_bias=bias, module=torch.nn.Module(), attention_mask=mask, scaling=0.3)
 
 
+#: text -> length, rows of the table, whether there is padding
+DISENTANGLED_SHAPES = {"short": (40, 79, False), "padding": (150, 64, True)}
+
+
+def _disentangled_cases() -> Iterator[Case]:
+    for name, shape in DISENTANGLED_SHAPES.items():
+        for dtype in DTYPES:
+            yield Case(name, dtype, partial(_disentangled_call, *shape, dtype))
+
+
+def _disentangled_call(
+    length: int, rows: int, padding: bool, dtype: torch.dtype, precision: torch.dtype
+) -> DisentangledCall:
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 3, length, 32, generator=generator).to(dtype).to(precision) for _ in range(3)]
+    tables = [torch.randn(3, rows, 32, generator=generator).to(dtype).to(precision) for _ in range(2)]
+    mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    mask[1, ..., length // 2 :] = False
+    return DisentangledCall(
+        *states,
+        position_key=tables[0],
+        position_query=tables[1],
+        rows=(torch.arange(2 * length - 1) - length + 1 + rows // 2).clamp(0, rows - 1),
+        attention_mask=mask if padding else None,
+        scaling=0.1,
+    )
+
+
 def on_device(call: AttentionCall, device: torch.device) -> AttentionCall:
     """The call with its tensors on a device."""
     moved = {name: field.to(device) for name, field in vars(call).items() if isinstance(field, torch.Tensor)}
@@ -235,7 +266,7 @@ def compare(
     """
     device = torch.device(device)
     eager = function.implementations[-1]
-    yardsticks = [i for i in function.implementations if i is eager or i.name in ("dense", "sdpa")]
+    yardsticks = [i for i in function.implementations if i is eager or i.name in function.yardsticks]
     computed = output_and_gradients(implementation, on_device(case.make(case.dtype), device))
     if isinstance(computed, Refusal):
         return computed

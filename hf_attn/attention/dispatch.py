@@ -49,6 +49,10 @@ class AttentionFunction:
 
     #: what a user passes to leave the choice to this class
     automatic = "auto"
+    #: the option by which users name an implementation
+    option = "attn_implementation"
+    #: implementations that are one call of PyTorch's softmax attention, as inexact as which any other may be
+    yardsticks = ("dense", "sdpa")
 
     def name_of(self, implementation: Implementation) -> str:
         """What a user passes to pin an implementation."""
@@ -76,7 +80,8 @@ class AttentionFunction:
 
     def preferred(self, call: AttentionCall) -> tuple[Implementation, ...]:
         """The implementations that the automatic name tries, in this order."""
-        return self.implementations
+        # `eager` has operators of torch only, which other runtimes know.
+        return self.implementations[-1:] if torch.compiler.is_exporting() else self.implementations
 
     def choose(self, call: AttentionCall, name: str | None = None) -> tuple[Implementation, Any]:
         """Who computes a call, and what the check of that implementation found.
@@ -90,9 +95,6 @@ class AttentionFunction:
         """
         pinned = None if name is None else self.implementation(name)
         candidates = self.preferred(call) if pinned is None else (pinned,)
-        if pinned is None and torch.compiler.is_exporting():
-            # `eager` has operators of torch only, which other runtimes know.
-            candidates = self.implementations[-1:]
         for implementation in candidates:
             if pinned is None and implementation.gpu_kernel and not self._is_proven(implementation, call):
                 continue
@@ -102,8 +104,8 @@ class AttentionFunction:
         others = (other for other in self.preferred(call) if other is not implementation)
         can = pinned is not None and any(not isinstance(other.check(call), Refusal) for other in others)
         raise ValueError(
-            f"attn_implementation={self.name_of(implementation)!r} cannot serve this call: {found.reason}."
-            + (f" Use attn_implementation={self.automatic!r}, which picks an implementation that can." if can else "")
+            f"{self.option}={self.name_of(implementation)!r} cannot serve this call: {found.reason}."
+            + (f" Use {self.option}={self.automatic!r}, which picks an implementation that can." if can else "")
         )
 
     def __call__(

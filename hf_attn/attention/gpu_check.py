@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from ..kernels.call import AttentionCall, Refusal
 from . import LANDMARK, MECHANISMS
-from .conformance import CLEAR, DTYPES, WINDOW, Case, cases, compare, on_device
+from .conformance import CLEAR, DISENTANGLED, DTYPES, WINDOW, Case, cases, compare, on_device
 from .dispatch import AttentionFunction, Implementation
 
 
-FUNCTIONS: tuple[AttentionFunction, ...] = (*MECHANISMS, CLEAR, WINDOW)
+FUNCTIONS: tuple[AttentionFunction, ...] = (*MECHANISMS, CLEAR, WINDOW, DISENTANGLED)
 
 
 @dataclass
@@ -103,7 +103,7 @@ def check_kernels(
 
 
 def long_call(function: AttentionFunction, dtype: torch.dtype, size: int) -> AttentionCall:
-    """A call of the size that kernels are for: causal with `size` tokens, or an image or windows of as many."""
+    """A call of the size that kernels are for: causal with `size` tokens, or a text, an image or windows of as many."""
     if function is CLEAR:
         side = math.isqrt(size)
         query, key, value = (torch.randn(1, 24, side * side, 128, dtype=dtype) for _ in range(3))
@@ -113,6 +113,10 @@ def long_call(function: AttentionFunction, dtype: torch.dtype, size: int) -> Att
         bias = torch.randn(1, 6, 256, 256, dtype=dtype)
         return WINDOW.call(query, key, value, position_bias=bias, module=torch.nn.Module())
     query, key, value = (torch.randn(1, 16, size, 64, dtype=dtype) for _ in range(3))
+    if function is DISENTANGLED:
+        tables = {name: torch.randn(16, 512, 64, dtype=dtype) for name in ("position_key", "position_query")}
+        rows = (torch.arange(2 * size - 1) - size + 257).clamp(0, 511)
+        return DISENTANGLED.call(query, key, value, rows=rows, **tables)
     fields = {}
     if function is LANDMARK:
         fields["is_landmark"] = (torch.arange(size) % 64 == 63)[None]

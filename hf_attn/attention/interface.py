@@ -181,8 +181,8 @@ def uses_attention(model: nn.Module, name: str) -> None:
             f"`from_pretrained(..., attn_implementation={name!r})` or call `model.set_attn_implementation({name!r})`."
         )
     for module in model.modules():
-        # The decoder body looks the function up in a method of its own.
-        for method in (type(module).forward, getattr(type(module), "attention_function", None)):
+        # The decoder body looks the function up in a method of its own, which families extend.
+        for method in (type(module).forward, *(getattr(owner, "attend", None) for owner in type(module).__mro__)):
             code = getattr(inspect.unwrap(method), "__code__", uses_attention.__code__)
             if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
                 return

@@ -10,6 +10,8 @@ PAPERS = (
         "methods for recognizing dementia from spontaneous speech",
         arxiv="2305.16406",
         becomes="audio and text classification family, processor, pipeline, optimal transport, calibration",
+        claim="Fusing speech and transcript recognises dementia better than either alone, and label smoothing "
+        "calibrates the probabilities.",
         available=True,
         families=(
             Family(
@@ -42,11 +44,14 @@ PAPERS = (
         title="Catching the Details: Self-Distilled RoI Predictors for Fine-Grained MLLM Perception",
         arxiv="2509.16944",
         becomes="LLaVA and Qwen2.5-VL hooks, RoI predictor family, pseudo-labels, two-pass pipeline",
+        claim="A small head on the middle layers of a vision-language model finds the region that a question is "
+        "about, and reading that region again answers questions about details better.",
         code="YuHengsss/SD-RPN",
         available=True,
         families=(
             Family(
                 model_type="sd_rpn",
+                pipeline_tag="image-text-to-text",
                 config="SdRpnConfig",
                 models={"AutoModel": "SdRpnModel"},
                 peft=("q_proj", "v_proj"),
@@ -63,6 +68,8 @@ PAPERS = (
         title="GMAN: A Graph Multi-Attention Network for Traffic Prediction",
         arxiv="1911.08415",
         becomes="time-series family and forecasting pipeline",
+        claim="Attention over sensors and over time forecasts traffic better than simpler methods, the more so the "
+        "farther ahead.",
         code="zhengchuanpan/GMAN",
         available=True,
         families=(
@@ -81,6 +88,7 @@ PAPERS = (
         title="OAT: Object-Level Attention Transformer for Gaze Scanpath Prediction",
         arxiv="2407.13335",
         becomes="scanpath family with generation, image processor, pipeline, metrics",
+        claim="A transformer over objects predicts in which order people look at them better than simpler orders do.",
         code="HKUST-NISL/oat_eccv24",
         available=True,
         families=(
@@ -104,15 +112,19 @@ PAPERS = (
         title="What can a Single Attention Layer Learn? A Study Through the Random Features Lens",
         arxiv="2307.11353",
         becomes="families fitted in closed form, kernels, scikit-learn estimator, experiment script",
+        claim="A layer of random-feature attention learns functions of a query and an average over keys from far "
+        "fewer samples than random features of all tokens at once.",
         available=True,
         families=(
             Family(
                 model_type="random_feature_attention",
+                pipeline_tag="tabular-regression",
                 config="RandomFeatureAttentionConfig",
                 models={"AutoModel": "RandomFeatureAttentionModel"},
             ),
             Family(
                 model_type="random_feature_mlp",
+                pipeline_tag="tabular-regression",
                 config="RandomFeatureMLPConfig",
                 models={"AutoModel": "RandomFeatureMLPModel"},
                 folder="random_feature_attention",
@@ -129,6 +141,7 @@ PAPERS = (
         title="How Does Attention Work in Vision Transformers? A Visual Analytics Attempt",
         arxiv="2303.13731",
         becomes="analysis of ViTs with an interactive report, autoencoder family of attention patterns",
+        claim="A few heads of a vision transformer carry its decisions, and pruning finds them.",
         available=True,
         families=(
             Family(

@@ -17,6 +17,7 @@ class Family:
             of the linear layers to adapt.
         processors: name of the Auto class (``AutoProcessor``, ``AutoImageProcessor``, ``AutoFeatureExtractor``,
             ``AutoTokenizer``) -> name of the class in ``processing_<folder>``.
+        pipeline_tag: task of the Hub, where the Auto class does not say it.
         compares: fields that switch the mechanism of a causal language model on in ``hf-attn compare``; none, and it does
             not take part.
     """
@@ -27,6 +28,7 @@ class Family:
     folder: str = ""
     peft: str | tuple[str, ...] = ()
     processors: dict[str, str] = field(default_factory=dict)
+    pipeline_tag: str = ""
     compares: dict[str, object] | None = None
 
     def _reference(self, kind: str, name: str) -> str:
@@ -53,10 +55,11 @@ class Paper:
         title: title of the paper.
         arxiv: arXiv identifier.
         becomes: what the paper is turned into, in a few words.
+        claim: what the paper claims, one sentence in our own words, of which `hf-attn claim` measures what a small machine can.
         code: repository of the official code, empty if there is none.
         available: whether it can be used; everything else in the entry is empty until it can.
         families: configuration/model pairs.
-        attention: names for ``attn_implementation``.
+        attention: attention functions, by the name for ``attn_implementation`` that leaves the implementation open.
         converter: whether :func:`hf_attn.from_official` reads the official checkpoints.
         doors: public functions and classes of the paper, beside its families: name -> module below ``hf_attn``.
         extra: extra of the package that the paper needs.
@@ -67,6 +70,7 @@ class Paper:
     title: str
     arxiv: str
     becomes: str
+    claim: str
     code: str = ""
     available: bool = False
     families: tuple[Family, ...] = ()

@@ -14,6 +14,8 @@ PAPERS = (
         title="Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
         arxiv="2409.04431",
         becomes="attention function with kernels; causal LM family for training from scratch",
+        claim="Sigmoid attention with a bias of minus the logarithm of the length trains to the same loss as "
+        "softmax attention.",
         code="apple/ml-sigmoid-attention",
         available=True,
         families=(
@@ -25,7 +27,7 @@ PAPERS = (
                 compares={},
             ),
         ),
-        attention=("sigmoid", "sigmoid_eager", "sigmoid_torch", "sigmoid_triton"),
+        attention=("sigmoid",),
         converter=True,
     ),
     Paper(
@@ -33,6 +35,8 @@ PAPERS = (
         title="Stabilizing Transformer Training by Preventing Attention Entropy Collapse",
         arxiv="2303.06296",
         becomes="reparametrised linear layers on any model, ViT family, entropy monitor",
+        claim="Dividing every weight by its spectral norm, times one learned scalar, keeps the entropy of attention "
+        "from collapsing, so that training is stable at learning rates at which a plain transformer diverges.",
         code="apple/ml-sigma-reparam",
         available=True,
         families=(
@@ -61,6 +65,8 @@ PAPERS = (
         title="Landmark Attention: Random-Access Infinite Context Length for Transformers",
         arxiv="2305.16300",
         becomes="Llama family with grouped-softmax attention, memory cache and retrieval at generation",
+        claim="A model trained on short texts finds a fact in a text many times longer by fetching the few blocks "
+        "whose landmark token it attends to.",
         code="epfml/landmark-attention",
         available=True,
         families=(
@@ -72,7 +78,7 @@ PAPERS = (
                 compares={"mem_freq": 15, "include_landmark_in_loss": False},
             ),
         ),
-        attention=("landmark", "landmark_torch", "landmark_eager", "landmark_triton"),
+        attention=("landmark",),
         converter=True,
         doors={
             "passkey_test": "analysis.passkey",
@@ -84,6 +90,8 @@ PAPERS = (
         title="EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
         arxiv="2409.14595",
         becomes="Llama-like family made from a base model, similarity analysis, two-stage distillation",
+        claim="Inner layers of a language model have similar attention maps, so they can share one map and be "
+        "distilled with little loss of quality.",
         available=True,
         families=(
             Family(
@@ -105,6 +113,8 @@ PAPERS = (
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         arxiv="2510.11602",
         becomes="causal LM family with replaceable mixers, uniform or hybrid; indicators of attention maps",
+        claim="Mixers that relax one design principle of attention are poor in every layer, but nearly as good as "
+        "attention if they alternate with it; token mixing is indispensable.",
         available=True,
         families=(
             Family(
@@ -124,6 +134,8 @@ PAPERS = (
         title="MemoryFormer: Minimize Transformer Computation by Removing Fully-Connected Layers",
         arxiv="2411.12992",
         becomes="memory layer, also for pretrained models; causal LM family with hashed memory layers",
+        claim="With hashed memory layers instead of fully connected ones, a language model of the same shape needs "
+        "a fraction of the operations for a token, at the same quality.",
         code="C0-Design/MemoryFormer",
         available=True,
         families=(
@@ -149,6 +161,8 @@ PAPERS = (
         "Attention",
         arxiv="2505.10222",
         becomes="causal LM family, from scratch or from a Llama",
+        claim="Attention whose heads weigh the angle of meaning against that of position learns better than rotary "
+        "embeddings at equal size.",
         code="shaojintian/complexFormer",
         available=True,
         families=(
@@ -169,6 +183,8 @@ PAPERS = (
         title="Combiner: Full Attention Transformer with Sparse Computation Cost",
         arxiv="2107.05768",
         becomes="attention functions (fixed, logsparse, axial) with a cache, causal and masked LM families",
+        claim="Attention that is full in what it can see, but sparse in its cost, models long sequences better than "
+        "the sparse patterns that it starts from.",
         code="google-research/google-research",
         available=True,
         families=(
@@ -194,9 +210,7 @@ PAPERS = (
             ),
         ),
         attention=tuple(
-            f"combiner_{kind}{suffix}"
-            for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
-            for suffix in ("", "_eager", "_torch")
+            f"combiner_{kind}" for kind in ("fixed", "logsparse", "vertical", "horizontal", "mixture", "rowmajor")
         ),
         converter=True,
         doors={"CombinerCache": "modeling.combiner.cache"},
@@ -206,6 +220,8 @@ PAPERS = (
         title="Wide Attention Is The Way Forward For Transformers?",
         arxiv="2210.00640",
         becomes="sequence classification family with 10 attention types",
+        claim="One wide attention layer with as many heads as a deep stack is as accurate on text classification, "
+        "smaller and faster.",
         available=True,
         families=(
             Family(
@@ -232,6 +248,8 @@ PAPERS = (
         title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
         arxiv="2302.06218",
         becomes="14 token mixers by name, families with one; exact distributed attention",
+        claim="Substitutes of attention cost less on long sequences, and what a longer context is worth depends on "
+        "the task.",
         available=True,
         families=(
             Family(
@@ -255,6 +273,8 @@ PAPERS = (
         title="Zeppelin: Balancing Variable-length Workloads in Data Parallel Large Model Training",
         arxiv="2509.21841",
         becomes="sequence partitioner, ring attention engine, remapping, simulator; Trainer mixin for any Llama-like model",
+        claim="Partitioning sequences of different lengths by cost, instead of splitting each one evenly over all "
+        "processes, balances the work and makes training steps faster.",
         available=True,
         attention=DISTRIBUTED_ATTENTION,
         doors={
@@ -268,6 +288,8 @@ PAPERS = (
         title="DeBERTa: Decoding-enhanced BERT with Disentangled Attention",
         arxiv="2006.03654",
         becomes="enhanced mask decoder, SiFT, fast disentangled attention on existing checkpoints",
+        claim="Separate terms for content and position in attention, and absolute positions only at the end, help "
+        "masked language modelling.",
         code="microsoft/DeBERTa",
         available=True,
         families=(
@@ -292,11 +314,14 @@ PAPERS = (
         title="Pooling And Attention: What Are Effective Designs For LLM-Based Embedding Models?",
         arxiv="2409.02727",
         becomes="embedding family with 5 designs, sentence-transformers module",
+        claim="No combination of pooling and attention is the best for every embedding task; pooling over layers "
+        "with bidirectional attention is the best on similarity and retrieval.",
         code="yixuantt/PoolingAndAttn",
         available=True,
         families=(
             Family(
                 model_type="pooling_attention",
+                pipeline_tag="sentence-similarity",
                 config="PoolingAttentionConfig",
                 models={"AutoModel": "PoolingAttentionModel"},
                 peft="llama",

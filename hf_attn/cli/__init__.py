@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze_vit, check_gpu, compare, convert, papers, plan, quickstart
+from . import analyze_vit, check_gpu, claim, compare, convert, papers, plan, quickstart
 from ._command import CommandError, formatter
 
 
 #: in the order of `hf-attn --help`
-COMMANDS = (papers, convert, quickstart, compare, analyze_vit, plan, check_gpu)
+COMMANDS = (papers, convert, quickstart, compare, claim, analyze_vit, plan, check_gpu)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,10 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps([_facts(paper) for paper in PAPERS.values()], indent=2))
+        from ..attention import MECHANISMS
+
+        names = {mechanism.name: mechanism.names for mechanism in MECHANISMS}
+        print(json.dumps([_facts(paper, names) for paper in PAPERS.values()], indent=2))
         return
     rows = [("SLUG", "ARXIV", "STATUS", "BECOMES")]
     rows += [(paper.slug, paper.arxiv, paper.status, paper.becomes) for paper in PAPERS.values()]
@@ -31,7 +34,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"\n{available} of {len(PAPERS)} papers are available.")
 
 
-def _facts(paper: Paper) -> dict:
+def _facts(paper: Paper, names: dict[str, tuple[str, ...]]) -> dict:
+    """What the catalogue says of a paper.
+
+    Args:
+        paper: the paper.
+        names: attention function -> its name and those of its implementations.
+    """
     return {
         "slug": paper.slug,
         "title": paper.title,
@@ -43,6 +52,6 @@ def _facts(paper: Paper) -> dict:
             family.model_type: {auto: family.model_reference(auto) for auto in family.models}
             for family in paper.families
         },
-        "attention": list(paper.attention),
+        "attention": [name for function in paper.attention for name in names.get(function, (function,))],
         "converts_official_checkpoints": paper.converter,
     }

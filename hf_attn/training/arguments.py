@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -230,6 +231,30 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
         except json.JSONDecodeError:
             parsed[name] = value
     return parsed
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """`TrainingArguments` of a script whose interrupted runs can be resumed."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is kept beside it."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+    )
+
+
+def prepare_run(command: str, training_args: RunArguments) -> None:
+    """Train and evaluate unless one of them was asked for, and resolve `--resume_from_checkpoint`.
+
+    Raises:
+        SystemExit: with one line for the user, see :func:`resolve_resume`.
+    """
+    if not (training_args.do_train or training_args.do_eval):
+        training_args.do_train = training_args.do_eval = True
+    training_args.dataloader_pin_memory &= torch.accelerator.is_available()
+    resolve_resume(command, training_args)
 
 
 def resolve_resume(command: str, training_args: TrainingArguments) -> None:

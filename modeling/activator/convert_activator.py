@@ -1,20 +1,20 @@
 """Checkpoints of the official code, `activator.py` and `activator_only_GEGLU.py` (its authors publish no weights)."""
 
 from hf_attn.checkpoints.official import Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_activator import ActivatorConfig
 from .modeling_activator import ActivatorForImageClassification
 
 
-#: official name inside a block -> ours
-_BLOCK = {
-    "norm": "norm",
-    "actgu.norm": "gating_unit.norm",
-    "actgu.proj_1": "gating_unit.proj_1",
-    "actgu.proj_2": "gating_unit.proj_2",
-    "actgu.proj_3": "gating_unit.proj_3",
-}
-_MLP = {"ffn.net.0": "mlp.fc1", "ffn.net.3": "mlp.fc2"}
+_NAMES = Renaming(
+    (r"^patcher\.", "activator.patch_embeddings.projection."),
+    (r"^classifier\.", "classifier."),
+    (r"^model\.(\d+)\.", r"activator.layers.\1."),
+    (r"\.actgu\.", ".gating_unit."),
+    (r"\.ffn\.net\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.net\.3\.", ".mlp.fc2."),
+)
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -36,11 +36,4 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         use_mlp="model.0.ffn.net.0.weight" in official,
         num_labels=config["num_classes"],
     )
-    block = _BLOCK | _MLP if family_config.use_mlp else _BLOCK
-    modules = {"patcher": "activator.patch_embeddings.projection", "classifier": "classifier"}
-    for index in range(family_config.num_hidden_layers):
-        modules |= {f"model.{index}.{name}": f"activator.layers.{index}.{ours}" for name, ours in block.items()}
-    state = {
-        f"{ours}.{kind}": official[f"{name}.{kind}"] for name, ours in modules.items() for kind in ("weight", "bias")
-    }
-    return Converted(ActivatorForImageClassification, family_config, state)
+    return Converted(ActivatorForImageClassification, family_config, _NAMES.state_dict(official))

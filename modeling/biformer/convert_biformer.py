@@ -2,8 +2,11 @@
 
 import re
 
+import torch
+
 from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_biformer import NUM_FULL_ATTENTION_HEADS, BiFormerConfig
 from .modeling_biformer import (
@@ -14,27 +17,33 @@ from .modeling_biformer import (
 )
 
 
-#: official name inside a block -> ours
-_BLOCK = {
-    "pos_embed": "position_conv",
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.qkv.qkv": "attention.qkv",
-    "attn.qkv_linear": "attention.qkv",
-    "attn.qkv": "attention.qkv",
-    "attn.wo": "attention.proj",
-    "attn.output_linear": "attention.proj",
-    "attn.proj": "attention.proj",
-    "attn.lepe": "attention.lepe",
-    "attn.router.emb": "attention.router.linear",
-    "attn.1": "attention.fc1",
-    "attn.2": "attention.depthwise_conv",
-    "attn.3": "attention.fc2",
-    "mlp.0": "mlp.fc1",
-    "mlp.1.dwconv": "mlp.depthwise_conv",
-    "mlp.2": "mlp.fc2",
-    "mlp.3": "mlp.fc2",
-}
+#: official names in an attention module -> ours
+_ATTENTION_NAMES = (
+    (r"(^|\.)(qkv\.qkv|qkv_linear|qkv)\.", r"\1qkv."),
+    (r"(^|\.)(wo|output_linear|proj)\.", r"\1proj."),
+    (r"(^|\.)router\.emb\.", r"\1router.linear."),
+    (r"(^|\.)lepe\.", r"\1lepe."),
+)
+_ATTENTION_MODULE = Renaming(*_ATTENTION_NAMES)
+_MODEL = Renaming(
+    (r"^norm\.", "biformer.norm."),
+    (r"^head\.", "classifier."),
+    (r"^extra_norms\.(\d+)\.", lambda match: f"hidden_states_norms.stage{int(match[1]) + 1}."),
+    (r"^downsample_layers\.0\.", "biformer.embeddings."),
+    (r"^downsample_layers\.(\d+)\.", r"biformer.encoder.stages.\1.downsampling."),
+    (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)\.", r"biformer.encoder.stages.\1.layers.\2."),
+    (r"\.gamma1$", ".attention_scale"),
+    (r"\.gamma2$", ".mlp_scale"),
+    (r"\.pos_embed\.", ".position_conv."),
+    (r"\.attn\.", ".attention."),
+    (r"\.attention\.1\.", ".attention.fc1."),
+    (r"\.attention\.2\.", ".attention.depthwise_conv."),
+    (r"\.attention\.3\.", ".attention.fc2."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.1\.dwconv\.", ".mlp.depthwise_conv."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    *_ATTENTION_NAMES,
+)
 #: linear layers, which are 1x1 convolutions in some of the official code
 _LINEAR = ("qkv", "proj", "fc1", "fc2")
 #: the projection to queries, keys and values of an attention module by itself
@@ -64,18 +73,10 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         return _convert_attention(official, config)
     family_config = _config(official, config)
     is_backbone = "extra_norms.0.weight" in official
-    prefix = "" if is_backbone else "biformer."
+    state = _flatten_linear(_MODEL.state_dict(official))
     if is_backbone:
         family_config.out_features = family_config.stage_names[1:]
-    state = {}
-    for name in official:
-        ours = _our_name(name, prefix)
-        if ours is None:
-            continue
-        tensor = official[name]
-        if ours.split(".")[-2] in _LINEAR and tensor.ndim == 4:
-            tensor = tensor.flatten(1)
-        state[ours] = tensor
+        state = {name.removeprefix("biformer."): tensor for name, tensor in state.items()}
     return Converted(BiFormerBackbone if is_backbone else BiFormerForImageClassification, family_config, state)
 
 
@@ -116,13 +117,7 @@ def _convert_attention(official: StateDict, config: OfficialArguments) -> Conver
         diff_routing=config.get("diff_routing", False),
         param_routing=config.get("param_routing", False),
     )
-    state = {}
-    for name in official:
-        module, _, kind = f"attn.{name}".rpartition(".")
-        if module in _BLOCK:
-            tensor = official[name]
-            ours = _BLOCK[module].removeprefix("attention.")
-            state[f"{ours}.{kind}"] = tensor.flatten(1) if ours in _LINEAR and tensor.ndim == 4 else tensor
+    state = _flatten_linear(_ATTENTION_MODULE.state_dict(official))
     attention_class = BiFormerFullAttention if is_full else BiFormerRoutingAttention
     return Converted(attention_class, {"config": family_config, "stage": 0}, state)
 
@@ -133,27 +128,11 @@ def _refuse(config: dict) -> None:
             raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
 
 
-def _our_name(name: str, prefix: str) -> str | None:
-    """Our name of an official tensor, `None` if there is no such one."""
-    module, _, kind = name.rpartition(".")
-    if module == "norm":
-        return f"{prefix}norm.{kind}"
-    if module == "head":
-        return f"classifier.{kind}"
-    if match := re.fullmatch(r"extra_norms\.(\d+)", module):
-        return f"hidden_states_norms.stage{int(match[1]) + 1}.{kind}"
-    if match := re.fullmatch(r"downsample_layers\.(\d+)\.(\d+)", module):
-        stage, layer = match.groups()
-        where = "embeddings" if stage == "0" else f"encoder.stages.{stage}.downsampling"
-        return f"{prefix}{where}.{layer}.{kind}"
-    if match := re.fullmatch(r"stages\.(\d+)\.(?:blocks\.)?(\d+)(?:\.(.+))?", module):
-        stage, layer, part = match.groups()
-        block = f"{prefix}encoder.stages.{stage}.layers.{layer}."
-        if part is None and kind in ("gamma1", "gamma2"):
-            return block + ("attention_scale" if kind == "gamma1" else "mlp_scale")
-        if part in _BLOCK:
-            return f"{block}{_BLOCK[part]}.{kind}"
-    return None
+def _flatten_linear(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.flatten(1) if tensor.ndim == 4 and name.split(".")[-2] in _LINEAR else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _layout(official: StateDict) -> str:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
-from hf_attn.architectures.ranges import SIZE
+from hf_attn.architectures.ranges import RATE, SIZE
 
 
 _BASE = {
@@ -76,7 +76,7 @@ class CombinerConfig(DecoderConfig):
         },
     }
     tiny = _TINY
-    ranges = {"combiner_segment_length": SIZE}
+    ranges = {"combiner_segment_length": SIZE, "residual_dropout": RATE}
 
     vocab_size: int = 1024
     hidden_size: int = 512

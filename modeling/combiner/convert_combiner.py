@@ -4,6 +4,7 @@ import torch
 
 from hf_attn.checkpoints.files import ConversionError
 from hf_attn.checkpoints.official import Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_combiner import CombinerConfig, CombinerEncoderConfig
 from .modeling_combiner import CombinerAttention, CombinerForCausalLM
@@ -32,6 +33,32 @@ MODULES = {
     "_AxialMixtureAtt_0": "mixture",
 }
 _LAYER = "autoreg_model/transformer_layer_"
+_ATTENTION = (
+    (r"\bquery/kernel$", "q_proj.weight"),
+    (r"\bkey/kernel$", "k_proj.weight"),
+    (r"\bvalue/kernel$", "v_proj.weight"),
+)
+_OUTPUT = ((r"\bDenseGeneral_0/kernel$", "o_proj.weight"),)
+_ROW_KEYS = (
+    (r"\bDenseGeneral_0/kernel$", "row_keys.output_proj.weight"),
+    (r"\bDenseGeneral_1/kernel$", "row_keys.key_proj.weight"),
+    (r"\bDenseGeneral_2/kernel$", "o_proj.weight"),
+    (r"(^|_SelfAttAxialRowmajor_0/)LayerNorm_0/", r"\1row_keys.norm/"),
+)
+_MODEL = (
+    (rf"/({'|'.join(MODULES)})/", ".self_attn."),
+    (r"^Embed_0/embedding$", "model.embed_tokens.weight"),
+    (r"^autoreg_model/LayerNorm_0/", "model.norm."),
+    (r"^autoreg_model/Dense_0/", "lm_head."),
+    (r"^autoreg_model/transformer_layer_", "model.layers."),
+    (r"/LayerNorm_0/", ".input_layernorm."),
+    (r"/LayerNorm_1/", ".post_attention_layernorm."),
+    (r"/MlpBlock_0/Dense_0/", ".mlp.up_proj."),
+    (r"/MlpBlock_0/Dense_1/", ".mlp.down_proj."),
+    (r"[./](kernel|scale)$", ".weight"),
+    (r"/bias$", ".bias"),
+)
+_FROM_HEADS = ("o_proj.weight", "row_keys.output_proj.weight")
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -56,7 +83,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         eos_token_id=None,
         **_attention_arguments(official, "", _kind(config), config),
     )
-    state = _attention(official, "", family_config.combiner_kind)
+    state = _state_dict(official, family_config.combiner_kind)
     return Converted(CombinerAttention, {"config": family_config, "layer_idx": 0}, state)
 
 
@@ -85,23 +112,16 @@ def _attention_arguments(official: StateDict, prefix: str, kind: str, config: Of
     }
 
 
-def _attention(official: StateDict, prefix: str, kind: str) -> dict[str, torch.Tensor]:
-    def into(name: str) -> torch.Tensor:
-        return official[f"{prefix}{name}/kernel"].flatten(1).T
-
-    def out_of(name: str) -> torch.Tensor:
-        return official[f"{prefix}{name}/kernel"].flatten(0, 1).T
-
-    state = {f"{short}_proj.weight": into(name) for short, name in (("q", "query"), ("k", "key"), ("v", "value"))}
-    if kind != "rowmajor":
-        return state | {"o_proj.weight": out_of("DenseGeneral_0")}
-    return state | {
-        "row_keys.output_proj.weight": out_of("DenseGeneral_0"),
-        "row_keys.norm.weight": official[f"{prefix}LayerNorm_0/scale"],
-        "row_keys.norm.bias": official[f"{prefix}LayerNorm_0/bias"],
-        "row_keys.key_proj.weight": into("DenseGeneral_1"),
-        "o_proj.weight": out_of("DenseGeneral_2"),
-    }
+def _state_dict(official: StateDict, kind: str) -> dict[str, torch.Tensor]:
+    """Our names and shapes; Flax's kernels are (in, out), those of the attention with an axis for the heads."""
+    rules = _ROW_KEYS if kind == "rowmajor" else _OUTPUT
+    state = Renaming(*_ATTENTION, *rules, *_MODEL).state_dict(official)
+    for name, tensor in state.items():
+        if tensor.ndim == 3:
+            tensor = tensor.flatten(0, 1) if name.endswith(_FROM_HEADS) else tensor.flatten(1)
+        if tensor.ndim == 2 and name != "model.embed_tokens.weight":
+            state[name] = tensor.T
+    return state
 
 
 def _language_model(official: StateDict, config: OfficialArguments) -> Converted:
@@ -127,25 +147,4 @@ def _language_model(official: StateDict, config: OfficialArguments) -> Converted
         eos_token_id=None,
         **_attention_arguments(official, f"{_LAYER}0/{module}/", kind, config),
     )
-    state = {
-        "model.embed_tokens.weight": official["Embed_0/embedding"],
-        **_norm(official, "autoreg_model/LayerNorm_0", "model.norm"),
-        **_dense(official, "autoreg_model/Dense_0", "lm_head"),
-    }
-    for i in sorted(layers):
-        theirs, ours = f"{_LAYER}{i}/", f"model.layers.{i}."
-        attention = _attention(official, f"{theirs}{module}/", kind)
-        state |= {f"{ours}self_attn.{name}": tensor for name, tensor in attention.items()}
-        state |= _norm(official, f"{theirs}LayerNorm_0", f"{ours}input_layernorm")
-        state |= _norm(official, f"{theirs}LayerNorm_1", f"{ours}post_attention_layernorm")
-        state |= _dense(official, f"{theirs}MlpBlock_0/Dense_0", f"{ours}mlp.up_proj")
-        state |= _dense(official, f"{theirs}MlpBlock_0/Dense_1", f"{ours}mlp.down_proj")
-    return Converted(CombinerForCausalLM, family_config, state)
-
-
-def _norm(official: StateDict, theirs: str, ours: str) -> dict[str, torch.Tensor]:
-    return {f"{ours}.weight": official[f"{theirs}/scale"], f"{ours}.bias": official[f"{theirs}/bias"]}
-
-
-def _dense(official: StateDict, theirs: str, ours: str) -> dict[str, torch.Tensor]:
-    return {f"{ours}.weight": official[f"{theirs}/kernel"].T, f"{ours}.bias": official[f"{theirs}/bias"]}
+    return Converted(CombinerForCausalLM, family_config, _state_dict(official, kind))

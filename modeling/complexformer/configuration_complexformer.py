@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.architectures.decoder import DecoderConfig
+from hf_attn.architectures.ranges import POSITIVE
 
 
 @strict
@@ -44,6 +45,8 @@ class ComplexFormerConfig(DecoderConfig):
         "eos_token_id": 2,
     }
 
+    ranges = {"score_scale": POSITIVE}
+
     score_scale: float | int = 1.0
     frequency_rounding: Literal["bfloat16"] | None = None
 
@@ -54,11 +57,6 @@ class ComplexFormerConfig(DecoderConfig):
                 f"Channels become complex numbers in pairs, so head_dim must be even; got {self.head_dim} (hidden_size "
                 f"{self.hidden_size}, {self.num_attention_heads} heads)."
             )
-
-    def validate_scale(self):
-        """Part of the validation that `@strict` runs."""
-        if not self.score_scale > 0:
-            raise ValueError(f"score_scale must be positive, got {self.score_scale}.")
 
     def validate_frequency_rounding(self):
         """Part of the validation that `@strict` runs."""

@@ -1,22 +1,15 @@
 """Official layout: one attention module, or the decoder around it that this package defines (no checkpoint is published)."""
 
-import re
-
 from hf_attn.checkpoints.files import ConversionError
 from hf_attn.checkpoints.official import Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import KEEP, Renaming
 
 from .configuration_complexformer import ComplexFormerConfig
 from .modeling_complexformer import ComplexFormerAttention, ComplexFormerForCausalLM
 
 
-PROJECTIONS = {"W_q": "q_proj", "W_k": "k_proj", "W_v": "v_proj", "W_o": "o_proj"}
-#: tables of frequencies, which follow from the head's width
-BUFFERS = ("g", "relative_pos_encoding.g")
-
-
-def rename(name: str) -> str:
-    """The name of an official tensor here."""
-    return re.sub(r"\b(W_[qkvo])\.", lambda found: f"{PROJECTIONS[found[1]]}.", name)
+#: `g` is a table of frequencies, which follows from the head's width
+OUR_NAMES = Renaming((r"(^|\.)g$", None), (r"\bW_([qkvo])\.", r"\1_proj."), KEEP)
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -27,8 +20,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         config: `level`, `"attention"` or `"lm"` (guessed from the keys); `frequency_rounding` and `score_scale`; of a module
             `d_model` and `num_heads`, of a decoder the names of [`ComplexFormerConfig`].
     """
-    dropped = tuple(name for name in official if name.endswith(BUFFERS) and name.split(".")[-1] == "g")
-    state = {rename(name): official[name] for name in official if name not in dropped}
+    dropped, state = OUR_NAMES.dropped(official), OUR_NAMES.state_dict(official)
     level = config.get("level", "attention" if "W_q.weight" in official else "lm")
     shared = {
         "frequency_rounding": config.get("frequency_rounding"),

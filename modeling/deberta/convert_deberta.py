@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import KEEP, Renaming
 
 from .configuration_deberta import DebertaEMDConfig
 from .modeling_deberta import DebertaEMDForMaskedLM
@@ -71,6 +72,16 @@ _OTHER = (
 )
 
 
+#: v1 -> v2
+_V1_NAMES = Renaming(
+    (r"\.self\.q_bias$", ".self.query_proj.bias"),
+    (r"\.self\.v_bias$", ".self.value_proj.bias"),
+    (r"\.self\.pos_proj\.", ".self.pos_key_proj."),
+    (r"\.self\.pos_q_proj\.", ".self.pos_query_proj."),
+    KEEP,
+)
+
+
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
     """Convert; see :func:`hf_attn.from_official`.
 
@@ -98,9 +109,10 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
             f"The checkpoint has no {_POSITIONS}, which the mask decoder adds. transformers drops it when it saves a model: "
             "convert the original file."
         )
-    state = {name: official[name] for name in official}
     if fused:
-        state = _split_projections(state, arguments["num_attention_heads"])
+        state = _split_projections(official, arguments["num_attention_heads"])
+    else:
+        state = {name: official[name] for name in official}
     return Converted(DebertaEMDForMaskedLM, DebertaEMDConfig(**arguments), state)
 
 
@@ -123,26 +135,20 @@ def _arguments(official: StateDict, config: OfficialArguments) -> dict:
     return arguments
 
 
-def _split_projections(state: dict[str, torch.Tensor], num_heads: int) -> dict[str, torch.Tensor]:
+def _split_projections(official: StateDict, num_heads: int) -> dict[str, torch.Tensor]:
     """Names and shapes of v2 for the weights of v1: `in_proj` holds queries, keys and values head by head."""
     split = {}
-    for name, tensor in state.items():
-        prefix, _, rest = name.rpartition("attention.self.")
-        prefix = f"{prefix}attention.self."
+    for name, tensor in _V1_NAMES.state_dict(official).items():
+        owner, _, rest = name.rpartition("self.")
         if rest == "in_proj.weight":
             parts = tensor.unflatten(0, (num_heads, 3, -1)).unbind(1)
             for part, projection in zip(parts, ("query", "key", "value"), strict=True):
-                split[f"{prefix}{projection}_proj.weight"] = part.flatten(0, 1)
-            split[f"{prefix}key_proj.bias"] = tensor.new_zeros(tensor.shape[0] // 3)
-        elif rest in ("q_bias", "v_bias"):
-            split[f"{prefix}{'query' if rest == 'q_bias' else 'value'}_proj.bias"] = tensor
-        elif rest == "pos_proj.weight":
-            split[f"{prefix}pos_key_proj.weight"] = tensor
-            split[f"{prefix}pos_key_proj.bias"] = tensor.new_zeros(tensor.shape[0])
-        elif rest.startswith("pos_q_proj."):
-            split[f"{prefix}pos_query_proj.{rest.removeprefix('pos_q_proj.')}"] = tensor
-        else:
-            split[name] = tensor
+                split[f"{owner}self.{projection}_proj.weight"] = part.flatten(0, 1)
+            split[f"{owner}self.key_proj.bias"] = tensor.new_zeros(tensor.shape[0] // 3)
+            continue
+        if rest == "pos_key_proj.weight":
+            split[f"{owner}self.pos_key_proj.bias"] = tensor.new_zeros(tensor.shape[0])
+        split[name] = tensor
     return split
 
 
@@ -157,10 +163,11 @@ def _convert_classifier(official: StateDict, config: OfficialArguments, argument
         arguments = {name: value for name, value in arguments.items() if name not in _V2_ONLY}
     elif arguments["embedding_size"] is None:
         del arguments["embedding_size"]
-    dropped = () if arguments.get("position_biased_input", True) else (_POSITIONS,)
     # A classifier that was trained on from a masked language model has kept its head.
-    dropped += tuple(name for name in official if name.startswith("lm_predictions."))
-    state = {name: official[name] for name in official if name not in dropped}
+    rules = [(r"^lm_predictions\.", None), KEEP]
+    if not arguments.get("position_biased_input", True):
+        rules.insert(0, (re.escape(_POSITIONS), None))
+    dropped, state = Renaming(*rules).dropped(official), Renaming(*rules).state_dict(official)
     if fused:
         return Converted(DebertaForSequenceClassification, DebertaConfig(**arguments), state, dropped)
     return Converted(DebertaV2ForSequenceClassification, DebertaV2Config(**arguments), state, dropped)

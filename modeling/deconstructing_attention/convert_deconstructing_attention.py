@@ -4,12 +4,13 @@ There is no official checkpoint; this is the layout of the weights of the paper'
 """
 
 from hf_attn.checkpoints.official import Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import KEEP, Renaming
 
 from .configuration_deconstructing_attention import DeconstructedConfig
 from .modeling_deconstructing_attention import DeconstructedForCausalLM
 
 
-_RENAMED = {"model.static_embeds": "model.static_input.embeds", "model.static_ids": "model.static_input.ids"}
+_NAMES = Renaming((r"^model\.static_(embeds|ids)$", r"model.static_input.\1"), KEEP)
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -22,9 +23,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
             `static_norm` and `taylor_form` (`joint` or `per_order`, of layers of kind `approximate`). `vocab_size`,
             `hidden_size`, `intermediate_size` and `max_len` follow from the weights.
     """
-    state = {_RENAMED.get(name, name): official[name] for name in official}
+    state = _NAMES.state_dict(official)
     embeddings = official["model.embed_tokens.weight"]
-    lengths = {state[name].shape[0] for name in _RENAMED.values() if name in state}
+    lengths = {tensor.shape[0] for name, tensor in state.items() if name.startswith("model.static_input.")}
     sizes = {
         "vocab_size": embeddings.shape[0],
         "hidden_size": embeddings.shape[1],

@@ -1,31 +1,22 @@
 """Weights of the layers behind the encoders under the names of the equations; the authors have published none."""
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_dementia_fusion import CHOICES, DementiaFusionConfig
 from .layers import ATTENTIONS, FusionHead
 
 
-_ATTENTION_NAMES = {
-    "query": "query_proj",
-    "key": "key_proj",
-    "value": "value_proj",
-    "context_query": "context_query_proj",
-    "context_key": "context_key_proj",
-    "gate_query_hidden": "query_gate.hidden",
-    "gate_query_context": "query_gate.context",
-    "gate_key_hidden": "key_gate.hidden",
-    "gate_key_context": "key_gate.context",
-    "gate_q": "gate.query",
-    "gate_k": "gate.key",
-    "gate_out": "gate.out",
-}
-_PREFIXES = {
-    "text_attention.": "interaction.text_attention.",
-    "image_attention.": "interaction.image_attention.",
-    "fusion.": "classifier.fusion.",
-    "classifier.": "classifier.classifier.",
-}
+_NAMES = Renaming(
+    (r"(^|_attention\.)((context_)?(query|key)|value)\.", r"\1\2_proj."),
+    (r"(^|_attention\.)gate_(query|key)_(hidden|context)\.", r"\1\2_gate.\3."),
+    (r"(^|_attention\.)gate_q\.", r"\1gate.query."),
+    (r"(^|_attention\.)gate_k\.", r"\1gate.key."),
+    (r"(^|_attention\.)gate_out\.", r"\1gate.out."),
+    (r"^(text|image)_attention\.", r"interaction.\1_attention."),
+    (r"^classifier\.", "classifier.classifier."),
+    (r"^fusion\.", "classifier.fusion."),
+)
 _GATES = {"agsa": "channel", "channel": "channel", "muan": "scalar", "scalar": "scalar"}
 
 
@@ -44,8 +35,8 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     whole = any(name.startswith("text_attention.") for name in official)
     prefix = "text_attention." if whole else ""
     fields = _attention_fields(official, config, prefix)
+    state = _NAMES.state_dict(official)
     if not whole:
-        state = {_renamed(name): official[name] for name in official}
         config.leave("head_dim", "kind")
         return Converted(ATTENTIONS[fields["intra"]], {"config": _config(fields), "modality": "text"}, state)
 
@@ -54,21 +45,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         "vision": _attention_fields(official, config, "image_attention.")["layers"],
     }
     fields |= _head_fields(official, config, fields["hidden_size"])
-    state = {}
-    for name in official:
-        start = next((start for start in _PREFIXES if name.startswith(start)), None)
-        if start is None:
-            continue
-        rest = name.removeprefix(start)
-        state[_PREFIXES[start] + (_renamed(rest) if start.endswith("_attention.") else rest)] = official[name]
     return Converted(FusionHead, {"config": _config(fields, layers)}, state)
-
-
-def _renamed(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module not in _ATTENTION_NAMES:
-        raise ConversionError(f"{name} is no weight of an attention layer; known are {', '.join(_ATTENTION_NAMES)}.")
-    return f"{_ATTENTION_NAMES[module]}.{kind}"
 
 
 def _attention_fields(official: StateDict, config: OfficialArguments, prefix: str) -> dict:

@@ -3,9 +3,8 @@
 import math
 
 from hf_attn.architectures.restoration.converting import (
-    checkpoint_weights,
     given_fields,
-    rename,
+    renaming,
     shape_of,
     shell_fields,
 )
@@ -15,21 +14,15 @@ from .configuration_drct import DRCTConfig
 from .modeling_drct import DRCTForImageSuperResolution
 
 
-_MODULES = {
-    **{
-        rf"layers\.(\d+)\.swin{number}\.{official}": rf"{{}}.groups.\1.blocks.{number - 1}.{name}"
-        for number in range(1, 6)
-        for official, name in (
-            ("norm1", "layernorm_before"),
-            ("attn", "attention"),
-            (r"attn\.(qkv|proj)", r"attention.\2"),
-            ("norm2", "layernorm_after"),
-            (r"mlp\.(fc1|fc2)", r"mlp.\2"),
-        )
-    },
-    **{rf"layers\.(\d+)\.adjust{number}": rf"{{}}.groups.\1.adjust.{number - 1}" for number in range(1, 6)},
-}
-_DROPPED = r"layers\.\d+\.swin[1-5]\.(attn\.relative_position_index|attn_mask)"
+_NAMES = renaming(
+    "drct",
+    (r"^layers\.\d+\.swin[1-5]\.(attn\.relative_position_index|attn_mask)$", None),
+    (r"^layers\.(\d+)\.swin(\d)\.", lambda match: f"groups.{match[1]}.blocks.{int(match[2]) - 1}."),
+    (r"^layers\.(\d+)\.adjust(\d)\.", lambda match: f"groups.{match[1]}.adjust.{int(match[2]) - 1}."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.", ".attention."),
+)
 #: arguments inherited from HAT's class, without an effect
 _WITHOUT_EFFECT = ("compress_ratio", "squeeze_factor", "conv_scale", "overlap_ratio")
 
@@ -38,15 +31,14 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
-        official: `params_ema` or `params` of a checkpoint file, or the state dict itself.
+        official: state dict of the generator (`params_ema` or `params` of a checkpoint file).
         config: official constructor arguments. None is needed unless it differs from the published models and cannot be
             read off the weights: `img_range`, `qk_scale`, the drop rates, `depths`.
     """
-    weights, aside = checkpoint_weights(official)
-    inferred = _infer(weights)
+    inferred = _infer(official)
     fields = inferred | given_fields(config, {"gc": "growth_channels"}, _WITHOUT_EFFECT, inferred, "drct")
-    state = rename(weights, _MODULES, _DROPPED, prefix="drct", slug="drct")
-    return Converted(DRCTForImageSuperResolution, DRCTConfig(**fields), state, aside)
+    state, dropped = _NAMES.state_dict(official), _NAMES.dropped(official)
+    return Converted(DRCTForImageSuperResolution, DRCTConfig(**fields), state, dropped)
 
 
 def _infer(weights) -> dict:

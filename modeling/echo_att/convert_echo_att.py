@@ -4,13 +4,14 @@ There is no official checkpoint; this is the layout of the weights of the paper'
 """
 
 from hf_attn.checkpoints.official import Converted, StateDict
+from hf_attn.checkpoints.renaming import KEEP, Renaming
 
 from .configuration_echo_att import EchoAttConfig
 from .modeling_echo_att import EchoAttForCausalLM
 
 
-#: keys under this prefix are weights of the teacher that the student has dropped
-TEACHER_PREFIX = "teacher_only."
+#: Llama's names; `teacher_only.` holds weights of the teacher that the student has dropped
+_NAMES = Renaming((r"^teacher_only\.", None), KEEP)
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -21,7 +22,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         config: `vocab_size`, `hidden_size`, `intermediate_size`, `num_layers`, `num_heads`, `num_kv_heads`,
             `rope_theta`, `rms_norm_eps`, `shared_layers` and optionally `shared_source`.
     """
-    state = {name: official[name] for name in official if not name.startswith(TEACHER_PREFIX)}
+    state = _NAMES.state_dict(official)
     family_config = EchoAttConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -35,5 +36,4 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         shared_source=config.get("shared_source"),
         tie_word_embeddings="lm_head.weight" not in state,
     )
-    dropped = tuple(name for name in official if name.startswith(TEACHER_PREFIX))
-    return Converted(EchoAttForCausalLM, family_config, state, dropped)
+    return Converted(EchoAttForCausalLM, family_config, state, _NAMES.dropped(official))

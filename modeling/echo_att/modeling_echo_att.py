@@ -6,12 +6,11 @@ A shared layer has no query and key projections and caches values only:
     layer that owns its map:  A = softmax(Q K^T / sqrt(d) + mask),  output A V
     layer that shares it:     output A V_j, with its own values, output projection, norms and MLP
 
-Handing over A saves the most work where A is small: in a step of decoding and in training on short sequences. Elsewhere a
-shared layer attends with the queries and keys of its source and its own values, which is the same function and needs no map in
-memory.
+Where A is large a shared layer attends with the queries and keys of its source and its own values instead, which is the same
+function and needs no map in memory; see `attention.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,7 @@ from hf_attn.architectures.decoder import (
     takes_cache,
 )
 
+from .attention import ECHO, EchoCall, apply_attention_weights
 from .configuration_echo_att import EchoAttConfig
 
 
@@ -39,64 +39,8 @@ if TYPE_CHECKING:
     from hf_attn.analysis import AttentionSimilarity
 
 
-#: Largest map (queries times keys) that the `sdpa` implementation hands over in training. The layer that computes it pays
-#: for not being fused, in memory traffic that grows with the map; each layer that reuses it saves about half of its
-#: attention. In a forward pass without a backward only a single row, in decoding, is worth it (measured on a CPU).
-MAX_SHARED_MAP = 256 * 256
-
-
-def apply_attention_weights(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`A V` without repeating the values of a group.
-
-    Args:
-        weights: `(batch, heads, q_len, kv_len)`.
-        value: `(batch, kv_heads, kv_len or more, head_dim)`; what is beyond `kv_len` are unused slots of a static cache.
-
-    Returns:
-        `(batch, q_len, heads, head_dim)`.
-    """
-    batch, heads, q_len, kv_len = weights.shape
-    value = value[:, :, :kv_len]
-    kv_heads, head_dim = value.shape[1], value.shape[3]
-    output = weights.reshape(batch, kv_heads, heads // kv_heads * q_len, kv_len) @ value
-    return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous()
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention that returns the map before dropout, which is what the other layers share.
-
-    Takes the masks of both `eager` (additive) and `sdpa` (boolean, or none for plain causality).
-    """
-    batch, heads, q_len, head_dim = query.shape
-    if attention_mask is None and q_len > 1:
-        key = key[:, :, :q_len]
-        attention_mask = torch.ones(q_len, q_len, dtype=torch.bool, device=query.device).tril()
-    kv_heads = key.shape[1]
-    query = query.reshape(batch, kv_heads, heads // kv_heads * q_len, head_dim)
-    scores = query @ key.transpose(-1, -2) * scaling
-    scores = scores.view(batch, heads, q_len, key.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    dropped = nn.functional.dropout(weights, p=dropout)
-    return apply_attention_weights(dropped, value), weights
-
-
 class EchoAttAttention(DecoderAttention):
     """Attention of one layer: with a map of its own, or with the map of the layer that it shares with."""
-
-    eager_attention_forward = staticmethod(eager_attention_forward)
 
     def __init__(self, config: EchoAttConfig, layer_idx: int):
         source_idx = config.attention_source.get(layer_idx)
@@ -140,17 +84,35 @@ class EchoAttAttention(DecoderAttention):
 
         if attn_weights is not None:
             dropped = nn.functional.dropout(attn_weights, p=self.attention_dropout, training=self.training)
-            attn_output = apply_attention_weights(dropped, value_states)
+            attn_output = apply_attention_weights(dropped, value_states).transpose(1, 2)
         else:
             attn_output, attn_weights = self.attend(query_states, key_states, value_states, attention_mask, **kwargs)
         return self.output(attn_output), attn_weights, query_states, key_states
 
-    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
-        if self.config._attn_implementation == "sdpa" and self.is_source:
-            queries, keys = query_states.shape[2], key_states.shape[2]
-            if queries == 1 or (self.training and queries * keys <= MAX_SHARED_MAP):
-                return eager_attention_forward
-        return super().attention_function(query_states, key_states)
+    def attend(
+        self,
+        query_states: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        implementation = self.config._attn_implementation
+        if implementation not in ECHO.names:
+            return super().attend(query_states, key_states, value_states, attention_mask, **kwargs)
+        call = EchoCall(
+            query_states,
+            key_states,
+            value_states,
+            module=self,
+            is_source=self.is_source,
+            attention_mask=attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            kwargs=kwargs,
+        )
+        output, weights = ECHO(call, implementation)
+        return output.transpose(1, 2), weights
 
 
 class EchoAttDecoderLayer(DecoderLayer):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_gman import GMANConfig
 from .graph import read_spatial_embedding
@@ -52,14 +53,8 @@ _BOTH = (
     (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.bn\.", r".\1_norm."),
     (r"\.(q|k|v|fusion\.spatial|fusion\.temporal)\.(weight|bias)$", r".\1_proj.\2"),
 )
-_NO_WEIGHTS = ("spatial_embedding",)
-
-
-def our_name(name: str, port: bool = False) -> str:
-    """Name in [`GMANForPrediction`] of a tensor of the TensorFlow graph, or of torch-geometric-temporal."""
-    for pattern, replacement in (*(_PORT if port else _OFFICIAL), *_BOTH):
-        name = re.sub(pattern, replacement, name)
-    return name
+FROM_OFFICIAL = Renaming((r"^spatial_embedding$", "gman.embeddings.spatial_embedding"), *_OFFICIAL, *_BOTH)
+_FROM_PORT = Renaming((r"^spatial_embedding$", "gman.embeddings.spatial_embedding"), *_PORT, *_BOTH)
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -73,13 +68,13 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
             `spatial_embedding`, which the networks take as an input: the path of a file or an array `(nodes, width)`.
     """
     port = any(name.startswith("_st_embedding.") for name in official)
-    state = {our_name(name, port): official[name] for name in official if name not in _NO_WEIGHTS}
+    state = (_FROM_PORT if port else FROM_OFFICIAL).state_dict(official)
     if port:
         state = {name: tensor.squeeze((2, 3)) if tensor.ndim == 4 else tensor for name, tensor in state.items()}
     for name in [name for name in state if name.endswith(".running_mean")]:
         state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
 
-    embedding = official["spatial_embedding"] if "spatial_embedding" in official else config.get("spatial_embedding")
+    embedding = state.get("gman.embeddings.spatial_embedding", config.get("spatial_embedding"))
     if embedding is None:
         raise ConversionError(
             "The weights of GMAN do not hold the vectors of the sensors, which the network takes as an input. Pass "

@@ -3,9 +3,8 @@
 import math
 
 from hf_attn.architectures.restoration.converting import (
-    checkpoint_weights,
     given_fields,
-    rename,
+    renaming,
     shape_of,
     shell_fields,
 )
@@ -15,26 +14,21 @@ from .configuration_hat import HATConfig
 from .modeling_hat import HATForImageSuperResolution
 
 
-_BLOCK = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
-_OVERLAP = r"layers\.(\d+)\.residual_group\.overlap_attn"
-_MODULES = {
-    _BLOCK + r"norm1": r"{}.groups.\1.blocks.\2.layernorm_before",
-    _BLOCK + r"attn": r"{}.groups.\1.blocks.\2.attention",
-    _BLOCK + r"attn\.(qkv|proj)": r"{}.groups.\1.blocks.\2.attention.\3",
-    _BLOCK + r"conv_block\.cab\.0": r"{}.groups.\1.blocks.\2.channel_branch.conv1",
-    _BLOCK + r"conv_block\.cab\.2": r"{}.groups.\1.blocks.\2.channel_branch.conv2",
-    _BLOCK + r"conv_block\.cab\.3\.attention\.1": r"{}.groups.\1.blocks.\2.channel_branch.squeeze",
-    _BLOCK + r"conv_block\.cab\.3\.attention\.3": r"{}.groups.\1.blocks.\2.channel_branch.excite",
-    _BLOCK + r"norm2": r"{}.groups.\1.blocks.\2.layernorm_after",
-    _BLOCK + r"mlp\.(fc1|fc2)": r"{}.groups.\1.blocks.\2.mlp.\3",
-    _OVERLAP: r"{}.groups.\1.overlapping_block.attention",
-    _OVERLAP + r"\.norm1": r"{}.groups.\1.overlapping_block.layernorm_before",
-    _OVERLAP + r"\.(qkv|proj)": r"{}.groups.\1.overlapping_block.attention.\2",
-    _OVERLAP + r"\.norm2": r"{}.groups.\1.overlapping_block.layernorm_after",
-    _OVERLAP + r"\.mlp\.(fc1|fc2)": r"{}.groups.\1.overlapping_block.mlp.\2",
-    r"layers\.(\d+)\.conv": r"{}.groups.\1.convolution",
-}
-_DROPPED = r"relative_position_index_(SA|OCA)"
+_NAMES = renaming(
+    "hat",
+    (r"^relative_position_index_(SA|OCA)$", None),
+    (r"^layers\.(\d+)\.residual_group\.blocks\.(\d+)\.", r"groups.\1.blocks.\2."),
+    (r"^layers\.(\d+)\.residual_group\.overlap_attn\.", r"groups.\1.overlapping_block."),
+    (r"^layers\.(\d+)\.conv\.", r"groups.\1.convolution."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.", ".attention."),
+    (r"\.overlapping_block\.(qkv\.|proj\.|relative_position_bias_table$)", r".overlapping_block.attention.\1"),
+    (r"\.conv_block\.cab\.0\.", ".channel_branch.conv1."),
+    (r"\.conv_block\.cab\.2\.", ".channel_branch.conv2."),
+    (r"\.conv_block\.cab\.3\.attention\.1\.", ".channel_branch.squeeze."),
+    (r"\.conv_block\.cab\.3\.attention\.3\.", ".channel_branch.excite."),
+)
 _OWN = {name: name for name in ("compress_ratio", "squeeze_factor", "conv_scale", "overlap_ratio")}
 
 
@@ -42,15 +36,14 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
 
     Args:
-        official: `params_ema` or `params` of a checkpoint file, or the state dict itself.
+        official: state dict of the generator (`params_ema` or `params` of a checkpoint file).
         config: official constructor arguments. None is needed unless it differs from the published models and cannot be
             read off the weights: `conv_scale`, `img_range`, `qk_scale`, the drop rates.
     """
-    weights, aside = checkpoint_weights(official)
-    inferred = _infer(weights)
+    inferred = _infer(official)
     fields = inferred | given_fields(config, _OWN, (), inferred, "hat")
-    state = rename(weights, _MODULES, _DROPPED, prefix="hat", slug="hat")
-    return Converted(HATForImageSuperResolution, HATConfig(**fields), state, aside)
+    state, dropped = _NAMES.state_dict(official), _NAMES.dropped(official)
+    return Converted(HATForImageSuperResolution, HATConfig(**fields), state, dropped)
 
 
 def _infer(weights) -> dict:

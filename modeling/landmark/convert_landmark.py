@@ -16,6 +16,7 @@ import torch
 from hf_attn.architectures.rotary import half_split
 from hf_attn.checkpoints.files import read_checkpoint
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict, select_state_dict
+from hf_attn.checkpoints.renaming import KEEP, Renaming, split_fused
 
 from .configuration_landmark import LandmarkConfig
 from .modeling_landmark import LandmarkForCausalLM
@@ -41,6 +42,23 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     )
 
 
+#: transformers' names, with the tables of its old versions
+_LLAMA = Renaming((r"\.rotary_emb\.inv_freq$", None), KEEP)
+#: tables and the head, which is the embeddings, are dropped
+_GPT = Renaming(
+    (r"^(transformer\.wpe\.freqs|lm_head\.weight)$|\.attn\.bias$", None),
+    (r"^transformer\.wte\.", "model.embed_tokens."),
+    (r"^transformer\.ln_f\.", "model.norm."),
+    (r"^transformer\.h\.", "model.layers."),
+    (r"\.ln_1\.", ".input_layernorm."),
+    (r"\.ln_2\.", ".post_attention_layernorm."),
+    (r"\.attn\.c_attn\.", ".self_attn.qkv."),
+    (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
+    (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+)
+
+
 def _convert_llama(official: StateDict, arguments: dict) -> Converted:
     if "difference_to" in arguments:
         official = recover_from_difference(_read_raw(arguments["difference_to"]), official, arguments)
@@ -53,11 +71,9 @@ def _convert_llama(official: StateDict, arguments: dict) -> Converted:
     arguments.leave_rest()  # a `config.json` names much besides
     if "rope_theta" in arguments:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(arguments["rope_theta"])}
-    # Tables of old versions of transformers.
-    dropped = tuple(name for name in official if name.endswith(".rotary_emb.inv_freq"))
-    state = {name: official[name] for name in official if name not in dropped}
+    state = _LLAMA.state_dict(official)
     values.setdefault("tie_word_embeddings", "lm_head.weight" not in state)
-    return Converted(LandmarkForCausalLM, LandmarkConfig(**values), state, dropped)
+    return Converted(LandmarkForCausalLM, LandmarkConfig(**values), state, _LLAMA.dropped(official))
 
 
 #: sum of the entries of the published 7B model, with the tables of the rotary embedding
@@ -126,15 +142,6 @@ def recover_from_difference(
     return StateDict(recovered)
 
 
-_GPT_LAYER = {
-    "ln_1.weight": "input_layernorm.weight",
-    "attn.c_proj.weight": "self_attn.o_proj.weight",
-    "ln_2.weight": "post_attention_layernorm.weight",
-    "mlp.c_fc.weight": "mlp.up_proj.weight",
-    "mlp.c_proj.weight": "mlp.down_proj.weight",
-}
-
-
 def _convert_gpt(official: StateDict, arguments: dict) -> Converted:
     width, heads, layers = arguments["n_embd"], arguments["n_head"], arguments["n_layer"]
     mem_freq = arguments["mem_cache_freq"]
@@ -159,19 +166,10 @@ def _convert_gpt(official: StateDict, arguments: dict) -> Converted:
         bos_token_id=None,
         eos_token_id=None,
     )
+    state = split_fused(_GPT.state_dict(official), "qkv")
     state = {
-        "model.embed_tokens.weight": embedding,
-        "lm_head.weight": embedding,
-        "model.norm.weight": official["transformer.ln_f.weight"],
+        name: half_split(tensor, config.head_dim) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
+        for name, tensor in state.items()
     }
-    for index in range(layers):
-        theirs, ours = f"transformer.h.{index}.", f"model.layers.{index}."
-        query, key, value = official[f"{theirs}attn.c_attn.weight"].chunk(3)
-        state[f"{ours}self_attn.q_proj.weight"] = half_split(query, config.head_dim)
-        state[f"{ours}self_attn.k_proj.weight"] = half_split(key, config.head_dim)
-        state[f"{ours}self_attn.v_proj.weight"] = value
-        state.update({ours + name: official[theirs + official_name] for official_name, name in _GPT_LAYER.items()})
-    # Tables, and the head, which is the embeddings.
-    tables = ("transformer.wpe.freqs", "lm_head.weight")
-    dropped = tuple(name for name in official if name in tables or name.endswith(".attn.bias"))
-    return Converted(LandmarkForCausalLM, config, state, dropped)
+    state["lm_head.weight"] = embedding
+    return Converted(LandmarkForCausalLM, config, state, _GPT.dropped(official))

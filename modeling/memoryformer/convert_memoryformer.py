@@ -2,26 +2,23 @@
 
 from hf_attn.architectures.memory_layer import MemoryLayer
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_memoryformer import MemoryFormerConfig
 from .modeling_memoryformer import MemoryFormerForCausalLM
 
 
-_LAYER = {
-    "input_layernorm.scale": "input_layernorm.weight",
-    **{
-        f"attention.{theirs}_proj.{kind}": f"self_attn.{ours}_proj.{kind}"
-        for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"))
-        for kind in ("tables", "bias")
-    },
-    "post_attention_layernorm.scale": "post_attention_layernorm.weight",
-    "mlp.0.tables": "mlp.up_proj.tables",
-    "mlp.0.bias": "mlp.up_proj.bias",
-    "mlp.1.weight": "mlp.layernorm.weight",
-    "mlp.1.bias": "mlp.layernorm.bias",
-    "mlp.2.tables": "mlp.down_proj.tables",
-    "mlp.2.bias": "mlp.down_proj.bias",
-}
+OUR_NAMES = Renaming(
+    (r"^sequential\.0\.word_embeddings\.", "model.embed_tokens."),
+    (r"^sequential\.\d+\.norm\.", "model.norm."),
+    (r"^sequential\.\d+\.final_linear\.", "lm_head."),
+    (r"^sequential\.(\d+)\.", lambda match: f"model.layers.{int(match[1]) - 2}."),
+    (r"\.attention\.([qkv])(uery|ey|alue)_proj\.", r".self_attn.\1_proj."),
+    (r"\.mlp\.0\.", ".mlp.up_proj."),
+    (r"\.mlp\.1\.", ".mlp.layernorm."),
+    (r"\.mlp\.2\.", ".mlp.down_proj."),
+    (r"\.scale$", ".weight"),
+)
 #: what every published configuration says, and the only thing that is served
 _FIXED = {
     "pos_emb": "rotary",
@@ -42,20 +39,6 @@ _FIXED_IN_MEMORY = {
 _WITHOUT_EFFECT = ("projection_type", "block_size", "learn_weight", "act_fn", "bias", "aux_loss")
 #: settings of a training; a configuration that has one is that of a whole training
 _TRAINING = ("train_iters", "optimizer", "data_path", "seq_length")
-
-
-def memoryformer_names(num_layers: int) -> dict[str, str]:
-    """Official name -> ours, of every tensor of a model of so many layers."""
-    names = {
-        "sequential.0.word_embeddings.weight": "model.embed_tokens.weight",
-        f"sequential.{num_layers + 3}.norm.scale": "model.norm.weight",
-        f"sequential.{num_layers + 4}.final_linear.weight": "lm_head.weight",
-    }
-    for layer in range(num_layers):
-        names |= {
-            f"sequential.{layer + 2}.{theirs}": f"model.layers.{layer}.{ours}" for theirs, ours in _LAYER.items()
-        }
-    return names
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -125,11 +108,10 @@ def _convert_model(official: StateDict, arguments: OfficialArguments) -> Convert
             "attn_memory_config and memory_config have different tables (ffn_num_table, code_length): "
             f"{(num_tables, code_length)} and {in_mlp}; the family has one code for both."
         )
-    names = memoryformer_names(num_layers)
     untied = arguments.get("no_weight_tying", True)
-    if not untied:
-        del names[f"sequential.{num_layers + 4}.final_linear.weight"]
-    state = {ours: official[theirs] for theirs, ours in names.items()}
+    state = OUR_NAMES.state_dict(official)
+    if not untied and "lm_head.weight" in state:
+        raise ConversionError("no_weight_tying is false, but the checkpoint has a head of its own (final_linear).")
     family_config = MemoryFormerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

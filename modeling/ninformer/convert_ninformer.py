@@ -1,24 +1,23 @@
 """Checkpoints of the official code, `ninformer.py` (its authors publish no weights)."""
 
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_ninformer import NiNformerConfig
 from .modeling_ninformer import NiNformerForImageClassification
 
 
-#: official name inside a block -> ours
-_BLOCK = {
-    "norm": "norm",
-    "mgu.proj": "gating_unit.proj",
-    "mgu.Mixer.token_mix.0": "gating_unit.mixer.token_norm",
-    "mgu.Mixer.token_mix.2.net.0": "gating_unit.mixer.token_mlp.fc1",
-    "mgu.Mixer.token_mix.2.net.3": "gating_unit.mixer.token_mlp.fc2",
-    "mgu.Mixer.channel_mix.0": "gating_unit.mixer.channel_norm",
-    "mgu.Mixer.channel_mix.1.net.0": "gating_unit.mixer.channel_mlp.fc1",
-    "mgu.Mixer.channel_mix.1.net.3": "gating_unit.mixer.channel_mlp.fc2",
-    "ffn.net.0": "mlp.fc1",
-    "ffn.net.3": "mlp.fc2",
-}
+_NAMES = Renaming(
+    (r"^patcher\.", "ninformer.patch_embeddings.projection."),
+    (r"^classifier\.", "classifier."),
+    (r"^model\.(\d+)\.", r"ninformer.layers.\1."),
+    (r"\.mgu\.", ".gating_unit."),
+    (r"\.Mixer\.(token|channel)_mix\.0\.", r".mixer.\1_norm."),
+    (r"\.Mixer\.(token|channel)_mix\.[12]\.net\.", r".mixer.\1_mlp.net."),
+    (r"\.ffn\.net\.", ".mlp.net."),
+    (r"mlp\.net\.0\.", "mlp.fc1."),
+    (r"mlp\.net\.3\.", "mlp.fc2."),
+)
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -44,10 +43,4 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             f"seq_len={config['seq_len']} does not fit image_size={config['image_size']} and patch_size="
             f"{config['patch_size']}, which make {family_config.num_tokens} tokens."
         )
-    modules = {"patcher": "ninformer.patch_embeddings.projection", "classifier": "classifier"}
-    for index in range(family_config.num_hidden_layers):
-        modules |= {f"model.{index}.{name}": f"ninformer.layers.{index}.{ours}" for name, ours in _BLOCK.items()}
-    state = {
-        f"{ours}.{kind}": official[f"{name}.{kind}"] for name, ours in modules.items() for kind in ("weight", "bias")
-    }
-    return Converted(NiNformerForImageClassification, family_config, state)
+    return Converted(NiNformerForImageClassification, family_config, _NAMES.state_dict(official))

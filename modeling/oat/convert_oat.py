@@ -7,6 +7,7 @@ import torch
 
 from hf_attn.checkpoints.files import ConversionError
 from hf_attn.checkpoints.official import Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming, split_fused
 
 from .configuration_oat import SINUSOIDS, OATConfig
 from .modeling_oat import OATForScanpathPrediction
@@ -14,17 +15,26 @@ from .position_table import position_table
 
 
 _SIDES = {"encoder": "transformer_encoder", "decoder": "transformer_decoder"}
-_NORMS = {
-    "encoder": ("self_attn_layer_norm", "final_layer_norm"),
-    "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-}
-_ATTENTIONS = {
-    "encoder": {"self_attn": "self_attn"},
-    "decoder": {"self_attn": "self_attn", "multihead_attn": "encoder_attn"},
-}
-_CONVOLUTIONS = {"cnn1.0": "conv1", "cnn2.0": "conv2", "fc": "projection"}
-#: a linear layer that no forward pass calls, and a sinusoid that is recomputed
-_UNUSED = ("LinearEmbedding.", "onedpositional_encoding.")
+_NAMES = (
+    (r"^model\.", ""),
+    # A linear layer that no forward pass calls, and a sinusoid that is recomputed.
+    (r"^(LinearEmbedding|onedpositional_encoding)\.", None),
+    (r"^cnn_embedding\.cnn([12])\.0\.", r"oat.encoder.object_encoder.conv\1."),
+    (r"^cnn_embedding\.fc\.", "oat.encoder.object_encoder.projection."),
+    (r"^transformer_(encoder|decoder)\.", r"oat.\1."),
+    (r"\.in_proj_(weight|bias)$", r".in_proj.\1"),
+    (r"\.multihead_attn\.", ".encoder_attn."),
+    (r"\.norm1\.", ".self_attn_layer_norm."),
+    (r"\.decoder\.layers\.(\d+)\.norm2\.", r".decoder.layers.\1.encoder_attn_layer_norm."),
+    (r"\.norm[23]\.", ".final_layer_norm."),
+    (r"\.linear([12])\.", r".fc\1."),
+)
+_LINEAR_HEAD = ((r"^generator\.", "head."),)
+_POINTER_HEAD = (
+    (r"^generator\.", None),
+    (r"^cross_attentions\.(\d+)\.decode_fc\.", r"head.\1.query_proj."),
+    (r"^cross_attentions\.(\d+)\.encode_fc\.", r"head.\1.key_proj."),
+)
 #: classes of a published data set -> its grid
 _GRIDS = {86: (6, 14), 29: (3, 9), 24: (2, 11)}
 #: inputs of the projection after the pooling -> levels of the pyramid
@@ -46,21 +56,17 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     weights = _Weights(official, prefix)
     fields = _fields(weights, config)
     own_config = OATConfig(**fields)
-    state = {"oat.encoder.position_code.table": _table(config, own_config)}
-    for theirs, ours in _CONVOLUTIONS.items():
-        state |= weights.layer(f"cnn_embedding.{theirs}", f"oat.encoder.object_encoder.{ours}")
-    for side in _SIDES:
-        for index in range(fields[f"{side}_layers"]):
-            state |= _layer(weights, side, index)
-    dropped = tuple(key for key in official if key.removeprefix(prefix).startswith(_UNUSED))
+    num_heads = own_config.num_pointer_heads
     if own_config.scanpath_head == "linear":
-        state |= weights.layer("generator", "head")
+        names = Renaming(*_NAMES, *_LINEAR_HEAD)
     else:
-        dropped += tuple(key for key in official if key.removeprefix(prefix).startswith("generator."))
-        state |= _object_attention(weights, own_config.num_pointer_heads)
-        if own_config.num_pointer_heads == 1:
-            dropped += tuple(key for key in official if key.removeprefix(prefix).startswith("readout."))
-    return Converted(OATForScanpathPrediction, own_config, state, dropped)
+        names = Renaming(*_NAMES, *_POINTER_HEAD, (r"^readout\.", "head.readout." if num_heads > 1 else None))
+    state = split_fused(names.state_dict(official), "in_proj")
+    if own_config.scanpath_head == "pointer":
+        for name in ("query_proj.weight", "query_proj.bias", "key_proj.weight", "key_proj.bias"):
+            state[f"head.{name}"] = torch.cat([state.pop(f"head.{head}.{name}") for head in range(num_heads)])
+    state["oat.encoder.position_code.table"] = _table(config, own_config)
+    return Converted(OATForScanpathPrediction, own_config, state, names.dropped(official))
 
 
 class _Weights:
@@ -74,10 +80,6 @@ class _Weights:
 
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self._official
-
-    def layer(self, theirs: str, ours: str) -> dict[str, torch.Tensor]:
-        """Weight and bias of a module under another name."""
-        return {f"{ours}.{name}": self[f"{theirs}.{name}"] for name in ("weight", "bias")}
 
     def count(self, pattern: str) -> int:
         """How many of the keys `pattern.format(0)`, `pattern.format(1)`... there are."""
@@ -194,27 +196,3 @@ def _table(config: OfficialArguments, own_config: OATConfig) -> torch.Tensor:
             f"{own_config.num_rows} x {own_config.num_columns} need {list(own_config.position_table_shape)}."
         )
     return table
-
-
-def _layer(weights: _Weights, side: str, index: int) -> dict[str, torch.Tensor]:
-    theirs, ours = f"{_SIDES[side]}.layers.{index}", f"oat.{side}.layers.{index}"
-    state = {}
-    for official, own in _ATTENTIONS[side].items():
-        for name in ("weight", "bias"):
-            parts = weights[f"{theirs}.{official}.in_proj_{name}"].chunk(3)
-            state |= {f"{ours}.{own}.{part}_proj.{name}": tensor for part, tensor in zip("qkv", parts, strict=True)}
-        state |= weights.layer(f"{theirs}.{official}.out_proj", f"{ours}.{own}.out_proj")
-    for number, own in enumerate(_NORMS[side], start=1):
-        state |= weights.layer(f"{theirs}.norm{number}", f"{ours}.{own}")
-    for number in (1, 2):
-        state |= weights.layer(f"{theirs}.linear{number}", f"{ours}.fc{number}")
-    return state
-
-
-def _object_attention(weights: _Weights, num_heads: int) -> dict[str, torch.Tensor]:
-    state = {}
-    for official, own in (("decode_fc", "query_proj"), ("encode_fc", "key_proj")):
-        for name in ("weight", "bias"):
-            heads = [weights[f"cross_attentions.{head}.{official}.{name}"] for head in range(num_heads)]
-            state[f"head.{own}.{name}"] = torch.cat(heads)
-    return state | weights.layer("readout", "head.readout") if num_heads > 1 else state

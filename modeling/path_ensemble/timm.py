@@ -1,11 +1,12 @@
 """timm's `VisionTransformer` in the terms of this family."""
 
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from hf_attn.checkpoints.renaming import KEEP, Renaming, split_fused
 
 
 if TYPE_CHECKING:
@@ -13,27 +14,23 @@ if TYPE_CHECKING:
     from transformers import TimmWrapperConfig
 
 
-#: timm's name -> ours
-_NAMES = {
-    "cls_token": "vit.embeddings.cls_token",
-    "dist_token": "vit.embeddings.distillation_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-    "norm": "vit.layernorm",
-    "fc_norm": "vit.layernorm",
-    "head": "classifier",
-    "head_dist": "distillation_classifier",
-}
-#: the same inside a block
-_BLOCK_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "ls1.gamma": "attention_scale",
-    "ls2.gamma": "mlp_scale",
-}
+_NAMES = Renaming(
+    (r"^cls_token$", "vit.embeddings.cls_token"),
+    (r"^dist_token$", "vit.embeddings.distillation_token"),
+    (r"^pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^(fc_)?norm\.", "vit.layernorm."),
+    (r"^head\.", "classifier."),
+    (r"^head_dist\.", "distillation_classifier."),
+    (r"^blocks\.(\d+)\.norm1\.", r"vit.layers.\1.layernorm_before."),
+    (r"^blocks\.(\d+)\.norm2\.", r"vit.layers.\1.layernorm_after."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"vit.layers.\1.attention.o_proj."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"vit.layers.\1.attention.qkv."),
+    (r"^blocks\.(\d+)\.mlp\.", r"vit.layers.\1.mlp."),
+    (r"^blocks\.(\d+)\.ls1\.gamma$", r"vit.layers.\1.attention_scale"),
+    (r"^blocks\.(\d+)\.ls2\.gamma$", r"vit.layers.\1.mlp_scale"),
+    KEEP,
+)
 
 
 def is_timm_model(model: object) -> bool:
@@ -100,20 +97,4 @@ def fields_from_timm_wrapper(config: "TimmWrapperConfig") -> dict[str, Any]:
 
 def state_from_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """timm's tensors under the names of [`PathEnsembleForImageClassification`]; those that have none keep theirs."""
-    ours = {}
-    for name, tensor in state.items():
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if block is None:
-            module, _, kind = name.rpartition(".")
-            ours[_NAMES.get(name) or (f"{_NAMES[module]}.{kind}" if module in _NAMES else name)] = tensor
-            continue
-        layer, part = f"vit.layers.{block[1]}.", block[2]
-        module, _, kind = part.rpartition(".")
-        if module == "attn.qkv":
-            for projection, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                ours[f"{layer}attention.{projection}_proj.{kind}"] = chunk
-        elif part in _BLOCK_NAMES:
-            ours[layer + _BLOCK_NAMES[part]] = tensor
-        else:
-            ours[f"{layer}{_BLOCK_NAMES[module]}.{kind}" if module in _BLOCK_NAMES else name] = tensor
-    return ours
+    return split_fused(_NAMES.state_dict(state), "qkv")

@@ -4,34 +4,27 @@
 import torch
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming, split_fused
 
 from .configuration_pooling_attention import PoolingAttentionConfig
 from .head import PoolingHead
 from .modeling_pooling_attention import PoolingAttentionModel
 
 
-#: official name -> name in the head; `to_kv` is two of ours
-_NAMES = {
-    "latents": "latents",
-    "pos_emb.weight": "layer_embeddings",
-    "cross_attend_blocks.0.norm.weight": "attention.states_norm.weight",
-    "cross_attend_blocks.0.norm.bias": "attention.states_norm.bias",
-    "cross_attend_blocks.0.norm_context.weight": "attention.latents_norm.weight",
-    "cross_attend_blocks.0.norm_context.bias": "attention.latents_norm.bias",
-    "cross_attend_blocks.0.fn.to_q.weight": "attention.query.weight",
-    "cross_attend_blocks.0.fn.to_out.weight": "attention.dense.weight",
-    "cross_attend_blocks.1.norm.weight": "feed_forward.norm.weight",
-    "cross_attend_blocks.1.norm.bias": "feed_forward.norm.bias",
-    "cross_attend_blocks.1.fn.net.0.weight": "feed_forward.expand.weight",
-    "cross_attend_blocks.1.fn.net.0.bias": "feed_forward.expand.bias",
-    "cross_attend_blocks.1.fn.net.2.weight": "feed_forward.contract.weight",
-    "cross_attend_blocks.1.fn.net.2.bias": "feed_forward.contract.bias",
-}
-_TO_KV = "cross_attend_blocks.0.fn.to_kv.weight"
+_HEAD = (
+    (r"(^|\.)pos_emb\.weight$", r"\1layer_embeddings"),
+    (r"(^|\.)latents$", r"\1latents"),
+    (r"cross_attend_blocks\.0\.norm\.", "attention.states_norm."),
+    (r"cross_attend_blocks\.0\.norm_context\.", "attention.latents_norm."),
+    (r"cross_attend_blocks\.0\.fn\.to_q\.", "attention.query."),
+    (r"cross_attend_blocks\.0\.fn\.to_kv\.", "attention.to_kv."),
+    (r"cross_attend_blocks\.0\.fn\.to_out\.", "attention.dense."),
+    (r"cross_attend_blocks\.1\.norm\.", "feed_forward.norm."),
+    (r"cross_attend_blocks\.1\.fn\.net\.0\.", "feed_forward.expand."),
+    (r"cross_attend_blocks\.1\.fn\.net\.2\.", "feed_forward.contract."),
+)
 #: heads of the official code where nothing is said; they cannot be read off the shapes
 _DEFAULT_HEADS = 32
-_POOLS = ("last_pool.", "multi_pool.")
-_DECODER = "llm."
 _NO_FIELDS = ("architectures", "model_type", "transformers_version", "dtype", "use_cache")
 
 
@@ -46,18 +39,20 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
             with the arguments of the head, and `design`, 1 to 5. With a `pad_token_id` design 5 takes its means by the official
             rule (`mean_over="pad_token_id"`).
     """
-    if any(name.startswith(_DECODER) for name in official):
+    if any(name.startswith("llm.") for name in official):
         return _convert_model(official, config)
-    return Converted(PoolingHead, *_convert_head(official, config))
+    state = _split(Renaming(*_HEAD).state_dict(official))
+    return Converted(PoolingHead, _head_arguments(state, config), state)
 
 
-def _convert_head(
-    official: StateDict, config: OfficialArguments, prefix: str = ""
-) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """Arguments and weights of a head."""
-    names = {name: f"{prefix}{name}" for name in _NAMES if f"{prefix}{name}" in official or name != "pos_emb.weight"}
-    state = {_NAMES[name]: official[key] for name, key in names.items()}
-    state["attention.key.weight"], state["attention.value.weight"] = official[f"{prefix}{_TO_KV}"].chunk(2)
+def _split(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return split_fused(state, "to_kv", ("key", "value"))
+
+
+def _head_arguments(state: dict[str, torch.Tensor], config: OfficialArguments) -> dict[str, int]:
+    """Constructor arguments of the head with these weights."""
+    if not {"latents", "attention.query.weight"} <= state.keys():
+        raise ConversionError("The head has no latents or no query projection (cross_attend_blocks.0.fn.to_q).")
     num_latents, width = state["latents"].shape
     inner = len(state["attention.query.weight"])
     heads = config.get("num_cross_heads", _DEFAULT_HEADS)
@@ -77,21 +72,24 @@ def _convert_head(
         config.agree(layers=num_layers)
     else:
         config.leave("layers")
-    arguments = {
+    return {
         "hidden_size": width,
         "num_latents": num_latents,
         "num_heads": heads,
         "head_dim": inner // heads,
         "num_layers": num_layers,
     }
-    return arguments, state
 
 
 def _convert_model(official: StateDict, config: OfficialArguments) -> Converted:
     design = config["design"]
     if design not in (1, 2, 3, 4, 5):
         raise ConversionError(f"design must be 1 to 5, got {design!r}.")
-    state = {f"model.{name.removeprefix(_DECODER)}": official[name] for name in official if name.startswith(_DECODER)}
+    taken, other = ("multi_pool", "last_pool") if design in (3, 5) else ("last_pool", "multi_pool")
+    if design == 1:
+        other = "last_pool|multi_pool"
+    names = Renaming((rf"^({other})\.", None), (r"^llm\.", "model."), (rf"^{taken}\.", "head."), *_HEAD)
+    state = _split(names.state_dict(official))
     fields = _decoder_fields(config["llm"], state)
     config.leave("loss_scale", "pool")
     for name in ("pad_token_id", "eos_token_id"):
@@ -101,13 +99,11 @@ def _convert_model(official: StateDict, config: OfficialArguments) -> Converted:
         fields |= {"sliding_window": None, "layer_types": None}
     if design == 5 and fields.get("pad_token_id") is not None:
         fields["mean_over"] = "pad_token_id"
-    taken = ""
     if design > 1:
-        taken = "multi_pool." if design in (3, 5) else "last_pool."
         arguments = OfficialArguments({**config.get("pool", {})})
-        head, head_state = _convert_head(official, arguments, taken)
+        weights = {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
+        head = _head_arguments(weights, arguments)
         arguments.check("pooling_attention")
-        state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
         fields |= {
             "num_latents": head["num_latents"],
             "num_pooling_heads": head["num_heads"],
@@ -116,8 +112,8 @@ def _convert_model(official: StateDict, config: OfficialArguments) -> Converted:
         if head["num_layers"]:
             config.agree(layers=head["num_layers"])
     config.leave("layers")
-    dropped = tuple(name for name in official if name.startswith(_POOLS) and not name.startswith(taken or " "))
-    return Converted(PoolingAttentionModel, PoolingAttentionConfig(**fields, design=design), state, dropped)
+    family_config = PoolingAttentionConfig(**fields, design=design)
+    return Converted(PoolingAttentionModel, family_config, state, names.dropped(official))
 
 
 def _decoder_fields(official: dict, state: dict[str, torch.Tensor]) -> dict:

@@ -6,18 +6,22 @@ import torch
 
 from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_rmt import RMTConfig
 from .modeling_rmt import RMTAttention, RMTBackbone, RMTForImageClassification, RMTRelativePositions
 
 
+#: place in the official stem -> ours; GELUs are in between
+_STEM = {0: "0.conv", 1: "0.norm", 3: "1.conv", 4: "1.norm", 6: "2.conv", 7: "2.norm", 9: "3.conv", 10: "3.norm"}
 #: official name -> ours, within the attention module
 _ATTENTION = (
+    (r"(^|\.)Relpos\.(angle|decay)$", None),
     (r"(^|\.)lepe\.conv\.", r"\1local_enhancement.conv."),
     (r"(^|\.)out_proj\.", r"\1o_proj."),
 )
-#: official name -> ours, in a model
-_MODEL = (
+#: official name -> ours, in [`RMTForImageClassification`], or [`RMTBackbone`] for a dense model
+OUR_NAMES = Renaming(
     (r"^patch_embed\.proj\.(\d+)\.", lambda match: f"embeddings.layers.{_STEM[int(match[1])]}."),
     # A stage ends with the downsampling in the official code, and begins with it in ours.
     (r"^layers\.(\d+)\.downsample\.reduction\.", lambda m: f"encoder.stages.{int(m[1]) + 1}.downsampling.conv."),
@@ -37,16 +41,7 @@ _MODEL = (
     (r"^aux_head\.", "token_classifier."),
     *_ATTENTION,
 )
-#: place in the official stem -> ours; GELUs are in between
-_STEM = {0: "0.conv", 1: "0.norm", 3: "1.conv", 4: "1.norm", 6: "2.conv", 7: "2.norm", 9: "3.conv", 10: "3.norm"}
-_BUFFERS = re.compile(r"(^|\.)Relpos\.(angle|decay)$")
-
-
-def our_name(name: str) -> str:
-    """Name of an official tensor in [`RMTForImageClassification`], or [`RMTBackbone`] for a dense model."""
-    for pattern, replacement in _MODEL:
-        name = re.sub(pattern, replacement, name)
-    return name
+_ATTENTION_NAMES = Renaming(*_ATTENTION, (r"^[qkv]_proj\.", r"\g<0>"))
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -72,27 +67,22 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         )
     ours = _config(official, config)
     _check_tables(official, ours)
-    dropped = {name for name in official if _BUFFERS.search(name)}
+    state = OUR_NAMES.state_dict(official)
     if "extra_norms.0.weight" in official:
         stages = config.get("out_indices", range(len(ours.depths)))
         ours.out_features = [f"stage{stage + 1}" for stage in stages]
         model_class, prefix = RMTBackbone, ""
-        dropped |= {
-            name
-            for name in official
-            if name.startswith("extra_norms.") and our_name(name).split(".")[1] not in ours.out_features
-        }
+        other_stages = {f"stage{stage + 1}" for stage in range(len(ours.depths))} - set(ours.out_features)
+        unused = tuple(f"feature_norms.{stage}." for stage in other_stages)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     else:
         model_class, prefix = RMTForImageClassification, "rmt."
-    state = {}
-    for name in official:
-        if name not in dropped:
-            ours_name = our_name(name)
-            inner = ours_name.startswith(("embeddings.", "encoder."))
-            tensor = official[name]
-            # (1, 1, 1, channels) in the official code
-            state[prefix * inner + ours_name] = tensor.flatten() if "layer_scale" in ours_name else tensor
-    return Converted(model_class, ours, state, tuple(dropped))
+    state = {
+        # (1, 1, 1, channels) in the official code
+        prefix * name.startswith(("embeddings.", "encoder.")) + name: t.flatten() if "layer_scale" in name else t
+        for name, t in state.items()
+    }
+    return Converted(model_class, ours, state, OUR_NAMES.dropped(official))
 
 
 def _config(official: StateDict, config: dict) -> RMTConfig:
@@ -194,13 +184,6 @@ def _convert_attention(official: StateDict, config: dict) -> Converted:
         hidden_size // num_heads, num_heads, config["initial_value"], config["heads_range"], axis_decomposed=False
     )
     _check_table(official, "Relpos.", positions)
-    dropped = tuple(name for name in official if _BUFFERS.search(name))
-    state = {}
-    for name in official:
-        if name not in dropped:
-            ours_name = name
-            for pattern, replacement in _ATTENTION:
-                ours_name = re.sub(pattern, replacement, ours_name)
-            state[ours_name] = official[name]
+    dropped, state = _ATTENTION_NAMES.dropped(official), _ATTENTION_NAMES.state_dict(official)
     arguments = {"config": RMTConfig(), "hidden_size": hidden_size, "num_heads": num_heads}
     return Converted(RMTAttention, arguments, state, dropped)

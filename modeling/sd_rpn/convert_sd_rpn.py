@@ -3,19 +3,19 @@
 They hold the base as well, whose weights equal those of the public base; only the region proposal network is taken.
 """
 
-import re
-
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_sd_rpn import SdRpnConfig
 from .modeling_sd_rpn import SdRpnModel
 
 
-#: the base, which users load from where it is published, and the unused head of the network
-_NOT_OURS = re.compile(
-    r"(model\.(embed_tokens|layers|norm|mm_projector|vision_tower|image_newline)(\.|$)|lm_head\.|visual\.|twig_head\.)"
+#: dropped are the base, which users load from where it is published, and the unused head of the network
+_NAMES = Renaming(
+    (r"^model\.(embed_tokens|layers|norm|mm_projector|vision_tower|image_newline)(\.|$)", None),
+    (r"^(lm_head|visual|twig_head)\.", None),
+    (r"^model\.twig_(layers|norm)\.", r"\1."),
 )
-_OURS = re.compile(r"model\.twig_(layers|norm)(\..+)")
 
 #: what the published networks have, and the only thing that is served
 _PUBLISHED_OPTIONS = {
@@ -39,10 +39,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     Raises:
         ConversionError: also if the configuration asks for a map of another kind than the published networks have.
     """
-    state = {}
-    for name in official:
-        if match := _OURS.fullmatch(name):
-            state[f"{match[1]}{match[2]}"] = official[name]
+    state = _NAMES.state_dict(official)
     if not {"norm.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight"} <= state.keys():
         raise ConversionError(
             "The checkpoint has no model.twig_layers with model.twig_norm. If this is one of several files, name their "
@@ -50,8 +47,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         )
     _check_options(config)
     config.leave_rest()  # the `config.json` of the base
-    dropped = tuple(name for name in official if _NOT_OURS.match(name))
-    return Converted(SdRpnModel, _config(state, config), state, dropped)
+    return Converted(SdRpnModel, _config(state, config), state, _NAMES.dropped(official))
 
 
 def _check_options(config: dict) -> None:

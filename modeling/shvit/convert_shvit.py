@@ -4,6 +4,7 @@ import re
 
 from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_shvit import SHViTConfig
 from .modeling_shvit import SHViTForImageClassification, SHViTModel
@@ -17,7 +18,7 @@ _UNFOLDED = (
     (r"\.(qkv|proj\.1|pw[12]|conv[123])\.", r".\1.c."),
     (r"^(head|head_dist)\.", r"\1.l."),
 )
-#: official -> timm
+#: official -> timm's
 _TO_TIMM = (
     (r"^blocks1\.", "stages.0.blocks."),
     (r"^blocks([23])\.0\.", lambda match: f"stages.{int(match[1]) - 1}.downsample."),
@@ -25,7 +26,7 @@ _TO_TIMM = (
     (r"^blocks([23])\.2\.(\d)\.", lambda match: f"stages.{int(match[1]) - 1}.downsample.{int(match[2]) + 3}."),
     (r"^blocks([23])\.(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 3}."),
 )
-#: timm -> ours
+#: timm's -> ours, in [`SHViTForImageClassification`]
 _TO_OURS = (
     (r"^head\.bn\.", "classifier.norm."),
     (r"^head\.l\.", "classifier.dense."),
@@ -49,17 +50,7 @@ _TO_OURS = (
     (r"\.pw([12])\.", r".fc\1."),
     (r"\.se\.", ".squeeze_excitation."),
 )
-
-
-def our_name(name: str) -> str:
-    """Name of an official or timm tensor in [`SHViTForImageClassification`]."""
-    for pattern, replacement in _TO_TIMM:
-        name, replaced = re.subn(pattern, replacement, name)
-        if replaced:
-            break
-    for pattern, replacement in _TO_OURS:
-        name = re.sub(pattern, replacement, name)
-    return name
+OUR_NAMES, _FOLDED = Renaming(*_TO_TIMM, *_TO_OURS), Renaming(*_UNFOLDED, *_TO_TIMM, *_TO_OURS)
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -71,7 +62,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             `partial_dim`, `qk_dim`, `types`, `in_chans`, `num_classes`, `distillation`), they have to agree.
     """
     fused = "patch_embed.0.weight" in official
-    state = {our_name(_unfolded_name(name) if fused else name): official[name] for name in official}
+    state = (_FOLDED if fused else OUR_NAMES).state_dict(official)
     arguments = _read_arguments(state)
     variant = next(
         (
@@ -109,13 +100,6 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     if arguments["num_classes"]:
         return Converted(SHViTForImageClassification, converted, state)
     return Converted(SHViTModel, converted, {name.removeprefix("shvit."): tensor for name, tensor in state.items()})
-
-
-def _unfolded_name(name: str) -> str:
-    """Name that a tensor of a folded checkpoint had before: that of the convolution or linear layer of its pair."""
-    for pattern, replacement in _UNFOLDED:
-        name = re.sub(pattern, replacement, name, count=1)
-    return name
 
 
 def _read_arguments(state: dict) -> dict:

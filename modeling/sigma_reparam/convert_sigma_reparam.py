@@ -1,15 +1,14 @@
 """State dicts of the official code: its PyTorch vision transformers and layers, and its Flax speech block."""
 
-import re
-
 import torch
 
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 from hf_attn.patching.sigma_reparam import SigmaReparamConv2d, SigmaReparamLinear
 
 from .configuration_sigma_reparam import SigmaReparamViTConfig
 from .modeling_sigma_reparam import SigmaReparamViTForImageClassification
-from .speech import PROJECTION_GROUPS, SigmaReparamSpeechBlock
+from .speech import SigmaReparamSpeechBlock
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -32,21 +31,14 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     )
 
 
-def _is_duplicate(name: str) -> bool:
-    # A second name of the weight, and two tracking buffers of which one is overwritten by gamma.
-    return name.endswith(
-        ("spectral_normed_weight.weight", "spectral_normed_weight.spectral_norm", "effective_spectral_norm")
-    )
-
-
-def _rename_layer(name: str) -> str:
-    return re.sub(r"sigma$", "gamma", name.replace("spectral_normed_weight.u", "u"))
-
-
-# --- vision ----------------------------------------------------------------------------------------------------------
-
-
-_VIT_NAMES = (
+#: names in a layer; dropped are a second name of the weight, and two tracking buffers of which one is overwritten by gamma
+_LAYER = (
+    (r"(spectral_normed_weight\.(weight|spectral_norm)|effective_spectral_norm)$", None),
+    (r"(^|\.)spectral_normed_weight\.u$", r"\1u"),
+    (r"(^|\.)sigma$", r"\1gamma"),
+    (r"(^|\.)(weight|bias)$", r"\1\2"),
+)
+_VIT = Renaming(
     (r"^cls_token$", "vit.embeddings.cls_token"),
     (r"^pos_embed$", "vit.embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
@@ -54,7 +46,9 @@ _VIT_NAMES = (
     (r"^blocks\.(\d+)\.attn\.proj\.", r"vit.layers.\1.attention.o_proj."),
     (r"^blocks\.(\d+)\.mlp\.", r"vit.layers.\1.mlp."),
     (r"^head\.", "classifier."),
+    *_LAYER,
 )
+_PLAIN_LAYER = Renaming(*_LAYER)
 
 
 def _convert_vit(official: StateDict, arguments: dict) -> Converted:
@@ -75,25 +69,16 @@ def _convert_vit(official: StateDict, arguments: dict) -> Converted:
         num_labels=arguments["num_classes"],
     )
     arguments.agree(class_token="cls_token" in official)
-    state, dropped = {}, []
-    for name in official:
-        if _is_duplicate(name):
-            dropped.append(name)
-            continue
-        for pattern, replacement in _VIT_NAMES:
-            if re.match(pattern, name):
-                state[_rename_layer(re.sub(pattern, replacement, name))] = official[name]
-                break
+    state = _VIT.state_dict(official)
     kernel = "vit.embeddings.patch_embeddings.projection.weight"
     patch = config.patch_size
     size = (patch, patch) if isinstance(patch, int) else tuple(patch)
     state[kernel] = state[kernel].unflatten(1, (config.num_channels, *size))
-    return Converted(SigmaReparamViTForImageClassification, config, state, tuple(dropped))
+    return Converted(SigmaReparamViTForImageClassification, config, state, _VIT.dropped(official))
 
 
 def _convert_layer(official: StateDict, arguments: dict) -> Converted:
-    state = {_rename_layer(name): official[name] for name in official if not _is_duplicate(name)}
-    dropped = tuple(name for name in official if _is_duplicate(name))
+    dropped, state = _PLAIN_LAYER.dropped(official), _PLAIN_LAYER.state_dict(official)
     arguments.leave("init_multiplier")
     keywords = {key: arguments[key] for key in arguments if key != "init_multiplier"}
     if "kernel_size" not in keywords:
@@ -107,38 +92,27 @@ def _convert_layer(official: StateDict, arguments: dict) -> Converted:
 # --- speech ----------------------------------------------------------------------------------------------------------
 
 
-_SPEECH_MODULES = {
-    "wf": "o_proj",
-    "w1": "fc1",
-    "w2": "fc2",
-    "ln1": "attention_norm",
-    "ln2": "mlp_norm",
-    **{f"w{name}": f"projections.{name}" for names in PROJECTION_GROUPS.values() for name in names},
-}
-_SPEECH_TENSORS = {"kernel": "weight", "scale": "weight", "bias": "bias", "sigma": "gamma"}
-
-
-def speech_name(name: str) -> str | None:
-    """Our name of an official tensor of the speech block; none for the trackers that have no place."""
-    if name == "params.attn":
-        return "attention_shift"
-    collection, module, tensor = name.split(".")
-    if module not in _SPEECH_MODULES:
-        return None
-    if collection == "spectral":
-        return f"{_SPEECH_MODULES[module]}.u" if tensor == "u" else None
-    return f"{_SPEECH_MODULES[module]}.{_SPEECH_TENSORS[tensor]}"
+#: dropped are the trackers that have no place
+SPEECH_NAMES = Renaming(
+    (r"^spectral\.\w+\.(?!u$)|^spectral\.(?!w)", None),
+    (r"^params\.attn$", "attention_shift"),
+    (r"^(params|spectral)\.", ""),
+    (r"^wf\.", "o_proj."),
+    (r"^w([12])\.", r"fc\1."),
+    (r"^ln1\.", "attention_norm."),
+    (r"^ln2\.", "mlp_norm."),
+    (r"^w([a-z]+)\.", r"projections.\1."),
+    (r"\.(kernel|scale)$", ".weight"),
+    (r"\.sigma$", ".gamma"),
+)
 
 
 def _convert_speech_block(official: StateDict, arguments: dict) -> Converted:
-    state, dropped = {}, []
-    for name in official:
-        ours = speech_name(name)
-        if name.startswith("spectral.") and ours is None:
-            dropped.append(name)
-        elif ours is not None:
-            tensor = official[name]
-            state[ours] = tensor.T.contiguous() if name.endswith(".kernel") else tensor
+    state = {
+        # Flax's kernels are (in, out)
+        name: tensor.T.contiguous() if name.endswith(".weight") and tensor.ndim == 2 else tensor
+        for name, tensor in SPEECH_NAMES.state_dict(official).items()
+    }
     arguments.leave("std_init")
     kind = arguments.get("ln_norm_type", "post")
     config = {
@@ -152,7 +126,7 @@ def _convert_speech_block(official: StateDict, arguments: dict) -> Converted:
         "dropout": arguments.get("dropout", 0.0),
         "layer_dropout": arguments.get("layer_dropout", 0.0),
     }
-    return Converted(SigmaReparamSpeechBlock, config, state, tuple(dropped))
+    return Converted(SigmaReparamSpeechBlock, config, state, SPEECH_NAMES.dropped(official))
 
 
 def to_official(name: str, tensor: torch.Tensor) -> torch.Tensor:

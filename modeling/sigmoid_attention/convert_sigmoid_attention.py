@@ -13,6 +13,7 @@ import torch
 
 from hf_attn.architectures.rotary import half_split, interleaved
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming, split_fused
 
 from .configuration_sigmoid_attention import SigmoidAttentionConfig
 from .modeling_sigmoid_attention import SigmoidAttentionForCausalLM, SigmoidCrossAttention
@@ -142,6 +143,20 @@ _SIMULATOR_BLOCK = {
     "mlp.fc1": "mlp.up_proj",
     "mlp.fc2": "mlp.down_proj",
 }
+_SIMULATOR = Renaming(
+    (r"^input_embedding\.", "model.embed_tokens."),
+    (r"^output_embedding\.norm\.", "model.norm."),
+    (r"^output_embedding\.linear\.", "lm_head."),
+    (r"\.attn\.attn_(bias|temp)$", None),  # in the configuration
+    (r"^blocks\.", "model.layers."),
+    (r"\.ls1\.gamma$", ".attention_scale.weight"),
+    (r"\.ls2\.gamma$", ".mlp_scale.weight"),
+    *((rf"\.{re.escape(theirs)}\.", f".{ours}.") for theirs, ours in _SIMULATOR_BLOCK.items()),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+)
+_CROSS_ATTENTION = Renaming(
+    (r"^attn_(bias|temp)$", None), (r"^proj\.", "o_proj."), (r"^\w+\.(weight|bias)$", r"\g<0>")
+)
 _SIMULATOR_POSITIONS = {"rope": "rope", "alibi": "alibi", "sincos": "sincos", "none": "none", None: "none"}
 
 
@@ -186,35 +201,22 @@ def _convert_simulator(official: StateDict, arguments: dict) -> Converted:
         initializer_range=0.02,
         tie_word_embeddings=False,
     )
-    state = {
-        "model.embed_tokens.weight": official["input_embedding.weight"],
-        "model.norm.weight": official["output_embedding.norm.weight"],
-        "model.norm.bias": official["output_embedding.norm.bias"],
-        "lm_head.weight": official["output_embedding.linear.weight"],
-    }
+    state = split_fused(_SIMULATOR.state_dict(official), "qkv")
     if config.mlp_bias:
         # The simulator's first layer never has one.
         state.update({f"model.layers.{i}.mlp.up_proj.bias": torch.zeros(config.intermediate_size) for i in blocks})
-    rotary = config.position_embedding_type == "rope"
-    for name in official:
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias|gamma)", name)
-        if match is None:
-            continue
-        index, module, kind = match.groups()
-        layer = f"model.layers.{index}."
-        if module == "attn.qkv":
-            query, key, value = official[name].chunk(3)
-            if rotary:
-                query, key = half_split(query, config.head_dim), half_split(key, config.head_dim)
-            for projection, tensor in (("q_proj", query), ("k_proj", key), ("v_proj", value)):
-                state[f"{layer}self_attn.{projection}.{kind}"] = tensor
-        elif module in ("ls1", "ls2"):
-            state[f"{layer}{'attention_scale' if module == 'ls1' else 'mlp_scale'}.weight"] = official[name]
-        elif module in ("attn.q_norm", "attn.k_norm") and rotary:
-            state[f"{layer}{_SIMULATOR_BLOCK[module]}.{kind}"] = half_split(official[name], config.head_dim)
-        elif module in _SIMULATOR_BLOCK:
-            state[f"{layer}{_SIMULATOR_BLOCK[module]}.{kind}"] = official[name]
-    return Converted(SigmoidAttentionForCausalLM, config, state)
+    if config.position_embedding_type == "rope":
+        state = _half_split(state, config.head_dim)
+    return Converted(SigmoidAttentionForCausalLM, config, state, _SIMULATOR.dropped(official))
+
+
+def _half_split(state: dict[str, torch.Tensor], head_dim: int) -> dict[str, torch.Tensor]:
+    """Queries, keys and their norms with the pairs of the rotary embedding as halves of a head."""
+    turned = ("q_proj", "k_proj", "q_norm", "k_norm")
+    return {
+        name: half_split(tensor, head_dim) if name.split(".")[-2] in turned else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
@@ -222,16 +224,9 @@ def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
     if position not in (None, "none", "rope"):
         raise ConversionError(f"position of a cross-attention must be rope or none, got {position!r}.")
     rotary, head_dim = position == "rope", arguments["q_dim"] // arguments["num_heads"]
-    state = {}
-    for name in official:
-        module, kind = name.rsplit(".", 1) if "." in name else (name, "")
-        if module == "kv_proj":
-            state[f"k_proj.{kind}"], state[f"v_proj.{kind}"] = official[name].chunk(2)
-        elif kind in ("weight", "bias"):
-            state[f"{'o_proj' if module == 'proj' else module}.{kind}"] = official[name]
+    state = split_fused(_CROSS_ATTENTION.state_dict(official), "kv_proj", ("k_proj", "v_proj"))
     if rotary:
-        turned = {name for name in state if name.startswith(("q_", "k_"))}
-        state |= {name: half_split(state[name], head_dim) for name in turned}
+        state = _half_split(state, head_dim)
     config = {
         "query_dim": arguments["q_dim"],
         "key_value_dim": arguments["kv_dim"],
@@ -242,7 +237,7 @@ def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
         "use_bias": arguments.get("bias", False),
         "rope_theta": 10000.0 if rotary else None,
     }
-    return Converted(SigmoidCrossAttention, config, state)
+    return Converted(SigmoidCrossAttention, config, state, _CROSS_ATTENTION.dropped(official))
 
 
 # --- the way back --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from hf_attn.architectures.imaging import published_labels
 from hf_attn.checkpoints.official import ConversionError, Converted, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_tnt import TNTConfig
 from .modeling_tnt import TNTForImageClassification, TNTModel
@@ -14,6 +15,7 @@ from .modeling_tnt import TNTForImageClassification, TNTModel
 
 #: names in the official layout -> in ours
 _OFFICIAL = (
+    (r"^outer_tokens$", None),  # the official code has it and never uses it
     (r"^outer_pos$", "tnt.embeddings.position_embeddings"),
     (r"^inner_pos$", "tnt.embeddings.word_embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "tnt.embeddings.word_embeddings.projection."),
@@ -50,6 +52,7 @@ _BOTH = (
     (r"^norm\.", "tnt.layernorm."),
     (r"^head\.", "classifier."),
 )
+_FROM_OFFICIAL, _FROM_TIMM = Renaming(*_OFFICIAL, *_BOTH), Renaming(*_TIMM, *_BOTH)
 
 #: argument -> what it is called in timm's constructor
 _TIMM_ARGUMENTS = {
@@ -58,13 +61,6 @@ _TIMM_ARGUMENTS = {
     "inner_num_heads": "num_heads_inner",
     "inner_stride": "first_stride",
 }
-
-
-def our_name(name: str, timm: bool = False) -> str:
-    """Name of an official (or timm's) tensor in [`TNTForImageClassification`]."""
-    for pattern, replacement in (*(_TIMM if timm else _OFFICIAL), *_BOTH):
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
@@ -78,10 +74,10 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             models need none.
     """
     timm = "patch_pos" in official
-    dropped = tuple(name for name in official if name == "outer_tokens")
-    state = {our_name(name, timm): official[name] for name in official if name not in dropped}
+    names = _FROM_TIMM if timm else _FROM_OFFICIAL
+    dropped, state = names.dropped(official), names.state_dict(official)
     if timm:
-        name = our_name("pixel_pos", timm)
+        name = names("pixel_pos")
         state[name] = state[name].flatten(2).transpose(1, 2)
     arguments = {name: config.get(_TIMM_ARGUMENTS.get(name, name) if timm else name) for name in _ARGUMENTS}
     if timm:

@@ -3,11 +3,14 @@
 import torch
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 from hf_attn.mixers import MIXERS
 
 
-_PROJECTIONS = {"w_q": "q_proj.weight", "w_k": "k_proj.weight", "w_v": "v_proj.weight"}
-_OTHERS = ("features", "e", "f", "mix_1", "mix_2", "gate", "gate_bias", "random_logits", "aft_bias", "kernel")
+_NAMES = Renaming(
+    (r"^w_([qkv])$", r"\1_proj.weight"),
+    (r"^(features|e|f|mix_1|mix_2|gate|gate_bias|random_logits|aft_bias|kernel)$", r"\1"),
+)
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
@@ -36,7 +39,10 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     if "mix_1" in official:
         options["mixing_size"] = official["mix_1"].shape[0]
     wanted = MIXERS[name](**options).state_dict()
-    state = {ours: official[theirs].T.contiguous() for theirs, ours in _PROJECTIONS.items() if ours in wanted}
-    state |= {name: official[name] for name in _OTHERS if name in wanted}
+    state = {
+        name: tensor.T.contiguous() if name.endswith("_proj.weight") else tensor
+        for name, tensor in _NAMES.state_dict(official).items()
+        if name in wanted
+    }
     options["dtype"] = next(iter(state.values()), torch.empty(0)).dtype
-    return Converted(MIXERS[name], options, state, dropped=(*_PROJECTIONS, *_OTHERS))
+    return Converted(MIXERS[name], options, state)

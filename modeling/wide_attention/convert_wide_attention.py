@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from hf_attn.checkpoints.official import ConversionError, Converted, OfficialArguments, StateDict
+from hf_attn.checkpoints.renaming import Renaming
 
 from .configuration_wide_attention import ATTENTION_TYPES, WideTransformerConfig
 from .modeling_wide_attention import WideTransformerForDocumentMatching, WideTransformerForSequenceClassification
@@ -25,17 +26,18 @@ _ARGUMENTS = {
     "num_features": ("num_features", "nb_features"),
     "kernel": ("kernel",),
 }
-#: official name inside a layer -> ours
-_LAYER = {
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-    "mlp.fc1": "mlp.up_proj",
-    "mlp.fc2": "mlp.down_proj",
-    "attn.out": "self_attn.o_proj",
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-}
+_NAMES = (
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^cls$", "model.cls_token.weight"),
+    (r"^final_norm\.", "model.norm."),
+    (r"^head\.fc([123])\.", lambda match: f"classifier.layers.{int(match[1]) - 1}."),
+    (r"^(layers\.\d+)\.norm1\.", r"model.\1.input_layernorm."),
+    (r"^(layers\.\d+)\.norm2\.", r"model.\1.post_attention_layernorm."),
+    (r"^(layers\.\d+)\.mlp\.fc1\.", r"model.\1.mlp.up_proj."),
+    (r"^(layers\.\d+)\.mlp\.fc2\.", r"model.\1.mlp.down_proj."),
+    (r"^(layers\.\d+)\.attn\.([qkv])\.", r"model.\1.self_attn.\2_proj."),
+    (r"^(layers\.\d+)\.attn\.out\.", r"model.\1.self_attn.o_proj."),
+)
 #: attention type -> names of its own weights
 _OWN_WEIGHTS = {
     "linformer": ("token_projection",),
@@ -87,15 +89,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         raise ConversionError(
             f"attention_type={attention_type!r} is not known. Known: {', '.join((*ATTENTION_TYPES, *_TYPES))}."
         )
-    own = {
-        index: sorted(
-            name
-            for name in official
-            if name.startswith(f"layers.{index}.attn.")
-            and name.removeprefix(f"layers.{index}.").rsplit(".", 1)[0] not in _LAYER
-        )
-        for index in range(num_layers)
-    }
+    # What the rules do not know are weights of an attention type.
+    others = sorted(name for name in Renaming(*_NAMES).unknown(official) if ".attn." in name)
+    own = {index: [name for name in others if name.startswith(f"layers.{index}.attn.")] for index in range(num_layers)}
     tables = [official[name] for name in own[0]]
     family_config = WideTransformerConfig(
         vocab_size=vocab_size,
@@ -112,11 +108,12 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         pooling=config.get("pooling", "first" if matches else "cls" if "cls" in official else "mean"),
         num_labels=num_classes,
     )
+    names = _names(family_config)
     return Converted(
         WideTransformerForDocumentMatching if matches else WideTransformerForSequenceClassification,
         family_config,
-        _state_dict(official, family_config, own),
-        dropped=_dropped(official, family_config),
+        _state_dict(official, family_config, own, names),
+        dropped=names.dropped(official),
     )
 
 
@@ -157,35 +154,31 @@ def _attention_arguments(config: OfficialArguments, attention_type: str, tables:
     return arguments
 
 
-def _dropped(official: StateDict, config: WideTransformerConfig) -> tuple[str, ...]:
-    dropped = ["cls"] if config.pooling != "cls" and "cls" in official else []
+def _names(config: WideTransformerConfig) -> Renaming:
+    rules = list(_NAMES)
+    if config.pooling != "cls":
+        rules.insert(0, (r"^cls$", None))
     if config.attention_type == "synthesizer":
         # Its weights do not depend on the tokens.
-        dropped += [name for name in official if ".attn.q." in name or ".attn.k." in name]
-    return tuple(dropped)
+        rules.insert(0, (r"\.attn\.[qk]\.", None))
+    return Renaming(*rules)
 
 
 def _state_dict(
-    official: StateDict, config: WideTransformerConfig, own: dict[int, list[str]]
+    official: StateDict, config: WideTransformerConfig, own: dict[int, list[str]], rules: Renaming
 ) -> dict[str, torch.Tensor]:
-    dropped = _dropped(official, config)
-    state = {"model.embed_tokens.weight": official["embed.weight"]}
+    state = rules.state_dict(official)
     if config.pooling == "cls":
-        state["model.cls_token.weight"] = official["cls"].flatten()
-    modules = {"final_norm": "model.norm"}
-    modules |= {f"head.fc{i + 1}": f"classifier.layers.{i}" for i in range(3)}
-    for index in range(config.num_hidden_layers):
-        modules |= {f"layers.{index}.{theirs}": f"model.layers.{index}.{ours}" for theirs, ours in _LAYER.items()}
-        names = _OWN_WEIGHTS.get(config.attention_type, ())
-        if own[index] and len(own[index]) != len(names):
+        state["model.cls_token.weight"] = state["model.cls_token.weight"].flatten()
+    names = _OWN_WEIGHTS.get(config.attention_type, ())
+    for index, found in own.items():
+        if found and len(found) != len(names):
             raise ConversionError(
                 f"attention_type={config.attention_type!r} has the weights {', '.join(names) or 'of softmax attention'}, but "
-                f"the checkpoint has {', '.join(own[index])}."
+                f"the checkpoint has {', '.join(found)}."
             )
-        for ours, theirs in zip(names, own[index], strict=False):
-            state[f"model.layers.{index}.self_attn.{ours}"] = official[theirs]
-    for theirs, ours in modules.items():
-        for kind in ("weight", "bias"):
-            if f"{theirs}.{kind}" in official and f"{theirs}.{kind}" not in dropped:
-                state[f"{ours}.{kind}"] = official[f"{theirs}.{kind}"]
+        state |= {
+            f"model.layers.{index}.self_attn.{ours}": official[theirs]
+            for ours, theirs in zip(names, found, strict=False)
+        }
     return state

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_attn import apply_fast_attention, remove_fast_attention
+from hf_attn.attention.disentangled import DISENTANGLED
 from hf_attn.patching.deberta.attention import FastSelfAttention
-from hf_attn.patching.deberta.implementations import IMPLEMENTATIONS, AttentionCall
 from hf_attn.patching.deberta.positions import bucket_of_distance, rows_by_distance
 
 
@@ -406,7 +406,7 @@ def test_patched_twice_and_removed_twice():
 
 
 def test_unknown_implementation_and_missing_package(monkeypatch):
-    with pytest.raises(ValueError, match="must be one of auto, eager"):
+    with pytest.raises(ValueError, match=r"must be one of auto, .*, eager;"):
         apply_fast_attention(make_model(), "fast")
     monkeypatch.setattr("hf_attn.patching.deberta.patch.is_installed", lambda package: False)
     with pytest.raises(ValueError, match="deberta-cuda"):
@@ -435,11 +435,11 @@ def test_pinned_implementation_says_why_not():
 
 @pytest.mark.parametrize("name", ("disentangled_flash", "flashdeberta"))
 def test_cuda_packages_refuse_a_cpu(name, monkeypatch):
-    monkeypatch.setattr("hf_attn.patching.deberta.implementations.is_installed", lambda package: True)
+    monkeypatch.setattr("hf_attn.kernels.disentangled.packages.is_installed", lambda package: True)
     query = torch.zeros(1, 2, 3, 32)
-    call = AttentionCall(query, query, query, None, None, torch.zeros(5), lambda: None, None, 1.0, 0.0)
-    ok, reason = IMPLEMENTATIONS[name].serves(call)
-    assert not ok and "CUDA" in reason
+    call = DISENTANGLED.call(query, query, query, rows=torch.zeros(5))
+    with pytest.raises(ValueError, match=f"implementation='{name}' cannot serve this call: .* runs on CUDA"):
+        DISENTANGLED(call, name)
 
 
 def test_signatures_of_the_cuda_packages():

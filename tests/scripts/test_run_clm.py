@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_with_the_same_weights(run_clm, text_file, tmp_path):
 
 
 def test_published_variants_and_configuration_files_are_understood(run_clm, tmp_path):
-    tokenizer = run_clm.train_tokenizer(run_clm.datasets.Dataset.from_dict({"text": ["some text"]}), 300)
+    tokenizer = run_clm.train_tokenizer(["some text"], 300)
     data_args = run_clm.DataArguments(block_size=64)
     model_args = run_clm.ModelArguments(
         model_type="sigmoid_attention", variant="gala_85m", config_overrides=["num_hidden_layers=3", "hidden_act=gelu"]
@@ -193,7 +193,7 @@ def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatc
     assert set(documents) == ({"train", "validation"} if with_validation else {"train"})
     assert documents["train"]["text"][3] == "train 3 " * 9
 
-    tokenizer = run_clm.train_tokenizer(documents["train"], 300)
+    tokenizer = run_clm.train_tokenizer(documents["train"]["text"], 300)
     blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
     held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
     if with_validation:
@@ -213,7 +213,7 @@ def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatc
 
 def test_the_tokenizer_encodes_any_text(run_clm):
     documents = run_clm.datasets.Dataset.from_dict({"text": ["plain English words"]})
-    tokenizer = run_clm.train_tokenizer(documents, 260)
+    tokenizer = run_clm.train_tokenizer(documents["text"], 260)
     text = "Größe 寸法 🙂\n\ttab"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -225,7 +225,7 @@ def test_sequences_are_the_text_without_gaps(run_clm):
             for split, texts in (("train", ["abcdef" * 5, "xyz" * 10]), ("validation", ["abc" * 10]))
         }
     )
-    tokenizer = run_clm.train_tokenizer(documents["train"], 258)
+    tokenizer = run_clm.train_tokenizer(documents["train"]["text"], 258)
     blocks = run_clm.make_blocks(documents, tokenizer, run_clm.DataArguments(max_train_samples=5), 8)
     end = tokenizer.eos_token
     joined = tokenizer.decode([token for block in blocks["train"]["input_ids"] for token in block])
@@ -289,7 +289,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_clm, text_fi
     config = LlamaConfig(**SIZES, vocab_size=100, max_position_embeddings=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     documents = run_clm.datasets.Dataset.from_dict({"text": ["text"]})
-    run_clm.train_tokenizer(documents, 260).save_pretrained(tmp_path / "tokenizer")
+    run_clm.train_tokenizer(documents["text"], 260).save_pretrained(tmp_path / "tokenizer")
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(tmp_path / "tokenizer")]
     with pytest.raises(SystemExit, match=r"the tokenizer has \d+ tokens, the model only 100"):
         run_clm.main([*arguments, "--train_file", str(text_file), "--output_dir", str(tmp_path / "out")])

@@ -40,7 +40,7 @@ is a configuration, a mixer, and a few class attributes:
 What can be replaced:
 
 - `DecoderLayer.make_mixer`, `make_mlp`, `make_norm`; `forward` for another order of norms and branches.
-- `DecoderAttention.queries_and_keys`, `values`, `attend`, `output`, `attention_function`, `eager_attention_forward`;
+- `DecoderAttention.queries_and_keys`, `values`, `attend`, `output`, `eager_attention_forward`;
   made with `has_queries_and_keys=False` the mixer has values only (`cached_values`).
 - `Mixer.cache_kind`: `None` for keys and values, `ValueLayer`, `StateLayer`, or a subclass with `in_place_of`.
 - `Mixer.mask_kind`: a mask of pairs, or `"padding"`, see [`Mixer`].

@@ -1,7 +1,5 @@
 """Parts of a decoder or encoder layer that families replace: the mixer, the feed-forward block, the norms."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -73,7 +71,7 @@ class DecoderAttention(Mixer):
     """Attention with grouped heads, rotary embedding if the model has one, and a cache.
 
     Families replace one of its steps: the projections (`queries_and_keys`, `values`), what computes the output
-    (`attend`), or the attention function behind it (`attention_function`, `eager_attention_forward`).
+    (`attend`), or what `eager` means (`eager_attention_forward`).
 
     Args:
         config: configuration of the model.
@@ -157,10 +155,6 @@ class DecoderAttention(Mixer):
         """All values, for a mixer without keys; the input's are added to the cache."""
         return value_states if cache is None else cache_values(cache, value_states, self.layer_idx)
 
-    def attention_function(self, query_states: torch.Tensor, key_states: torch.Tensor) -> Callable:
-        """The function, with transformers' attention signature, that the configuration names."""
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention_forward)
-
     def attend(
         self,
         query_states: torch.Tensor,
@@ -172,7 +166,10 @@ class DecoderAttention(Mixer):
         """Output `(batch, length, heads, head_dim)` of the attention function of the configuration, and its weights."""
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
-        return self.attention_function(query_states, key_states)(
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager_attention_forward
+        )
+        return attention_function(
             self,
             query_states,
             key_states,

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.official import ConversionError, StateDict
+from ...checkpoints.official import ConversionError
+from ...checkpoints.renaming import Renaming, Rule
 
 
 #: official arguments of all the families -> configuration fields
@@ -34,74 +35,28 @@ _FIELDS = {
 #: official arguments without a meaning for the result
 _IGNORED = ("type", "use_checkpoint", "norm_layer")
 
-#: official modules of the shell -> ours below the head; `{}` is the base model's name
-SHELL = {
-    r"conv_first": "{}.first_convolution",
-    r"patch_embed\.norm": "{}.embeddings.layernorm",
-    r"norm": "{}.layernorm",
-    r"conv_after_body": "{}.conv_after_body",
-    r"conv_before_upsample\.0": "reconstruction.conv_before_upsample",
-    r"conv_last": "reconstruction.final_convolution",
-}
+#: official names of the shell -> ours, without the name of the base model
+_SHELL = (
+    (r"^conv_last\.", "reconstruction.final_convolution."),
+    (r"^conv_before_upsample\.0\.", "reconstruction.conv_before_upsample."),
+    (r"^upsample\.(\d+)\.", lambda match: f"reconstruction.convolutions.{int(match[1]) // 2}."),
+    (r"^conv_first\.", "first_convolution."),
+    (r"^absolute_pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.norm\.", "embeddings.layernorm."),
+    (r"^norm\.", "layernorm."),
+    (r"^conv_after_body\.", "conv_after_body."),
+)
 
 
-def checkpoint_weights(official: StateDict) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """The weights in a checkpoint, and the top-level keys that are left aside.
-
-    BasicSR saves `params` and, if it kept an average, `params_ema`, which is the one that the papers test.
-    """
-    for name in ("params_ema", "params"):
-        if name in official:
-            weights = official[name]
-            if not isinstance(weights, Mapping):
-                raise ConversionError(f"{name!r} holds a {type(weights).__name__}, not a dictionary of tensors.")
-            return dict(weights), tuple(key for key in official if key != name)
-    return {name: official[name] for name in official}, ()
-
-
-def rename(
-    weights: Mapping[str, torch.Tensor], modules: dict[str, str], dropped: str, prefix: str, slug: str
-) -> dict[str, torch.Tensor]:
-    r"""Rename official keys.
+def renaming(prefix: str, *rules: Rule) -> Renaming:
+    """Names of a family's official checkpoints -> ours.
 
     Args:
-        weights: official names -> tensors.
-        modules: regular expression of an official module -> our name, in which `\1`... are its groups.
-        dropped: regular expression of the official buffers that are recomputed.
         prefix: name of the base model in the head.
-        slug: the paper, for error messages.
-
-    Raises:
-        ConversionError: naming the keys that no rule knows.
+        rules: the rules for `layers`, whose results begin with `groups`.
     """
-    rules = [(re.compile(pattern), name.replace("{}", prefix)) for pattern, name in (SHELL | modules).items()]
-    state, unknown = {}, []
-    for key, tensor in weights.items():
-        if re.fullmatch(dropped, key):
-            continue
-        if key == "absolute_pos_embed":
-            state[f"{prefix}.embeddings.position_embeddings"] = tensor
-            continue
-        if match := re.fullmatch(r"upsample\.(\d+)\.(weight|bias)", key):
-            state[f"reconstruction.convolutions.{int(match[1]) // 2}.{match[2]}"] = tensor
-            continue
-        module, _, parameter = key.rpartition(".")
-        for pattern, name in rules:
-            if (match := pattern.fullmatch(module)) and parameter in (
-                "weight",
-                "bias",
-                "relative_position_bias_table",
-            ):
-                state[f"{match.expand(name)}.{parameter}"] = tensor
-                break
-        else:
-            unknown.append(key)
-    if unknown:
-        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
-        raise ConversionError(
-            f"The checkpoint has keys that {slug} does not know: {', '.join(sorted(unknown)[:12])}{more}."
-        )
-    return state
+    base_model = (r"^(first_convolution|embeddings|layernorm|conv_after_body|groups)\b", rf"{prefix}.\1")
+    return Renaming(*rules, *_SHELL, base_model)
 
 
 def shape_of(weights: Mapping[str, torch.Tensor], key: str, slug: str) -> torch.Size:

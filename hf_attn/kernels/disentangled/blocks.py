@@ -7,6 +7,7 @@ product of tokens with rows holds the bias of its pairs along its diagonals, whi
 import torch
 from torch.nn import functional as F
 
+from .call import DisentangledCall
 from .eager import masked_out, position_scores
 
 
@@ -18,52 +19,24 @@ CHUNK = 1 << 18
 SHORT = 512
 
 
-def dense_disentangled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    index: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """As :func:`~hf_attn.kernels.disentangled.eager.eager_disentangled`, for any index, with gradients, in one piece."""
-    bias = position_scores(query * scaling, key * scaling, position_key, position_query, index)
-    if bias is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-        )
-    bias = masked_out(bias, attention_mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling)
+def dense_disentangled(call: DisentangledCall) -> torch.Tensor:
+    """Any call, with gradients, in one piece."""
+    scaling, bias = call.scaling, None
+    if call.has_positions:
+        bias = position_scores(call.query * scaling, call.key * scaling, *call.positions, call.row_of_pairs())
+    mask = call.attention_mask if bias is None else masked_out(bias, call.attention_mask)
+    return F.scaled_dot_product_attention(
+        call.query, call.key, call.value, attn_mask=mask, dropout_p=call.dropout, scale=scaling
+    )
 
 
-def blockwise_disentangled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    rows: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Self-attention without gradients, in memory that grows with the length and not with its square.
+def blockwise_disentangled(call: DisentangledCall) -> torch.Tensor:
+    """Self-attention without gradients and dropout, in memory that grows with the length and not with its square.
 
-    Args:
-        query: `(batch, heads, length, head_dim)`.
-        key: of the same shape.
-        value: of the same shape.
-        position_key: `(heads, number of rows, head_dim)` or none.
-        position_query: `(heads, number of rows, head_dim)` or none; not both are none.
-        rows: row of every distance from 1 - length to length - 1, ascending, `(2 * length - 1,)`.
-        attention_mask: boolean, `(batch, 1, 1 or length, length)` or none.
-        scaling: factor of all terms.
-
-    Returns:
-        `(batch, heads, length, head_dim)`.
+    The call has `rows` and one of the position terms at least.
     """
+    query, key, value, attention_mask, scaling = call.query, call.key, call.value, call.attention_mask, call.scaling
+    position_key, position_query, rows = *call.positions, call.rows
     batch, heads, length, _ = query.shape
     if position_key is not None:
         position_key = position_key * scaling

@@ -9,6 +9,8 @@ second term; the weights of the official code were trained with this one.
 import torch
 from torch.nn import functional as F
 
+from .call import DisentangledCall
+
 
 def position_scores(
     query: torch.Tensor,
@@ -49,40 +51,20 @@ def masked_out(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> tor
     return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
 
 
-def eager_disentangled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    index: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_disentangled(call: DisentangledCall, found: None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend, with scores and softmax in float32 at least.
-
-    Args:
-        query: `(batch, heads, q_len, head_dim)`.
-        key: `(batch, heads, kv_len, head_dim)`.
-        value: `(batch, heads, kv_len, head_dim)`.
-        position_key: see :func:`position_scores`.
-        position_query: see :func:`position_scores`.
-        index: see :func:`position_scores`.
-        attention_mask: boolean, true where a key may be seen, `(batch, 1, 1 or q_len, kv_len)`; none for all.
-        scaling: factor of all terms, 1 / sqrt(head_dim * number of terms).
-        dropout: probability with which an attention weight is dropped.
 
     Returns:
         Output `(batch, heads, q_len, head_dim)` and weights `(batch, heads, q_len, kv_len)`.
     """
+    query, key, value = call.query, call.key, call.value
     wide = torch.promote_types(query.dtype, torch.float32)
     wide_query, wide_key = query.to(wide), key.to(wide)
-    position_key, position_query = (None if p is None else p.to(wide) for p in (position_key, position_query))
+    position_key, position_query = (None if p is None else p.to(wide) for p in call.positions)
     scores = wide_query @ wide_key.transpose(-1, -2)
-    of_positions = position_scores(wide_query, wide_key, position_key, position_query, index)
+    of_positions = position_scores(wide_query, wide_key, position_key, position_query, call.row_of_pairs())
     if of_positions is not None:
         scores = scores + of_positions
-    weights = masked_out(scores * scaling, attention_mask).softmax(-1).to(value.dtype)
-    weights = F.dropout(weights, dropout, training=dropout > 0)
+    weights = masked_out(scores * call.scaling, call.attention_mask).softmax(-1).to(value.dtype)
+    weights = F.dropout(weights, call.dropout, training=call.dropout > 0)
     return weights @ value, weights

@@ -6,27 +6,27 @@ Memory grows with length times rows of the table, not with the square of the len
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from ..call import Refusal
+from .call import DisentangledCall
+
 
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-def flex_disentangled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    index: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """As :func:`~hf_attn.kernels.disentangled.eager.eager_disentangled`, without dropout.
+def check_flex(call: DisentangledCall) -> Refusal | None:
+    if call.dropout:
+        return Refusal("FlexAttention has no dropout (attention_probs_dropout_prob = 0 trains without)")
+    if call.query.device.type == "cpu" and call.needs_gradient:
+        return Refusal("FlexAttention has no gradients on a CPU")
+    return None
 
-    Args:
-        index: as there, or the row of every distance from 1 - kv_len to q_len - 1, `(q_len + kv_len - 1,)`.
 
-    On a CPU FlexAttention has no gradients, and is compiled only as a part of a compiled model.
-    """
+def flex_disentangled(call: DisentangledCall, found: None = None) -> tuple[torch.Tensor, None]:
+    """Without dropout. On a CPU it has no gradients, and is compiled only as a part of a compiled model."""
+    query, key, value, attention_mask, scaling = call.query, call.key, call.value, call.attention_mask, call.scaling
+    position_key, position_query = call.positions
+    # One row for each distance, or one for each pair.
+    index = call.index() if call.rows is None else call.rows
     of_queries = None if position_key is None else query @ (position_key * scaling).transpose(-1, -2)
     of_keys = None if position_query is None else key @ (position_query * scaling).transpose(-1, -2)
     last_key = key.shape[2] - 1
@@ -51,4 +51,4 @@ def flex_disentangled(
         return score
 
     attention = flex_attention if query.device.type == "cpu" else _compiled_flex_attention
-    return attention(query, key, value, score_mod=score_mod, scale=scaling)
+    return attention(query, key, value, score_mod=score_mod, scale=scaling), None

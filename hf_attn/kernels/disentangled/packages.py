@@ -8,70 +8,91 @@ from importlib.util import find_spec
 
 import torch
 
+from ..call import Refusal
+from .call import DisentangledCall
+
 
 def is_installed(package: str) -> bool:
     """Whether a package (`disentangled_flash` or `flashdeberta`) can be imported."""
     return find_spec(package) is not None
 
 
-def disentangled_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    rows: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Self-attention by `disentangled_flash`; arguments as of ``blockwise_disentangled``, mask `(batch, 1, 1, length)`."""
+def _refusal(call: DisentangledCall, package: str) -> Refusal | None:
+    name = package.replace("_", "-")
+    if not is_installed(package):
+        return Refusal(f"the package {name} is not installed; the extra `deberta-cuda` of hf_attn installs it")
+    if call.query.device.type != "cuda":
+        return Refusal(f"{name} runs on CUDA, and the model is on {call.query.device.type}")
+    if call.rows is None:
+        return Refusal(f"{name} takes no positions pair by pair and is not part of a compiled or exported graph")
+    if not call.has_positions:
+        return Refusal("the model has no relative positions")
+    if call.attention_mask is not None and call.attention_mask.shape[2] != 1:
+        return Refusal(f"{name} takes a mask of keys, not of pairs")
+    return None
+
+
+def check_disentangled_flash(call: DisentangledCall) -> Refusal | None:
+    if call.query.shape[-1] not in (32, 64, 128):
+        return Refusal(f"disentangled-flash has heads of 32, 64 or 128, not {call.query.shape[-1]}")
+    return _refusal(call, "disentangled_flash")
+
+
+def disentangled_flash(call: DisentangledCall, found: None = None) -> tuple[torch.Tensor, None]:
+    """Self-attention by `disentangled_flash`."""
     from disentangled_flash.position import gradient_band, pad_position_table
     from disentangled_flash.training.attention import training_attention
 
-    batch, _, length, _ = query.shape
-    has_padding = attention_mask is not None
-    mask = attention_mask[:, 0, 0] if has_padding else query.new_ones(batch, length, dtype=torch.bool)
-    return training_attention(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        pad_position_table(position_key),
-        pad_position_table(position_query),
-        rows.to(torch.int32),
+    batch, _, length, _ = call.query.shape
+    has_padding = call.attention_mask is not None
+    mask = call.attention_mask[:, 0, 0] if has_padding else call.query.new_ones(batch, length, dtype=torch.bool)
+    output = training_attention(
+        call.query.contiguous(),
+        call.key.contiguous(),
+        call.value.contiguous(),
+        pad_position_table(call.position_key),
+        pad_position_table(call.position_query),
+        call.rows.to(torch.int32),
         mask.contiguous(),
-        score_scale=scaling,
+        score_scale=call.scaling,
         has_padding=has_padding,
         strict_fp32=True,
-        dropout_p=dropout,
-        gradient_band=gradient_band(rows, query.device),
+        dropout_p=call.dropout,
+        gradient_band=gradient_band(call.rows, call.query.device),
     )
+    return output, None
 
 
-def flashdeberta(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position_key: torch.Tensor | None,
-    position_query: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    position_buckets: int,
-    max_relative_positions: int,
-) -> torch.Tensor:
-    """Self-attention by `flashdeberta`, with the whole table of positions `(heads, 2 * span, head_dim)`; padding right only."""
+def check_flashdeberta(call: DisentangledCall) -> Refusal | None:
+    if (refusal := _refusal(call, "flashdeberta")) is not None:
+        return refusal
+    if call.dropout:
+        return Refusal("flashdeberta has no dropout")
+    if call.buckets > 0 and not call.hf_compat and call.query.shape[2] > call.max_distance:
+        return Refusal(
+            f"flashdeberta treats distances beyond {call.max_distance - 1} as transformers does; set hf_compat=True to "
+            "accept that"
+        )
+    mask = call.attention_mask
+    if mask is not None and not (mask[..., 1:] <= mask[..., :-1]).all():
+        return Refusal("flashdeberta takes padding on the right only")
+    return None
+
+
+def flashdeberta(call: DisentangledCall, found: None = None) -> tuple[torch.Tensor, None]:
+    """Self-attention by `flashdeberta`, with the whole table of positions `(heads, 2 * span, head_dim)`."""
     from flashdeberta.ops.flash_attention import flash_attention_with_disentangled
 
-    lengths = None if attention_mask is None else attention_mask[:, 0, 0].sum(-1).to(torch.int32)
-    return flash_attention_with_disentangled(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        lengths,
-        None if position_key is None else position_key[None],
-        None if position_query is None else position_query[None],
+    mask = call.attention_mask
+    output = flash_attention_with_disentangled(
+        call.query.contiguous(),
+        call.key.contiguous(),
+        call.value.contiguous(),
+        None if mask is None else mask[:, 0, 0].sum(-1).to(torch.int32),
+        *(None if table is None else table[None] for table in call.positions),
         causal=False,
-        sm_scale=scaling,
-        position_buckets=position_buckets,
-        max_relative_distance=max_relative_positions,
+        sm_scale=call.scaling,
+        position_buckets=call.buckets,
+        max_relative_distance=call.max_distance,
     )
+    return output, None

@@ -9,7 +9,9 @@ from torch import nn
 from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as v2
 
-from .implementations import IMPLEMENTATIONS, AttentionCall, choose, run_eager
+from hf_attn.attention.disentangled import DISENTANGLED, TAKES_WHOLE_TABLE
+from hf_attn.kernels.disentangled.call import DisentangledCall
+
 from .positions import rows_by_distance, rows_of_length, rows_of_pairs
 from .projections import PositionProjections, is_capturing_graph
 
@@ -18,7 +20,7 @@ class FastSelfAttention(nn.Module):
     """What the fast attention of all versions shares; mixed into transformers' `DisentangledSelfAttention`.
 
     Attributes:
-        implementation: `"auto"` or a name of ``IMPLEMENTATIONS``.
+        implementation: `"auto"` or a name of ``DISENTANGLED``.
         hf_compat: distances beyond the table as in transformers, not as in the official code.
         position_projections: cache of the projected positions.
     """
@@ -89,10 +91,10 @@ class FastSelfAttention(nn.Module):
             query_states = hidden_states
         query, key, value = self.project(hidden_states, query_states)
         positions = self._positions(query, key, relative_pos, rel_embeddings)
-        call = AttentionCall(
-            query=query,
-            key=key,
-            value=value,
+        call = DisentangledCall(
+            query,
+            key,
+            value,
             attention_mask=_boolean_mask(attention_mask),
             scaling=(query.shape[-1] * (1 + len(self.pos_att_type))) ** -0.5,
             dropout=self.dropout.p if self.training else 0.0,
@@ -101,15 +103,12 @@ class FastSelfAttention(nn.Module):
             hf_compat=self.hf_compat,
             **positions,
         )
-        if output_attentions:
-            output, weights = run_eager(call)
-        else:
-            output, weights = choose(self.implementation, call)(call), None
+        output, weights = DISENTANGLED(call, "eager" if output_attentions else self.implementation)
         output = output.transpose(1, 2)
         if torch.compiler.is_exporting():
             # What SDPA is decomposed into has other strides than its kernel, which the graph was made with.
             output = output.clone(memory_format=torch.contiguous_format)
-        return output.flatten(2), weights
+        return output.flatten(2), weights if output_attentions else None
 
     def _positions(self, query, key, relative_pos, rel_embeddings) -> dict:
         length = key.shape[2]
@@ -121,7 +120,7 @@ class FastSelfAttention(nn.Module):
                 "rows": None,
                 "index": lambda: zeros.expand(query.shape[2], length),
             }
-        first, count, rows = 0, 2 * self.span, None
+        first, count, rows, index = 0, 2 * self.span, None, None
         if relative_pos is not None:
             index = self._given_index(relative_pos, query.device)
         elif query.shape[2] != length:
@@ -135,16 +134,10 @@ class FastSelfAttention(nn.Module):
                 return rows_of_pairs(tokens[:, None] - tokens, self._rows_by_distance)
         else:
             found_first, found_count, rows = rows_of_length(length, *self._table_arguments, query.device)
-            implementation = IMPLEMENTATIONS.get(self.implementation)
-            if implementation is None or not implementation.whole_table:
+            if self.implementation != TAKES_WHOLE_TABLE:
                 first, count = found_first, found_count
             else:
                 rows = rows + found_first
-
-            def index():
-                # Row i of the windows over ascending distances ends at key 0.
-                return rows.unfold(0, length, 1).flip(-1)
-
         table = self.pos_dropout(rel_embeddings[: 2 * self.span])
         heads = {}
         for term in ("c2p", "p2c"):

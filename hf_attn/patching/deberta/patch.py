@@ -2,10 +2,10 @@
 
 from torch import nn
 
+from hf_attn.attention.disentangled import DISENTANGLED, PACKAGES
 from hf_attn.kernels.disentangled.packages import is_installed
 
 from .attention import FAST_ATTENTION, FAST_ENCODERS, FastEncoder, FastSelfAttention
-from .implementations import IMPLEMENTATIONS
 
 
 _PLAIN = {fast: plain for plain, fast in (FAST_ENCODERS | FAST_ATTENTION).items()}
@@ -14,12 +14,11 @@ _TERMS = ("c2p", "p2c")
 
 def check_implementation(implementation: str) -> None:
     """Raise a ValueError if there is no such implementation, or its package is missing."""
-    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}.")
-    package = None if implementation == "auto" else IMPLEMENTATIONS[implementation].package
-    if package is not None and not is_installed(package):
+    if implementation not in DISENTANGLED.names:
+        raise ValueError(f"implementation must be one of {', '.join(DISENTANGLED.names)}; got {implementation!r}.")
+    if implementation in PACKAGES and not is_installed(implementation):
         raise ValueError(
-            f"implementation={implementation!r} needs the package {package.replace('_', '-')}, which is not installed. "
+            f"implementation={implementation!r} needs the package {implementation.replace('_', '-')}, which is not installed. "
             "Install it with `pip install 'hf_attn[deberta-cuda]'`, or use implementation='auto'."
         )
 

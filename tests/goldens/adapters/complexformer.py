@@ -5,7 +5,7 @@ from transformers import DynamicCache
 
 from hf_attn.architectures.decoder import CACHE
 from hf_attn.checkpoints.official import from_official
-from hf_attn.modeling.complexformer.convert_complexformer import rename
+from hf_attn.modeling.complexformer.convert_complexformer import OUR_NAMES
 from hf_attn.modeling.complexformer.modeling_complexformer import make_rotary_embedding, position_angles
 from tests.goldens.case import Case
 from tests.goldens.tools import parameter_gradients
@@ -32,7 +32,7 @@ def _attention(case: Case) -> dict[str, torch.Tensor]:
     results = {"y": y, "attn": attn, "scores": scores}
     if "grad_probe" in case.arrays:
         (y * case.input("grad_probe")).sum().backward()
-        gradients = {rename(name): gradient for name, gradient in parameter_gradients(module).items()}
+        gradients = {OUR_NAMES(name): gradient for name, gradient in parameter_gradients(module).items()}
         results |= {
             "grad_x": x.grad,
             "grad_delta": gradients["delta_params"],

@@ -7,7 +7,6 @@ from transformers import TrainingArguments
 
 from hf_attn.analysis import AttentionSimilarity
 from hf_attn.checkpoints.official import from_official
-from hf_attn.modeling.echo_att.convert_echo_att import TEACHER_PREFIX
 from hf_attn.modeling.echo_att.distillation import (
     EchoAttDistillationTrainer,
     block_ends,
@@ -48,7 +47,7 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
         return tensor if input_ids.dim() == 2 else tensor.squeeze(dim)
 
     student = from_official("echo_att", case.weights, config=case.config)
-    teacher_weights = {name.removeprefix(TEACHER_PREFIX): tensor for name, tensor in case.weights.items()}
+    teacher_weights = {name.removeprefix("teacher_only."): tensor for name, tensor in case.weights.items()}
     teacher = from_official(
         "echo_att", teacher_weights, config={**case.config, "shared_layers": [], "shared_source": None}
     )

@@ -3,7 +3,7 @@
 import torch
 
 from hf_attn.checkpoints.official import from_official
-from hf_attn.modeling.gman.convert_gman import our_name
+from hf_attn.modeling.gman.convert_gman import FROM_OFFICIAL
 from hf_attn.modeling.gman.layers import set_batch_norm_momentum
 from hf_attn.modeling.gman.metrics import forecast_errors
 
@@ -76,7 +76,7 @@ def _official(case: Case, implementation: str) -> dict[str, torch.Tensor]:
 
 
 def _running_statistics(case: Case) -> dict[str, str]:
-    return {name: our_name(name) for name in case.weights if ".running_" in name}
+    return {name: FROM_OFFICIAL(name) for name in case.weights if ".running_" in name}
 
 
 def _port(case: Case, implementation: str) -> dict[str, torch.Tensor]:

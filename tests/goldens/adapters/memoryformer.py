@@ -7,7 +7,7 @@ import torch
 from hf_attn.architectures.memory_layer import MemoryLayer
 from hf_attn.checkpoints.official import from_official
 from hf_attn.kernels.memory import plain_lookup
-from hf_attn.modeling.memoryformer.convert_memoryformer import memoryformer_names
+from hf_attn.modeling.memoryformer.convert_memoryformer import OUR_NAMES
 from tests.goldens.case import Case
 from tests.goldens.tools import parameter_gradients, recorded
 
@@ -61,7 +61,7 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
         output = model(input_ids, use_cache=False)
     (output.logits * probe).sum().backward()
     results = {"logits": output.logits, **hidden_states}
-    results |= {f"grad_{name}": gradient for name, gradient in _gradients(model).items()}
+    results |= {f"grad_{name}": gradient for name, gradient in _gradients(model, case).items()}
     for name in case.arrays:
         if name.startswith("logits_probability"):
             _probability(model, _temperature(name))
@@ -69,10 +69,10 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
     return {name: array for name, array in results.items() if name in case.arrays}
 
 
-def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _gradients(model: torch.nn.Module, case: Case) -> dict[str, torch.Tensor]:
     """Under the names of the cases, `query_tables_0` of block 0, where the memory layers of the MLP are 1 and 2."""
     ours = parameter_gradients(model)
-    official = {theirs: ours[name] for theirs, name in memoryformer_names(model.config.num_hidden_layers).items()}
+    official = {name: ours[OUR_NAMES(name)] for name in case.weights}
     named = {
         "word_embeddings": official["sequential.0.word_embeddings.weight"],
         "final_linear": ours["lm_head.weight"],

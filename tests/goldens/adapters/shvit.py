@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_attn.checkpoints.official import from_official
-from hf_attn.modeling.shvit.convert_shvit import our_name
+from hf_attn.modeling.shvit.convert_shvit import OUR_NAMES
 from hf_attn.modeling.shvit.modeling_shvit import SHViTAttention
 from tests.goldens.case import Case
 from tests.goldens.tools import recorded
@@ -50,7 +50,7 @@ def _attention(model: nn.Module, case: Case) -> nn.Module:
     """The attention module that a case is about, which its notes name; the first one otherwise."""
     named = re.search(r"shsa is ([\w.]+\w)", case.info.get("notes", ""))
     if named:
-        name = our_name(f"{named[1]}.").removesuffix(".")
+        name = OUR_NAMES(f"{named[1]}.").removesuffix(".")
         return model.get_submodule(name if hasattr(model, "shvit") else name.removeprefix("shvit."))
     return next(module for module in model.modules() if isinstance(module, SHViTAttention))
 
@@ -58,6 +58,6 @@ def _attention(model: nn.Module, case: Case) -> nn.Module:
 def _fused_name(official: str, state: dict[str, torch.Tensor]) -> str:
     """Our name of a tensor that the official code names after folding: a convolution or linear layer in place of a pair."""
     module, kind = official.rsplit(".", 1)
-    candidates = [our_name(f"{module}.{layer}.{kind}") for layer in ("c", "m.c", "l")] + [our_name(official)]
+    candidates = [OUR_NAMES(f"{module}.{layer}.{kind}") for layer in ("c", "m.c", "l")] + [OUR_NAMES(official)]
     candidates += [name.removeprefix("shvit.") for name in candidates]
     return next(name for name in candidates if name in state)

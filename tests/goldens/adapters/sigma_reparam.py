@@ -4,7 +4,7 @@ import torch
 
 from hf_attn.analysis.entropy import attention_entropy, entropy_lower_bound
 from hf_attn.checkpoints.official import from_official
-from hf_attn.modeling.sigma_reparam.convert_sigma_reparam import speech_name, to_official
+from hf_attn.modeling.sigma_reparam.convert_sigma_reparam import SPEECH_NAMES, to_official
 from tests.goldens.case import Case
 from tests.goldens.tools import parameter_gradients, recorded
 
@@ -94,10 +94,10 @@ def _speech_block(case: Case) -> dict[str, torch.Tensor]:
     for name in case.expected:
         if name.startswith("grad."):
             official = f"params.{name.removeprefix('grad.')}"
-            results[name] = to_official(official, gradients[speech_name(official)])
+            results[name] = to_official(official, gradients[SPEECH_NAMES(official)])
         elif name.startswith("after."):
             module, kind = name.removeprefix("after.").split(".")
-            ours = speech_name(f"spectral.{module}.u").removesuffix(".u")
+            ours = SPEECH_NAMES(f"spectral.{module}.u").removesuffix(".u")
             results[name] = maps[ours].u.clone() if kind == "u" else norms[ours][None]
     results["y_second_call"] = block(hidden_states, lengths)[0]
     return results

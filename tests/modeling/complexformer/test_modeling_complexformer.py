@@ -198,7 +198,7 @@ def test_what_heads_have_learned_can_be_drawn():
 def test_bad_configurations_say_what_is_wrong():
     for fields, message in (
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"score_scale": 0.0}, "score_scale must be positive"),
+        ({"score_scale": 0.0}, "score_scale=0.0 is out of range: it must be above 0"),
         ({"frequency_rounding": "float16"}, "frequency_rounding"),
         (
             {

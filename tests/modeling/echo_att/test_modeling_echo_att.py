@@ -239,7 +239,7 @@ def test_both_ways_to_share_agree(limit, monkeypatch):
     student, ids = make_student().train(), random_ids(2, 12)
     student.set_attn_implementation("eager")
     expected = student(ids).logits
-    monkeypatch.setattr("hf_attn.modeling.echo_att.modeling_echo_att.MAX_SHARED_MAP", limit)
+    monkeypatch.setattr("hf_attn.modeling.echo_att.attention.MAX_SHARED_MAP", limit)
     student.set_attn_implementation("sdpa")
     outputs = student(ids, output_attentions=True)
     assert len([weights for weights in outputs.attentions if weights is not None]) == (0 if limit == 0 else 5)

@@ -88,5 +88,5 @@ def test_left_over_and_missing_keys(weights, table):
     with pytest.raises(ConversionError, match=r"extra\.weight"):
         from_official("oat", weights | {"model.extra.weight": torch.zeros(1)}, config=config)
     del weights["model.transformer_decoder.layers.1.norm3.bias"]
-    with pytest.raises(ConversionError, match=r"norm3\.bias"):
+    with pytest.raises(ConversionError, match=r"final_layer_norm\.bias"):
         from_official("oat", weights, config=config)

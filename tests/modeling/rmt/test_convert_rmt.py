@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from hf_attn import from_official
 from hf_attn.checkpoints.official import ConversionError
 from hf_attn.modeling.rmt.configuration_rmt import RMTConfig
-from hf_attn.modeling.rmt.convert_rmt import our_name
+from hf_attn.modeling.rmt.convert_rmt import OUR_NAMES
 from hf_attn.modeling.rmt.modeling_rmt import RMTBackbone, RMTForImageClassification
 from tests.goldens.case import Case
 
@@ -79,7 +79,7 @@ def test_published_variant_needs_no_configuration():
     published = RMTConfig.from_variant("rmt_t")
     state = RMTForImageClassification(published).state_dict()
     weights = {official_name(name): tensor for name, tensor in state.items()}
-    assert {our_name(name) for name in weights} == {name.removeprefix("rmt.") for name in state}
+    assert {OUR_NAMES(name) for name in weights} == {name.removeprefix("rmt.") for name in state}
     model = from_official("rmt", weights)
     assert {name: value for name, value in model.config.to_dict().items() if name in RMTConfig.variants["rmt_t"]} == {
         name: value for name, value in published.to_dict().items() if name in RMTConfig.variants["rmt_t"]
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(weights, config):
         from_official("rmt", weights)
     with pytest.raises(ConversionError, match=r"layers\.0\.Relpos\.decay holds other values"):
         from_official("rmt", weights, config={**config, "heads_ranges": [3, 4, 6, 6]})
-    with pytest.raises(ConversionError, match="no place for extra"):
+    with pytest.raises(ConversionError, match="keys that rmt does not know: extra"):
         from_official("rmt", {**weights, "extra.weight": torch.zeros(1)}, config=config)
     with pytest.raises(ConversionError, match="no official layout of RMT"):
         from_official("rmt", {"weight": torch.zeros(1)})
