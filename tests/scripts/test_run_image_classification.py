@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 
+from hf_attn.analysis.vit import ViTLayout
 from hf_attn.catalog import families
+from hf_attn.cli.analyze_vit import TRAIN_DEFAULT
 from tests.batteries.families import tiny_config
 
 
@@ -225,6 +234,19 @@ def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypa
 def test_contradictions(script, options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         script.main([*options, "--output_dir", str(tmp_path / "out"), *COMMON])
+
+
+def test_the_default_model_of_analyze_vit_is_a_plain_vit(script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(TRAIN_DEFAULT)
+    assert Path(command[1]).name == SCRIPT.name
+    model_args = script.parse_arguments(command[2:])[0]
+    model, processor = script.make_model(model_args, [str(digit) for digit in range(10)])
+    assert isinstance(model, ViTForImageClassification) and model.config.num_labels == 10
+    layout = ViTLayout.of(model)
+    assert (layout.num_layers, layout.num_heads) == (4, 6)
+    pixels = processor(script.load_digits()[0]["image"].convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert (layout.grid_of(pixels).rows, layout.grid_of(pixels).cols) == (8, 8)
 
 
 def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
