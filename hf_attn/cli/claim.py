@@ -61,6 +61,6 @@ def _report(record: dict, stored: dict | None) -> None:
     print(f"\n{record['claim']}\n\nnow:    {record['verdict']}. {record['why']}")
     if stored is not None:
         print(f"stored: {stored['verdict']}. {stored['why']} ({stored['date']}, {stored['machine']})")
-    before = {figure.name: figure for figure in figures_of(stored or {"figures": []})}
+    before = {(figure.name, figure.peer): figure for figure in figures_of(stored or {"figures": []})}
     for figure in figures_of(record):
-        print(f"\nnow:    {figure}\nstored: {before.get(figure.name, '-')}")
+        print(f"\nnow:    {figure}\nstored: {before.get((figure.name, figure.peer), '-')}")

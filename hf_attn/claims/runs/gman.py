@@ -152,11 +152,11 @@ def conclude(data: dict) -> Conclusion:
     own = [errors[-1] for errors in curves["GMAN"]]
     peers = {name: [errors[-1] for errors in curves[name]] for name in ("LSTM", "historical average", "last value")}
     figures = [
-        Figure.of("mean absolute error of the next 6 steps", "km/h", own, name, values)
+        Figure.of("mean absolute error of the next 6 steps, speeds of about 60", "", own, name, values)
         for name, values in peers.items()
     ]
     best = [errors[-1] for errors in curves["best possible"]]
-    figures.append(Figure.of("the same of the best possible forecast", "km/h", best))
+    figures.append(Figure.of("the same of the best possible forecast", "", best))
     leads = [
         100 * fmean(1 - a[step] / b[step] for a, b in zip(curves["GMAN"], curves["LSTM"], strict=True))
         for step in (0, AHEAD - 1)
@@ -180,5 +180,5 @@ def draw(data: dict, figure) -> None:
         means = [fmean(values) for values in zip(*(errors[:-1] for errors in runs), strict=True)]
         style = "--" if name == "best possible" else "o-"
         axes.plot(range(1, AHEAD + 1), means, style, color="black" if name == "best possible" else color, label=name)
-    axes.set(xlabel="steps ahead", ylabel="mean absolute error in km/h", ylim=(0, None))
+    axes.set(xlabel="steps ahead", ylabel="mean absolute error (speeds are about 60)", ylim=(0, None))
     axes.legend()

@@ -97,7 +97,7 @@ def draw(data: dict, figure) -> None:
         left.bar(index - 0.2, theirs, 0.4, color=COLORS[1], alpha=0.7, label=None if index else "linear layers")
         left.bar(index + 0.2, ours, 0.4, color=COLORS[0], alpha=0.7, label=None if index else "memory layers")
         left.annotate(f"{ours / theirs:.0%}", (index + 0.2, ours), (0, 3), textcoords="offset points", ha="center")
-    left.set_xticks(range(len(data["operations"])), [name for name, *_ in data["operations"]])
+    left.set_xticks(range(len(data["operations"])), [name.replace("_", "\n") for name, *_ in data["operations"]])
     left.set_title("million operations of a block\nfor a token, 2,048 tokens")
     left.legend()
     sides = {"MemoryFormer": data["memory"], "GPT-NeoX": data["linear"]}
