@@ -96,6 +96,7 @@ class LanguageContest:
         }
         return {
             "runs": runs,
+            "steps": steps,
             "parameters": {name: make_model(entry, self.shape).num_parameters() for name, entry in self.sides.items()},
         }
 
@@ -114,7 +115,8 @@ class LanguageContest:
         left.legend(fontsize=8)
         losses = {str(index + 1): test_losses(runs) for index, runs in enumerate(data["runs"].values())}
         bars(right, losses, "bits/character", "held-back text (lower is better)")
-        right.set_xticks(range(len(losses)), list(data["runs"]), rotation=15, fontsize=7)
+        names = [name.split(" (")[0].replace(", ", ",\n") for name in data["runs"]]
+        right.set_xticks(range(len(losses)), names, fontsize=8)
 
 
 def test_losses(runs: list[dict[str, Any]]) -> list[float]:

@@ -22,4 +22,4 @@ def conclude(data: dict) -> Conclusion:
     order = agreement(peer, own)
     verdict = {1: "shown in small", 0: "not shown here", -1: "contradicted here"}[order]
     words = {1: "lower", 0: "not clearly different", -1: "higher"}[order]
-    return Conclusion(figures, verdict, f"Its loss is {words} over {len(own)} seeds.")
+    return Conclusion(figures, verdict, f"After {data['steps']} steps its loss is {words} over {len(own)} seeds.")

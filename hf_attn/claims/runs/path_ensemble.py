@@ -107,7 +107,7 @@ def conclude(data: dict) -> Conclusion:
 
 
 def draw(data: dict, figure) -> None:
-    panels = figure.subplots(1, len(data["runs"]), sharey=True)
+    panels = figure.subplots(1, len(data["runs"]))
     for axes, (dataset, runs) in zip(panels, data["runs"].items(), strict=True):
         for side, color in (("worst", "tab:green"), ("random", "tab:red")):
             for index, run in enumerate(runs):

@@ -27,8 +27,11 @@ def conclude(data: dict) -> Conclusion:
         Figure.of("loss on held-back text", "bits/character", own, PEER, peer),
         Figure.of("the same without bias and norms", "bits/character", without, PEER, peer),
     )
-    excess = 100 * (fmean(own) / fmean(peer) - 1)
-    why = f"With bias and norms the loss is {excess:+.1f} % of softmax's, without them {100 * (fmean(without) / fmean(peer) - 1):+.1f} %."
+    excess, excess_without = (100 * (fmean(losses) / fmean(peer) - 1) for losses in (own, without))
+    why = (
+        f"After {data['steps']} steps the loss with bias and norms differs by {excess:+.1f} % from that of softmax, and without them by "
+        f"{excess_without:+.1f} %."
+    )
     verdict = "shown in small" if excess <= 1 else "not shown here"
     if all(a > 1.05 * b for a, b in zip(own, peer, strict=True)):
         verdict = "contradicted here"
