@@ -30,7 +30,7 @@ class SceneGenerator:
     columns: int = 6
     cell: int = 24
     colours: int = 6
-    likeness: float = 16.0
+    likeness: float = 8.0
     return_weight: float = 0.3
     max_length: int = 24
 

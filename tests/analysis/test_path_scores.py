@@ -89,8 +89,8 @@ def test_ignored_labels_are_left_out(model, dataset):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (4, "no class of the model, which has the classes 0 to 3: 4"),
-        (-1, "no class of the model"),
+        (4, "not classes of the model, which has the classes 0 to 3: 4"),
+        (-1, "not classes of the model"),
         (1.5, r"a whole number; got torch\.float32"),
         ([0, 1], "the index of one class"),
     ],

@@ -148,7 +148,7 @@ def test_the_command_names_what_is_wrong(saved, capsys, monkeypatch):
     (saved / "images" / "cat").rename(saved / "images" / "bird")
     for arguments, message in (
         ([], "scripts/run_image_classification.py --model_type vit"),
-        (["model", "--images", "nowhere"], "nowhere is no folder of images"),
+        (["model", "--images", "nowhere"], "nowhere is not a folder of images"),
         (["model", "--images", "model"], "model has no images"),
         (["model", "--images", "images"], "images/bird is named as no class of the model"),
     ):

@@ -34,7 +34,7 @@ def test_chat_becomes_the_participants_words():
     text = read_chat(CHAT)
     assert text == "uh well the boy the boy is taking cookies from the jar. mother's drying dishes"
     assert read_chat(CHAT, "INV") == "tell me everything you see going on."
-    with pytest.raises(ValueError, match="Speakers in it: INV, PAR"):
+    with pytest.raises(ValueError, match="Its speakers: INV, PAR"):
         read_chat(CHAT, "DOC")
 
 

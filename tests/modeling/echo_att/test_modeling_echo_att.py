@@ -491,7 +491,7 @@ def test_an_unsupported_base_names_the_supported_ones(as_folder, tmp_path):
 
 def test_a_base_without_a_head_is_refused():
     base = LlamaModel(LlamaConfig(**SIZES))
-    with pytest.raises(ValueError, match=r"LlamaModel is no base.*lm_head.weight"):
+    with pytest.raises(ValueError, match=r"LlamaModel is not a valid base.*lm_head.weight"):
         EchoAttForCausalLM.from_base(base, shared_layers=[])
 
 

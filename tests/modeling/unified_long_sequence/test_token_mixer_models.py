@@ -100,7 +100,7 @@ def test_conversion_takes_what_a_mixer_needs():
     assert_close(mixer.q_proj.weight, weights["w_q"].T)
     for change, message in (
         ({"mixer": "mean"}, "no token mixer 'mean'"),
-        ({"mixer": "linformer"}, "has no 'e'"),
+        ({"mixer": "linformer"}, "no weights for e, f"),
         ({"mixer": "softmax", "landmark": 3}, "Did you mean landmarks"),
     ):
         with pytest.raises(ConversionError, match=message):
