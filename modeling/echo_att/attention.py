@@ -88,6 +88,9 @@ def _check_map(call: EchoCall) -> Refusal | None:
 
 
 def _sdpa(call: EchoCall, found: None) -> tuple[torch.Tensor, None]:
+    if call.query.shape[0] == 0:
+        # transformers' function cannot reshape an empty batch.
+        return call.query.new_empty(*call.query.shape[:-1], call.value.shape[-1]), None
     output, _ = sdpa_attention_forward(
         call.module,
         call.query,

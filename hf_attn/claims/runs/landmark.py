@@ -48,10 +48,11 @@ def measure(work) -> dict:
 
 def learn(name: str, seed: int, settings: Settings, lengths: Mapping[int, int], folder: Path) -> dict:
     """Train a model and ask it: the outcomes by length."""
-    trained = train(
+    folder = train(
         name, settings, seed, folder / "models" / f"{name}-{seed}", disable_tqdm=True, logging_strategy="no"
     )
-    return {length: evaluate(load(name, trained), length, count) for length, count in lengths.items()}
+    model = load(name, folder)
+    return {length: evaluate(model, length, count) for length, count in lengths.items()}
 
 
 def shares(data: dict, name: str, length: str) -> list[float]:
