@@ -71,9 +71,11 @@ def shell_fields(weights: Mapping[str, torch.Tensor], slug: str) -> dict[str, An
     embed_dim, num_channels = shape_of(weights, "conv_first.weight", slug)[:2]
     shape_of(weights, "conv_last.weight", slug)
     upscale = 1
-    for key, tensor in weights.items():
+    # Not `weights.items()`: a tensor that has been read counts as known.
+    for key in weights:
         if re.fullmatch(r"upsample\.\d+\.weight", key):
-            upscale *= math.isqrt(tensor.shape[0] // tensor.shape[1])
+            out_channels, in_channels = weights[key].shape[:2]
+            upscale *= math.isqrt(out_channels // in_channels)
     fields = {
         "embed_dim": embed_dim,
         "num_channels": num_channels,

@@ -150,7 +150,7 @@ def test_the_command_names_what_is_wrong(saved, capsys, monkeypatch):
         ([], "scripts/run_image_classification.py --model_type vit"),
         (["model", "--images", "nowhere"], "nowhere is not a folder of images"),
         (["model", "--images", "model"], "model has no images"),
-        (["model", "--images", "images"], "images/bird is named as no class of the model"),
+        (["model", "--images", "images"], "does not have the name of a class"),
     ):
         assert main(["analyze-vit", *arguments, "--output", "report"]) == 2
         assert message in capsys.readouterr().err
