@@ -11,12 +11,17 @@ class ExactEvaluationMixin:
     """Before `transformers.Trainer` in the bases of a class: no sample counts twice in the loss of an evaluation.
 
     The last batches of several processes are filled up with samples from the beginning, so that all have the same size.
-    Trainer leaves their predictions out, but not their part in the mean loss of a batch.
+    Trainer leaves their predictions out, but not their part in the mean loss of a batch. It also weighs the batches of several
+    processes by their numbers of labels, which it does not do with those of one process.
     """
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """See [`~transformers.Trainer.prediction_step`]; the loss is that of the samples that belong to the process."""
-        loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        average, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.args.average_tokens_across_devices = average
         own = self._own_samples(find_batch_size(inputs))
         if loss is not None and own is not None and own > 0:
             # Without a number of items, which all processes would have to count together.

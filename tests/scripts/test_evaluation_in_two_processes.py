@@ -96,10 +96,10 @@ def make_data(folder: Path) -> None:
 
 
 def numbers_of(result, name: str = "") -> dict[str, float]:
-    """The measures in what a script returns, without times."""
+    """The measures in what a script returns, without times and without the epoch, which counts the batches of a process."""
     if isinstance(result, dict):
         return {key: value for part in result for key, value in numbers_of(result[part], f"{name}/{part}").items()}
-    timed = any(word in name for word in ("runtime", "second", "ms", "memory"))
+    timed = any(word in name for word in ("time", "second", "ms", "memory", "epoch"))
     return {name: float(result)} if isinstance(result, numbers.Number) and not timed else {}
 
 

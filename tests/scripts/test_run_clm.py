@@ -304,7 +304,7 @@ def test_a_full_folder_is_overwritten_only_when_asked(run_clm, text_file, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path / "run"), "--max_steps", "1"]
     run_clm.main(arguments)
-    with pytest.raises(SystemExit, match=r"holds an earlier run.*`--overwrite_output_dir` starts anew"):
+    with pytest.raises(SystemExit, match=r"holds an earlier run.*`--overwrite_output_dir` starts a new run"):
         run_clm.main(arguments)
     run_clm.main([*arguments, "--overwrite_output_dir"])
     assert all((tmp_path / name / "model.safetensors").exists() for name in ("run", "run.earlier-1"))
