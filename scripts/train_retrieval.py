@@ -44,6 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=TOP_K, help="blocks that a query of the landmark model reads")
     for field in fields(Settings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
     return parser.parse_args(arguments)
 
 
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     settings = {field.name: getattr(options, field.name) for field in fields(Settings)}
     try:
-        with output_folder(options.output_dir, settings, command=NAME):
+        with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME):
             found = run(options)
             report(found)
             with written_whole(options.output_dir / "results.json") as part:

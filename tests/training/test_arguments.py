@@ -103,7 +103,7 @@ def test_resuming(tmp_path):
     resolve_resume("x.py", Given)
     assert Given.resume_from_checkpoint == str(tmp_path / "checkpoint-10")
     Given.overwrite_output_dir = True
-    with pytest.raises(SystemExit, match="give one of them"):
+    with pytest.raises(SystemExit, match="give only one of them"):
         resolve_resume("x.py", Given)
 
 
