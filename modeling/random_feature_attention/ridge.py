@@ -6,7 +6,7 @@ import torch
 
 
 #: the Gram matrix is computed in as many strips of rows, none with fewer rows than make a product efficient
-_STRIPS, _MIN_ROWS = 16, 64
+_STRIPS, _MIN_ROWS = 8, 64
 
 
 def gram_matrix(features: torch.Tensor) -> torch.Tensor:
