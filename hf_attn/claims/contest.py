@@ -79,7 +79,9 @@ class ImageContest:
         """Bars of the accuracies on either data set."""
         for axes, (dataset, sides) in zip(figure.subplots(1, len(data["runs"])), data["runs"].items(), strict=True):
             names = {
-                f"{name.removesuffix(' of timm')}\n{data['operations'][name] / 1e6:.2f} M\noperations": accuracies(runs)
+                f"{name.removesuffix(' of timm')}\n{data['operations'][name] / 1e6:.2f} M\noperations": accuracies(
+                    runs
+                )
                 for name, runs in sides.items()
             }
             bars(axes, names, "accuracy in %", dataset)
