@@ -33,6 +33,7 @@ def test_batches_do_not_matter_and_tables_are_what_plain_runs_say():
     assert model.training
     model.eval()
     importance, other = (analysis.tables()["importance"] for analysis in found)
+    # Measures are differences of float32 probabilities, which a batch of another size rounds otherwise.
     pd.testing.assert_frame_equal(importance, other, rtol=1e-4, atol=1e-6)
     p, y = model(images()).logits.softmax(-1), labels[:, None]
     with without_heads(model, {1: [2]}):
@@ -54,6 +55,7 @@ def test_batches_do_not_matter_and_tables_are_what_plain_runs_say():
     partial = analysis.tables()["partial"]
     whole = partial[partial.part == "head"].merge(importance, on=["layer", "head"])
     assert len(whole) == 3
+    # A divergence is quadratic in differences that are small beside the probabilities, so it keeps half of their digits.
     np.testing.assert_allclose(whole.jsd_x, whole.jsd_y, rtol=1e-3, atol=1e-7)
 
 

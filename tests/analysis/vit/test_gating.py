@@ -23,6 +23,7 @@ from .models import MODELS, PREFIX, build, implementations, timm_vit, vit
 
 
 def assert_same(outcome, expected):
+    # A restart multiplies the heads apart and adds them up, in another order than the model: float32 of a few layers.
     torch.testing.assert_close(outcome.representation, expected.representation, rtol=1e-4, atol=1e-5)
     if expected.logits is not None:
         torch.testing.assert_close(outcome.logits, expected.logits, rtol=1e-4, atol=1e-5)
@@ -102,6 +103,7 @@ def test_zeroed_heads_survive_saving_and_can_be_cut_afterwards(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert zeroed_heads(loaded) == {0: [1, 2], 1: [0]}
     cut_heads(loaded)
+    # Without the heads that are cut, products have another size and round otherwise.
     torch.testing.assert_close(loaded(images).logits, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="Save the model with zero_heads"):
         loaded.save_pretrained(tmp_path / "cut")
