@@ -69,6 +69,12 @@ def test_the_published_difference_is_added_to_the_raw_model(difference, source):
         torch.testing.assert_close(state[name], tensor)
 
 
+def test_a_key_that_the_model_does_not_have_is_named(difference):
+    _, _, recovered, _ = difference
+    with pytest.raises(ConversionError, match=r"model\.extra\.weight"):
+        from_official("landmark", {**recovered, "model.extra.weight": torch.zeros(2)}, ARGUMENTS)
+
+
 def test_a_wrong_raw_model_is_found(difference):
     folder, changes, _, checksum = difference
     arguments = {**ARGUMENTS, "difference_to": str(folder / "raw"), "checksum": checksum + 0.05}
