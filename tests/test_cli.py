@@ -152,7 +152,7 @@ def test_convert_writes_a_folder_for_the_hub(official, tmp_path, capsys, config)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model) is EchoAttForCausalLM and model.config.shared_layers == [1]
     out = capsys.readouterr().out
-    assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters is in {output}." in out
+    assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters was saved to {output}." in out
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_the_output_must_not_be_a_file(official, capsys):
 def test_a_paper_that_is_not_there(official, tmp_path, capsys):
     arguments = ["convert", "nothing", str(official / "echo.safetensors"), "--output", str(tmp_path / "output")]
     assert main(arguments) == 2
-    assert_one_line_of_error(capsys, "No paper 'nothing' in the catalogue", "echo_att")
+    assert_one_line_of_error(capsys, "There is no paper 'nothing' in the catalogue", "echo_att")
 
 
 def test_a_checkpoint_that_is_not_there(official, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The table, the files and the two pictures of a comparison."""
+"""The table, the files and the two plots of a comparison."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
-    """One row an entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
+    """One row per entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
     rows = []
     for entry in dict.fromkeys(result["entry"] for result in results):
         runs = [result for result in results if result["entry"] == entry]
@@ -106,8 +106,8 @@ def _plot_losses(results: list[dict], path: Path) -> None:
 def _plot_quality(rows: list[dict], path: Path) -> None:
     figure = new_figure(10, 4.5)
     costs = {
-        "training_tokens_a_second": "training tokens a second",
-        "decode_tokens_a_second": "decoded tokens a second",
+        "training_tokens_a_second": "training tokens per second",
+        "decode_tokens_a_second": "decoded tokens per second",
     }
     for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
         for number, row in enumerate(row for row in rows if "loss_1x" in row):
@@ -115,6 +115,6 @@ def _plot_quality(rows: list[dict], path: Path) -> None:
             axes.annotate(
                 row["entry"], (row[cost], row["loss_1x"]), xytext=(5, 5), textcoords="offset points", fontsize=8
             )
-        axes.set_xlabel(f"{label} (more is better)")
-        axes.set_ylabel("held-out loss (less is better)")
+        axes.set_xlabel(f"{label} (higher is better)")
+        axes.set_ylabel("held-out loss (lower is better)")
     figure.savefig(path, dpi=120)

@@ -58,5 +58,5 @@ def test_bad_input():
         AttentionIndicators.from_maps([])
     with pytest.raises(ValueError, match=r"must be \(batch, heads, length, length\)"):
         AttentionIndicators.from_maps([[torch.ones(1, 2, 3, 4)]])
-    with pytest.raises(ValueError, match="returns 1 maps; layers names 2"):
+    with pytest.raises(ValueError, match="returns 1 maps, but layers has 2 names"):
         AttentionIndicators.from_maps([[torch.ones(1, 2, 3, 3)]], layers=[0, 1])

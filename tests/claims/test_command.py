@@ -56,9 +56,9 @@ def test_a_stopped_run_goes_on_and_is_stored_when_asked(quick, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Name papers or give --all"),
-        (["clear", "--all"], "Name papers or give --all"),
-        (["clearly"], "No paper 'clearly'"),
+        ([], "Name papers, or use --all"),
+        (["clear", "--all"], "Name papers, or use --all"),
+        (["clearly"], "no paper 'clearly'"),
     ],
 )
 def test_bad_input(arguments, message, capsys):

@@ -438,7 +438,7 @@ def test_cuda_packages_refuse_a_cpu(name, monkeypatch):
     monkeypatch.setattr("hf_attn.kernels.disentangled.packages.is_installed", lambda package: True)
     query = torch.zeros(1, 2, 3, 32)
     call = DISENTANGLED.call(query, query, query, rows=torch.zeros(5))
-    with pytest.raises(ValueError, match=f"implementation='{name}' cannot serve this call: .* runs on CUDA"):
+    with pytest.raises(ValueError, match=f"implementation='{name}' does not support this call: .* runs on CUDA"):
         DISENTANGLED(call, name)
 
 

@@ -105,7 +105,7 @@ def test_clusters_refuse_what_does_not_fit():
     maps = synthetic_heads(per_kind=1)
     for arguments, message in (
         ({"num_clusters": 6}, "num_clusters must be between 2 and 5 for 6 heads, got 6"),
-        ({"features": "colours"}, "Unknown features 'colours'"),
+        ({"features": "colours"}, "no features called 'colours'"),
         ({"features": torch.zeros(5, 2).numpy()}, r"Features must be \(6, features\).*\(5, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -368,12 +368,12 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="must be 40 ids"):
         make_model("fixed_seq_qk").model.set_static_ids(ids(8))
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="cannot serve a mask for pairs"):
+    with pytest.raises(ValueError, match="do not support masks of token pairs"):
         make_model("taylor_joint")(ids(1, 4), attention_mask=causal)
     other = make_model("standard")
     filled = DynamicCache(config=other.config)
     logits(other, ids(1, 3), past_key_values=filled)
-    with pytest.raises(ValueError, match="mixer keeps none"):
+    with pytest.raises(ValueError, match="mixer caches none"):
         make_model("mlp")(ids(1, 1), past_key_values=filled)
     filled = make_model("non_approximate")(ids(1, 3), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds maximum, sums, the state of another mixer"):

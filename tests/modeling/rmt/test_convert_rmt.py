@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named(weights, config):
         from_official("rmt", weights)
     with pytest.raises(ConversionError, match=r"layers\.0\.Relpos\.decay holds other values"):
         from_official("rmt", weights, config={**config, "heads_ranges": [3, 4, 6, 6]})
-    with pytest.raises(ConversionError, match="keys that rmt does not know: extra"):
+    with pytest.raises(ConversionError, match="keys that rmt does not use: extra"):
         from_official("rmt", {**weights, "extra.weight": torch.zeros(1)}, config=config)
     with pytest.raises(ConversionError, match="no official layout of RMT"):
         from_official("rmt", {"weight": torch.zeros(1)})

@@ -438,7 +438,7 @@ def test_grids_that_the_cells_do_not_divide(kind):
     model = make()
     apply_clear(model, radius=2, down_factor=4)
     run(model, make_inputs(height=8, width=4))
-    with pytest.raises(ValueError, match=r"down_factor = 4 divides, and this one is 8 x 6. .* multiples of 64 pixels"):
+    with pytest.raises(ValueError, match=r"multiples of down_factor = 4, got 8 x 6. .* multiples of 64 pixels"):
         run(model, make_inputs(height=8, width=6))
 
 
