@@ -257,9 +257,9 @@ def test_a_checkpoint_that_is_no_checkpoint(official, tmp_path, capsys):
         ("missing.json", None, "missing.json"),
         ("broken.json", "{", "broken.json cannot be read"),
         ("broken.yaml", "a: [", "broken.yaml cannot be read"),
-        ("list.json", "[1, 2]", "must hold a mapping"),
+        ("list.json", "[1, 2]", "must contain a mapping"),
         ("part.json", '{"vocab_size": 31}', "has no 'hidden_size'"),
-        ("type.json", json.dumps({**ARGUMENTS, "hidden_size": "16"}), "does not make a echo_att model"),
+        ("type.json", json.dumps({**ARGUMENTS, "hidden_size": "16"}), "No echo_att model can be built"),
         (
             "value.json",
             json.dumps({**ARGUMENTS, "shared_layers": [7]}),

@@ -112,5 +112,5 @@ def test_weights_are_returned_when_asked_for(mechanism):
 def test_flattened_batches_have_one_row(mechanism):
     tensor, lengths = torch.randn(2, 2, 5, 16), torch.tensor([0, 3, 5])
     attention = AttentionInterface._global_mapping[mechanism.name]
-    with pytest.raises(ValueError, match="this call has 2 rows"):
+    with pytest.raises(ValueError, match="this one has 2"):
         attention(SelfAttention(True), tensor, tensor, tensor, None, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)

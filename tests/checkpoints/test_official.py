@@ -134,7 +134,7 @@ def test_the_only_dictionary_of_tensors_is_taken_whatever_its_name(state):
 
 
 def test_several_dictionaries_of_tensors_are_ambiguous(state):
-    with pytest.raises(ConversionError, match=r"unclear which are the weights: generator, teacher\."):
+    with pytest.raises(ConversionError, match=r"unclear which one has the weights: generator, teacher\."):
         select_state_dict({"generator": state, "teacher": state})
     with pytest.raises(ConversionError, match="unclear which one has the weights: teacher, and its top-level entries"):
         select_state_dict({**state, "teacher": state})
@@ -151,7 +151,7 @@ def test_there_must_be_tensors(checkpoint):
 
 
 def test_what_is_neither_tensor_nor_plain_is_named(state):
-    with pytest.raises(ConversionError, match="extra, which are no tensors"):
+    with pytest.raises(ConversionError, match="extra, which are not tensors"):
         select_state_dict({**state, "extra": [1, 2]})
 
 
@@ -385,7 +385,7 @@ def test_an_index_that_makes_no_sense(state, tmp_path, content, message):
 
 def test_a_configuration_beside_the_shards_that_is_broken(state, tmp_path):
     write_shards(state, tmp_path, ".safetensors")
-    for content, message in (("{", "cannot be read"), ("[]", "must hold a mapping")):
+    for content, message in (("{", "cannot be read"), ("[]", "must contain a mapping")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConversionError, match=message):
             from_official("echo_att", tmp_path)

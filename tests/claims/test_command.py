@@ -70,4 +70,4 @@ def test_a_folder_of_something_else_is_refused(quick, tmp_path, capsys):
     (tmp_path / "clear").mkdir()
     (tmp_path / "clear" / "thesis.tex").write_text("x")
     assert main(["claim", "clear", "--output", str(tmp_path)]) == 2
-    assert "holds no run of hf_attn" in capsys.readouterr().err
+    assert "contains no run of hf_attn" in capsys.readouterr().err

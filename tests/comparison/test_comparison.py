@@ -56,7 +56,7 @@ def test_fields_and_attention_functions_go_into_the_name():
     [
         ("mamba", "Families: llama"),
         ("llama:hidden_sise=3", "has no field hidden_sise"),
-        ("llama:hidden_act", "is no field"),
+        ("llama:hidden_act", "does not set a field"),
     ],
 )
 def test_entries_that_make_no_sense(entry, message):

@@ -212,7 +212,7 @@ def test_what_is_refused(results):
         "window": "a sliding window of 8",
         "soft cap": "soft-capped logits",
         "outside": "works only inside `with sequence_parallel(model):`",
-        "unsharded": "call it as `model(**shard(batch))`",
+        "unsharded": "Call it as `model(**shard(batch))`",
         "backward": "Call `loss.backward()` inside",
         "dropout": "does not support dropout of 0.5",
         "other batch": "do not agree on length (rank 0: 37, rank 1: 38",

@@ -181,8 +181,8 @@ def test_lengths_are_read(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
     for name, content, message in (
         ("b.txt", "5 words", "one length per line"),
-        ("b.json", '{"a": 1}', "list of whole numbers"),
-        ("empty.txt", "", "holds no lengths"),
+        ("b.json", '{"a": 1}', "list of integers"),
+        ("empty.txt", "", "contains no lengths"),
         ("text", None, "no column `length` or `input_ids`, only text"),
         ("nowhere", None, "neither a file of lengths, nor"),
     ):
@@ -232,7 +232,10 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["nowhere.txt"], "nowhere.txt is neither a file of lengths"),
-            (["mid", "--hardware", "h9000"], "--hardware h9000 is none of a800, h800, h200 and no file"),
+            (
+                ["mid", "--hardware", "h9000"],
+                "--hardware h9000 is not one of a800, h800, h200, and there is no such file",
+            ),
             (["mid", "--sequences", "3"], "--sequences is for a file or a dataset"),
             (["mid", "--tokens", "99", "--capacity", "3"], "A capacity of 13 would just do"),
             (["mid", "--output", "no/such/plan.json"], "The folder no/such does not exist"),

@@ -244,6 +244,6 @@ def test_an_unknown_base_needs_heads(script, base, images, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, base, images, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="contains no run of hf_attn"):
             script.main(arguments(base, tmp_path, "--image_folder", images, "--question", "What?", *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

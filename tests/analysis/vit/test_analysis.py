@@ -97,8 +97,8 @@ def test_tables_are_written_and_nothing_is_overwritten(tmp_path):
         ({"images": torch.zeros(2, 3, 24, 16, dtype=torch.uint8)}, "must be floating-point"),
         ({"images": torch.full((2, 3, 24, 16), torch.nan)}, "hold NaN or infinity"),
         ({"images": [Image.new("RGB", (8, 8))] * 2}, "need `processor`"),
-        ({"labels": [0, 5, 1]}, "Label 5 is no class of the model, which has 5 classes"),
-        ({"labels": ["LABEL_0", "cat", "LABEL_1"]}, "Label 'cat' is no class of the model. Its classes: LABEL_0"),
+        ({"labels": [0, 5, 1]}, "Label 5 is out of range: the model has 5 classes"),
+        ({"labels": ["LABEL_0", "cat", "LABEL_1"]}, "Label 'cat' is not a class of the model. Its classes: LABEL_0"),
         ({"labels": [0, 1]}, "one class index for each of the 3 images"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"curve_points": 1}, "at least 2 \\(no head removed"),
@@ -152,7 +152,7 @@ def test_the_command_names_what_is_wrong(saved, capsys, monkeypatch):
         ([], "scripts/run_image_classification.py --model_type vit"),
         (["model", "--images", "nowhere"], "nowhere is not a folder of images"),
         (["model", "--images", "model"], "model has no images"),
-        (["model", "--images", "images"], "does not have the name of a class"),
+        (["model", "--images", "images"], "is not named after a class"),
     ):
         assert main(["analyze-vit", *arguments, "--output", "report"]) == 2
         assert message in capsys.readouterr().err
