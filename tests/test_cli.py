@@ -263,7 +263,7 @@ def test_a_checkpoint_that_is_no_checkpoint(official, tmp_path, capsys):
         (
             "value.json",
             json.dumps({**ARGUMENTS, "shared_layers": [7]}),
-            "shared_layers must be layers between 1 and 2",
+            "shared_layers must contain layers between 1 and 2",
         ),
     ],
 )

@@ -368,9 +368,9 @@ def test_a_shard_that_runs_code_is_refused_and_not_run(state, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no index of a sharded checkpoint"),
-        ("[]", "is no index of a sharded checkpoint"),
-        ('{"weight_map": {"lm_head.weight": 1}}', "is no index of a sharded checkpoint"),
+        ("{", "is not an index of a sharded checkpoint"),
+        ("[]", "is not an index of a sharded checkpoint"),
+        ('{"weight_map": {"lm_head.weight": 1}}', "is not an index of a sharded checkpoint"),
         ('{"weight_map": {"lm_head.weight": "../part-1.safetensors"}}', r"not in its folder: \.\./part-1"),
         ('{"weight_map": {"lm_head.weight": "model.safetensors.index.json"}}', r"index\.json cannot be read"),
         ('{"weight_map": {"surprise": "part-1.safetensors"}}', r"surprise is in part-1\.safetensors, but it is not"),

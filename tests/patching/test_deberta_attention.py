@@ -388,7 +388,7 @@ def test_buckets_of_the_published_models():
 
 
 def test_no_deberta():
-    with pytest.raises(ValueError, match="BertModel is no DeBERTa"):
+    with pytest.raises(ValueError, match="BertModel is not a DeBERTa"):
         apply_fast_attention(
             BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
         )

@@ -33,7 +33,7 @@ def test_the_model_of_a_pipeline_is_in_eval_mode(pipe, pixels):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "2"])
 def test_a_batch_has_at_least_one_tile(pipe, pixels, batch_size):
-    with pytest.raises(ValueError, match="batch_size is a number of tiles, at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a number of tiles, at least 1"):
         pipe(pixels, batch_size=batch_size)
 
 

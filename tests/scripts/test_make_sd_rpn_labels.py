@@ -193,7 +193,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
     labelled = script.main([*command, *good])
     assert labelled[0]["answer"] == "That."
     assert np.array(labelled[0]["roi_labels"]).sum(1).tolist() == [0] * 3 + [24] + [0] * 20
-    with pytest.raises(SystemExit, match=r"bad\.pkl is not read: it asks for builtins\.print"):
+    with pytest.raises(SystemExit, match=r"bad\.pkl cannot be read: it refers to builtins\.print"):
         script.main([*command, "--official_file", str(tmp_path / "bad.pkl"), "--output_dir", str(tmp_path / "bad")])
 
 

@@ -88,7 +88,6 @@ def read_images(folder: str | Path, limit: int, class_names: Sequence[str]) -> t
         except OSError as error:
             raise ValueError(f"{files[index]} cannot be read as an image: {error}.") from error
 
-
     return images, None if labels is None else [labels[index] for index in chosen]
 
 

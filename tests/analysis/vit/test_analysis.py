@@ -95,7 +95,7 @@ def test_tables_are_written_and_nothing_is_overwritten(tmp_path):
         ({"images": torch.zeros(1, 3, 24, 16)}, "pass at least 2, got 1"),
         ({"images": torch.zeros(0, 3, 24, 16)}, "pass at least 2, got 0"),
         ({"images": torch.zeros(2, 3, 24, 16, dtype=torch.uint8)}, "must be floating-point"),
-        ({"images": torch.full((2, 3, 24, 16), torch.nan)}, "hold NaN or infinity"),
+        ({"images": torch.full((2, 3, 24, 16), torch.nan)}, "contain NaN or infinity"),
         ({"images": [Image.new("RGB", (8, 8))] * 2}, "need `processor`"),
         ({"labels": [0, 5, 1]}, "Label 5 is out of range: the model has 5 classes"),
         ({"labels": ["LABEL_0", "cat", "LABEL_1"]}, "Label 'cat' is not a class of the model. Its classes: LABEL_0"),

@@ -407,7 +407,7 @@ def test_checkpoints_that_do_not_fit():
         ({"num_heads": [5, 3]}, r"embed_dim \(12\) must be a multiple of num_heads, got 5"),
         ({"num_heads": [2]}, "one entry for each residual group"),
         ({"depths": [], "num_heads": []}, "one entry for each residual group"),
-        ({"window_size": 7}, "overlap_ratio=0.5 widens windows of 7 by 3; the widening must be an even number"),
+        ({"window_size": 7}, "overlap_ratio=0.5 enlarges windows of 7 by 3 pixels, which must be an even number"),
         ({"squeeze_factor": 30}, r"squeeze_factor must be at most embed_dim \(12\), got 30"),
     ],
 )

@@ -105,5 +105,5 @@ def test_configuration_has_to_agree():
     weights = timm.models.shvit.SHViT(num_classes=5, **TINY).state_dict()
     with pytest.raises(ConversionError, match=r"depth=\[1, 1, 2\], but the configuration says \[1, 1, 1\]"):
         from_official("shvit", weights, config={"depth": [1, 1, 1]})
-    with pytest.raises(ConversionError, match="no SHViT checkpoint"):
+    with pytest.raises(ConversionError, match="not an SHViT checkpoint"):
         from_official("shvit", {"weight": torch.zeros(1)})

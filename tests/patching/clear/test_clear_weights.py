@@ -253,7 +253,7 @@ def test_contradictions(tmp_path):
     with pytest.raises(ValueError, match="trained with down_factor = 4, and down_factor = 1 is asked for"):
         load_clear_weights(tiny_flux(), path, down_factor=1)
     renamed = path.rename(tmp_path / "clear_local_2.safetensors")
-    with pytest.raises(ValueError, match="has down factor 1 .* its spatial weights have down factor 4"):
+    with pytest.raises(ValueError, match=r"has down factor 1 .* its spatial weights have down factor 4"):
         load_clear_weights(tiny_flux(), renamed)
     with pytest.raises(FileNotFoundError, match="no CLEAR weights at 'nowhere'"):
         load_clear_weights(tiny_flux(), "nowhere")
