@@ -87,7 +87,12 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, destination: Destination | None = None, *args, **kwargs
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        destination: Destination | None = None,
+        *args,
+        **kwargs,
     ) -> tuple[BlockStore, BlockStore]:
         """Store new tokens.
 
