@@ -95,8 +95,10 @@ def _plot_losses(results: list[dict], path: Path) -> None:
     entries = list(dict.fromkeys(result["entry"] for result in results if "losses" in result))
     for number, entry in enumerate(entries):
         for seed, run in enumerate(run for run in results if run["entry"] == entry and "losses" in run):
+            # ten colours: the next entries take them again with another line
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
             label = entry if seed == 0 else None
-            axes.plot(_smoothed(run["losses"]), color=f"C{number % 10}", label=label, linewidth=1.2)
+            axes.plot(_smoothed(run["losses"]), **style, label=label, linewidth=1.2)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (text and synthetic tasks)")
     axes.legend(fontsize=8)
