@@ -70,7 +70,7 @@ def test_one_process_trains_and_goes_on(script, base, dataset, tmp_path, capsys,
     assert json.loads((output / "report.json").read_text()) == results
     start, trained = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, output))
     assert any(not start[key].equal(weight) for key, weight in trained.items())
-    with pytest.raises(SystemExit, match=r"holds an earlier run\. `--resume_from_checkpoint last` continues it"):
+    with pytest.raises(SystemExit, match=r"contains an earlier run\. `--resume_from_checkpoint last` continues it"):
         script.main([*run, "--max_steps", "3"])
     script.main([*run, "--max_steps", "3", "--resume_from_checkpoint", "last", "--report", "false"])
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 3

@@ -201,7 +201,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
     ("broken", "message"),
     [
         ("single", r"fewer than 2 images none can be held out: y \(1\)"),
-        ("cut", r"x/0\.jpg cannot be read: it is corrupt or cut off"),
+        ("cut", r"x/0\.jpg cannot be read: it is corrupt or truncated"),
         ("few", "there are 16 images to train on, fewer than a batch of 32"),
     ],
 )
@@ -253,7 +253,7 @@ def test_the_default_model_of_analyze_vit_is_a_plain_vit(script, monkeypatch, tm
 def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON, *more])
 
 
