@@ -48,7 +48,7 @@ def arguments(name, base, dataset, output):
     own = {"train_long_context": ["--block_size", "64"], "train_zeppelin": ["--max_length", "90"]}[name]
     return [
         *("--model_name_or_path", str(base), "--dataset_name", str(dataset), "--output_dir", str(output), *own),
-        *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_steps", "2"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--save_steps", "2"),
         *("--learning_rate", "0.01"),
     ]
 
