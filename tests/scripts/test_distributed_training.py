@@ -120,7 +120,7 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
         ("train_long_context", ["--block_size", "999999"], "is more than the"),
         ("train_zeppelin", ["--max_length", "1"], "too short to predict anything"),
         ("train_zeppelin", ["--num_nodes", "3"], "1 ranks cannot be distributed evenly over 3 nodes"),
-        ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take 5. A capacity of"),
+        ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take at most 5. A capacity of"),
     ],
 )
 def test_what_does_not_fit_is_told(name, more, message, base, dataset, tmp_path, monkeypatch):
