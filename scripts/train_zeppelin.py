@@ -44,7 +44,7 @@ stop = partial(command_line.stop, NAME)
 class ZeppelinArguments(DecoderArguments):
     """What to train, on what, and where."""
 
-    max_length: int = field(default=2048, metadata={"help": "Longer documents are split into pieces of this length."})
+    max_length: int = field(default=1024, metadata={"help": "Longer documents are split into pieces of this length."})
     num_nodes: int = field(
         default=1, metadata={"help": "Number of nodes; each must have the same number of processes."}
     )

@@ -241,7 +241,19 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
 
 
 @dataclass
-class RunArguments(TrainingArguments):
+class MachineArguments(TrainingArguments):
+    """`TrainingArguments` for the devices that there are.
+
+    Without an accelerator and without `use_cpu`, each of several processes would train a model of its own.
+    """
+
+    def __post_init__(self):
+        self.use_cpu |= not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+@dataclass
+class RunArguments(MachineArguments):
     """`TrainingArguments` of a script whose interrupted runs can be resumed."""
 
     overwrite_output_dir: bool = field(

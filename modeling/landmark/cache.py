@@ -87,14 +87,27 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, destination: Destination, *args, **kwargs
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        destination: Destination | None = None,
+        *args,
+        **kwargs,
     ) -> tuple[BlockStore, BlockStore]:
         """Store new tokens.
 
         Args:
             key_states, value_states: `(batch, kv_heads, length, head_dim)`, keys rotated for their offsets.
             destination: destination of each token.
+
+        Raises:
+            ValueError: if there is none: the model is no landmark model.
         """
+        if not isinstance(destination, Destination):
+            raise ValueError(
+                "A LandmarkCache is for landmark models, which say which tokens are landmarks. Use the model's own cache, or "
+                "transformers' DynamicCache."
+            )
         block = self.cache.block_size
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_every_causal_family_makes_a_model_of_the_shape():
     for entry in default_entries():
         model = make_model(entry, SHAPE)
         assert model.config.vocab_size == 200 and model.config.num_hidden_layers == 4, entry
+
+
+@pytest.mark.parametrize("entry", default_entries())
+def test_every_model_begins_near_the_loss_of_a_uniform_guess(entry):
+    torch.manual_seed(0)
+    input_ids = torch.randint(SHAPE.vocab_size - 1, (4, 64))
+    loss = make_model(entry, SHAPE)(input_ids=input_ids, labels=input_ids).loss
+    assert loss < 1.25 * math.log(SHAPE.vocab_size)
 
 
 def test_a_family_takes_part_with_its_mechanism():

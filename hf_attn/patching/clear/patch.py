@@ -21,6 +21,7 @@ attention adds one of zeros and ones to the logits.
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -159,12 +160,6 @@ def _of_zeros_and_ones(mask: torch.Tensor) -> torch.Tensor:
 def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the transformer: put the grid of this call into ``joint_attention_kwargs``."""
     architecture = _architecture(transformer)
-    is_chroma = isinstance(transformer, diffusers.ChromaTransformer2DModel)
-    if is_chroma and transformer.gradient_checkpointing and torch.is_grad_enabled():
-        raise ValueError(
-            "diffusers' Chroma drops joint_attention_kwargs under gradient checkpointing, and with them the grid that CLEAR needs. "
-            "Call `disable_gradient_checkpointing()`, or call it under `torch.no_grad()`."
-        )
     arguments = dict(zip(architecture.arguments, args, strict=False)) | kwargs
     attention_kwargs = dict(arguments.get("joint_attention_kwargs") or {})
     if "ip_adapter_image_embeds" in attention_kwargs or "ip_hidden_states" in attention_kwargs:
@@ -193,7 +188,34 @@ def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
         text_length = arguments["encoder_hidden_states"].shape[1]
         text_mask = _text_mask(mask, text_length, image_length, architecture.image_first)
     attention_kwargs["clear_context"] = ClearContext(grid, text_mask)
+    if isinstance(transformer, diffusers.ChromaTransformer2DModel) and transformer.gradient_checkpointing:
+        _checkpoint_with_context(transformer, attention_kwargs, arguments.get("attention_mask"))
     return (), arguments | {"joint_attention_kwargs": attention_kwargs}
+
+
+def _checkpoint_with_context(
+    transformer: nn.Module, attention_kwargs: dict, attention_mask: torch.Tensor | None
+) -> None:
+    """Hand down, for this call, what diffusers' Chroma leaves out where it checkpoints its blocks.
+
+    That are the `joint_attention_kwargs` of all blocks, and the `attention_mask` of those with one stream.
+    """
+    checkpoint = transformer._gradient_checkpointing_func
+    # `scale` is for LoRA, and read before the blocks are called.
+    attention_kwargs = {name: value for name, value in attention_kwargs.items() if name != "scale"}
+
+    def checkpoint_block(block: nn.Module, *args: torch.Tensor | None):
+        missing = {"joint_attention_kwargs": attention_kwargs}
+        if block in set(transformer.single_transformer_blocks):
+            missing["attention_mask"] = attention_mask
+        return checkpoint(partial(block, **missing), *args)
+
+    def restore(*_) -> None:
+        transformer._gradient_checkpointing_func = checkpoint
+        handle.remove()
+
+    transformer._gradient_checkpointing_func = checkpoint_block
+    handle = transformer.register_forward_hook(restore, always_call=True)
 
 
 def _expect_clear(attn: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -375,6 +375,14 @@ def test_bad_inputs():
     logits(other, ids(1, 3), past_key_values=filled)
     with pytest.raises(ValueError, match="mixer caches none"):
         make_model("mlp")(ids(1, 1), past_key_values=filled)
+    with pytest.raises(ValueError, match="keys and values of 3 tokens in a layer whose attention map is"):
+        make_model("rnd_emb_qk")(ids(1, 1), past_key_values=filled)
+    for kind, other in (("standard", "mlp"), ("standard", "rnd_emb_qk"), ("rnd_emb_qk", "mlp")):
+        filled = make_model(other)(ids(1, 3), use_cache=True).past_key_values
+        with pytest.raises(
+            ValueError, match=r"Layer 0 of the cache was made for a mixer that keeps a S.* Start with a cache of"
+        ):
+            make_model(kind)(ids(1, 1), past_key_values=filled)
     filled = make_model("non_approximate")(ids(1, 3), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds maximum, sums, the state of another mixer"):
         make_model("taylor_joint")(ids(1, 1), past_key_values=filled)
