@@ -195,11 +195,11 @@ def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatc
 
     tokenizer = run_clm.train_tokenizer(documents["train"]["text"], 300)
     blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
-    held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
+    held_out = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
     if with_validation:
-        assert held_back.startswith("validation 0 validation 0")
+        assert held_out.startswith("validation 0 validation 0")
     else:
-        assert "train 19 train 19" in held_back
+        assert "train 19 train 19" in held_out
         total = len(blocks["train"]) + len(blocks["validation"])
         assert len(blocks["validation"]) == math.ceil(total * 0.25)
 
