@@ -1,7 +1,6 @@
 """The documentation is true: its code runs as it is printed, its table is the catalogue's, its commands exist."""
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from hf_attn.catalog import OWN_AUTO_CLASSES, PAPERS, find_family
 from tests.batteries.families import tiny_model
 from tests.batteries.fork_server import ForkServer
 from tests.batteries.hub_server import HubServer
+from tests.batteries.scripts import loaded_script
 from tests.modeling.sd_rpn.tiny import tiny_base, tiny_processor
 
 
@@ -45,10 +45,8 @@ PAGES_WITH_CODE = [name for name, text in PAGES.items() if code_blocks(text, "py
 
 @pytest.fixture
 def docs_script():
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("make_docs") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", [*PAGES, *map(str, sorted((ROOT / "model_cards").glob("*.md")))])

@@ -1,12 +1,10 @@
 """scripts/distill_clear.py on its tiny FLUX."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,10 @@ from safetensors.torch import load_file
 from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
 from hf_attn.patching.clear.example import tiny_flux_pipeline
 from hf_attn.patching.clear.weights import load_clear_weights
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"
+SCRIPT = SCRIPTS / "distill_clear.py"
 SMALL = [
     "--num_samples",
     "10",
@@ -43,11 +42,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("distill_clear", SCRIPT)
-    # dataclasses look their module up
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("distill_clear") as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,9 @@
 With a learning rate of zero what is measured is the same model, however many processes have trained it.
 """
 
-import importlib.util
 import json
 import numbers
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 
 from hf_attn import GMANConfig, GMANForPrediction
+from tests.batteries.scripts import loaded_script
 from tests.batteries.text import byte_tokenizer, llama
 from tests.distributed.processes import free_port, in_processes, set_launcher_variables
 
@@ -27,7 +26,6 @@ pytest.importorskip("peft")
 pytest.importorskip("torchvision")
 pytest.importorskip("diffusers")
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PROCESSES = 2
 COMMON = "--report_to none --disable_tqdm true --seed 3 "
 STILL = (
@@ -106,14 +104,8 @@ def numbers_of(result, name: str = "") -> dict[str, float]:
 
 def run(name: str, data: str, output: Path) -> dict[str, float] | str:
     """What a script measures, or what it ends with."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    arguments = ["--output_dir", str(output), *CASES[name].format(data=data).split()]
-    with pytest.MonkeyPatch.context() as patch:
-        # Other tests have imported the scripts as well.
-        patch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        result = module.main(arguments)
+    with loaded_script(name) as module:
+        result = module.main(["--output_dir", str(output), *CASES[name].format(data=data).split()])
     if name == "run_deberta":
         # Each process masks at random.
         del result["pretraining"]

@@ -1,6 +1,5 @@
 """The training script of the causal language models: it learns, resumes, saves, pushes and refuses."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,24 +17,20 @@ from hf_attn.catalog import families
 from hf_attn.patching.sigma_reparam import SigmaReparamLinear
 from tests.batteries.families import tiny_config
 from tests.batteries.hub_server import HubServer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
 pytest.importorskip("datasets")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_clm.py"
+SCRIPT = SCRIPTS / "run_clm.py"
 CAUSAL = [family.model_type for family in families() if "AutoModelForCausalLM" in family.models]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def run_clm():
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_clm"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_clm"]
+    with loaded_script("run_clm") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The training script of the image classifiers: it learns, mixes, reads folders, continues and refuses."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -25,13 +24,14 @@ from hf_attn.analysis.vit import ViTLayout
 from hf_attn.catalog import families
 from hf_attn.cli.analyze_vit import TRAIN_DEFAULT
 from tests.batteries.families import tiny_config
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("torchvision")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_image_classification.py"
+SCRIPT = SCRIPTS / "run_image_classification.py"
 IMAGE = [family.model_type for family in families() if "AutoModelForImageClassification" in family.models]
 COMMON = ("--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true")
 TINY = {
@@ -42,13 +42,8 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_image_classification"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_image_classification"]
+    with loaded_script("run_image_classification") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

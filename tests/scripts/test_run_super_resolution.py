@@ -1,8 +1,6 @@
 """The training script of the super-resolution models: it learns, resumes, changes scale and refuses."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +12,16 @@ from transformers import AutoModelForImageToImage
 
 from hf_attn.restoration.pairs import low_resolution
 from hf_attn.restoration.resize import crop_to_multiple
+from tests.batteries.scripts import loaded_script
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_super_resolution.py"
 TINY = ["embed_dim=8", "depths=[1]", "num_heads=[2]", "window_size=4", "compress_ratio=2", "squeeze_factor=2"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_super_resolution", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_super_resolution"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_super_resolution"]
+    with loaded_script("run_super_resolution") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

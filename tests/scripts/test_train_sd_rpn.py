@@ -1,6 +1,5 @@
 """scripts/train_sd_rpn.py: its default task, data sets of labels, resuming, several processes, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,22 +16,19 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
 from hf_attn.modeling.sd_rpn.training import SdRpnTrainer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.modeling.sd_rpn.tiny import BRANCH, GRID, picture, tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train_sd_rpn.py"
+SCRIPT = SCRIPTS / "train_sd_rpn.py"
 QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("train_sd_rpn", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("train_sd_rpn") as module:
+        yield module
 
 
 def planted(output, *more) -> list[str]:

@@ -22,33 +22,20 @@ from transformers import (
     QuantizedCache,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     StaticCache,
-    set_seed,
 )
 
 from hf_attn.analysis import AttentionSimilarity
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM, evenly_shared_layers
+from tests.batteries import bases
 from tests.batteries.adapters import CAN_ADD_ADAPTERS
 
 
-VOCAB = 40
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-}
+SIZES = {**bases.SIZES, "num_hidden_layers": 6, "max_position_embeddings": 64}
+VOCAB = SIZES["vocab_size"]
 BASES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama_with_biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama_tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    **bases.BASES,
     "llama3_rope": (
         LlamaForCausalLM,
         LlamaConfig,
@@ -65,13 +52,11 @@ BASES = {
     ),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4, "head_dim": 16}),
     "mistral_full": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen2_mixed": (
         Qwen2ForCausalLM,
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
     ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
 TINY_LLAMA = {
     "vocab_size": 32000,
@@ -84,14 +69,7 @@ TINY_LLAMA = {
 
 
 def make_base(name: str = "llama", **overrides):
-    set_seed(0)
-    model_class, config_class, special = BASES[name]
-    model = model_class(config_class(**{**SIZES, **special, **overrides})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-    return model
+    return bases.base_model(*BASES[name], **{**SIZES, **overrides})
 
 
 def make_student(name: str = "llama", shared_layers=(2, 3, 5), **overrides):
