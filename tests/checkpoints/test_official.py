@@ -1,4 +1,4 @@
-"""Conversion of official checkpoints: nothing left over, nothing unfilled, nothing run, and files as they come."""
+"""Conversion of official checkpoints: all tensors are used, all parameters are set, no code is run, all file layouts."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_averaged_weights_are_preferred(state):
     assert_holds(convert({"params": raw, "params_ema": state}), state)
 
 
-def test_the_only_dictionary_of_tensors_is_taken_whatever_its_name(state):
+def test_the_only_dictionary_of_tensors_is_used_under_any_name(state):
     assert_holds(convert({"net": state, "args": {"lr": 0.1}, "step": 7}), state)
 
 
@@ -224,7 +224,7 @@ def test_an_unknown_paper_and_a_paper_without_converter(state):
         from_official(without, state)
 
 
-# --- files that are broken, or that want more than to be read ------------------------------------------------------
+# --- files that are broken, or that contain code ------------------------------------------------------
 
 
 class Attack:
@@ -367,8 +367,8 @@ def test_a_configuration_beside_the_shards_that_is_broken(state, tmp_path):
     assert_holds(convert(tmp_path), state)
 
 
-def test_a_tensor_is_read_when_it_is_asked_for(state, tmp_path):
-    """The other file need not even be there."""
+def test_a_tensor_is_read_on_access(state, tmp_path):
+    """The other file need not exist."""
     index = write_shards(state, tmp_path, ".safetensors")
     (tmp_path / "part-2.safetensors").unlink()
     tensors = open_checkpoint(index)

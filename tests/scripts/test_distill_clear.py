@@ -48,7 +48,7 @@ def script():
 
 @pytest.fixture(autouse=True)
 def without_process_group():
-    """Accelerate keeps its state for the whole process."""
+    """Reset Accelerate's state, which is global to the process."""
     yield
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -134,7 +134,7 @@ def test_only_what_the_paper_trains_changes(script, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
-    # AdamW makes steps of the learning rate of any gradient, of rounding too.
+    # AdamW takes steps of the size of the learning rate for any gradient, even for rounding error.
     options = ["--max_steps", "2", "--checkpoint_steps", "2", "--learning_rate", "1e-4"]
     run(script, tmp_path / "one", "--batch_size", 6, *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]

@@ -1,6 +1,6 @@
-"""Every script that evaluates, in two processes with data that do not divide by two: the numbers are those of one process.
+"""Every script with an evaluation, in two processes with an odd amount of data: the metrics are those of one process.
 
-With a learning rate of zero what is measured is the same model, however many processes have trained it.
+With a learning rate of zero, the evaluated model does not depend on the number of processes that trained it.
 """
 
 import json
@@ -77,7 +77,7 @@ def make_data(folder: Path) -> None:
     (folder / "pairs").mkdir()
     rows = [{"query": 2 * letter, "positive": letter.upper()} for letter in "abcdefghijklmnopqrs"]
     (folder / "pairs" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    # 193 times give 33 windows to test
+    # 193 time steps give 33 test windows
     index = pd.date_range("2012-03-01", periods=193, freq="15min")
     pd.DataFrame(rng.uniform(20, 70, (193, 4)), index, list("abcd")).to_hdf(folder / "speed.h5", key="df")
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def make_data(folder: Path) -> None:
 
 
 def numbers_of(result, name: str = "") -> dict[str, float]:
-    """The measures in what a script returns, without times and without the epoch, which counts the batches of a process."""
+    """The metrics in the return value of a script, without times and without the epoch, which counts batches per process."""
     if isinstance(result, dict):
         return {key: value for part in result for key, value in numbers_of(result[part], f"{name}/{part}").items()}
     timed = any(word in name for word in ("time", "second", "ms", "memory", "epoch"))
@@ -103,7 +103,7 @@ def numbers_of(result, name: str = "") -> dict[str, float]:
 
 
 def run(name: str, data: str, output: Path) -> dict[str, float] | str:
-    """What a script measures, or what it ends with."""
+    """The metrics of a script, or the message with which it ends."""
     with loaded_script(name) as module:
         result = module.main(["--output_dir", str(output), *CASES[name].format(data=data).split()])
     if name == "run_deberta":

@@ -45,5 +45,5 @@ def test_the_orders_of_the_paper_at_the_small_size(script, tmp_path):
     assert error("corr p=3 q=1", "BRFA", 1024) < error("corr p=3 q=1", "RFA", 1024)
     for samples in (64, 256, 1024):
         assert error("key p=1", "RFA", samples) < error("key p=1", "BRFA", samples)
-    # Two powers are out of reach for the network at these numbers of samples; the card has 1.25 and 1.01.
+    # The network cannot learn two of the powers from these numbers of samples; the paper has 1.25 and 1.01.
     assert error("key p=2", "RFMLP", 256) > 1 and error("key p=2", "RFMLP", 1024) > 0.95

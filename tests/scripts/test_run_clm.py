@@ -35,7 +35,7 @@ def run_clm():
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    """Words in a fixed order: easy to predict for a model that looks back, and only for that."""
+    """Words in a fixed order: easy to predict for a model that uses the context, but not without it."""
     path = tmp_path_factory.mktemp("text") / "numbers.txt"
     path.write_text("one two three four five six seven " * 700, encoding="utf-8")
     return path
@@ -121,7 +121,7 @@ def test_published_variants_and_configuration_files_are_understood(run_clm, tmp_
     again = run_clm.make_config(model_args, data_args, tokenizer)
     assert (type(again), again.hidden_size, again.num_hidden_layers) == (type(config), 384, 3)
 
-    # A model from scratch is trained on sequences of this length, which is what its bias stands for.
+    # A model from scratch is trained on sequences of this length, from which its bias is derived.
     model_args = run_clm.ModelArguments(model_type="sigmoid_attention")
     assert run_clm.make_config(model_args, data_args, tokenizer).sigmoid_bias == -math.log(64)
     model_args = run_clm.ModelArguments(model_type="echo_att", config_overrides=["shared_layers=[2,3]"])

@@ -17,14 +17,14 @@ pytest.importorskip("peft")
 
 @pytest.fixture(scope="module")
 def main():
-    """The script's function, called in this process with anything as arguments."""
+    """The main function of the script, called in this process with arguments of any type."""
     with loaded_script("run_embedding") as module:
         yield lambda *arguments: module.main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list:
-    """A tiny base, and words whose positive is the word in capitals."""
+    """A tiny base, and words whose positive is the word in capital letters."""
     folder = tmp_path_factory.mktemp("embedding")
     llama(num_hidden_layers=2).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")

@@ -72,7 +72,7 @@ def test_learns_the_digits(script, tmp_path):
     metrics = script.main(arguments(tmp_path / "out", "--num_train_epochs", 8, "--augmentation", "none"))
     assert metrics["eval_accuracy"] > 0.8
     assert metrics["eval_accuracy_top5"] >= metrics["eval_accuracy"]
-    # all of the 360 images, which are no whole number of batches
+    # all 360 images, which are not a multiple of the batch size
     hits = metrics["eval_accuracy"] * 360
     assert hits == pytest.approx(round(hits), abs=1e-6)
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
@@ -170,7 +170,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
         "--num_machines",
         "1",
     ]
-    # 15 images to evaluate on: the last batches of the two processes are uneven.
+    # 15 evaluation images: the last batches of the two processes have different sizes.
     options = ["--dataset_name", image_folder, "--max_steps", 2, "--per_device_train_batch_size", 8]
     options += ["--max_eval_samples", 15, "--per_device_eval_batch_size", 4]
     command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
@@ -200,7 +200,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
         ("few", "there are 16 training images, fewer than one batch of 32"),
     ],
 )
-def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypatch, broken, message):
+def test_unusable_images_are_named(script, tmp_path, monkeypatch, broken, message):
     monkeypatch.setattr(script.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     for name, count in {"x": 10, "y": 1 if broken == "single" else 10}.items():

@@ -88,7 +88,7 @@ def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
     [
         (["--variant", "huge"], "--variant huge is not one of byte_imdb_4x4"),
         (["--attention_type", "reformer"], "--attention_type reformer is not one of softmax"),
-        (["--num_layers", "3"], "8 heads cannot be spread evenly over num_layers=3"),
+        (["--num_layers", "3"], "8 heads cannot be distributed evenly over num_layers=3"),
         (["--model_name_or_path", "x", "--num_layers", "1"], "cannot be used with the weights"),
         (["--push_to_hub"], "needs a single model"),
         (["--validation_split_percentage", "0"], "--validation_split_percentage=0 is out of range"),

@@ -66,7 +66,7 @@ def weights(folder):
     return load_file(folder / "rpn" / "model.safetensors")
 
 
-def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path, capsys):
+def test_the_default_task_ends_in_a_base_a_network_and_overlays(script, tmp_path, capsys):
     metrics = script.main(planted(tmp_path / "out"))
     output = capsys.readouterr().out
     assert "8 images to train on, 4 held out" in output
@@ -75,9 +75,9 @@ def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path
         assert f"\n{name} " in output
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
     assert metrics["target_mean_iou"] > 0.6
-    pictures = sorted((tmp_path / "out" / "overlays").iterdir())
-    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
-    assert Image.open(pictures[0]).size[1] > 200
+    overlays = sorted((tmp_path / "out" / "overlays").iterdir())
+    assert [overlay.name for overlay in overlays] == ["00.png", "01.png"]
+    assert Image.open(overlays[0]).size[1] > 200
 
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "base")
     processor = AutoProcessor.from_pretrained(tmp_path / "out" / "base")

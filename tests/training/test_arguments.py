@@ -1,4 +1,4 @@
-"""Command lines of the scripts: each mistake is one line that says what to write instead."""
+"""Command lines of the scripts: each mistake gives one line that says what to write instead."""
 
 import json
 import logging
@@ -130,7 +130,7 @@ def test_an_interruption_and_a_fault_of_ours_keep_their_kind():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_script_has_these_manners(name, capsys, tmp_path):
+def test_every_script_reports_mistakes_alike(name, capsys, tmp_path):
     # Loaded under another name, because other tests load the scripts as well.
     with loaded_script(name, f"manners_{name}") as module:
         assert Path(module.NAME).stem == name
@@ -144,6 +144,6 @@ def test_every_script_has_these_manners(name, capsys, tmp_path):
         assert stopped.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "an earlier run" in text
-        # One name for the model that somebody starts from.
+        # The argument for the base model has only one name.
         assert "--base" not in text
         assert "--teacher " not in text

@@ -1,4 +1,4 @@
-"""The EchoAtt family: the facts of its paper, its bases, decoding, training, saving."""
+"""The EchoAtt family: properties from the paper, bases, decoding, training, saving."""
 
 import json
 import subprocess
@@ -80,7 +80,7 @@ def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- facts of the paper ----------------------------------------------------------------------------------------------
+# --- properties from the paper ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_every_shared_layer_trains_the_queries_and_keys_of_its_source(implementa
     gradients = []
     for own_values in (True, False):
         student.zero_grad()
-        # Without the values of the source its projections are trained through layer 5 only.
+        # Without the values of the source, its projections are trained only through layer 5.
         with torch.no_grad():
             if not own_values:
                 student.model.layers[4].self_attn.o_proj.weight.zero_()
@@ -290,7 +290,7 @@ def test_a_quantised_cache_keeps_values_of_shared_layers():
 
 
 def test_a_filled_cache_gives_shared_layers_its_values():
-    """As prefix tuning does: keys and values for all layers. Those keys of a shared layer have no part in anything."""
+    """As in prefix tuning: keys and values for all layers. The keys of shared layers are not used."""
     student, ids = make_student(), random_ids(2, 9)
     with torch.no_grad():
         prefix = student(ids[:, :4], use_cache=True).past_key_values

@@ -27,7 +27,7 @@ def make_base(name: str = "llama", **overrides):
 def make_model(name: str = "llama", **overrides) -> LandmarkForCausalLM:
     overrides = {"mem_freq": FREQ, "train_context_length": 40, **overrides}
     model = LandmarkForCausalLM.from_base(make_base(name), **overrides)
-    # The mean of random rows is almost nothing, and landmarks would all be alike.
+    # The mean of random rows is close to zero, so all landmarks would be nearly equal.
     set_seed(1)
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCAB].normal_()
