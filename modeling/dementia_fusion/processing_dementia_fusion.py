@@ -88,7 +88,7 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         """Make images.
 
         Args:
-            raw_speech: a recording, see :func:`hf_attn.modeling.dementia_fusion.audio.read_speech`, or a list of them. A list of
+            raw_speech: a recording, see [`hf_attn.modeling.dementia_fusion.audio.read_speech`], or a list of them. A list of
                 numbers is a recording.
             sampling_rate: sampling rate of arrays, which do not say it.
             return_tensors: only `"pt"`.

@@ -99,7 +99,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
     """Align the rows to equal time steps; steps without a row become missing values (NaN).
 
     Args:
-        table: as of :func:`read_table`.
+        table: as of [`read_table`].
         steps_per_day: time steps of a day.
         time_zone: zone of timestamps that do not say theirs, such as "America/Los_Angeles". With a zone an hour that
             daylight saving skips is not a gap, and one that it repeats is not a repetition.
@@ -178,7 +178,7 @@ class TrafficWindows(torch.utils.data.Dataset):
     """All windows of history and future steps in a table on a regular grid, as inputs of GMAN.
 
     Args:
-        table: as of :func:`regular_grid`.
+        table: as of [`regular_grid`].
         steps_per_day: time steps of a day.
         context_length: history steps.
         prediction_length: future steps.

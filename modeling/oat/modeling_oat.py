@@ -84,7 +84,7 @@ class OATObjectEncoder(nn.Module):
 class OATPositionCode(nn.Module):
     """Row, column and flag as half a token: `concat(W[row], W[column], W[flag])`, cut to `hidden_size / 2`.
 
-    `W` is a fixed table, see :mod:`hf_attn.modeling.oat.position_table`.
+    `W` is a fixed table, see [`hf_attn.modeling.oat.position_table`].
     """
 
     def __init__(self, config: OATConfig):

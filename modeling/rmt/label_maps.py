@@ -108,7 +108,7 @@ class TokenTargets:
         """Args:
             label_map: the map; it is read from the file beside the image if there is none.
             path: of the image, if it has one.
-            part, mirrored: what the training image shows, see :func:`label_targets`.
+            part, mirrored: what the training image shows, see [`label_targets`].
 
         Returns:
             `(num_labels, 1 + positions)`.

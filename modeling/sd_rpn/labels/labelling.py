@@ -50,7 +50,7 @@ def label_images(
         max_new_tokens: longest answer.
 
     Returns:
-        For each image a row of :func:`~hf_attn.modeling.sd_rpn.labels.dataset.label_features`, or `None` if the answer is a
+        For each image a row of [`~hf_attn.modeling.sd_rpn.labels.dataset.label_features`], or `None` if the answer is a
         single token, which has no attention.
     """
     inputs = labelling_inputs(processor, model.config, images, asked or questions)
