@@ -57,7 +57,7 @@ _HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-#: an example for a task that is no task of the Hub
+#: an example for a task that the Hub does not have
 _OTHER_TASK = re.compile(rf'pipeline\("({"|".join(task.name for task in TASKS)})"')
 
 #: fields of a configuration that say little about the model; the labels of a classifier can be thousands

@@ -100,7 +100,7 @@ def path_scores(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if the model has no paths, if the dataset is empty or has no labels, or if a label is no class.
+        ValueError: if the model has no paths, if the dataset is empty or has no labels, or if a label is not a class.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

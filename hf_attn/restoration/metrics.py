@@ -45,7 +45,7 @@ def ssim(
 ) -> float:
     """Structural similarity: 11x11 Gaussian windows (sigma 1.5) inside the image, mean over pixels and channels.
 
-    Arguments and errors as for [`psnr`]; the images must have 11 pixels a side without their border.
+    Arguments and errors as for [`psnr`]; the images must have at least 11x11 pixels without their border.
     """
     prediction, reference = _prepared(prediction, reference, crop_border, channel)
     if min(prediction.shape[-2:]) < 11:

@@ -535,7 +535,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ):
-        # The encoded scenes stay one row a scene: the decoder knows that several scanpaths are of one.
+        # The encoded scenes keep one row per scene: the decoder supports several scanpaths per scene.
         scenes = {"encoder_outputs": model_kwargs.pop("encoder_outputs")}
         for name in ("pixel_values", "target_index", "object_positions", "object_mask"):
             model_kwargs.pop(name, None)

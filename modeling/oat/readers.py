@@ -20,7 +20,7 @@ SHELF_SCREEN = (1680, 1050)
 
 
 def read_amazon(annotations: str | Path, image_dir: str | Path, boxes: str | Path | None = None) -> list[Trial]:
-    """Read the STI dataset of book covers (`Amazon.json`), six people an image.
+    """Read the STI dataset of book covers (`Amazon.json`), with the scanpaths of six people per image.
 
     Args:
         annotations: the JSON file: image name -> `fixations` (person -> points), `ground_truth` (a box), `size`.

@@ -66,7 +66,7 @@ def label_targets(
         `(num_labels, 1 + positions)`; each column sums to 1.
 
     Raises:
-        ValueError: if the map has another shape, or has numbers that are no shares or no classes.
+        ValueError: if the map has another shape, or contains numbers that are neither probabilities nor classes.
     """
     shares, classes = _shares(torch.as_tensor(label_map), num_labels, name)
     top, left, bottom, right = part

@@ -44,7 +44,7 @@ def behavioural_distance(model: Iterable[np.ndarray], people: Iterable[np.ndarra
         people: behaviours of people's scanpaths.
 
     Returns:
-        The distance; infinite if people never do something that the model does. What neither does is no difference.
+        The distance; infinite if people never do something that the model does. What neither does counts as no difference.
 
     Raises:
         ValueError: if either is empty.
