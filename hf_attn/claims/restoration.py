@@ -29,12 +29,12 @@ NUM_PATCHES, BATCH_SIZE = 1200, 4
 
 
 @cache
-def patches() -> tuple[torch.Tensor, torch.Tensor]:
+def patches(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What is learned: low resolutions `(count, 3, PATCH, PATCH)` and photographs, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         source = Patches(Images(load_photographs(), "left"), SCALE, PATCH)
-        found = [source[index % len(source)] for index in range(NUM_PATCHES)]
+        found = [source[index % len(source)] for index in range(count)]
     return tuple(torch.stack([pair[name] for pair in found]) for name in ("pixel_values", "labels"))
 
 
@@ -93,7 +93,7 @@ def train_enlarger(
         The model; its error on the validation part (`validation`), and its PSNR on the test part in dB (`psnr`).
     """
     torch.manual_seed(seed)
-    model, (low, high) = Enlarger(make_network()), patches()
+    model, (low, high) = Enlarger(make_network()), patches(min(NUM_PATCHES, steps * BATCH_SIZE))
     order = batches(len(low), BATCH_SIZE, seed)
 
     def loss() -> torch.Tensor:

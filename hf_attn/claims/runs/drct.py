@@ -37,7 +37,7 @@ def drct() -> DRCTForImageSuperResolution:
 
 
 def peer() -> PreTrainedModel:
-    return swin2sr(width=24, depths=[5] * GROUPS, heads=2)
+    return swin2sr(width=24, depths=[6] * GROUPS, heads=2)
 
 
 OWN, PEER = "DRCT", "Swin2SR of transformers"

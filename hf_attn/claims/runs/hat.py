@@ -45,7 +45,7 @@ def hat() -> HATForImageSuperResolution:
 
 
 def peer() -> PreTrainedModel:
-    return swin2sr(width=24, depths=[4, 4], heads=2)
+    return swin2sr(width=24, depths=[3, 3], heads=2)
 
 
 OWN, PEER = "HAT", "Swin2SR of transformers"
