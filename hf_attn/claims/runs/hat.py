@@ -2,11 +2,10 @@
 
 The range is that of local attribution maps (arXiv 2011.11046), integrated gradients of the edges in the middle of a picture along a path of
 blurred pictures: the diffusion index is 100 (1 - G), with the Gini coefficient G of the map, 0 if all is from one pixel and 100 if all
-pixels count alike. Shown in small if for every seed both are higher than Swin2SR's; contradicted if the seeds agree that either is lower;
-otherwise not shown here. The sizes may differ by 3 % in parameters.
+pixels count alike. The rule is that of `EnlargementContest`, with this index as what else is to be higher; the numbers of parameters may
+differ by 3 %.
 """
 
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -17,10 +16,8 @@ from transformers import PreTrainedModel
 from ...modeling.hat.configuration_hat import HATConfig
 from ...modeling.hat.modeling_hat import HATForImageSuperResolution
 from ...restoration.degradation import filter_image, gaussian_kernel
-from ..drawing import bars
-from ..restoration import SCALE, TILE, WINDOW, bicubic_psnr, size_of, swin2sr, tiles, train_enlarger
-from ..result import Conclusion, Figure, agreement
-from ..training import tuned
+from ..restoration import SCALE, WINDOW, EnlargementContest, short, swin2sr
+from ..result import Conclusion
 
 
 #: side of the square in the middle of the output whose edges are attributed, largest blur of the path in pixels
@@ -48,31 +45,12 @@ def peer() -> PreTrainedModel:
     return swin2sr(width=24, depths=[3, 3], heads=2)
 
 
-OWN, PEER = "HAT", "Swin2SR of transformers"
-SIDES = {OWN: hat, PEER: peer}
-
-
-def measure(work) -> dict:
-    sizes = {name: size_of(make) for name, make in SIDES.items()}
-    ratio = sizes[PEER]["parameters"] / sizes[OWN]["parameters"]
-    if not 0.97 <= ratio <= 1.03:
-        raise RuntimeError(f"The parameters differ too much: {sizes}.")
-    steps, pictures = (2, 1) if work.miniature else (400, 8)
-    runs = {
-        name: tuned(work, f"side{index}", partial(train_and_attribute, make, steps, pictures))
-        for index, (name, make) in enumerate(SIDES.items())
-    }
-    return {"sizes": sizes, "runs": runs, "bicubic": bicubic_psnr()}
-
-
-def train_and_attribute(make_network, steps: int, pictures: int, seed: int, rate: float) -> dict:
-    model, result = train_enlarger(make_network, steps, seed, rate)
-    low = tiles("test")[0]
-    maps = [attribution(model, low[index]) for index in range(0, len(low), len(low) // pictures)[:pictures]]
+def attributions(model: nn.Module, low: torch.Tensor) -> dict:
+    """Mean over every other low resolution: the diffusion index, and the map as shares of cells of `CELL` pixels."""
+    maps = [attribution(model, image) for image in low[::2]]
     shares = torch.stack([found / found.sum() for found in maps]).mean(0)
     cells = F.avg_pool2d(shares[None], CELL)[0] * CELL**2
     return {
-        **result,
         "diffusion": fmean(diffusion_index(found) for found in maps),
         "map": [[float(f"{share:.3g}") for share in row] for row in cells.tolist()],
     }
@@ -101,49 +79,24 @@ def diffusion_index(attributions: torch.Tensor) -> float:
     return 100 * (1 - gini.item())
 
 
-def _values(data: dict, side: str, name: str) -> list[float]:
-    return [run[name] for run in data["runs"][side]]
+_contest = EnlargementContest("HAT", hat, peer, sizes=(0.97, 1.03), look=attributions)
+measure = _contest.measure
 
 
 def conclude(data: dict) -> Conclusion:
-    quality, reach = ([_values(data, side, name) for side in SIDES] for name in ("psnr", "diffusion"))
-    sizes = data["sizes"]
-    figures = (
-        Figure.of("PSNR, enlarged twice", "dB", quality[0], PEER, quality[1]),
-        Figure.of("diffusion index of the local attribution", "", reach[0], PEER, reach[1]),
-        Figure.of("PSNR of bicubic enlargement", "dB", data["bicubic"]),
-        Figure.of("parameters", "thousand", sizes[OWN]["parameters"] / 1e3, PEER, sizes[PEER]["parameters"] / 1e3),
-        Figure.of(
-            f"operations for {TILE} x {TILE} pixels",
-            "million",
-            sizes[OWN]["operations"] / 1e6,
-            PEER,
-            sizes[PEER]["operations"] / 1e6,
-        ),
-    )
-    orders = agreement(*quality), agreement(*reach)
-    words = {1: "higher", 0: "not clearly different", -1: "lower"}
-    verdict = "not shown here"
-    if min(orders) > 0:
-        verdict = "shown in small"
-    elif min(orders) < 0:
-        verdict = "contradicted here"
-    why = f"At equal size and training its PSNR is {words[orders[0]]} and its diffusion index {words[orders[1]]}."
-    return Conclusion(figures, verdict, why)
+    return _contest.conclude(data, "diffusion index of the local attribution", "", *_contest.values(data, "diffusion"))
 
 
 def draw(data: dict, figure) -> None:
     axes = figure.subplots(1, 3, width_ratios=(3, 3, 4))
-    means = {}
-    for side in SIDES:
-        maps = torch.tensor(_values(data, side, "map"))
-        means[side] = maps.mean(0).clamp_min(1e-9).log10()
-    highest = max(found.max().item() for found in means.values())
-    for panel, (side, found) in zip(axes, means.items(), strict=False):
+    means = [torch.tensor(maps).mean(0).clamp_min(1e-9).log10() for maps in _contest.values(data, "map")]
+    highest = max(found.max().item() for found in means)
+    for panel, side, found, reach in zip(
+        axes, _contest.sides, means, _contest.values(data, "diffusion"), strict=False
+    ):
         panel.imshow(found, cmap="inferno", vmin=highest - 4, vmax=highest)
         panel.set_xticks([])
         panel.set_yticks([])
-        panel.set_title(f"{side.split()[0]}: pixels used", fontsize=10)
-        reach = fmean(_values(data, side, "diffusion"))
-        panel.set_xlabel(f"diffusion index {reach:.1f}")
-    bars(axes[2], {side.split()[0]: _values(data, side, "psnr") for side in SIDES}, "PSNR in dB", "held-back pictures")
+        panel.set_title(f"{short(side)}: pixels used", fontsize=10)
+        panel.set_xlabel(f"diffusion index {fmean(reach):.1f}")
+    _contest.bars(axes[2], data)
