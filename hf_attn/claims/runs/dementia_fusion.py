@@ -120,17 +120,35 @@ def _values(data: dict, side: str, name: str) -> list[float]:
     return [run[name] for run in data["runs"][side]]
 
 
+def _excess(data: dict, side: str) -> list[float]:
+    """Points by which the mean confidence exceeds the accuracy."""
+    return [
+        100
+        * sum(count * (confidence - accuracy) for count, confidence, accuracy in run["bins"])
+        / sum(count for count, *_ in run["bins"])
+        for run in data["runs"][side]
+    ]
+
+
 def conclude(data: dict) -> Conclusion:
     accuracies = {side: _values(data, side, "accuracy") for side in (OWN, *PEERS)}
     smooth, hard = (_values(data, side, "ece") for side in (OWN, HARD))
+    calibrated = agreement(hard, smooth)
     figures = [
         Figure.of("accuracy on held-back speakers", "%", accuracies[OWN], PEER_NAMES[peer], accuracies[peer])
         for peer in PEERS
     ]
     figures.append(Figure.of("calibration error (ECE) of the fusion", "%", smooth, "without label smoothing", hard))
+    excess = Figure.of(
+        "its mean confidence above its accuracy",
+        "points",
+        _excess(data, OWN),
+        "without label smoothing",
+        _excess(data, HARD),
+    )
+    figures.append(excess)
     figures.append(Figure.of("best possible accuracy with words or sound alone", "%", 100 * BEST_ALONE))
     orders = {peer: agreement(accuracies[OWN], accuracies[peer]) for peer in PEERS}
-    calibrated = agreement(hard, smooth)
     words = {1: "higher than", 0: "not clearly different from", -1: "lower than"}
     why = "The accuracy of the fusion is " + " and ".join(
         f"{words[order]} that of {PEER_NAMES[peer]}" for peer, order in orders.items()
@@ -150,11 +168,11 @@ def draw(data: dict, figure) -> None:
     left, right = figure.subplots(1, 2)
     sides = {side.replace(" ", "\n"): _values(data, side, "accuracy") for side in (OWN, *PEERS)}
     bars(left, sides, "accuracy in %", "held-back speakers")
-    for side, color, label in ((HARD, "tab:red", "without"), (OWN, "tab:blue", "with label smoothing")):
+    for side, color, label in ((HARD, "tab:red", "no label smoothing"), (OWN, "tab:blue", "label smoothing")):
         for index, run in enumerate(data["runs"][side]):
             _, confidences, accuracies = zip(*run["bins"], strict=True)
             style = {"color": color, "alpha": 0.6, "markersize": 3}
             right.plot(confidences, accuracies, "o-", label=None if index else label, **style)
-    right.plot([0.5, 1], [0.5, 1], "--", color="black", label="believable")
+    right.plot([0.5, 1], [0.5, 1], "--", color="black", label="calibrated")
     right.set(xlabel="confidence of the fusion", ylabel="share that is right", title="calibration")
     right.legend(fontsize=8)

@@ -2,7 +2,7 @@
 
 The searches of the shelves follow colour and distance, so what can be learned is known. All scanpaths are random draws, several for a
 search. Shown in small if OAT's have a higher sequence score and a smaller delta than those of both peers for every seed; contradicted if
-the seeds agree on the opposite of both against some peer; otherwise not shown here. What other people do on the same shelf shows how high
+the seeds agree on the opposite of both against some peer; otherwise not shown here. How alike the searches of one shelf are shows how high
 a sequence score can be expected.
 """
 
@@ -25,7 +25,7 @@ from ..result import Conclusion, Figure, agreement
 from ..training import batches, optimise
 
 
-OWN, PEOPLE = "OAT", "another person"
+OWN, OTHERS = "OAT", "another person"
 PEERS = ("saliency order", "random walk")
 SEARCHES, BATCH_SIZE, RATE = 4, 20, 1e-3
 
@@ -51,7 +51,7 @@ def predict(images: int, steps: int, samples: int, seed: int) -> dict[str, dict[
         OWN: predict_scanpaths(model, test, samples),
         "saliency order": baseline_predictions(held_back, saliency, samples),
         "random walk": baseline_predictions(held_back, partial(random_walk, **walk), samples),
-        PEOPLE: [_searches_of_others(trial, held_back) for trial in held_back],
+        OTHERS: [_searches_of_others(trial, held_back) for trial in held_back],
     }
     return {name: score(held_back, scanpaths) for name, scanpaths in predictions.items()}
 
@@ -106,8 +106,8 @@ def conclude(data: dict) -> Conclusion:
             others = _values(data, peer, measure)
             figures.append(Figure.of(text, "", own, peer, others))
             orders.setdefault(peer, []).append(sign * agreement(own, others))
-    people = _values(data, PEOPLE, "sequence_score")
-    figures.append(Figure.of(f"sequence score of {PEOPLE} on the same shelf", "", people))
+    people = _values(data, OTHERS, "sequence_score")
+    figures.append(Figure.of("sequence score of another simulated search on the same shelf", "", people))
     words = {1: "better", 0: "not clearly different", -1: "worse"}
     why = "; ".join(
         f"against the {peer} OAT's sequence score is {words[order[0]]} and its delta {words[order[1]]}"
@@ -123,7 +123,7 @@ def conclude(data: dict) -> Conclusion:
 
 def draw(data: dict, figure) -> None:
     left, right = figure.subplots(1, 2)
-    names = {name: name.replace(" ", "\n") for name in (OWN, *PEERS, PEOPLE)}
+    names = {name: name.replace(" ", "\n") for name in (OWN, *PEERS)} | {OTHERS: "another\nsearch"}
     scores = {text: _values(data, name, "sequence_score") for name, text in names.items()}
     bars(left, scores, "sequence score", "same order (higher is better)")
     deltas = {names[name]: _values(data, name, "delta") for name in (OWN, *PEERS)}
