@@ -8,7 +8,7 @@ SmolLM2-135M on English prose that is part of Python, 4,096 tokens on two proces
 
 Before training every process reports on the first batch: the loss beside that of one process, the bytes that attention sends
 beside the formula of its layout, and the peak of memory of a step. `accelerate launch --config_file
-scripts/configs/sequence_parallel_cpu.yaml scripts/train_long_context.py --use_cpu true ...` is the same. See `--help` for the arguments of this script, and
+scripts/configs/sequence_parallel_cpu.yaml scripts/train_long_context.py ...` is the same. See `--help` for the arguments of this script, and
 transformers' `TrainingArguments` for the others. On GPUs the process group is NCCL's; that has not been run.
 """
 

@@ -44,7 +44,7 @@ stop = partial(command_line.stop, NAME)
 class ZeppelinArguments(DecoderArguments):
     """What to train, on what, and where."""
 
-    max_length: int = field(default=2048, metadata={"help": "Longer documents are cut into pieces of this length."})
+    max_length: int = field(default=1024, metadata={"help": "Longer documents are cut into pieces of this length."})
     num_nodes: int = field(default=1, metadata={"help": "Nodes that the processes are on, equally many on each."})
     capacity: int | None = field(
         default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15%% more."}
