@@ -75,10 +75,12 @@ TIMED = (128, 512)
 
 
 def measure(work) -> dict:
-    steps = 3 if work.miniature else 500
+    steps, repeats = (3, 1) if work.miniature else (500, REPEATS)
     return {
         "steps": steps,
-        "runs": {name: tuned(work, f"side{index}", partial(learn, name, steps)) for index, name in enumerate(SIDES)},
+        "runs": {
+            name: tuned(work, f"side{index}", partial(learn, name, steps, repeats)) for index, name in enumerate(SIDES)
+        },
         "milliseconds": work.part("attention", attention_times, TIMED[:1] if work.miniature else TIMED),
     }
 
@@ -103,7 +105,7 @@ def masked(texts: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
     return inputs, texts.masked_fill(~chosen, -100)
 
 
-def learn(name: str, steps: int, seed: int, rate: float) -> dict[str, float]:
+def learn(name: str, steps: int, repeats: int, seed: int, rate: float) -> dict[str, float]:
     """Bits a masked character on the validation part and on the test part, of which all models see the same masks."""
     torch.manual_seed(seed)
     model, texts = SIDES[name](), paragraphs("train")
@@ -114,13 +116,13 @@ def learn(name: str, steps: int, seed: int, rate: float) -> dict[str, float]:
         return model(input_ids=inputs, labels=labels).loss
 
     optimise(model, loss, steps, rate)
-    return {split: bits_a_masked_character(model, split) for split in ("validation", "test")}
+    return {split: bits_a_masked_character(model, split, repeats) for split in ("validation", "test")}
 
 
 @torch.no_grad()
-def bits_a_masked_character(model, split: str) -> float:
+def bits_a_masked_character(model, split: str, repeats: int) -> float:
     total, count = 0.0, 0
-    inputs, labels = masked(paragraphs(split).repeat(REPEATS, 1), torch.Generator().manual_seed(0))
+    inputs, labels = masked(paragraphs(split).repeat(repeats, 1), torch.Generator().manual_seed(0))
     for some, wanted in zip(inputs.split(64), labels.split(64), strict=True):
         number = int((wanted != -100).sum())
         total, count = total + number * model(input_ids=some, labels=wanted).loss.item(), count + number
