@@ -12,6 +12,7 @@ the attention module beside transformers' is reported and decides nothing.
 import copy
 import math
 from functools import cache, partial
+from statistics import fmean
 
 import torch
 from transformers import BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM, DebertaV2Model
@@ -81,6 +82,7 @@ def measure(work) -> dict:
         "runs": {
             name: tuned(work, f"side{index}", partial(learn, name, steps, repeats)) for index, name in enumerate(SIDES)
         },
+        "frequencies": bits_of_frequencies(),
         "milliseconds": work.part("attention", attention_times, TIMED[:1] if work.miniature else TIMED),
     }
 
@@ -129,6 +131,12 @@ def bits_a_masked_character(model, split: str, repeats: int) -> float:
     return total / count / math.log(2)
 
 
+def bits_of_frequencies() -> float:
+    """Bits of a character of the test part for who knows only how frequent characters are in the training part."""
+    counts = characters("train").bincount(minlength=VOCAB_SIZE) + 1.0
+    return -(counts / counts.sum()).log2()[characters("test")].mean().item()
+
+
 def attention_times(lengths) -> list[list[float]]:
     """Length, and least CPU milliseconds of an attention module of base size: transformers' and the same one made fast."""
     torch.manual_seed(0)
@@ -161,34 +169,28 @@ def conclude(data: dict) -> Conclusion:
     losses = {name: [run["test"] for run in runs] for name, runs in data["runs"].items()}
     own = losses.pop(OWN)
     figures = [Figure.of("loss of masked characters", "bits", own, name, other) for name, other in losses.items()]
+    figures.append(Figure.of("the same of a guess by the frequencies of characters", "bits", data["frequencies"]))
     for length, plain, fast in data["milliseconds"]:
         figures.append(Figure.of(f"time of attention, {length} tokens", "CPU ms", fast, "transformers", plain))
     orders = {name: agreement(other, own) for name, other in losses.items()}
     words = {1: "lower than", 0: "not clearly different from", -1: "higher than"}
-    why = "; ".join(
-        f"{words[kind]} {', '.join(name for name, order in orders.items() if order == kind)}"
-        for kind in words
-        if kind in orders.values()
-    )
+    counts = {text: list(orders.values()).count(order) for order, text in words.items()}
     verdict = "shown in small" if min(orders.values()) == 1 else "not shown here"
     if min(orders.values()) < 0:
         verdict = "contradicted here"
-    return Conclusion(tuple(figures), verdict, f"After {data['steps']} steps the loss of the whole model is {why}.")
+    against = ", ".join(f"{text} that of {count}" for text, count in counts.items() if count)
+    why = f"After {data['steps']} steps the loss of the whole model is {against} of the {len(orders)} other models."
+    return Conclusion(tuple(figures), verdict, why)
 
 
 def draw(data: dict, figure) -> None:
     losses = {name: [run["test"] for run in runs] for name, runs in data["runs"].items()}
+    title = f"Loss on held-back text (lower is better); BERT: {fmean(losses.pop(PEER)):.2f}"
     names = (
         "DeBERTa",
-        "no content\nto position",
-        "no position\nto content",
-        "no decoder,\npositions\nat input",
+        "without content\nto position",
+        "without position\nto content",
+        "no decoder,\npositions at\nthe input",
         "no decoder,\nno absolute\npositions",
-        "BERT",
     )
-    bars(
-        figure.subplots(),
-        dict(zip(names, losses.values(), strict=True)),
-        "bits/masked character",
-        "Loss on held-back text (lower is better)",
-    )
+    bars(figure.subplots(), dict(zip(names, losses.values(), strict=True)), "bits/masked character", title)
