@@ -43,7 +43,7 @@ NEAR = 5
 
 
 def measure(work) -> dict:
-    steps = 2 if work.miniature else 300
+    steps = 2 if work.miniature else 240
     runs = {"standard": tuned(work, "standard", partial(learn, standard, steps))}
     for kind in (*MIXERS, NO_MIXING):
         for placement in PLACEMENTS:

@@ -45,7 +45,7 @@ OWN, DROPPED, TEACHER = "EchoAtt", "a layer dropped", "teacher, trained on"
 
 
 def measure(work) -> dict:
-    steps = (2, 2, 2) if work.miniature else (600, 200, 60)
+    steps = (2, 2, 2) if work.miniature else (400, 120, 40)
     alike = work.part("similarity", similarity_of_neighbours, work.miniature)
     cost = {name: cost_of(make(LlamaForCausalLM(shape(LAYERS)))[0]) for name, make in STUDENTS.items()}
     if not 0.97 <= cost[OWN] / cost[DROPPED] <= 1.03:

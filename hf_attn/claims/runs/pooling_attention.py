@@ -46,7 +46,7 @@ END, PADDING = "</s>", "<pad>"
 
 
 def measure(work) -> dict:
-    steps, designs = ((2, 2), (1, 5)) if work.miniature else ((300, 150), DESIGNS)
+    steps, designs = ((2, 2), (1, 5)) if work.miniature else ((200, 100), DESIGNS)
     runs = {str(design): tuned(work, f"design{design}", partial(learn, design, steps)) for design in designs}
     return {"runs": runs}
 

@@ -1,7 +1,7 @@
 """Token mixers: time against the length, and what a longer context is worth to them in two tasks.
 
 Timed are softmax attention, by torch's `scaled_dot_product_attention`, and the mixers of the template whose cost is not quadratic. Language
-models with attention and with three causal mixers learn the characters of text, and to recall: a stream states facts, a key with its value,
+models with attention and with two other causal mixers learn the characters of text, and to recall: a stream states facts, a key with its value,
 and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, as many tokens in all, and judged by the same last tokens.
 
 Shown in small if
@@ -44,7 +44,7 @@ CHEAPER = (
     "long_conv",
     "pooling",
 )
-TRAINED = (ATTENTION, "linear_elu", "window", "long_conv")
+TRAINED = (ATTENTION, "linear_elu", "long_conv")
 TIMED_LENGTHS, WIDTH = (512, 2048, 8192), 64
 SHORT, LONG = CONTEXTS = (16, 64)
 #: tokens of a step; the last ones of a sequence, which count; sequences of an evaluation
@@ -54,7 +54,7 @@ IGNORED = -100
 
 
 def measure(work) -> dict:
-    lengths, steps = ((64, 128), 2) if work.miniature else (TIMED_LENGTHS, 400)
+    lengths, steps = ((64, 128), 2) if work.miniature else (TIMED_LENGTHS, 300)
     times = {str(length): work.part(f"times-{length}", times_at, length) for length in lengths}
     runs = {
         task: {
@@ -121,7 +121,6 @@ def learn(task: str, mixer: str, context: int, steps: int, seed: int, rate: floa
             intermediate_size=2 * WIDTH,
             num_hidden_layers=2,
             max_position_embeddings=LONG,
-            mixer_window=SHORT // 2,
         )
     )
     generator = torch.Generator().manual_seed(seed)
