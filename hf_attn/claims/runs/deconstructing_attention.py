@@ -104,14 +104,14 @@ def conclude(data: dict) -> Conclusion:
     excess = {name: 100 * (value / fmean(peer) - 1) for name, value in mean.items()}
     ranges = {
         placement: " to ".join(
-            f"{limit(excess[f'{kind}-{placement}'] for kind in MIXERS):+.0f}" for limit in (min, max)
+            f"{limit(excess[f'{kind}-{placement}'] for kind in MIXERS):+.1f}" for limit in (min, max)
         )
         for placement in PLACEMENTS
     }
     why = (
         f"After {data['steps']} steps {len(poor)} of {len(MIXERS)} mixers are clearly worse than attention in every layer ({ranges['uniform']} % "
         f"loss), and {len(near)} are within {NEAR} % of it in every second layer ({ranges['hybrid']} %); without mixing the loss differs by "
-        f"{excess[f'{NO_MIXING}-uniform']:+.0f} % and {excess[f'{NO_MIXING}-hybrid']:+.0f} %."
+        f"{excess[f'{NO_MIXING}-uniform']:+.1f} % and {excess[f'{NO_MIXING}-hybrid']:+.1f} %."
     )
     return Conclusion(tuple(figures), verdict, why)
 

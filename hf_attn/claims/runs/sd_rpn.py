@@ -1,8 +1,8 @@
 """SD-RPN on planted details: where the trained network looks, what the first pass costs, and what the second look is worth.
 
 Pictures show coloured squares with fine lines in one of four directions, which are not there any more at the resolution at which a small
-LLaVA of transformers sees the whole picture. It is trained before to name the direction of the lines of a square, from the picture and a cut-out
-of about the square. Then it stays as it is, and the network of SD-RPN is trained to find the square that a question names. On held-out pictures
+LLaVA of transformers sees the whole picture. It is trained before to name the direction of the lines of a square, first from a cut-out of about
+the square, then from the picture with the cut-out. Then it stays as it is, and the network of SD-RPN is trained to find the square that a question names. On held-out pictures
 LLaVA answers from the picture alone, with the region that the network finds, with a region of the same size at random, and with the square
 itself, which is the best possible.
 
@@ -32,7 +32,7 @@ from ..training import batches, optimise, tuned
 
 GRID, LAYERS, BRANCH = 8, 4, 2
 SIDE, SQUARES, PERIOD = 320, 3, 3
-TRAINED, HELD_OUT, BATCH_SIZE = 2000, 200, 16
+TRAINED, HELD_OUT, BATCH_SIZE = 3000, 200, 16
 BASE_RATE, THRESHOLD = 1e-3, 0.5
 QUESTION = "Which lines has the {colour} square ?"
 #: names of the directions -> coefficients of columns and rows of a picture
@@ -42,7 +42,7 @@ FULL_GRID, FULL_LAYERS, FULL_BRANCH, FULL_WIDTH = 24, 32, 15, 256
 
 
 def measure(work) -> dict:
-    count, held_out, steps = (16, 8, (2, 2)) if work.miniature else (TRAINED, HELD_OUT, (1000, 1000))
+    count, held_out, steps = (16, 8, (2, 2, 2)) if work.miniature else (TRAINED, HELD_OUT, (1000, 300, 2500))
     runs = tuned(work, "network", partial(learn, count, held_out, steps), (1e-3, 3e-3))
     cost = work.part("first-pass", first_pass_and_prefill, 4 if work.miniature else FULL_GRID)
     return {"runs": runs, "milliseconds": cost}
@@ -146,47 +146,61 @@ def at_random(rng: np.random.Generator, box) -> list[int]:
 
 
 @cache
-def trained_base(count: int, steps: int, seed: int):
-    """The base, its processor, the tokens of the answers, and the encoded pictures, of which it has seen these and their cut-outs."""
-    base, processor, answers = make_base(seed)
-    some, rng = pictures(0, count), np.random.default_rng(seed)
-    input_ids, pixels = encoded(processor, base.config, some)
+def training_inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of the questions about the training pictures, their pixels, and those of their cut-outs."""
+    base, processor, _ = make_base(0)
+    some, rng = pictures(0, count), np.random.default_rng(0)
     crops = torch.stack([cut_out(processor, picture, roughly(rng, picture.box)) for picture in some])
+    return *encoded(processor, base.config, some), crops
+
+
+@cache
+def trained_base(count: int, steps: tuple[int, int], seed: int):
+    """The base, which has seen so many pictures and their cut-outs, its processor, and the tokens of the answers."""
+    base, processor, answers = make_base(seed)
+    input_ids, pixels, crops = training_inputs(count)
     both = with_crops(input_ids, base.config.image_token_id)
-    wanted = torch.tensor([picture.answer for picture in some])
+    wanted = torch.tensor([picture.answer for picture in pictures(0, count)])
     order = batches(count, BATCH_SIZE, seed)
 
-    def loss() -> torch.Tensor:
+    def loss(with_picture: bool) -> torch.Tensor:
         chosen = next(order)
-        images = torch.stack([pixels[chosen], crops[chosen]], 1).flatten(0, 1)
-        logits = base(input_ids=both[chosen], pixel_values=images, logits_to_keep=1).logits[:, -1]
+        images, ids = crops[chosen], input_ids[chosen]
+        if with_picture:
+            images, ids = torch.stack([pixels[chosen], images], 1).flatten(0, 1), both[chosen]
+        logits = base(input_ids=ids, pixel_values=images, logits_to_keep=1).logits[:, -1]
         return F.cross_entropy(logits[:, answers], wanted[chosen])
 
-    optimise(base, loss, steps, BASE_RATE)
-    return base.requires_grad_(False).eval(), processor, answers, input_ids, pixels
+    for with_picture, number in enumerate(steps):
+        optimise(base, partial(loss, bool(with_picture)), number, BASE_RATE)
+    return base.requires_grad_(False).eval(), processor, answers
 
 
 def make_network(base) -> SdRpnModel:
     return SdRpnModel.from_base(base, branch_layer=BRANCH, num_hidden_layers=2, thresholds={"default": THRESHOLD})
 
 
-def learn(count: int, held_out: int, steps: tuple[int, int], seed: int, rate: float) -> dict[str, float]:
+def learn(count: int, held_out: int, steps: tuple[int, int, int], seed: int, rate: float) -> dict[str, float]:
     """Overlap of regions and shares of right answers in percent, and the loss of the network on pictures that neither has seen."""
-    base, processor, answers, input_ids, pixels = trained_base(count, steps[0], seed)
+    base, processor, answers = trained_base(count, steps[:2], seed)
     torch.manual_seed(seed)
     network = make_network(base)
     untrained = overlap(regions(base, network, processor, pictures(1, held_out)), pictures(1, held_out))
+    states = states_of(base, *training_inputs(count)[:2])
     targets = labels_of(pictures(0, count))
     order = batches(count, BATCH_SIZE, seed)
 
-    def loss(chosen, input_ids=input_ids, pixels=pixels, targets=targets) -> torch.Tensor:
-        first = run_first_pass(base, BRANCH, input_ids[chosen], pixel_values=pixels[chosen])
-        return network(**first.rpn_inputs(), roi_target_map=targets[chosen]).loss
+    def loss() -> torch.Tensor:
+        chosen = next(order)
+        some = {"hidden_states": states["hidden_states"][chosen], "image_mask": states["image_mask"][chosen]}
+        return network(**{**states, **some}, roi_target_map=targets[chosen]).loss
 
-    optimise(network, lambda: loss(next(order)), steps[1], rate)
+    optimise(network, loss, steps[2], rate)
     with torch.no_grad():
         others = pictures(2, held_out)
-        validation = loss(torch.arange(held_out), *encoded(processor, base.config, others), labels_of(others)).item()
+        validation = network(
+            **states_of(base, *encoded(processor, base.config, others)), roi_target_map=labels_of(others)
+        ).loss.item()
         found = regions(base, network, processor, pictures(1, held_out))
         return {
             "validation": validation,
@@ -194,6 +208,17 @@ def learn(count: int, held_out: int, steps: tuple[int, int], seed: int, rate: fl
             "overlap": overlap(found, pictures(1, held_out)),
             **answered(base, processor, answers, found, pictures(1, held_out), seed),
         }
+
+
+def states_of(base, input_ids: torch.Tensor, pixels: torch.Tensor) -> dict:
+    """Inputs of the network, from the first pass of the base, which does not change."""
+    parts = [
+        run_first_pass(base, BRANCH, ids, pixel_values=images).rpn_inputs()
+        for ids, images in zip(input_ids.split(100), pixels.split(100), strict=True)
+    ]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in ("hidden_states", "image_mask")}
+    # Without padding the positions of all prompts are the same.
+    return {**joined, "position_embeddings": tuple(table[:1] for table in parts[0]["position_embeddings"])}
 
 
 def labels_of(some: list[Picture]) -> torch.Tensor:
