@@ -408,7 +408,9 @@ def plot(curve: Curve, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     """Generate, distil and save; returns the curve."""
     data, options = parse_arguments(arguments)
-    accelerator = Accelerator(gradient_accumulation_steps=options.gradient_accumulation_steps)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps, cpu=not torch.accelerator.is_available()
+    )
     with ExitStack() as stack:
         try:
             with accelerator.main_process_first():

@@ -33,7 +33,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
@@ -44,7 +43,7 @@ from hf_attn.hub import HubTrainerMixin
 from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer, check_teacher
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.arguments import MachineArguments, run_script, training_folder
 from hf_attn.training.stages import train_stage
 
 
@@ -91,7 +90,7 @@ class DataArguments:
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationArguments(MachineArguments):
     """transformers' arguments for stage 1 with the paper's defaults, and the paper's own."""
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage 1."})

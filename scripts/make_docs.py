@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 from hf_attn.catalog import OWN_AUTO_CLASSES, PACKAGE_DOORS, PAPERS, Paper, paper_references
-from hf_attn.claims.pages import claims_page, paper_section
+from hf_attn.claims.pages import claims_page, featured_section, paper_section
 
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAPERS_MARKERS = "<!-- papers: written by `make docs` -->", "<!-- end of papers -->"
+FEATURED_MARKERS = "<!-- result: written by `make docs` -->", "<!-- end of result -->"
 CLAIM_MARKERS = "<!-- claim: written by `make docs` -->", "<!-- end of claim -->"
 
 
@@ -53,9 +54,10 @@ def _between(text: str, markers: tuple[str, str], written: str, name: str) -> st
     return f"{before}{start}\n{written}\n{end}{after}"
 
 
-def with_papers_table(readme: str) -> str:
-    """The text of the README with the table that belongs between its two markers."""
-    return _between(readme, PAPERS_MARKERS, papers_table("docs/papers/"), "README.md")
+def generated_readme(readme: str) -> str:
+    """The text of the README with the table of papers and the featured result between their markers."""
+    readme = _between(readme, PAPERS_MARKERS, papers_table("docs/papers/"), "README.md")
+    return _between(readme, FEATURED_MARKERS, featured_section(RESULTS, "docs/results"), "README.md")
 
 
 def with_claim(slug: str, page: str) -> str:
@@ -98,9 +100,9 @@ def generated_pages() -> dict[str, str]:
 
 
 def write() -> None:
-    """Write the table of README.md and the generated pages."""
+    """Write the generated parts of README.md and the generated pages."""
     readme = ROOT / "README.md"
-    readme.write_text(with_papers_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(generated_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")
     for name, text in generated_pages().items():
         path = ROOT / "docs" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -248,6 +248,7 @@ def finetune(
             report_to="none",
             save_strategy="no",
             dataloader_pin_memory=training.dataloader_pin_memory,
+            use_cpu=training.use_cpu,
         ),
         train_dataset=train,
         eval_dataset=test,

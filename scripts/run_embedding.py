@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 
 from hf_attn import PoolingAttentionConfig, PoolingAttentionModel, embedding_tokenizer
 from hf_attn.analysis.retrieval import retrieval_ranks, retrieval_scores
@@ -73,7 +73,7 @@ class ScriptArguments:
 
 
 @dataclass
-class EmbeddingArguments(TrainingArguments):
+class EmbeddingArguments(command_line.MachineArguments):
     """transformers' arguments with other defaults."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})

@@ -40,13 +40,8 @@ import hf_attn
 from hf_attn.architectures.imaging import image_processor_for
 from hf_attn.catalog import families
 from hf_attn.hub import HubTrainerMixin
-from hf_attn.modeling.rmt.token_labeling import (
-    draw_box,
-    mixed_tokens,
-    position_grid,
-    token_labeling_loss,
-    unmix_token_logits,
-)
+from hf_attn.modeling.rmt.label_maps import TokenTargets
+from hf_attn.modeling.rmt.token_labeling import mixed_token_labeling
 from hf_attn.restoration.images import as_rgb
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
@@ -56,7 +51,9 @@ from hf_attn.training.evaluation import ExactEvaluationMixin
 try:
     import datasets
     import evaluate
-    from torchvision.transforms import InterpolationMode, v2
+    from torchvision.transforms import v2
+
+    from hf_attn.training.augmentation import Augmentation
 except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
@@ -193,6 +190,17 @@ class DataArguments:
             "labels of their images. In place of CutMix."
         },
     )
+    label_maps: bool = field(
+        default=False,
+        metadata={
+            "help": "With --mix_tokens: a map of labels for each training image, as a teacher makes it, of which the positions take "
+            "the part that the augmentation cuts out: in the column `label_map`, or in a .npy or .pt file beside the image. "
+            "Shape (height, width), (classes, height, width) or (2, k, height, width)."
+        },
+    )
+    mix_ground_truth: bool = field(
+        default=False, metadata={"help": "With --label_maps: mix the class of the image into what its map says of it."}
+    )
 
 
 @dataclass
@@ -222,12 +230,13 @@ class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
     Args:
         train_collator: makes the batches of the training; those of the evaluation are made by `data_collator`.
         token_labeling: train with the loss of RMT's token labelling.
+        mix_ground_truth: with the class of the image in the targets of the image.
     """
 
-    def __init__(self, *args, train_collator, token_labeling: bool = False, **kwargs):
+    def __init__(self, *args, train_collator, token_labeling: bool = False, mix_ground_truth: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator = train_collator
-        self.token_labeling = token_labeling
+        self.token_labeling, self.mix_ground_truth = token_labeling, mix_ground_truth
 
     def get_train_dataloader(self):
         data_collator, self.data_collator = self.data_collator, self.train_collator
@@ -246,7 +255,14 @@ class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.token_labeling and model.training:
-            return self._token_labeling_loss(model, inputs, return_outputs)
+            loss, outputs = mixed_token_labeling(
+                model,
+                self.accelerator.unwrap_model(model),
+                **inputs,
+                label_smoothing=self.args.label_smoothing_factor,
+                with_ground_truth=self.mix_ground_truth,
+            )
+            return (loss, outputs) if return_outputs else loss
         if inputs["labels"].ndim == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
@@ -254,21 +270,6 @@ class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
         loss = torch.nn.functional.cross_entropy(
             outputs.logits, labels, label_smoothing=self.args.label_smoothing_factor
         )
-        return (loss, outputs) if return_outputs else loss
-
-    def _token_labeling_loss(self, model, inputs, return_outputs):
-        """Two images share a map, and the label of an image is that of each of its positions (RMT's token labelling)."""
-        labels, rmt = inputs.pop("labels"), self.accelerator.unwrap_model(model)
-        num_labels = rmt.num_labels
-        targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, num_labels)
-        smoothing = self.args.label_smoothing_factor
-        targets = (1 - smoothing) * targets.to(torch.float32) + smoothing / num_labels
-        height, width = position_grid(rmt, inputs["pixel_values"])
-        box = draw_box(height, width)
-        with mixed_tokens(rmt, box):
-            outputs = model(**inputs)
-        token_logits = unmix_token_logits(outputs.token_logits, box, width)
-        loss = token_labeling_loss(outputs.logits, token_logits, targets, box)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -303,6 +304,12 @@ def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None
         return "--variant and --config_overrides would not fit the weights of --model_name_or_path"
     if data_args.mix_tokens and data_args.cutmix_alpha > 0:
         return "--mix_tokens and --cutmix_alpha both mix parts of images; give one of them"
+    if data_args.label_maps and (not data_args.mix_tokens or data_args.mixup_alpha > 0):
+        return "--label_maps goes with --mix_tokens, and not with --mixup_alpha, which would mix other labels"
+    if data_args.label_maps and (data_args.dataset_name is None or data_args.augmentation == "none"):
+        return "--label_maps needs a --dataset_name, and --augmentation shift or photo, with which the maps are cut"
+    if data_args.mix_ground_truth and not data_args.label_maps:
+        return "--mix_ground_truth goes with --label_maps"
     return None
 
 
@@ -344,7 +351,13 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
         parts = splits["train"].train_test_split(share, seed=seed, stratify_by_column=columns["label"])
         splits, held_back = parts, "test"
     splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_back]})
-    splits = splits.select_columns(list(columns.values()))
+    kept = [*columns.values(), *(["label_map"] if data_args.label_maps else [])]
+    splits = datasets.DatasetDict(
+        {
+            split: rows.select_columns([name for name in kept if name in rows.column_names])
+            for split, rows in splits.items()
+        }
+    )
     splits = splits.rename_columns({column: new for new, column in columns.items() if column != new})
     for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
         if limit is not None:
@@ -385,33 +398,31 @@ def _column(images: datasets.Dataset, name: str | None, kind: type, argument: st
 def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: str):
     """What becomes of a training image."""
     if augmentation == "none":
-        return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+        return lambda image: (processor(image, return_tensors="pt")["pixel_values"][0], None)
     size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    bicubic = {"interpolation": InterpolationMode.BICUBIC}
-    if augmentation == "shift":
-        steps = [v2.Resize((height, width), **bicubic), v2.RandomCrop((height, width), (width // 8, height // 8))]
-    else:
-        steps = [v2.RandomResizedCrop((height, width), **bicubic), v2.RandomHorizontalFlip(), v2.RandAugment()]
-    return v2.Compose(
-        [
-            *steps,
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(processor.image_mean, processor.image_std),
-        ]
-    )
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return Augmentation(augmentation, size, processor.image_mean, processor.image_std)
 
 
-def with_pixel_values(images: datasets.Dataset, transform, num_channels: int) -> datasets.Dataset:
+def with_pixel_values(
+    images: datasets.Dataset, transform, num_channels: int, token_targets: TokenTargets | None = None
+) -> datasets.Dataset:
     """The dataset with each image transformed when it is looked at; `num_channels` 1 is greyscale."""
     mode = "L" if num_channels == 1 else "RGB"
 
     def apply(batch: dict) -> dict:
         # Decoded here for an error that names the file, and because `datasets` leaves images deeper than 8 bits to Pillow.
         pictures = [as_rgb(image["bytes"] or image["path"], image["path"]) for image in batch["image"]]
-        pixel_values = [transform(picture.convert(mode)) for picture in pictures]
-        return {"pixel_values": pixel_values, "labels": batch["label"]}
+        results = [transform(picture.convert(mode)) for picture in pictures]
+        inputs = {"pixel_values": [pixel_values for pixel_values, _ in results], "labels": batch["label"]}
+        if token_targets is not None:
+            maps = batch.get("label_map", [None] * len(results))
+            paths = [image["path"] for image in batch["image"]]
+            inputs["token_targets"] = [
+                token_targets(*source, view[:4], view.mirrored)
+                for (_, view), *source in zip(results, maps, paths, strict=True)
+            ]
+        return inputs
 
     return images.cast_column("image", datasets.Image(decode=False)).with_transform(apply)
 
@@ -538,12 +549,18 @@ def train_and_evaluate(
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=with_pixel_values(images["train"], train_transform, model.config.num_channels),
+        train_dataset=with_pixel_values(
+            images["train"],
+            train_transform,
+            model.config.num_channels,
+            TokenTargets(model) if data_args.label_maps else None,
+        ),
         eval_dataset=with_pixel_values(images["validation"], eval_transform, model.config.num_channels),
         processing_class=processor,
         data_collator=default_data_collator,
         train_collator=make_collator(data_args, model.config.num_labels),
         token_labeling=data_args.mix_tokens,
+        mix_ground_truth=data_args.mix_ground_truth,
         compute_metrics=lambda evaluation: metric.compute(
             predictions=evaluation.predictions, references=evaluation.label_ids
         ),

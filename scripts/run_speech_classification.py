@@ -33,7 +33,6 @@ from transformers import (
     DeiTConfig,
     EarlyStoppingCallback,
     PreTrainedModel,
-    TrainingArguments,
     set_seed,
 )
 from transformers.utils import is_peft_available, logging
@@ -63,7 +62,7 @@ from hf_attn.modeling.dementia_fusion.processing_dementia_fusion import (
 )
 from hf_attn.modeling.dementia_fusion.training import TwoRatesTrainer
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.arguments import MachineArguments, run_script, settings_of, training_folder
 from hf_attn.training.writing import written_whole
 
 
@@ -114,7 +113,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(MachineArguments):
     """transformers' arguments; `learning_rate` is that of the encoders."""
 
     learning_rate: float | None = field(

@@ -40,7 +40,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -52,7 +51,7 @@ from hf_attn.modeling.wide_attention.configuration_wide_attention import ATTENTI
 from hf_attn.modeling.wide_attention.listops import SYMBOLS, Difficulty, generate
 from hf_attn.modeling.wide_attention.tokenization import symbol_tokenizer
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, settings_of, training_folder
+from hf_attn.training.arguments import MachineArguments, run_script, settings_of, training_folder
 from hf_attn.training.evaluation import ExactEvaluationMixin
 from hf_attn.training.writing import written_whole
 
@@ -125,7 +124,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(MachineArguments):
     """transformers' arguments with other defaults; trains and evaluates."""
 
     learning_rate: float = field(default=2e-3, metadata={"help": "Largest learning rate."})
@@ -165,7 +164,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     return model_args, data_args, training_args
 
 
-def _problem(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> str | None:
+def _problem(model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments) -> str | None:
     """The error in the arguments, None if there is none."""
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.num_layers):
         return "--variant and --num_layers would not fit the weights of --model_name_or_path"

@@ -33,7 +33,6 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
     ProcessorMixin,
-    TrainingArguments,
     set_seed,
 )
 
@@ -45,7 +44,7 @@ from hf_attn.modeling.sd_rpn.planted import PlantedSquares, tiny_llava
 from hf_attn.modeling.sd_rpn.regions import Box, llava_regions
 from hf_attn.modeling.sd_rpn.training import RoiCollator, SdRpnTrainer
 from hf_attn.training import arguments as command_line
-from hf_attn.training.arguments import run_script, training_folder
+from hf_attn.training.arguments import MachineArguments, run_script, training_folder
 from hf_attn.training.stages import train_stage
 from hf_attn.training.writing import written_whole
 
@@ -105,7 +104,7 @@ class DataArguments:
 
 
 @dataclass
-class ScriptTrainingArguments(TrainingArguments):
+class ScriptTrainingArguments(MachineArguments):
     """transformers' arguments with the paper's defaults; those that depend on the base are in `RECIPES`."""
 
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the images."})
@@ -351,7 +350,7 @@ def report(
     output: Path,
     model_args: ModelArguments,
     rpn: SdRpnModel,
-    training_args: TrainingArguments,
+    training_args: ScriptTrainingArguments,
 ) -> None:
     """Print the metrics, and keep them in a file and in the model card."""
     for name, value in metrics.items():

@@ -51,8 +51,13 @@ def docs_script():
     return module
 
 
-def test_the_table_of_papers_is_that_of_the_catalogue(docs_script):
-    assert docs_script.with_papers_table(README) == README, "README.md is out of date: run `make docs`"
+@pytest.mark.parametrize("name", [*PAGES, *map(str, sorted((ROOT / "model_cards").glob("*.md")))])
+def test_no_marker_of_a_merge_conflict_is_left(name):
+    assert not re.search(r"^(<{7}|={7}|>{7})( |$)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_generated_parts_of_the_readme_are_current(docs_script):
+    assert docs_script.generated_readme(README) == README, "README.md is out of date: run `make docs`"
 
 
 def test_the_generated_pages_are_those_of_the_catalogue(docs_script):
@@ -81,7 +86,7 @@ def test_readme_can_be_read_in_one_go():
 
 def test_a_readme_without_markers_is_refused(docs_script):
     with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
-        docs_script.with_papers_table("# hf_attn\n")
+        docs_script.generated_readme("# hf_attn\n")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

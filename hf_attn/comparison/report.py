@@ -1,4 +1,4 @@
-"""The table, the files and the two pictures of a comparison."""
+"""The table, the files and the two plots of a comparison."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
-    """One row an entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
+    """One row per entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
     rows = []
     for entry in dict.fromkeys(result["entry"] for result in results):
         runs = [result for result in results if result["entry"] == entry]
@@ -95,8 +95,13 @@ def _plot_losses(results: list[dict], path: Path) -> None:
     entries = list(dict.fromkeys(result["entry"] for result in results if "losses" in result))
     for number, entry in enumerate(entries):
         for seed, run in enumerate(run for run in results if run["entry"] == entry and "losses" in run):
+            # ten colours: the next entries take them again with another line
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
             label = entry if seed == 0 else None
-            axes.plot(_smoothed(run["losses"]), color=f"C{number % 10}", label=label, linewidth=1.2)
+            axes.plot(_smoothed(run["losses"]), **style, label=label, linewidth=1.2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (text and synthetic tasks)")
     axes.legend(fontsize=8)
@@ -106,15 +111,16 @@ def _plot_losses(results: list[dict], path: Path) -> None:
 def _plot_quality(rows: list[dict], path: Path) -> None:
     figure = new_figure(10, 4.5)
     costs = {
-        "training_tokens_a_second": "training tokens a second",
-        "decode_tokens_a_second": "decoded tokens a second",
+        "training_tokens_a_second": "training tokens per second",
+        "decode_tokens_a_second": "decoded tokens per second",
     }
-    for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (cost, label) in zip(both, costs.items(), strict=True):
         for number, row in enumerate(row for row in rows if "loss_1x" in row):
-            axes.errorbar(row[cost], row["loss_1x"], yerr=row["loss_spread"], fmt="o", color=f"C{number % 10}")
-            axes.annotate(
-                row["entry"], (row[cost], row["loss_1x"]), xytext=(5, 5), textcoords="offset points", fontsize=8
-            )
-        axes.set_xlabel(f"{label} (more is better)")
-        axes.set_ylabel("held-out loss (less is better)")
+            # ten colours: the next entries take them again with another marker
+            style = {"color": f"C{number % 10}", "fmt": "os^D"[number // 10 % 4]}
+            axes.errorbar(row[cost], row["loss_1x"], yerr=row["loss_spread"], **style, label=row["entry"])
+        axes.set_xlabel(f"{label} (higher is better)")
+        axes.set_ylabel("held-out loss (lower is better)")
+    both[-1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.savefig(path, dpi=120)

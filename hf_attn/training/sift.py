@@ -79,8 +79,8 @@ def find_embedding_norm(model: nn.Module) -> nn.Module:
     found = [module for name, module in model.named_modules() if f".{name}".endswith(".embeddings.LayerNorm")]
     if len(found) != 1:
         raise ValueError(
-            f"SiFT perturbs the input of `embeddings.LayerNorm`, and {type(model).__name__} has {len(found)} of them; it "
-            "serves DeBERTa, BERT and models with embeddings like theirs."
+            f"SiFT perturbs the input of `embeddings.LayerNorm`, but {type(model).__name__} has {len(found)} such "
+            "modules. It supports DeBERTa, BERT and models with the same kind of embeddings."
         )
     return found[0]
 
@@ -181,7 +181,7 @@ class SiFTTrainerMixin:
 
         SiFTTrainer(model, args, train_dataset=..., sift_lambda=5.0)
 
-    It serves sequence classification, regression (one label) and token classification, whose positions with label -100 are
+    It supports sequence classification, regression (one label) and token classification, whose positions with label -100 are
     left out. With `sift_lambda=0` training is the plain Trainer's. A step costs about three times that of the task alone.
 
     Args:
@@ -201,7 +201,7 @@ class SiFTTrainerMixin:
         **kwargs,
     ):
         if sift_inner_loss not in _INNER_LOSSES:
-            raise ValueError(f"sift_inner_loss is one of {', '.join(_INNER_LOSSES)}; got {sift_inner_loss!r}.")
+            raise ValueError(f"sift_inner_loss must be one of {', '.join(_INNER_LOSSES)}, got {sift_inner_loss!r}.")
         for name, value in {
             "sift_lambda": sift_lambda,
             "sift_learning_rate": sift_learning_rate,

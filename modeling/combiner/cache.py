@@ -20,6 +20,8 @@ class CombinerCacheLayer(CacheLayerMixin):
         super().__init__()
         self.state = CombinerState()
         self.state_device = None
+        #: length of the state when keys were last put in, which reading them changes
+        self.unread_from: int | None = None
 
     @classmethod
     def in_place_of(cls, layer: CacheLayerMixin) -> "CombinerCacheLayer":
@@ -30,15 +32,21 @@ class CombinerCacheLayer(CacheLayerMixin):
         """
         if int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens, and Combiner needs their queries "
-                "too: a cache that was filled by another model, or with a learned prefix (prefix tuning), cannot be "
-                "continued here."
+                f"The cache contains keys and values of {int(layer.get_seq_length())} tokens, but Combiner also needs "
+                "their queries: a cache that was filled by another model or with a learned prefix (prefix tuning) "
+                "cannot be used here."
             )
         return cls()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self.unread_from == self.state.seen_tokens:
+            raise ValueError(
+                "Keys of an earlier call were not read from this cache: it is for models whose attn_implementation is one of "
+                "combiner_..., and other attention functions would see the newest tokens only. Use transformers' DynamicCache."
+            )
+        self.unread_from = self.state.seen_tokens if key_states.shape[-2] > 0 else None
         self.is_initialized = True
         # The attention function gets the tensor itself; the reference is stored on a view, so that the projection is not changed.
         key_states = key_states.view_as(key_states)
@@ -56,6 +64,7 @@ class CombinerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state.reset()
+        self.unread_from = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
@@ -65,7 +74,7 @@ class CombinerCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove and self.state.seen_tokens:
             raise ValueError(
-                "The summaries of a Combiner cache cannot remove single tokens, which assisted decoding needs: decode "
+                "The summaries of a Combiner cache cannot remove single tokens, as assisted decoding requires: decode "
                 "without an assistant."
             )
 

@@ -100,7 +100,9 @@ class CombinerPreTrainedModel(OwnAttentionMixin, DecoderPreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.normal_(module.bias, std=1e-6)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) and not self.config.tie_word_embeddings:
+            # As in the public code, whose head has weights of its own. A tied head would begin with logits as large as
+            # the square root of the width.
             init.normal_(module.weight)
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])

@@ -92,6 +92,17 @@ class StaticMapLayer(ValueLayer):
 
     @classmethod
     def in_place_of(cls, layer):
+        """The layer for a mixer that found `layer` in the cache.
+
+        Raises:
+            ValueError: if the other layer holds tokens: their keys are not those of the constant sequence.
+        """
+        if int(layer.get_seq_length()) > 0:
+            raise ValueError(
+                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens in a layer whose attention map is that "
+                "of a constant sequence. A cache that was filled by another model, or with a learned prefix (prefix tuning), "
+                "cannot be continued here."
+            )
         layer = super().in_place_of(layer)
         # Positions are read off the mask of the caller, which `generate` turns into another for compiled caches.
         layer.is_compileable = False

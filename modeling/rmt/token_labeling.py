@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.utils import ModelOutput
 
 from .modeling_rmt import RMTForImageClassification
 
@@ -116,7 +117,9 @@ def token_labeling_loss(
         raise ValueError(f"targets must have the shape {shapes[0]} or {shapes[1]}, got {tuple(targets.shape)}.")
     if targets.ndim == 2:
         if with_ground_truth:
-            raise ValueError("with_ground_truth needs targets with a ground truth, (batch, labels, 2 + positions).")
+            raise ValueError(
+                "with_ground_truth needs targets with a ground truth, of shape (batch, labels, 2 + positions)."
+            )
         of_images, of_tokens = targets, targets[:, None].expand(-1, positions, -1)
     else:
         truth, of_images, of_tokens = targets[..., 0], targets[..., 1], targets[..., 2:].transpose(1, 2)
@@ -133,4 +136,50 @@ def token_labeling_loss(
     return class_weight * image_loss + token_weight * token_loss
 
 
-__all__ = ["Box", "draw_box", "mixed_tokens", "position_grid", "swap_box", "token_labeling_loss", "unmix_token_logits"]
+def mixed_token_labeling(
+    model: torch.nn.Module,
+    unwrapped: RMTForImageClassification,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor,
+    token_targets: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    with_ground_truth: bool = False,
+) -> tuple[torch.Tensor, ModelOutput]:
+    """A training step: two images share a map, and each position has the label of its image, or its own.
+
+    Args:
+        model: the model as it is called, with its wrappers.
+        unwrapped: the model.
+        pixel_values: `(batch, channels, height, width)`.
+        labels: classes `(batch,)`, or soft targets `(batch, labels)`.
+        token_targets: what a teacher says of each image and of each position, `(batch, labels, 1 + positions)`.
+        label_smoothing: share of the targets that is spread over all labels.
+        with_ground_truth: see :func:`token_labeling_loss`.
+
+    Returns:
+        The loss, and the outputs, whose `token_logits` are mixed.
+    """
+    num_labels = unwrapped.num_labels
+    targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, num_labels)
+    if token_targets is not None:
+        targets = torch.cat([targets[..., None], token_targets], dim=-1)
+    targets = (1 - label_smoothing) * targets.to(torch.float32) + label_smoothing / num_labels
+    height, width = position_grid(unwrapped, pixel_values)
+    box = draw_box(height, width)
+    with mixed_tokens(unwrapped, box):
+        outputs = model(pixel_values=pixel_values)
+    token_logits = unmix_token_logits(outputs.token_logits, box, width)
+    loss = token_labeling_loss(outputs.logits, token_logits, targets, box, with_ground_truth=with_ground_truth)
+    return loss, outputs
+
+
+__all__ = [
+    "Box",
+    "draw_box",
+    "mixed_token_labeling",
+    "mixed_tokens",
+    "position_grid",
+    "swap_box",
+    "token_labeling_loss",
+    "unmix_token_logits",
+]

@@ -161,7 +161,7 @@ def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="not empty and contains no run of hf_attn"):
             run(script, tmp_path, *more)
     run(script, tmp_path / "run", "--max_steps", 1)
     with pytest.raises(SystemExit, match=r"other settings: radius \(2 -> 3\)"):
@@ -186,7 +186,7 @@ def test_several_runs_share_the_images_of_a_teacher(script, tmp_path, monkeypatc
     assert len(list((tmp_path / "data" / "samples").iterdir())) == 10
     assert (tmp_path / "two" / "clear.safetensors").exists() and not (tmp_path / "two" / "data").exists()
     (tmp_path / "prompts.txt").write_text("down\n")
-    with pytest.raises(SystemExit, match="data holds a run with other settings: prompts"):
+    with pytest.raises(SystemExit, match="data contains a run with other settings: prompts"):
         run(script, tmp_path / "three", *options)
 
 

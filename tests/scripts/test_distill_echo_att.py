@@ -101,7 +101,7 @@ def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, teacher
     (tmp_path / "notes.txt").write_text("mine")
     options = ("--shared_layers", 1, "--refinement_ratio", 0)
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="not empty and contains no run of hf_attn"):
             script.main(arguments(teacher, text, tmp_path, *options, *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     script.main(arguments(teacher, text, tmp_path / "run", *options))

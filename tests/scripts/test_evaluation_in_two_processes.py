@@ -29,7 +29,7 @@ pytest.importorskip("diffusers")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PROCESSES = 2
-COMMON = "--use_cpu true --report_to none --disable_tqdm true --seed 3 "
+COMMON = "--report_to none --disable_tqdm true --seed 3 "
 STILL = (
     COMMON
     + "--save_strategy no --learning_rate 0 --max_steps 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 "

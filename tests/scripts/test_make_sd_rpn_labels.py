@@ -193,7 +193,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
     labelled = script.main([*command, *good])
     assert labelled[0]["answer"] == "That."
     assert np.array(labelled[0]["roi_labels"]).sum(1).tolist() == [0] * 3 + [24] + [0] * 20
-    with pytest.raises(SystemExit, match=r"bad\.pkl is not read: it asks for builtins\.print"):
+    with pytest.raises(SystemExit, match=r"bad\.pkl cannot be read: it refers to builtins\.print"):
         script.main([*command, "--official_file", str(tmp_path / "bad.pkl"), "--output_dir", str(tmp_path / "bad")])
 
 
@@ -244,6 +244,6 @@ def test_an_unknown_base_needs_heads(script, base, images, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, base, images, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="contains no run of hf_attn"):
             script.main(arguments(base, tmp_path, "--image_folder", images, "--question", "What?", *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

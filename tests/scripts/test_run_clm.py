@@ -299,12 +299,12 @@ def test_a_full_folder_is_overwritten_only_when_asked(run_clm, text_file, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path), "--max_steps", "1"]
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             run_clm.main([*arguments, *more])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path / "run"), "--max_steps", "1"]
     run_clm.main(arguments)
-    with pytest.raises(SystemExit, match=r"holds an earlier run.*`--overwrite_output_dir` starts a new run"):
+    with pytest.raises(SystemExit, match=r"contains an earlier run.*`--overwrite_output_dir` starts a new run"):
         run_clm.main(arguments)
     run_clm.main([*arguments, "--overwrite_output_dir"])
     assert all((tmp_path / name / "model.safetensors").exists() for name in ("run", "run.earlier-1"))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,7 +201,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
     ("broken", "message"),
     [
         ("single", r"fewer than 2 images none can be held out: y \(1\)"),
-        ("cut", r"x/0\.jpg cannot be read: it is corrupt or cut off"),
+        ("cut", r"x/0\.jpg cannot be read: it is corrupt or truncated"),
         ("few", "there are 16 images to train on, fewer than a batch of 32"),
     ],
 )
@@ -252,7 +253,7 @@ def test_the_default_model_of_analyze_vit_is_a_plain_vit(script, monkeypatch, tm
 def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON, *more])
 
 
@@ -267,6 +268,25 @@ def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
         ]
     )
     assert metrics["eval_accuracy"] > 0.9
+    # The maps of labels say the contrary of the folders, of both halves of the images.
+    folder = tmp_path / "mapped"
+    shutil.copytree(image_folder, folder)
+    words = [
+        *("--model_type", "rmt", "--dataset_name", str(folder), "--config_overrides", "image_size=64"),
+        *("token_labeling=true", "hidden_sizes=[16,16,32,32]", "depths=[1,1,1,1]", "num_attention_heads=[1,1,2,2]"),
+        *("projection_dim=32", "--mix_tokens", "--label_maps", "--augmentation", "shift", "--max_steps", "30"),
+        *("--per_device_train_batch_size", "8", *COMMON, "--output_dir"),
+    ]
+    with pytest.raises(FileNotFoundError, match=r"\.png has no map of labels beside it: there is no \d+\.npy"):
+        script.main([*words, str(tmp_path / "missing")])
+    for image in folder.glob("train/*/*.png"):
+        np.save(image.with_suffix(".npy"), np.full((2, 3), image.parent.name == "left"))
+    assert script.main([*words, str(tmp_path / "contrary")])["eval_accuracy"] < 0.1
+    np.save(next(folder.glob("train/*/*.png")).with_suffix(".npy"), np.ones((3, 2, 2)))
+    with pytest.raises(
+        ValueError, match=r"png has the shape \(3, 2, 2\); it must be \(height, width\), \(2, height, width\)"
+    ):
+        script.main([*words, str(tmp_path / "shape")])
     with pytest.raises(SystemExit, match="--mix_tokens is for an RMT with token_labeling"):
         script.main(
             [

@@ -114,7 +114,7 @@ def test_contradictory_arguments_are_refused(script, base, text, tmp_path, more,
 def test_a_full_folder_is_never_trained_into(script, base, text, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(arguments(base, text, tmp_path, "--max_steps", 1, *more))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

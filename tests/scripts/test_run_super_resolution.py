@@ -174,7 +174,7 @@ def test_folders_and_fields_that_are_wrong(script, folder, tmp_path):
 def test_does_not_overwrite(script, folder, tmp_path):
     (tmp_path / "file").write_text("precious")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(tiny(folder, tmp_path, *more))
 
 

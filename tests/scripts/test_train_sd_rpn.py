@@ -216,6 +216,6 @@ def test_data_that_do_not_fit(script, base, labels, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="contains no run of hf_attn"):
             script.main(planted(tmp_path, *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -72,9 +72,9 @@ class StateLayer(DummyLayer, CacheLayerMixin):
         """
         if int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens in a layer whose mixer keeps none. "
-                "A cache that was filled by another model, or with a learned prefix (prefix tuning), cannot be continued "
-                "here."
+                f"The cache contains keys and values of {int(layer.get_seq_length())} tokens in a layer whose mixer "
+                "caches none. A cache that was filled by another model or with a learned prefix (prefix tuning) "
+                "cannot be used here."
             )
         return cls()
 
@@ -106,8 +106,8 @@ class StateLayer(DummyLayer, CacheLayerMixin):
             return
         if self.states:
             raise ValueError(
-                "A layer with a state of constant size cannot remove single tokens, which assisted decoding needs: decode "
-                "without an assistant."
+                "A layer with a state of constant size cannot remove single tokens, as assisted decoding requires: "
+                "decode without an assistant."
             )
         self.seen_tokens = max(self.seen_tokens - abs(tokens_to_remove), 0)
 
@@ -147,7 +147,7 @@ class ValueLayer(DynamicLayer):
         if isinstance(layer, BaseQuantizedLayer):
             if layer.is_initialized:
                 raise ValueError(
-                    "The cache holds quantised keys in a layer whose mixer has none; start with a new cache."
+                    "The cache contains quantised keys in a layer whose mixer has none: start with a new cache."
                 )
             layer.__class__ = _without_quantised_keys(type(layer))
         elif layer.is_initialized:
@@ -182,14 +182,29 @@ def adopt_cache(cache: Cache, mixers: Iterable[nn.Module]) -> None:
     Args:
         cache: empty, or filled by the same model, or, where mixers keep values, with a learned prefix.
         mixers: modules with `cache_kind` (a class with `in_place_of`, or `None` for keys and values) and `layer_idx`.
+
+    Raises:
+        ValueError: if a layer was filled by another mixer, as far as it can be told.
     """
     for mixer in mixers:
-        if mixer.cache_kind is None:
+        if mixer.cache_kind is not None:
+            while len(cache.layers) <= mixer.layer_idx and cache.layer_class_to_replicate is not None:
+                cache.layers.append(cache.layer_class_to_replicate())
+        elif len(cache.layers) <= mixer.layer_idx:
             continue
-        while len(cache.layers) <= mixer.layer_idx and cache.layer_class_to_replicate is not None:
-            cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[mixer.layer_idx]
-        if not isinstance(layer, mixer.cache_kind) and not getattr(layer, "is_adopted", False):
-            adopted = mixer.cache_kind.in_place_of(layer)
-            adopted.is_adopted = True
-            cache.layers[mixer.layer_idx] = adopted
+        adopted_as = getattr(layer, "adopted_as", mixer.cache_kind)
+        if adopted_as is not mixer.cache_kind:
+            raise ValueError(
+                f"Layer {mixer.layer_idx} of the cache was made for a mixer that keeps {_content(adopted_as)}, and "
+                f"{type(mixer).__name__} keeps {_content(mixer.cache_kind)}. Start with a cache of this model, or without one."
+            )
+        if adopted_as is None or isinstance(layer, adopted_as) or hasattr(layer, "adopted_as"):
+            continue
+        adopted = adopted_as.in_place_of(layer)
+        adopted.adopted_as = adopted_as
+        cache.layers[mixer.layer_idx] = adopted
+
+
+def _content(cache_kind: type | None) -> str:
+    return "keys and values" if cache_kind is None else f"a {cache_kind.__name__}"

@@ -8,7 +8,7 @@ from ...modeling.rmt.modeling_rmt import RMTForImageClassification
 from ..contest import SIZE, ImageContest, swin
 
 
-#: an exponent at which a decay is 1 to the last bit of float32
+#: an exponent so large that the decay rounds to 1 in float32
 NO_DECAY = 30.0
 
 

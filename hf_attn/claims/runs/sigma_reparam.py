@@ -32,7 +32,7 @@ def run(miniature: bool, architecture: str, reparametrised: bool, seed: int) -> 
 
 
 def _finite(values: list[float]) -> list[float | None]:
-    """Rounded, for JSON, which has no NaN."""
+    """Round a number for JSON, which has no NaN."""
     return [round(value, 4) if math.isfinite(value) else None for value in values]
 
 

@@ -86,7 +86,7 @@ class FastSelfAttention(nn.Module):
                 requested implementation does not support the call.
         """
         if hidden_states.shape[1] == 0:
-            raise ValueError("The texts of this batch have length 0; a text needs one token at least.")
+            raise ValueError("The texts of this batch have length 0; every text needs at least one token.")
         if query_states is None:
             query_states = hidden_states
         query, key, value = self.project(hidden_states, query_states)

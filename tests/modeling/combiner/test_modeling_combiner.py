@@ -98,6 +98,9 @@ def test_another_cache_is_refused_with_what_to_do():
     model.set_attn_implementation("combiner_fixed")
     with pytest.raises(ValueError, match="CombinerCache"):
         model.generate(torch.randint(1, 64, (1, 5)), max_new_tokens=3)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="is for models whose attn_implementation is one of combiner_"):
+        model.generate(torch.randint(1, 64, (1, 5)), past_key_values=hf_attn.CombinerCache(), max_new_tokens=3)
 
 
 def test_bert_is_bidirectional_and_padding_does_not_matter():

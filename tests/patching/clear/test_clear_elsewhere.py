@@ -168,7 +168,7 @@ def test_averages_of_parameters(tmp_path):
             for tensor, other in zip(loaded.shadow_params, average.shadow_params, strict=True):
                 assert torch.equal(tensor, other)
         else:
-            with pytest.raises(ValueError, match=r"spatial weights are not part of it.*save_clear_weights"):
+            with pytest.raises(ValueError, match=r"does not include CLEAR's spatial weights.*save_clear_weights"):
                 average.save_pretrained(tmp_path)
 
 
@@ -233,10 +233,26 @@ def test_chroma_refuses():
     apply_clear(model, 2)
     with pytest.raises(ValueError, match="of zeros and ones"):
         run(model, {**inputs, "attention_mask": torch.full((2, 53), 0.5)})
-    model.enable_gradient_checkpointing()
-    with pytest.raises(ValueError, match="drops joint_attention_kwargs under gradient checkpointing"):
-        model.train()(**inputs)
-    assert run(model.eval(), inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("full_attention_in", [(), "single_transformer_blocks.1.*"])
+def test_gradient_checkpointing_of_chroma_gives_the_same_gradients(full_attention_in):
+    gradients = []
+    for checkpointing in (False, True):
+        model, inputs = tiny_chroma().train(), chroma_inputs()
+        inputs["attention_mask"] = torch.ones(2, 5 + 48, dtype=torch.bool)
+        inputs["attention_mask"][1, 3:5] = False
+        apply_clear(model, 2, 2, exclude=full_attention_in)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        checkpoint = model._gradient_checkpointing_func
+        first = model(**inputs).sample
+        run(model, chroma_inputs(4, 4))  # another grid before the blocks are computed again
+        first.square().mean().backward()
+        assert model._gradient_checkpointing_func is checkpoint
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_weights_of_chroma(tmp_path):
