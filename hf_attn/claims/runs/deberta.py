@@ -1,11 +1,11 @@
-"""DeBERTa: loss of masked characters with everything, and without each of its parts.
+"""DeBERTa: loss on masked characters of the whole model, and without each of its parts.
 
 Left out in turn are the content-to-position term, the position-to-content term, and the enhanced mask decoder: then a model has absolute
 positions at its input, as BERT has, or none. Models without the decoder are the DebertaV2 of transformers; a BERT of transformers has no
-relative positions either. All read the beginnings of paragraphs.
+relative positions either. All are trained on the beginnings of paragraphs.
 
-Shown in small if the loss on held-back text is lower with everything than without each part, and than BERT's, for every seed and by more than
-the spread. Contradicted if it is higher in the same sense than without some part, or than BERT's. Otherwise not shown here. The time of
+Shown in small if the loss of the whole model on held-out text is lower than without each part, and lower than BERT's, for every seed and by
+more than the spread. Contradicted if it is higher in the same sense than without some part, or higher than BERT's. Otherwise not shown here. The time of
 the attention module beside transformers' is reported and decides nothing.
 """
 
@@ -27,10 +27,10 @@ from ..timing import least_cpu_seconds
 from ..training import optimise, tuned
 
 
-#: each text of an evaluation comes so often, with other masks
+#: number of times that each text is evaluated, with different masks
 REPEATS = 4
 LENGTH, BATCH_SIZE = 64, 16
-#: a character that no text has
+#: a character that does not occur in the texts
 MASK = 1
 MASKED, REPLACED, CHANGED = 0.15, 0.8, 0.1
 SHAPE = {
@@ -89,7 +89,7 @@ def measure(work) -> dict:
 
 @cache
 def paragraphs(split: str) -> torch.Tensor:
-    """The characters from the beginning of each paragraph of a part on, `(paragraphs, LENGTH)`."""
+    """The first characters from the beginning of each paragraph of a split, `(paragraphs, LENGTH)`."""
     codes = characters(split)
     breaks = (codes[:-2] == ord("\n")) & (codes[1:-1] == ord("\n")) & (codes[2:] != ord("\n"))
     return codes.unfold(0, LENGTH, 1)[
@@ -98,7 +98,7 @@ def paragraphs(split: str) -> torch.Tensor:
 
 
 def masked(texts: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts with masks as BERT's, and the labels, which are -100 for what is not to be predicted."""
+    """Texts masked as in BERT, and the labels, -100 where nothing is predicted."""
     chosen = torch.rand(texts.shape, generator=generator) < MASKED
     fate = torch.rand(texts.shape, generator=generator)
     others = torch.randint(VOCAB_SIZE, texts.shape, generator=generator)
@@ -108,7 +108,7 @@ def masked(texts: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
 
 
 def learn(name: str, steps: int, repeats: int, seed: int, rate: float) -> dict[str, float]:
-    """Bits a masked character on the validation part and on the test part, of which all models see the same masks."""
+    """Bits per masked character on the validation and test splits, with the same masks for all models."""
     torch.manual_seed(seed)
     model, texts = SIDES[name](), paragraphs("train")
     generator = torch.Generator().manual_seed(seed)
@@ -118,11 +118,11 @@ def learn(name: str, steps: int, repeats: int, seed: int, rate: float) -> dict[s
         return model(input_ids=inputs, labels=labels).loss
 
     optimise(model, loss, steps, rate)
-    return {split: bits_a_masked_character(model, split, repeats) for split in ("validation", "test")}
+    return {split: bits_per_masked_character(model, split, repeats) for split in ("validation", "test")}
 
 
 @torch.no_grad()
-def bits_a_masked_character(model, split: str, repeats: int) -> float:
+def bits_per_masked_character(model, split: str, repeats: int) -> float:
     total, count = 0.0, 0
     inputs, labels = masked(paragraphs(split).repeat(repeats, 1), torch.Generator().manual_seed(0))
     for some, wanted in zip(inputs.split(64), labels.split(64), strict=True):
@@ -132,13 +132,13 @@ def bits_a_masked_character(model, split: str, repeats: int) -> float:
 
 
 def bits_of_frequencies() -> float:
-    """Bits of a character of the test part for who knows only how frequent characters are in the training part."""
+    """Bits per character on the test split of a model that knows only the frequencies of characters in the training split."""
     counts = characters("train").bincount(minlength=VOCAB_SIZE) + 1.0
     return -(counts / counts.sum()).log2()[characters("test")].mean().item()
 
 
 def attention_times(lengths) -> list[list[float]]:
-    """Length, and least CPU milliseconds of an attention module of base size: transformers' and the same one made fast."""
+    """Length, and minimum CPU milliseconds of an attention module of base size: of transformers, and the same one patched."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "intermediate_size": 3072}
     positions = {"position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
@@ -168,8 +168,8 @@ def attend(model: DebertaV2Model, length: int) -> torch.Tensor:
 def conclude(data: dict) -> Conclusion:
     losses = {name: [run["test"] for run in runs] for name, runs in data["runs"].items()}
     own = losses.pop(OWN)
-    figures = [Figure.of("loss of masked characters", "bits", own, name, other) for name, other in losses.items()]
-    figures.append(Figure.of("the same of a guess by the frequencies of characters", "bits", data["frequencies"]))
+    figures = [Figure.of("loss on masked characters", "bits", own, name, other) for name, other in losses.items()]
+    figures.append(Figure.of("the same, by the frequencies of characters alone", "bits", data["frequencies"]))
     for length, plain, fast in data["milliseconds"]:
         figures.append(Figure.of(f"time of attention, {length} tokens", "CPU ms", fast, "transformers", plain))
     orders = {name: agreement(other, own) for name, other in losses.items()}
@@ -185,7 +185,7 @@ def conclude(data: dict) -> Conclusion:
 
 def draw(data: dict, figure) -> None:
     losses = {name: [run["test"] for run in runs] for name, runs in data["runs"].items()}
-    title = f"Loss on held-back text (lower is better); BERT: {fmean(losses.pop(PEER)):.2f}"
+    title = f"Loss on held-out text (lower is better); BERT: {fmean(losses.pop(PEER)):.2f}"
     names = (
         "DeBERTa",
         "without content\nto position",

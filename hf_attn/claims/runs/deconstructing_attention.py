@@ -1,14 +1,14 @@
 """Mixers that relax a principle of attention, in every layer (uniform) and in every second layer (hybrid), in language models of one size.
 
-The standard model is a Qwen2 of transformers, which the others are but for their mixers. The rule has three parts, over the seeds:
+The standard model is a Qwen2 of transformers; the others differ from it only in their mixers. The rule has three parts:
 
-1. in every layer each mixer of tokens has a higher loss on held-back text than the standard model, for every seed and by more than the
-   spread;
+1. in every layer each mixer except `mlp` has a higher loss on held-out text than the standard model, for every seed and by more than
+   the spread;
 2. in every second layer the mean loss of each of them is at most 5 % above that of the standard model;
-3. `mlp`, which mixes no tokens, has the highest mean loss of the hybrids, and of the uniform models but for `non_approximate`, as in the
+3. `mlp`, which mixes no tokens, has the highest mean loss of the hybrids, and of the uniform models except `non_approximate`, as in the
    paper's table.
 
-Shown in small if all three hold. Contradicted if for most mixers of tokens the hybrid is not better in the mean than the uniform model, or if
+Shown in small if all three hold. Contradicted if for most of the other mixers the hybrid is not better in the mean than the uniform model, or if
 `mlp` in every layer is not clearly worse than the standard model. Otherwise not shown here.
 """
 
@@ -79,7 +79,7 @@ def conclude(data: dict) -> Conclusion:
     mean = {name: fmean(values) for name, values in losses.items()}
     figures = [
         Figure.of(
-            f"loss on held-back text, {kind}, {placement}",
+            f"loss on held-out text, {kind}, {placement}",
             "bits/character",
             losses[f"{kind}-{placement}"],
             "Qwen2",
@@ -137,5 +137,5 @@ def draw(data: dict, figure) -> None:
         "no mixing",
     )
     axes.set_xticks(range(len(kinds)), names, fontsize=8)
-    axes.set(ylabel="bits/character", title="Loss on held-back text (lower is better)")
+    axes.set(ylabel="bits/character", title="Loss on held-out text (lower is better)")
     axes.legend(fontsize=8)

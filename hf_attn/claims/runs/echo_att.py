@@ -1,14 +1,14 @@
-"""EchoAtt: how alike attention maps of neighbouring layers are, and a student that shares maps against one with a layer dropped.
+"""EchoAtt: how alike attention maps of neighbouring layers are, and a student that shares maps against one with a dropped layer.
 
-The maps are those of SmolLM2-135M on text. The students are made from a small Llama of transformers that was trained before: half of
-the layers share a map, or one layer is dropped, the one that is missed least on the validation part; both need the same number of
-operations. They are trained by the paper's two stages, pseudo-labels of the teacher and then text. The teacher is trained on as many steps
-of text.
+The maps are those of SmolLM2-135M on text. The students are made from a small Llama of transformers that was trained first: half of
+the layers share a map, or one layer is dropped, the one whose removal costs the least on the validation split; both need the same number
+of operations. They are trained by the paper's two stages, pseudo-labels of the teacher and then text. The teacher is trained for as many
+more steps on text.
 
 Shown in small if
 
 1. in SmolLM2 neighbouring inner layers are more alike than the first or the last layer and its neighbour,
-2. the student's loss on held-back text is at most 3 % above that of the teacher trained on, in the mean over seeds,
+2. the student's loss on held-out text is at most 3 % above that of the teacher trained on, in the mean over seeds,
 3. and it is lower than that with a layer dropped for every seed, by more than the spread.
 
 Contradicted if its loss is higher than with a layer dropped in the same sense, or if inner layers are not more alike. Otherwise not shown here.
@@ -38,7 +38,7 @@ from ..training import operations, optimise, tuned
 
 LAYERS, SHARED = 8, 4
 NEAR = 3
-#: texts and tokens on which maps are compared
+#: number and length of the texts on which maps are compared
 TEXTS, TOKENS = 8, 256
 TEACHER_RATE = 3e-3
 OWN, DROPPED, TEACHER = "EchoAtt", "a layer dropped", "teacher, trained on"
@@ -87,7 +87,7 @@ def teacher(steps: int, seed: int) -> PreTrainedModel:
 
 
 def sharing(base: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[int, int]]]:
-    """The student that shares maps, and layers of it that are compared with layers of the teacher."""
+    """The student that shares maps, and pairs of a layer of the student and the layer of the teacher it is compared with."""
     texts = random_stretches(torch.Generator().manual_seed(0))
     found = attention_similarity(base, texts, progress=False)
     student = EchoAttForCausalLM.from_base(base, shared_layers=found.shared_layers(num_shared=SHARED))
@@ -95,7 +95,7 @@ def sharing(base: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[int, int
 
 
 def dropping(base: PreTrainedModel) -> tuple[PreTrainedModel, list[tuple[int, int]]]:
-    """The student without the layer that is missed least, and the layer before it, which is compared with the one dropped."""
+    """The student without the layer whose removal costs the least; the layer before it is compared with the dropped one."""
     candidates = {layer: without_layer(base, layer) for layer in range(1, LAYERS)}
     dropped = min(candidates, key=lambda layer: bits_a_character(candidates[layer], "validation"))
     return candidates[dropped], [(dropped - 1, dropped)]
@@ -123,13 +123,13 @@ STUDENTS = {OWN: sharing, DROPPED: dropping, TEACHER: trained_on}
 
 
 def cost_of(model: PreTrainedModel) -> int:
-    """Operations for a text, by the kernel that uses a given map and does not compute it again."""
+    """Operations per text, with the implementation that does not compute a shared map again."""
     model.set_attn_implementation("eager")
     return operations(model, torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
 
 
 def learn(name: str, steps: tuple[int, int, int], seed: int, rate: float) -> dict[str, float]:
-    """Bits a character of a student on the validation part and on the test part, and before its training on the test part."""
+    """Bits per character of a student on the validation and test splits, and on the test split before its training."""
     base = teacher(steps[0], seed)
     torch.manual_seed(seed)
     student, compared = STUDENTS[name](base)
@@ -165,7 +165,7 @@ def conclude(data: dict) -> Conclusion:
     losses = {name: [run["test"] for run in runs] for name, runs in data["runs"].items()}
     own, dropped, peer = losses[OWN], losses[DROPPED], losses[TEACHER]
     before = {name: [run["before"] for run in data["runs"][name]] for name in (OWN, DROPPED)}
-    name = f"loss on held-back text, {SHARED} of {LAYERS} layers share"
+    name = f"loss on held-out text, {SHARED} of {LAYERS} layers share"
     figures = (
         Figure.of(
             "similarity of maps of neighbouring inner layers, SmolLM2-135M", "", inner, "first and last layer", outer
@@ -174,7 +174,7 @@ def conclude(data: dict) -> Conclusion:
         Figure.of(name, "bits/character", own, TEACHER, peer),
         Figure.of("the same before distillation", "bits/character", before[OWN], DROPPED, before[DROPPED]),
         Figure.of(
-            "operations for a character",
+            "operations per character",
             "thousand",
             data["operations"][OWN] / LENGTH / 1e3,
             TEACHER,
@@ -201,4 +201,4 @@ def draw(data: dict, figure) -> None:
     figure.colorbar(image, ax=left, shrink=0.8)
     left.set(xlabel="layer", ylabel="layer", title="similarity of attention maps\n(SmolLM2)")
     losses = {name.replace(" ", "\n", 1): [run["test"] for run in runs] for name, runs in data["runs"].items()}
-    bars(right, losses, "bits/character", "small models: loss on\nheld-back text (lower is better)")
+    bars(right, losses, "bits/character", "small models: loss on\nheld-out text (lower is better)")

@@ -1,7 +1,7 @@
 """The five designs of text embedders, from one small decoder under one budget, over tasks of three kinds, with the paper's statistics.
 
 The decoder is a Llama of transformers that has learned Python's documentation; an embedder learns to find paragraphs by their heading and by
-the paragraph before. Each topic that was held back is a task of each kind: retrieval (heading), similarity (paragraph before), both by the
+the paragraph before. Each held-out topic is a task of each kind: retrieval (heading), similarity (paragraph before), both by the
 mean reciprocal rank, and classification (the topic of a paragraph, by the nearest mean). Scores are means over seeds; designs are compared over
 tasks by Wilcoxon's signed-rank test, without correction as in the paper.
 
@@ -39,8 +39,8 @@ TOKENS, PAIRS, VOCAB_SIZE = 32, 16, 1500
 KINDS = ("retrieval", "similarity", "classification")
 #: relations of text pairs -> kinds of tasks
 RELATIONS = {"heading": "retrieval", "neighbour": "similarity"}
-#: pairs of a topic that may be held back, and of a task
-HELD_BACK, LEAST = 9, 3
+#: minimum number of pairs of a held-out topic, and of queries of a task
+HELD_OUT, LEAST = 9, 3
 SIGNIFICANT = 0.05
 END, PADDING = "</s>", "<pad>"
 
@@ -53,12 +53,12 @@ def measure(work) -> dict:
 
 @cache
 def pairs() -> dict[str, list[TextPair]]:
-    """Pairs for the parts `train`, `validation` and `test`; those of every second larger topic are for the test."""
+    """Pairs of the splits `train`, `validation` and `test`; every second of the larger topics is in `test`."""
     found = text_pairs("train")
     counts = {}
     for pair in found:
         counts[pair.topic] = counts.get(pair.topic, 0) + (pair.task == "neighbour")
-    larger = sorted(topic for topic, count in counts.items() if count >= HELD_BACK)
+    larger = sorted(topic for topic, count in counts.items() if count >= HELD_OUT)
     test = set(larger[::2])
     others = [pair for pair in found if pair.topic not in test]
     return {
@@ -84,7 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def decoder(steps: int, seed: int) -> LlamaForCausalLM:
-    """A language model of the topics that are not held back."""
+    """A language model trained on the topics that are not held out."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -97,8 +97,8 @@ def decoder(steps: int, seed: int) -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     )
-    held_back = {pair.topic for pair in pairs()["test"]}
-    texts = [text for text in load_texts("train") if text.split("\n", 1)[0].strip() not in held_back]
+    held_out = {pair.topic for pair in pairs()["test"]}
+    texts = [text for text in load_texts("train") if text.split("\n", 1)[0].strip() not in held_out]
     blocks = token_blocks(texts, tokenizer(), TOKENS)
     order = batches(len(blocks), 2 * PAIRS, seed)
     optimise(model, lambda: model(blocks[(chosen := next(order))], labels=blocks[chosen]).loss, steps, 3e-3)
@@ -106,7 +106,7 @@ def decoder(steps: int, seed: int) -> LlamaForCausalLM:
 
 
 def learn(design: int, steps: tuple[int, int], seed: int, rate: float) -> dict:
-    """Loss on validation pairs, and the score of each topic for each kind of task."""
+    """Loss on the validation pairs, and the scores of the topics for each kind of task."""
     base = decoder(steps[0], seed)
     torch.manual_seed(seed)
     sizes = {"num_latents": 16, "num_pooling_heads": 4, "pooling_head_dim": 24, "pooling_init": "mean"}
@@ -130,7 +130,7 @@ def pair_loss(model: PoolingAttentionModel, some: list[TextPair]) -> torch.Tenso
 
 
 def embed(model: PoolingAttentionModel, texts: list[str]) -> torch.Tensor:
-    """Embeddings of length 1, `(texts, width)`."""
+    """Normalised embeddings, `(texts, width)`."""
     ready = embedding_tokenizer(tokenizer())
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
     options = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
@@ -147,7 +147,7 @@ def evaluate(model: PoolingAttentionModel) -> Iterator[tuple[str, Iterator[tuple
 
 
 def reciprocal_ranks(model: PoolingAttentionModel, some: list[TextPair]) -> Iterator[tuple[str, float]]:
-    """Mean over the queries of a topic, which look among the paragraphs of all topics."""
+    """Mean reciprocal rank of each topic's queries; they search the paragraphs of all topics."""
     places = {text: place for place, text in enumerate(dict.fromkeys(pair.positive for pair in some))}
     answers: dict[tuple[str, str], set[int]] = {}
     for pair in some:
@@ -162,7 +162,7 @@ def reciprocal_ranks(model: PoolingAttentionModel, some: list[TextPair]) -> Iter
 
 
 def nearest_means(model: PoolingAttentionModel, some: list[TextPair]) -> Iterator[tuple[str, float]]:
-    """Share of a topic's paragraphs of odd number that are nearest to the mean of its others."""
+    """Share of every second paragraph of a topic that is nearest to the mean of the topic's other paragraphs."""
     topics = list(dict.fromkeys(pair.topic for pair in some))
     paragraphs = [embed(model, [pair.positive for pair in some if pair.topic == topic]) for topic in topics]
     means = F.normalize(torch.stack([own[::2].mean(0) for own in paragraphs]), dim=-1)
@@ -187,7 +187,7 @@ def conclude(data: dict) -> Conclusion:
             design: [100 * fmean(run["scores"][kind].values()) for run in runs]
             for design, runs in data["runs"].items()
         }
-        unit = "% right" if kind == "classification" else "% reciprocal rank"
+        unit = "% correct" if kind == "classification" else "% reciprocal rank"
         figures += [
             Figure.of(f"{kind}, design 5", unit, means["5"], f"design {design}", values)
             for design, values in means.items()

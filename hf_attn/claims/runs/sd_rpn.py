@@ -1,14 +1,15 @@
 """SD-RPN on planted details: where the trained network looks, what the first pass costs, and what the second look is worth.
 
-Pictures show coloured squares with fine lines in one of four directions, which are not there any more at the resolution at which a small
-LLaVA of transformers sees the whole picture. It is trained before to name the direction of the lines of a square, first from a cut-out of about
-the square, then from the picture with the cut-out. Then it stays as it is, and the network of SD-RPN is trained to find the square that a question names. On held-out pictures
-LLaVA answers from the picture alone, with the region that the network finds, with a region of the same size at random, and with the square
-itself, which is the best possible.
+Images show coloured squares with fine lines in one of four directions, which are lost at the resolution at which a small LLaVA of
+transformers sees the whole image. It is trained first to name the direction of the lines of a square, from a rough crop of the square,
+then from the image and the crop. Then it is frozen, and the network of SD-RPN is trained to find the square that a question names. On
+held-out images LLaVA answers from the image alone, with the region that the network finds, with a random region of the same size as the
+square, and with the square itself, which is the best possible.
 
-Shown in small if for every seed and by more than the spread the regions overlap with the squares more after training than before, and the answers
-with the second look are right more often than those without and than those with a random region; and if the first pass at the proportions of
-LLaVA-1.5-7B takes less time than the prefill. Contradicted if the second look makes answers worse in the same sense. Otherwise not shown here.
+Shown in small if, for every seed and by more than the spread, the regions overlap with the squares more after training than before, and
+the answers with the second look are correct more often than those without it and those with a random region; and if the first pass, at
+the proportions of LLaVA-1.5-7B, takes less time than the prefill. Contradicted if the second look makes answers worse in the same sense.
+Otherwise not shown here.
 """
 
 from functools import cache, partial
@@ -35,7 +36,7 @@ SIDE, SQUARES, PERIOD = 320, 3, 3
 TRAINED, HELD_OUT, BATCH_SIZE = 3000, 200, 16
 BASE_RATE, THRESHOLD = 1e-3, 0.5
 QUESTION = "Which lines has the {colour} square ?"
-#: names of the directions -> coefficients of columns and rows of a picture
+#: direction of lines -> coefficients of column and row of a pixel
 LINES = {"horizontal": (0, 1), "vertical": (1, 0), "rising": (1, 1), "falling": (1, -1)}
 #: proportions of LLaVA-1.5-7B
 FULL_GRID, FULL_LAYERS, FULL_BRANCH, FULL_WIDTH = 24, 32, 15, 256
@@ -48,14 +49,14 @@ def measure(work) -> dict:
     return {"runs": runs, "milliseconds": cost}
 
 
-class Picture:
-    """A picture with a question about one of its squares.
+class Planted:
+    """An image with a question about one of its squares.
 
     Attributes:
         image: a Pillow image.
         box: of the square, left, top, right and bottom in pixels.
         question: about its lines.
-        answer: place of the right one in `LINES`.
+        answer: index of the correct direction in `LINES`.
     """
 
     def __init__(self, seed: int, index: int):
@@ -92,8 +93,8 @@ def apart(rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
 
 
 @cache
-def pictures(seed: int, count: int) -> list[Picture]:
-    return [Picture(seed, index) for index in range(count)]
+def pictures(seed: int, count: int) -> list[Planted]:
+    return [Planted(seed, index) for index in range(count)]
 
 
 def make_base(seed: int):
@@ -107,8 +108,8 @@ def make_base(seed: int):
     return base, processor, processor.tokenizer.convert_tokens_to_ids(list(LINES))
 
 
-def encoded(processor, config, some: list[Picture]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens `(pictures, length)` of the questions, which are of one length, and pixels of the pictures."""
+def encoded(processor, config, some: list[Planted]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `(images, length)` of the questions, which have one length, and pixels of the images."""
     prompts = [read_prompt(processor, picture.question, picture.image) for picture in some]
     inputs = encode_prompts(processor, config, prompts)
     if not inputs["attention_mask"].all():
@@ -116,8 +117,8 @@ def encoded(processor, config, some: list[Picture]) -> tuple[torch.Tensor, torch
     return inputs["input_ids"], inputs["pixel_values"]
 
 
-def cut_out(processor, picture: Picture, box) -> torch.Tensor:
-    """Pixels of a part of a picture, as the second pass makes them."""
+def cut_out(processor, picture: Planted, box) -> torch.Tensor:
+    """Pixels of a crop, as the second pass makes them."""
     from PIL import Image
 
     side = GRID * processor.patch_size
@@ -126,20 +127,20 @@ def cut_out(processor, picture: Picture, box) -> torch.Tensor:
 
 
 def with_crops(input_ids: torch.Tensor, image_token_id: int) -> torch.Tensor:
-    """The tokens of a crop behind those of each picture."""
+    """Prompts with the tokens of a crop after those of the image."""
     end = int((input_ids[0] == image_token_id).nonzero()[-1]) + 1
     crops = input_ids.new_full((len(input_ids), GRID**2), image_token_id)
     return torch.cat([input_ids[:, :end], crops, input_ids[:, end:]], 1)
 
 
 def roughly(rng: np.random.Generator, box) -> list[int]:
-    """A box whose sides are moved by up to a fifth of its own."""
+    """The box with each side moved by up to a fifth of its width."""
     moves = rng.uniform(-0.2, 0.2, 4) * (box[2] - box[0])
     return [min(SIDE, max(0, int(side + move))) for side, move in zip(box, moves, strict=True)]
 
 
 def at_random(rng: np.random.Generator, box) -> list[int]:
-    """A box of the same size somewhere."""
+    """A box of the same size at a random place."""
     size = box[2] - box[0]
     left, top = rng.integers(SIDE - size, size=2).tolist()
     return [left, top, left + size, top + size]
@@ -147,7 +148,7 @@ def at_random(rng: np.random.Generator, box) -> list[int]:
 
 @cache
 def training_inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens of the questions about the training pictures, their pixels, and those of their cut-outs."""
+    """Tokens of the questions about the training images, the pixels of the images, and those of their crops."""
     base, processor, _ = make_base(0)
     some, rng = pictures(0, count), np.random.default_rng(0)
     crops = torch.stack([cut_out(processor, picture, roughly(rng, picture.box)) for picture in some])
@@ -156,7 +157,7 @@ def training_inputs(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @cache
 def trained_base(count: int, steps: tuple[int, int], seed: int):
-    """The base, which has seen so many pictures and their cut-outs, its processor, and the tokens of the answers."""
+    """The base, trained on this number of images and crops, its processor, and the tokens of the answers."""
     base, processor, answers = make_base(seed)
     input_ids, pixels, crops = training_inputs(count)
     both = with_crops(input_ids, base.config.image_token_id)
@@ -181,7 +182,7 @@ def make_network(base) -> SdRpnModel:
 
 
 def learn(count: int, held_out: int, steps: tuple[int, int, int], seed: int, rate: float) -> dict[str, float]:
-    """Overlap of regions and shares of right answers in percent, and the loss of the network on pictures that neither has seen."""
+    """Overlap of regions and shares of correct answers in percent, and the loss of the network on images that neither has seen."""
     base, processor, answers = trained_base(count, steps[:2], seed)
     torch.manual_seed(seed)
     network = make_network(base)
@@ -221,24 +222,24 @@ def states_of(base, input_ids: torch.Tensor, pixels: torch.Tensor) -> dict:
     return {**joined, "position_embeddings": tuple(table[:1] for table in parts[0]["position_embeddings"])}
 
 
-def labels_of(some: list[Picture]) -> torch.Tensor:
+def labels_of(some: list[Planted]) -> torch.Tensor:
     return torch.stack([box_labels(picture.box, picture.image.size, GRID).flatten() for picture in some])
 
 
-def regions(base, network: SdRpnModel, processor, some: list[Picture]) -> list:
-    """What the two-pass inference makes of each picture: inputs of the second pass, and the boxes."""
+def regions(base, network: SdRpnModel, processor, some: list[Planted]) -> list:
+    """What the two-pass inference makes of each image: inputs of the second pass, and the boxes."""
     generator = SdRpnGenerator(base, network.eval(), processor)
     return [generator.prepare(picture.question, picture.image) for picture in some]
 
 
-def overlap(found: list, some: list[Picture]) -> float:
+def overlap(found: list, some: list[Planted]) -> float:
     """Mean IoU in percent of the first box with the square; no box counts as zero."""
     boxes = [focused.images[0][0].boxes for focused in found]
     return 100 * fmean(box_iou(of[0], picture.box) if of else 0.0 for of, picture in zip(boxes, some, strict=True))
 
 
-def answered(base, processor, answers: list[int], found: list, some: list[Picture], seed: int) -> dict[str, float]:
-    """Shares of right answers in percent, by what the base sees."""
+def answered(base, processor, answers: list[int], found: list, some: list[Planted], seed: int) -> dict[str, float]:
+    """Shares of correct answers in percent, by the images that the base sees."""
     rng = np.random.default_rng(seed)
     input_ids, pixels = encoded(processor, base.config, some)
     both = with_crops(input_ids, base.config.image_token_id)
@@ -269,10 +270,10 @@ def answered(base, processor, answers: list[int], found: list, some: list[Pictur
 
 
 def first_pass_and_prefill(grid: int) -> list[float]:
-    """Least CPU milliseconds of the first pass and of a prefill of the same prompt, by a base of the depth of LLaVA-1.5-7B."""
+    """Minimum CPU milliseconds of the first pass and of a prefill of the same prompt, by a base of the depth of LLaVA-1.5-7B."""
     base, processor = tiny_llava(grid, FULL_WIDTH, FULL_LAYERS)
     network = SdRpnModel.from_base(base, branch_layer=FULL_BRANCH, num_hidden_layers=3).eval()
-    picture = Picture(0, 0)
+    picture = Planted(0, 0)
     prompt = read_prompt(processor, "Where is the red square ?", picture.image)
     inputs = encode_prompts(processor, base.config, [prompt])
     with torch.no_grad():
@@ -290,9 +291,9 @@ def conclude(data: dict) -> Conclusion:
     untrained, after, alone, second, anywhere, best = ([run[name] for run in data["runs"]] for name in names)
     first, prefill = data["milliseconds"]
     figures = (
-        Figure.of("right answers with the second look", "%", second, "the picture alone", alone),
-        Figure.of("right answers with the second look", "%", second, "a random region", anywhere),
-        Figure.of("right answers with the square itself", "%", best),
+        Figure.of("correct answers with the second look", "%", second, "the image alone", alone),
+        Figure.of("correct answers with the second look", "%", second, "a random region", anywhere),
+        Figure.of("correct answers with the square itself", "%", best),
         Figure.of("overlap of region and square (IoU)", "%", after, "before training", untrained),
         Figure.of("time of the first pass", "CPU ms", first, "prefill", prefill),
     )
@@ -303,7 +304,7 @@ def conclude(data: dict) -> Conclusion:
     elif order == -1:
         verdict = "contradicted here"
     why = (
-        f"The second look changes the share of right answers by {gain:+.0f} points; chance is {100 / len(LINES):.0f} %. The regions overlap "
+        f"The second look changes the share of correct answers by {gain:+.0f} points; chance is {100 / len(LINES):.0f} %. The regions overlap "
         f"with the squares by {fmean(after):.0f} %, and the first pass takes {first / prefill:.0%} of the time of a prefill."
     )
     return Conclusion(figures, verdict, why)
@@ -313,12 +314,12 @@ def draw(data: dict, figure) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=(4, 2, 2))
     figure.set_size_inches(9, 3.6)
     names = {
-        "picture": "picture\nalone",
+        "picture": "image\nalone",
         "random": "+ random\nregion",
         "network": "+ region\nfound",
         "square": "+ the\nsquare",
     }
-    bars(left, {label: [run[name] for run in data["runs"]] for name, label in names.items()}, "%", "right answers")
+    bars(left, {label: [run[name] for run in data["runs"]] for name, label in names.items()}, "%", "correct answers")
     left.axhline(100 / len(LINES), color="black", linestyle="--", linewidth=1)
     steps = {"untrained": "untrained", "overlap": "trained"}
     bars(

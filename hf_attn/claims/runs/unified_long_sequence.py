@@ -1,8 +1,8 @@
 """Token mixers: time against the length, and what a longer context is worth to them in two tasks.
 
-Timed are softmax attention, by torch's `scaled_dot_product_attention`, and the mixers of the template whose cost is not quadratic. Language
+Softmax attention, by torch's `scaled_dot_product_attention`, is timed against the mixers whose cost is not quadratic. Language
 models with attention and with two other causal mixers learn the characters of text, and to recall: a stream states facts, a key with its value,
-and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, as many tokens in all, and judged by the same last tokens.
+and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, with the same total number of tokens, and evaluated on the same last tokens.
 
 Shown in small if
 
@@ -32,7 +32,7 @@ from ..training import optimise, tuned
 
 
 ATTENTION = "softmax"
-#: those whose time grows less than with the square of the length
+#: mixers whose time grows more slowly than the square of the length
 CHEAPER = (
     "linear_elu",
     "performer",
@@ -47,8 +47,8 @@ CHEAPER = (
 TRAINED = (ATTENTION, "linear_elu", "long_conv")
 TIMED_LENGTHS, WIDTH = (512, 2048, 8192), 64
 SHORT, LONG = CONTEXTS = (16, 64)
-#: tokens of a step; the last ones of a sequence, which count; sequences of an evaluation
-TOKENS, JUDGED, SEQUENCES = 1024, 8, 256
+#: tokens per step; number of last tokens that are evaluated; sequences per evaluation
+TOKENS, EVALUATED, SEQUENCES = 1024, 8, 256
 KEYS, VALUES = 8, 8
 IGNORED = -100
 
@@ -70,7 +70,7 @@ def measure(work) -> dict:
 
 
 def times_at(length: int) -> dict[str, float]:
-    """Least CPU milliseconds of each mixer for one sequence."""
+    """Minimum CPU milliseconds of each mixer for one sequence."""
     torch.manual_seed(0)
     names = (ATTENTION, *CHEAPER)
     states = torch.randn(1, length, WIDTH)
@@ -80,7 +80,7 @@ def times_at(length: int) -> dict[str, float]:
 
 
 def text(split: str, count: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stretches of a part, `(count, length)`, whose characters are all labels."""
+    """Random stretches of a split, `(count, length)`, and labels: all characters are predicted."""
     codes = characters(split)
     stretches = codes[torch.randint(len(codes) - length, (count, 1), generator=generator) + torch.arange(length)]
     return stretches, stretches
@@ -91,7 +91,7 @@ def recall(split: str, count: int, length: int, generator: torch.Generator) -> t
 
     A token is a fact, which names a key and its value, or a key that is asked for, or the value that follows it. A stream keeps its values.
     """
-    del split  # there is no end of streams
+    del split  # streams are drawn at random
     values = torch.randint(VALUES, (count, KEYS), generator=generator)
     keys = torch.randint(KEYS, (count, length), generator=generator)
     starts = torch.rand(count, length, generator=generator) < 0.5
@@ -111,7 +111,7 @@ TASKS = {"text": text, "recall": recall}
 
 
 def learn(task: str, mixer: str, context: int, steps: int, seed: int, rate: float) -> dict[str, float]:
-    """Bits of a token that is to be predicted, on the validation part and on the test part."""
+    """Bits per predicted token on the validation and test splits."""
     torch.manual_seed(seed)
     model = TokenMixerForCausalLM(
         TokenMixerConfig(
@@ -139,16 +139,16 @@ def entropy(model, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def bits(model, task: str, context: int, split: str) -> float:
-    """Loss of the last tokens of sequences of which the model sees the last `context` tokens."""
+    """Loss on the last tokens of sequences; the model sees only the last `context` tokens."""
     generator = torch.Generator().manual_seed(len(split))
     inputs, labels = (part[:, -context:] for part in TASKS[task](split, SEQUENCES, LONG, generator))
     labels = labels.clone()
-    labels[:, :-JUDGED] = IGNORED
+    labels[:, :-EVALUATED] = IGNORED
     return entropy(model, inputs, labels).item() / math.log(2)
 
 
 def losses_of(data: dict, task: str, mixer: str) -> list[list[float]]:
-    """Of each context, for the seeds."""
+    """Test losses of each context, for each seed."""
     return [[run["test"] for run in data["runs"][task][mixer][str(context)]] for context in CONTEXTS]
 
 
@@ -165,7 +165,7 @@ def conclude(data: dict) -> Conclusion:
         for mixer in TRAINED:
             short, long = losses_of(data, task, mixer)
             figures.append(
-                Figure.of(f"loss of {task}, {mixer}, {LONG} tokens", "bits", long, f"{SHORT} tokens", short)
+                Figure.of(f"loss on {task}, {mixer}, {LONG} tokens", "bits", long, f"{SHORT} tokens", short)
             )
             if mixer == ATTENTION:
                 worth[task] = [100 * (1 - b / a) for a, b in zip(short, long, strict=True)]
