@@ -76,11 +76,11 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="Start a new run; an earlier run in output_dir is renamed.",
+        help="Start a new run; an earlier run in output_dir is kept under another name.",
     )
     options = parser.parse_args(own)
     if len(set(options.designs)) < 2:
-        parser.error("--designs: name two or more")
+        parser.error("--designs needs at least two designs")
     settings = {"arguments": shared, "seeds": options.seeds}
     try:
         with output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME):

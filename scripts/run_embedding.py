@@ -43,33 +43,38 @@ class ScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Decoder, or an embedder to train further; SmolLM2-135M-Instruct if not given."},
+        metadata={"help": "Decoder, or an embedder to train further. Default: SmolLM2-135M-Instruct."},
     )
     design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
-    num_latents: int = field(default=32, metadata={"help": "Latents of the head."})
-    num_pooling_heads: int = field(default=8, metadata={"help": "Attention heads of the head."})
-    pooling_head_dim: int = field(default=64, metadata={"help": "Width of an attention head of the head."})
+    num_latents: int = field(default=32, metadata={"help": "Number of latents of the head."})
+    num_pooling_heads: int = field(default=8, metadata={"help": "Number of attention heads of the pooling head."})
+    pooling_head_dim: int = field(
+        default=64, metadata={"help": "Dimension of the attention heads of the pooling head."}
+    )
     pooling_init: str = field(
         default="mean",
         metadata={
-            "help": "Start of the head: as the mean of what it pools, or random as in the paper.",
+            "help": "Initialisation of the head: mean pooling, or random as in the paper.",
             "choices": ["mean", "random"],
         },
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA on the decoder; 0 to train it in full."})
+    lora_rank: int = field(default=16, metadata={"help": "LoRA rank for the decoder; 0 to train all its weights."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a dataset, in the place of the documentation."}
+        default=None, metadata={"help": "Folder or Hub id of a dataset, instead of Python's documentation."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held out for the retrieval."})
-    max_length: int = field(default=32, metadata={"help": "Tokens at which texts are cut."})
-    scale: float = field(default=20.0, metadata={"help": "Factor of the similarities in the loss."})
+    num_held_out: int = field(
+        default=200,
+        metadata={"help": "Number of rows of the dataset that are held out for the evaluation of retrieval."},
+    )
+    max_length: int = field(default=32, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
+    scale: float = field(default=20.0, metadata={"help": "Scale of the similarities in the loss."})
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of an embedder of sentence-transformers to measure beside it."},
+        metadata={"help": "Folder or Hub id of a sentence-transformers model to evaluate for comparison."},
     )
-    query_prompt: str = field(default="", metadata={"help": "Put before every query, and saved with the model."})
-    document_prompt: str = field(default="", metadata={"help": "Put before every document, and saved with the model."})
+    query_prompt: str = field(default="", metadata={"help": "Prefix of every query, saved with the model."})
+    document_prompt: str = field(default="", metadata={"help": "Prefix of every document, saved with the model."})
 
 
 @dataclass
@@ -77,16 +82,20 @@ class EmbeddingArguments(command_line.MachineArguments):
     """transformers' arguments with other defaults."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts of an evaluation step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per evaluation step."})
     max_steps: int = field(default=40, metadata={"help": "Steps."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false, because the rows are texts."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Must be true, because gathering negatives needs equal batch sizes."}
+    )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -114,9 +123,9 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
     columns = ("query", "positive", "negative", "task")
     rows = rows.select_columns([name for name in columns if name in rows.column_names])
     rows = rows.shuffle(seed=0).to_list()
-    if len(rows) < 2 * arguments.held_back:
-        raise stop(f"{len(rows)} rows are too few to hold back {arguments.held_back} (--held_back)")
-    return rows[arguments.held_back :], rows[: arguments.held_back]
+    if len(rows) < 2 * arguments.num_held_out:
+        raise stop(f"{len(rows)} rows are too few to hold out {arguments.num_held_out} (--num_held_out)")
+    return rows[arguments.num_held_out :], rows[: arguments.num_held_out]
 
 
 @torch.no_grad()
@@ -138,7 +147,7 @@ def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) 
 
 @dataclass
 class Retrieval:
-    """Retrieval of held-back rows: each query of a task looks for any of its positives among those of all rows.
+    """Retrieval of held-out rows: each query of a task looks for any of its positives among those of all rows.
 
     A query that is itself one of these documents does not find itself.
     """
@@ -150,7 +159,7 @@ class Retrieval:
         places = {document: index for index, document in enumerate(self.documents)}
         answers = {}
         for row in self.rows:
-            key = (row.get("task") or "held back", row["query"])
+            key = (row.get("task") or "held out", row["query"])
             answers.setdefault(key, set()).add(places[row["positive"]])
         self.tasks, self.queries = (list(values) for values in zip(*answers, strict=True))
         self.relevant = list(answers.values())
@@ -169,10 +178,10 @@ class Retrieval:
         }
 
 
-def held_back_ranks(
+def held_out_ranks(
     model, tokenizer, retrieval: Retrieval, arguments: ScriptArguments, batch_size: int
 ) -> torch.Tensor:
-    """Ranks of the held-back queries' positives."""
+    """Ranks of the positives of the held-out queries."""
     was_training = model.training
     model.eval()
 
@@ -251,19 +260,21 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     """Train, measure the retrieval before and after, and save."""
     output_dir = Path(training.output_dir)
     set_seed(training.seed)
-    train, held_back = load_pairs(script)
+    train, held_out = load_pairs(script)
     if len(train) < training.train_batch_size * training.world_size:
-        raise stop(f"{len(train)} pairs are fewer than one step needs")
+        raise stop(
+            f"{len(train)} pairs are too few for one step; use more pairs, or a smaller --per_device_train_batch_size"
+        )
     model, tokenizer = make_model(script)
     # Several processes train; the first one measures.
     measures = training.process_index == 0
     batch_size = training.per_device_eval_batch_size
     model.to(training.device)
-    retrieval, ranks = Retrieval(held_back), {}
+    retrieval, ranks = Retrieval(held_out), {}
     if measures:
         if script.reference_model is not None:
             ranks["reference"] = reference_ranks(script.reference_model, retrieval, script)
-        ranks["before"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
+        ranks["before"] = held_out_ranks(model, tokenizer, retrieval, script, batch_size)
     if script.lora_rank:
         model = add_lora(model, script.lora_rank)
     trainer = EmbeddingTrainer(
@@ -278,7 +289,7 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {}
     if measures:
-        ranks["after"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
+        ranks["after"] = held_out_ranks(model, tokenizer, retrieval, script, batch_size)
         metrics = {
             f"{when}_{name}": value for when, those in ranks.items() for name, value in retrieval_scores(those).items()
         }

@@ -47,7 +47,7 @@ def arguments(tmp_path_factory) -> list:
     rows = [json.dumps({"query": word, "positive": word.upper()}) for word in words]
     (folder / "data" / "train.jsonl").write_text("\n".join(rows))
     return [
-        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--held_back", 20),
+        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--num_held_out", 20),
         *("--num_latents", 2, "--num_pooling_heads", 2, "--pooling_head_dim", 4, "--max_length", 8),
         *(
             "--learning_rate",
