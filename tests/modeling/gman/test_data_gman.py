@@ -120,7 +120,7 @@ class TestTimeSteps:
             regular_grid(local.sort_index(), 288)
         assert len(regular_grid(local, 288, "America/Los_Angeles")) == 300
         once = local[~local.index.duplicated()]
-        with pytest.raises(ValueError, match=r"2017-11-05 01:00:00 is an ambiguous time.*Leave the zone out"):
+        with pytest.raises(ValueError, match=r"2017-11-05 01:00:00 is an ambiguous time.*Omit the time zone"):
             regular_grid(once, 288, "America/Los_Angeles")
         with pytest.raises(ValueError, match="no time zone 'Mars/Olympus'"):
             regular_grid(once, 288, "Mars/Olympus")
