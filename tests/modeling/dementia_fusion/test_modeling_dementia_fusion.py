@@ -143,7 +143,7 @@ def test_inputs_that_make_no_sense(inputs):
     model = tiny_model()
     with pytest.raises(ValueError, match="pixel_values"):
         model(inputs["input_ids"])
-    with pytest.raises(ValueError, match="3 transcripts and 2 spectrograms"):
+    with pytest.raises(ValueError, match="3 transcripts but 2 spectrograms"):
         model(inputs["input_ids"], inputs["pixel_values"][:2])
     with pytest.raises(ValueError, match="batch is empty"):
         model(inputs["input_ids"][:0], inputs["pixel_values"][:0])

@@ -63,7 +63,7 @@ class TestTables:
     def test_no_file_and_no_table(self):
         with pytest.raises(FileNotFoundError, match=r"no file nothing\.csv"):
             read_table("nothing.csv")
-        with pytest.raises(TypeError, match="not as list"):
+        with pytest.raises(TypeError, match="got list"):
             read_table([1])
 
     @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ class TestErrors:
 
     def test_nothing_observed(self):
         assert np.isnan(forecast_errors(np.ones((1, 2, 3)), np.zeros((1, 2, 3)))["mae"]).all()
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="the same shape"):
             forecast_errors(np.ones((1, 2, 3)), np.ones((1, 2)))
 
 
