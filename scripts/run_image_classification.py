@@ -50,7 +50,6 @@ from hf_attn.training.evaluation import ExactEvaluationMixin
 
 try:
     import datasets
-    import evaluate
     from torchvision.transforms import v2
 
     from hf_attn.training.augmentation import Augmentation
