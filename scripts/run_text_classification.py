@@ -164,7 +164,9 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     return model_args, data_args, training_args
 
 
-def _problem(model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments) -> str | None:
+def _problem(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ScriptTrainingArguments
+) -> str | None:
     """The error in the arguments, None if there is none."""
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.num_layers):
         return "--variant and --num_layers would not fit the weights of --model_name_or_path"
