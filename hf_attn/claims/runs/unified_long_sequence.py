@@ -210,5 +210,5 @@ def draw(data: dict, figure) -> None:
             axes.plot(range(2), means, "o-", color=colors[mixer], linewidth=3 if mixer == ATTENTION else 1.5)
         axes.set_xticks(range(2), [f"{context} tokens" for context in CONTEXTS])
         axes.set_xlim(-0.3, 1.3)
-        axes.set_ylim(bottom=0)
-        axes.set(xlabel="context", title=f"bits a token: {task}\n(lower is better)")
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+        axes.set(xlabel="context", title=f"bits per token: {task}\n(lower is better)")
