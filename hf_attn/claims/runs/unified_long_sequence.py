@@ -1,9 +1,9 @@
 """Token mixers: time against the length, and what a longer context is worth to them in two tasks.
 
 Softmax attention, by torch's `scaled_dot_product_attention`, is timed against the mixers whose cost is not quadratic. Language
-models with attention and with two other causal mixers learn the characters of text, and to recall: a stream states facts, a key with its value,
-and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, with the same total number of tokens, and evaluated on the same last tokens; under
-this budget a longer context can also do harm.
+models with attention and with two other causal mixers learn the characters of text, and to recall: a stream states facts, a key
+with its value, and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, with the same total number of
+tokens, and evaluated on the same last tokens; under this budget a longer context can also do harm.
 
 Shown in small if
 
