@@ -121,8 +121,8 @@ class LanguageContest:
         left.set(xlabel="steps", title="training loss in nats")
         left.legend(fontsize=8)
         losses = {str(index + 1): test_losses(runs) for index, runs in enumerate(data["runs"].values())}
-        bars(right, losses, "bits/character", "held-back text (lower is better)")
-        names = [name.split(" (")[0].replace(", ", ",\n") for name in data["runs"]]
+        bars(right, losses, "bits/character (lower is better)", "held-out text")
+        names = [name.split(" (")[0].replace(", ", ",\n").replace(" of ", "\nof ") for name in data["runs"]]
         right.set_xticks(range(len(losses)), names, fontsize=8)
 
 

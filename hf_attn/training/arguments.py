@@ -22,7 +22,13 @@ from .output_folder import CHECKPOINTS, OutputFolderError, output_folder
 logger = logging.get_logger(__name__)
 
 #: earlier names of arguments
-RENAMED = {"--base": "--model_name_or_path", "--teacher": "--model_name_or_path"}
+RENAMED = {
+    "--base": "--model_name_or_path",
+    "--teacher": "--model_name_or_path",
+    "--held_back": "--num_held_out",
+    "--num_held_back": "--num_held_out",
+    "--num_pictures": "--num_drawings",
+}
 
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
@@ -40,7 +46,10 @@ RANGES = {
             "eval_steps",
             "generation_batch_size",
             "capacity",
+            "lora_layers",
             "lora_rank",
+            "num_held_out",
+            "num_hidden_layers",
             "num_nodes",
             "gradient_accumulation_steps",
             "max_eval_samples",

@@ -236,11 +236,13 @@ class SiFTTrainerMixin:
             self._clean_outputs = outputs
             return loss, {"logits": rows(outputs["logits"])}
 
+        # DistributedDataParallel expects the gradients of what its last call uses, and only the clean pass uses all.
+        perturbed = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         features = {name: value for name, value in inputs.items() if name != "labels"}
         step = sift_loss(
             model,
             compute_clean_rows,
-            lambda: rows(model(**features)["logits"]),
+            lambda: rows(perturbed(**features)["logits"]),
             sift_lambda=self.sift_lambda,
             learning_rate=self.sift_learning_rate,
             sigma=self.sift_sigma,

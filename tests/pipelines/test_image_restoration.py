@@ -480,7 +480,7 @@ def test_bad_parameters(pipe, photo):
         pipe(photo, tile=10)
     with pytest.raises(ValueError, match="blend must be one of"):
         pipe(photo, blend="smooth")
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="pass only one of them"):
         pipe(photo, tile=8, max_memory="1GB")
     with pytest.raises(TypeError, match="no parameter tile_size"):
         pipe(photo, tile_size=8)

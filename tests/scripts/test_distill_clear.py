@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"
 SMALL = [
     "--num_samples",
     "10",
-    "--num_held_back",
+    "--num_held_out",
     "4",
     "--resolution",
     "8",
@@ -97,7 +97,7 @@ def test_it_ends_in_weights_that_have_the_error_of_the_curve(script, tmp_path, c
 
 @pytest.mark.slow
 def test_the_student_learns(script, tmp_path):
-    options = "--num_samples 64 --num_held_back 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
+    options = "--num_samples 64 --num_held_out 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
     curve = run(script, tmp_path, *options.split(), "--eval_steps", 25, "--checkpoint_steps", 75)
     assert curve[0]["error"] > 0.1 * curve[0]["teacher_power"]
     assert curve[-1]["error"] < 0.6 * curve[0]["error"]
@@ -216,10 +216,10 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts go together"),
+        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts must be used together"),
         (("--model_name_or_path", "somewhere", "--prompts", "nowhere.txt"), "there is no file nowhere.txt"),
-        (("--num_held_back", 10), "less than --num_samples"),
-        (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
+        (("--num_held_out", 10), "less than --num_samples"),
+        (("--optimizer", "sgd"), "adamw or prodigy, got sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
         (("--radius", 0), "--radius=0 is out of range: it must be at least 1"),
         (("--batch_size", -1), "--batch_size=-1 is out of range"),

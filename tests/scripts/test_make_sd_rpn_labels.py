@@ -127,7 +127,7 @@ def test_two_processes_share_the_images(script, base, images, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The labels are in") == 1
+    assert done.stdout.count("The labels were saved to") == 1
     together = datasets.load_from_disk(tmp_path / "two" / "labels")
     for column in ("question", "answer", "roi_labels"):
         assert together[column][:] == alone[column][:]
@@ -207,7 +207,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
             ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
             "--max_samples=0 is out of range: it must be at least 1",
         ),
-        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
+        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains needs --json_file or --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
         (
@@ -215,7 +215,10 @@ def test_official_files_need_no_model(script, images, tmp_path):
             "--batch_size=0 is out of range: it must be at least 1",
         ),
         (("--question", "What?", "--image_folder", "{images}", "--max_samples", 0), "--max_samples=0 is out of range"),
-        (("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"), "'2:x' is no layer with heads"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"),
+            "'2:x' is not a layer with heads",
+        ),
     ],
 )
 def test_arguments_that_are_wrong(script, base, images, tmp_path, more, message):
