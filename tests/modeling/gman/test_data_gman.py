@@ -46,7 +46,10 @@ class TestTables:
         [
             (lambda t: t.reset_index(drop=True), "got numbers"),
             (lambda t: t.set_axis(["x"] * len(t), axis=0), "must have timestamps"),
-            (lambda t: t[:2].set_axis(["2024-03-10 01:00-08:00", "2024-03-10 03:00-07:00"]), "from several time zones"),
+            (
+                lambda t: t[:2].set_axis(["2024-03-10 01:00-08:00", "2024-03-10 03:00-07:00"]),
+                "from several time zones",
+            ),
             (lambda t: t.assign(b="fast"), "column b is not numeric"),
             (lambda t: t.assign(b=np.inf), "sensor b has infinite values"),
             (lambda t: t.iloc[:0], "The table has no rows"),
