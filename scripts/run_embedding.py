@@ -46,8 +46,8 @@ class ScriptArguments:
         metadata={"help": "Decoder, or an embedder to train further; SmolLM2-135M-Instruct if not given."},
     )
     design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
-    num_latents: int = field(default=32, metadata={"help": "Latents of the head."})
-    num_pooling_heads: int = field(default=8, metadata={"help": "Attention heads of the head."})
+    num_latents: int = field(default=8, metadata={"help": "Latents of the head."})
+    num_pooling_heads: int = field(default=9, metadata={"help": "Attention heads of the head."})
     pooling_head_dim: int = field(default=64, metadata={"help": "Width of an attention head of the head."})
     pooling_init: str = field(
         default="mean",
@@ -86,7 +86,7 @@ class EmbeddingArguments(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts of an evaluation step."})
-    max_steps: int = field(default=40, metadata={"help": "Steps."})
+    max_steps: int = field(default=100, metadata={"help": "Steps."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share if below 1."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
