@@ -113,7 +113,7 @@ class TestTimeSteps:
         assert len(regular_grid(local, 288)) == 288
         grid = regular_grid(local, 288, "America/Los_Angeles")
         assert len(grid) == 276 and not grid.isna().any(axis=None)
-        # 01:55 is followed by 03:00, whose slot is that of three o'clock.
+        # 01:55 is followed by 03:00, which has the slot of three o'clock.
         assert time_features(grid.index[23:25], 288)[:, 1].tolist() == [23, 36]
 
     def test_an_hour_that_daylight_saving_repeats(self):
@@ -252,7 +252,7 @@ def test_baselines():
 
 
 def test_the_best_forecast_of_the_synthetic_data_is_as_good_as_promised():
-    """Errors of the card, and those of the forecast that knows everything, on the data themselves."""
+    """Documented errors against those of the ideal forecast on the data."""
     data = synthetic_traffic(missing=0.0)
     promised = data.best_mae(6)
     np.testing.assert_allclose(promised, [1.20, 1.42, 1.55, 1.64, 1.71, 1.76], atol=0.005)
