@@ -37,7 +37,8 @@ class ScanpathPredictionPipeline(Pipeline):
 
     Parameters, for the call or the constructor:
 
-    - **boxes**: `(objects, 4)`, x1, y1, x2, y2 in pixels.
+    - **boxes**: `(objects, 4)`, x1, y1, x2, y2 in pixels; as many as the scene has objects, also fewer or more than the model was
+      trained with.
     - **grid** (`tuple[int, int]`): rows and columns, if the objects fill a grid. Without boxes they are the cells of a grid over the
       whole image.
     - **target_index** (`int`): the object that is searched for, or

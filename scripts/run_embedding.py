@@ -46,8 +46,8 @@ class ScriptArguments:
         metadata={"help": "Decoder, or an embedder to train further. Default: SmolLM2-135M-Instruct."},
     )
     design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
-    num_latents: int = field(default=32, metadata={"help": "Number of latents of the head."})
-    num_pooling_heads: int = field(default=8, metadata={"help": "Number of attention heads of the pooling head."})
+    num_latents: int = field(default=8, metadata={"help": "Number of latents of the head."})
+    num_pooling_heads: int = field(default=9, metadata={"help": "Number of attention heads of the pooling head."})
     pooling_head_dim: int = field(
         default=64, metadata={"help": "Dimension of the attention heads of the pooling head."}
     )
@@ -58,7 +58,14 @@ class ScriptArguments:
             "choices": ["mean", "random"],
         },
     )
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Lowest layers of the decoder to use; all if not given."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "LoRA rank for the decoder; 0 to train all its weights."})
+    lora_layers: int = field(
+        default=10,
+        metadata={"help": "Number of layers with LoRA, from the highest down; the others are frozen, at less cost."},
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a dataset, instead of Python's documentation."}
     )
@@ -84,7 +91,7 @@ class EmbeddingArguments(command_line.MachineArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per evaluation step."})
-    max_steps: int = field(default=40, metadata={"help": "Steps."})
+    max_steps: int = field(default=100, metadata={"help": "Steps."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
     )
@@ -130,11 +137,12 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
 
 @torch.no_grad()
 def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) -> torch.Tensor:
-    """Embeddings of texts, `(texts, width)`."""
+    """Embeddings of texts, `(texts, width)`; equal texts are computed once, beside texts of about their length."""
+    different = sorted(set(texts), key=lambda text: (len(text), text))
     embeddings = []
-    for start in range(0, len(texts), batch_size):
+    for start in range(0, len(different), batch_size):
         batch = tokenizer(
-            texts[start : start + batch_size],
+            different[start : start + batch_size],
             padding=True,
             truncation=True,
             max_length=max_length,
@@ -142,7 +150,8 @@ def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) 
         )
         output = model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
         embeddings.append(output.pooler_output.float().cpu())
-    return torch.cat(embeddings)
+    places = {text: index for index, text in enumerate(different)}
+    return torch.cat(embeddings)[[places[text] for text in texts]]
 
 
 @dataclass
@@ -165,10 +174,9 @@ class Retrieval:
         self.relevant = list(answers.values())
         self.ignored = [{places[query]} if query in places else () for query in self.queries]
 
-    def ranks(self, embed_queries, embed_documents) -> torch.Tensor:
-        """Rank of each query's first positive; the arguments turn lists of texts into embeddings."""
-        embedded = embed_queries(self.queries), embed_documents(self.documents)
-        return retrieval_ranks(*embedded, self.relevant, self.ignored)
+    def ranks(self, queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """Rank of each query's first positive, from the embeddings of all queries and documents."""
+        return retrieval_ranks(queries, documents, self.relevant, self.ignored)
 
     def scores_by_task(self, ranks: torch.Tensor) -> dict[str, dict[str, float]]:
         """Retrieval scores of the queries of each task."""
@@ -184,15 +192,11 @@ def held_out_ranks(
     """Ranks of the positives of the held-out queries."""
     was_training = model.training
     model.eval()
-
-    def embed_with(prompt: str):
-        return lambda texts: embed(
-            model, tokenizer, [prompt + text for text in texts], batch_size, arguments.max_length
-        )
-
-    ranks = retrieval.ranks(embed_with(arguments.query_prompt), embed_with(arguments.document_prompt))
+    texts = [arguments.query_prompt + query for query in retrieval.queries]
+    texts += [arguments.document_prompt + document for document in retrieval.documents]
+    embeddings = embed(model, tokenizer, texts, batch_size, arguments.max_length)
     model.train(was_training)
-    return ranks
+    return retrieval.ranks(*embeddings.split([len(retrieval.queries), len(retrieval.documents)]))
 
 
 def reference_ranks(name_or_path: str, retrieval: Retrieval, arguments: ScriptArguments) -> torch.Tensor:
@@ -204,7 +208,8 @@ def reference_ranks(name_or_path: str, retrieval: Retrieval, arguments: ScriptAr
     encoder = SentenceTransformer(name_or_path, device="cpu")
     encoder.max_seq_length = arguments.max_length
     return retrieval.ranks(
-        *(partial(method, convert_to_tensor=True) for method in (encoder.encode_query, encoder.encode_document))
+        encoder.encode_query(retrieval.queries, convert_to_tensor=True),
+        encoder.encode_document(retrieval.documents, convert_to_tensor=True),
     )
 
 
@@ -229,19 +234,22 @@ def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformer
             pooling_head_dim=arguments.pooling_head_dim,
             pooling_init=arguments.pooling_init,
             prompts=prompts,
+            **({} if arguments.num_hidden_layers is None else {"num_hidden_layers": arguments.num_hidden_layers}),
         )
     return model, tokenizer
 
 
-def add_lora(model: PoolingAttentionModel, rank: int):
-    """LoRA on all linear layers of the decoder, as the paper's; the head is trained in full."""
+def add_lora(model: PoolingAttentionModel, rank: int, num_layers: int):
+    """LoRA on all linear maps of the highest layers of the decoder; the head is trained in full."""
     from peft import LoraConfig, get_peft_model
 
+    count = model.config.num_hidden_layers
+    layers = "|".join(map(str, range(max(0, count - num_layers), count)))
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.1,
-        target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        target_modules=rf"model\.layers\.({layers})\.(self_attn|mlp)\.\w+_proj",
         modules_to_save=None if model.head is None else ["head"],
     )
     return get_peft_model(model, config)
@@ -276,7 +284,7 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
             ranks["reference"] = reference_ranks(script.reference_model, retrieval, script)
         ranks["before"] = held_out_ranks(model, tokenizer, retrieval, script, batch_size)
     if script.lora_rank:
-        model = add_lora(model, script.lora_rank)
+        model = add_lora(model, script.lora_rank, script.lora_layers)
     trainer = EmbeddingTrainer(
         model,
         training,

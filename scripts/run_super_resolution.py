@@ -34,7 +34,6 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -52,6 +51,7 @@ import hf_attn  # noqa: F401
 from hf_attn.architectures.restoration.warm_start import start_as_interpolation
 from hf_attn.architectures.variants import VariantsMixin
 from hf_attn.catalog import families
+from hf_attn.examples.photographs import load_photographs
 from hf_attn.hub import HubTrainerMixin
 from hf_attn.training import arguments as command_line
 from hf_attn.training.arguments import RunArguments, parse_overrides, run_script, settings_of, training_folder
@@ -280,19 +280,6 @@ class DatasetColumn(Sequence):
         return self.rows[index][self.column]
 
 
-def default_photographs() -> list[np.ndarray]:
-    """The photographs of scikit-learn and scikit-image."""
-    try:
-        import skimage.data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise stop(
-            "without --train_dir and --dataset_name, the extra `train` is needed: pip install 'hf_attn[train]'"
-        ) from error
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
-
-
 def image_files(folder: str) -> list[Path]:
     files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
@@ -317,7 +304,12 @@ def load_images(data_args: DataArguments) -> tuple[Images, Images]:
     elif data_args.train_dir is not None:
         train = image_files(data_args.train_dir)
     else:
-        train = default_photographs()
+        try:
+            train = load_photographs()
+        except ImportError as error:
+            raise stop(
+                f"without --train_dir and --dataset_name there are only photographs of packages. {error}"
+            ) from error
     if data_args.validation_dir is not None:
         validation = image_files(data_args.validation_dir)
     if validation is None:

@@ -26,6 +26,7 @@ from ..restoration.pairs import Images, Patches, WholeImages
 from ..restoration.resize import bicubic_resize
 from ..training.output_folder import output_folder
 from ..training.writing import files_written_whole, written_whole
+from .photographs import load_photographs
 from .threads import use_free_cores
 
 
@@ -223,21 +224,6 @@ class _Quickstart:
             f"Train longer:   python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir outputs/hat\n"
             "Another paper:  hf-attn quickstart --example echo_att"
         )
-
-
-def load_photographs() -> list[np.ndarray]:
-    """The photographs that are part of scikit-learn and scikit-image.
-
-    Raises:
-        ImportError: if these packages are not installed.
-    """
-    try:
-        import skimage.data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ImportError("The photographs need the extra `train`: pip install 'hf_attn[train]'") from error
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
 
 
 def _print_row(row: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from io import BytesIO
 from math import gcd
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
             "The sampling rate of an array is unknown. Pass sampling_rate; other rates are resampled to the "
             f"{sampling_rate} Hz of the features."
         )
-    if rate <= 0:
-        raise ValueError(f"The sampling rate must be positive, got {rate}.")
+    if not isinstance(rate, Real) or rate < 1 or rate != int(rate):
+        raise ValueError(f"The sampling rate must be a whole number of Hz, at least 1, got {rate!r}.")
     samples = _one_channel(samples, mix_channels)
     if not len(samples):
         raise ValueError("The recording is empty.")
@@ -80,7 +81,7 @@ def _as_float(samples: Any) -> np.ndarray:
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     if samples.dtype.kind != "f":
-        raise ValueError(f"A recording must have a numeric dtype, got {samples.dtype}.")
+        raise ValueError(f"A recording must be of signed integers or floating-point numbers, got {samples.dtype}.")
     return samples.astype(np.float32)
 
 

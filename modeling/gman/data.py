@@ -31,7 +31,8 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
         Floats with timestamps as index and names of sensors, as strings, as columns.
 
     Raises:
-        ValueError: if the rows have no timestamps or a column is not numeric.
+        ValueError: if the file cannot be read, there are no rows, rows have no timestamps, or a column is not numeric or has
+            infinite values.
         FileNotFoundError: if there is no such file.
     """
     pd = _pandas()
@@ -46,13 +47,20 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
                 table = pd.read_hdf(path)
             except ImportError as error:
                 raise ImportError(f"Reading {name} needs tables: `pip install 'hf_attn[traffic]'`.") from error
+            except Exception as error:  # of many kinds, with the whole trace of HDF5
+                raise ValueError(f"{name} is no HDF5 file of pandas: {_last_line(error)}") from error
         else:
-            table = pd.read_csv(path, index_col=0)
+            try:
+                table = pd.read_csv(path, index_col=0)
+            except ValueError as error:
+                raise ValueError(f"{name} is no table of comma-separated values: {_last_line(error)}") from error
     elif isinstance(source, pd.DataFrame):
         table = source
     else:
         raise TypeError(f"Measurements must be a DataFrame or the path of a file, got {type(source).__name__}.")
 
+    if not len(table):
+        raise ValueError(f"{name} has no rows.")
     if not isinstance(table.index, pd.DatetimeIndex):
         if pd.api.types.is_numeric_dtype(table.index):
             raise ValueError(
@@ -61,7 +69,10 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
         try:
             table = table.set_axis(pd.to_datetime(table.index), axis=0)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} must have timestamps as its index (first column): {error}") from error
+            reason = _last_line(error)
+            if not pd.to_datetime(table.index, errors="coerce", utc=True).hasnans:
+                reason = "theirs are from several time zones; write all in UTC, or without a zone and pass time_zone."
+            raise ValueError(f"{name} must have timestamps as its index (first column): {reason}") from error
     if table.index.hasnans:
         raise ValueError(f"{name} has rows without a timestamp.")
     table = table.set_axis(table.columns.astype(str), axis=1)
@@ -71,7 +82,15 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
     for column in table.columns:
         if not pd.api.types.is_numeric_dtype(table[column]):
             raise ValueError(f"{name}: column {column} is not numeric ({table[column].dtype}).")
-    return table.astype(np.float64)
+    table = table.astype(np.float64)
+    infinite = np.isinf(table.to_numpy()).any(axis=0)
+    if infinite.any():
+        raise ValueError(f"{name}: sensor {table.columns[infinite][0]} has infinite values; a missing one is NaN.")
+    return table
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def step_of(steps_per_day: int) -> "pd.Timedelta":
@@ -118,8 +137,15 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
             )
         try:
             index = index.tz_localize(time_zone, ambiguous="infer")
+        except KeyError:
+            raise ValueError(f"There is no time zone {time_zone!r}; one is called 'America/Los_Angeles'.") from None
         except ValueError as error:
-            raise ValueError(f"The timestamps are not valid in the time zone {time_zone}: {error}") from error
+            # The advice of pandas is about arguments of its own.
+            reason = str(error).split(". ")[0].rstrip(".")
+            raise ValueError(
+                f"The timestamps are not valid in the time zone {time_zone}: {reason}. Omit the time zone if they do not follow its daylight "
+                "saving time."
+            ) from error
         table = table.set_axis(index, axis=0)
     distances = index[1:] - index[:-1]
     for problem, where in (("repeated", distances == pd.Timedelta(0)), ("unsorted", distances < pd.Timedelta(0))):

@@ -422,8 +422,16 @@ def test_unknown_terms_are_refused():
 def test_text_of_length_0():
     model = make_model()
     apply_fast_attention(model)
-    with pytest.raises(ValueError, match="length 0"):
-        model(torch.zeros(2, 0, dtype=torch.long), attention_mask=torch.ones(2, 0))
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    for arguments in (
+        {"input_ids": ids, "attention_mask": torch.ones(2, 0)},
+        {"input_ids": ids},
+        {"inputs_embeds": torch.zeros(2, 0, 32)},
+    ):
+        with pytest.raises(ValueError, match="length 0"):
+            model(**arguments)
+    remove_fast_attention(model)
+    assert not model._forward_pre_hooks
 
 
 def test_pinned_implementation_says_why_not():

@@ -115,6 +115,11 @@ def test_a_temperature_flattens_the_probabilities(pipe):
         (np.stack([speech(), speech()]), TEXT, "2 channels"),
         (np.full(RATE, np.nan, dtype=np.float32), TEXT, "NaN"),
         (np.zeros(0, dtype=np.float32), TEXT, "empty"),
+        (np.float32(1e-30) * (np.arange(RATE) == 5), TEXT, "too quiet"),
+        (None, TEXT, "no recording"),
+        (speech(), [TEXT], "is a string, got"),
+        ({"array": speech(), "sampling_rate": 0.5}, TEXT, "whole number of Hz, at least 1, got 0.5"),
+        ({"array": speech(), "sampling_rate": "16k"}, TEXT, "whole number of Hz, at least 1, got '16k'"),
         ("nowhere.wav", TEXT, "no file"),
         ({"bytes": b"not audio"}, TEXT, "no audio"),
         (speech(), " ", "Empty transcripts"),
@@ -122,7 +127,7 @@ def test_a_temperature_flattens_the_probabilities(pipe):
     ],
 )
 def test_bad_input_is_refused(pipe, audio, text, problem):
-    if isinstance(audio, dict):
+    if isinstance(audio, dict) and "bytes" in audio:
         pytest.importorskip("soundfile")
     with pytest.raises(ValueError, match=problem):
         pipe(audio, text=text, sampling_rate=RATE)

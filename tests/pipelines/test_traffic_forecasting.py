@@ -70,10 +70,13 @@ def test_sensors_are_found_by_name(pipe, table):
         pipe(table, sensors="g")
 
 
-def test_sensors_without_names_are_taken_in_order(table, caplog):
+def test_sensors_without_names_are_taken_in_order(table, monkeypatch):
     pipe = make_pipeline(sensor_ids=None)
     renamed = table.set_axis([str(number) for number in range(6)], axis=1)
+    warnings = []
+    monkeypatch.setattr("hf_attn.pipelines.traffic_forecasting.logger.warning_once", warnings.append)
     np.testing.assert_array_equal(pipe(renamed), pipe(table))
+    assert warnings and "columns of the table are taken in their order" in warnings[0]
     # A view with negative strides.
     backwards = pd.DataFrame(np.ascontiguousarray(table.to_numpy()[:, ::-1]), table.index)
     np.testing.assert_array_equal(pipe(table.iloc[:, ::-1]), pipe(backwards))

@@ -66,6 +66,16 @@ def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
 
 
+def test_lora_is_on_the_highest_layers(main):
+    from hf_attn import PoolingAttentionModel
+
+    base = llama(num_hidden_layers=3)
+    for count, expected in ((2, {"1", "2"}), (9, {"0", "1", "2"})):
+        model = PoolingAttentionModel.from_base(base, design=1)
+        names = [name for name, _ in sys.modules["run_embedding"].add_lora(model, 2, count).named_parameters()]
+        assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == expected
+
+
 def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):
     from datasets import load_dataset
 

@@ -34,5 +34,5 @@ def without_decay(num_classes: int) -> RMTForImageClassification:
     return rmt(num_classes, decay_initial_values=[NO_DECAY, NO_DECAY], decay_ranges=[0, 0])
 
 
-_contest = ImageContest({"RMT": rmt, "RMT without decay": without_decay, "Swin of timm": swin})
+_contest = ImageContest({"RMT": rmt, "RMT without decay": without_decay, "Swin of timm": swin}, steps=600)
 measure, conclude, draw = _contest.measure, _contest.conclude, _contest.draw
