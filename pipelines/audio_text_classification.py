@@ -98,11 +98,11 @@ class AudioTextClassificationPipeline(Pipeline):
             audio, text = inputs["audio"], inputs.get("text", text)
             sampling_rate = inputs.get("sampling_rate", sampling_rate)
         if audio is None:
-            raise ValueError("There is no recording: give {'audio': ..., 'text': ...}.")
+            raise ValueError("There is no recording: pass {'audio': ..., 'text': ...}.")
         if text is None:
             text = self._transcribe(audio, asr, sampling_rate)
         if not isinstance(text, str):
-            raise ValueError(f"The transcript of a recording is a string, got {text!r}.")
+            raise ValueError(f"The transcript of a recording must be a string, got {text!r}.")
         model_inputs = self.processor(audio=audio, text=text, sampling_rate=sampling_rate, truncation=truncation)
         return {**model_inputs, "transcript": text}
 
