@@ -148,7 +148,7 @@ def model_card(
 
 
 def write_model_card(folder: str | Path, model: "nn.Module", repo_id: str | None = None, **facts) -> Path:
-    """Write a model's card into a folder, over one that is there.
+    """Write a model's card into a folder, and overwrite an existing card.
 
     `save_pretrained` writes a card automatically; use this function to add facts that the model cannot know.
 

@@ -19,7 +19,7 @@ class Family:
             `AutoTokenizer`) -> name of the class in `processing_<folder>`.
         pipeline_tag: task of the Hub, where the Auto class does not say it.
         compares: fields that switch the mechanism of a causal language model on in `hf-attn compare`; none, and it does
-            not take part.
+            not be compared.
     """
 
     model_type: str

@@ -55,7 +55,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def _decode(audio: Any) -> tuple[np.ndarray, int | None]:
-    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` gives if torchcodec is there
+    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` returns if torchcodec is installed
         decoded = audio.get_all_samples()
         return np.asarray(decoded.data), decoded.sample_rate
     if isinstance(audio, Mapping):
