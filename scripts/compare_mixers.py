@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="start a new run; an earlier one is kept under another name",
+        help="start a new run; an earlier run is kept under another name",
     )
     options = parser.parse_args(arguments)
     if min(options.lengths) <= PAIRS:

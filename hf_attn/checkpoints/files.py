@@ -104,7 +104,7 @@ def _found_in_folder(path: Path) -> Path:
     found = next((path / name for name in CHECKPOINT_NAMES if (path / name).is_file()), None)
     if found is None:
         raise ConversionError(
-            f"There is no checkpoint file in {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Pass the "
+            f"There is no checkpoint file at {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Pass the "
             "path of the file."
         )
     return found

@@ -384,5 +384,5 @@ def test_bad_inputs():
         ):
             make_model(kind)(ids(1, 1), past_key_values=filled)
     filled = make_model("non_approximate")(ids(1, 3), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="holds maximum, sums, the state of another mixer"):
+    with pytest.raises(ValueError, match="contains maximum, sums, the state of another mixer"):
         make_model("taylor_joint")(ids(1, 1), past_key_values=filled)
