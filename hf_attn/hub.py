@@ -2,7 +2,7 @@
 
 Someone who has the package installed but did not import it loads such a folder with ``trust_remote_code=True``; someone
 who has not installed it is told by transformers which package to install. Both are written by ``save_pretrained``, so
-that whatever saves or pushes a model (``push_to_hub``, ``Trainer``) carries them along.
+that every way to save or push a model (``push_to_hub``, ``Trainer``) includes them.
 
 ``save_pretrained`` and ``push_to_hub`` write a card where there is none; one that a folder or a repository has already is
 kept. For that :class:`HubModelMixin` extends ``PushToHubMixin._upload_modified_files``, a private name of transformers:
@@ -231,8 +231,8 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("{facts["repo_id"]}")
 ```
 
-The model has no head: it gives features. {" and ".join(f"`{head}.from_pretrained`" for head in heads)} would start with a head of
-random weights, which has to be trained before its results mean anything.
+The model has no head and returns features. {" and ".join(f"`{head}.from_pretrained`" for head in heads)} would add a head with
+random weights, which has to be trained first.
 
 """
     return text[:use] + example + text[configuration:]

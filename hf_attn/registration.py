@@ -103,8 +103,8 @@ class LazyContent(dict):
 def _fill(mapping, references: dict[str, str], keys_are_classes: bool = True, as_value=None) -> None:
     if not isinstance(getattr(mapping, "_extra_content", None), dict):
         raise RuntimeError(
-            "hf_attn cannot register its families: this version of transformers keeps registered classes elsewhere than "
-            "in `_extra_content`. Install the version range that hf_attn asks for (see its requirements)."
+            "hf_attn cannot register its families: this version of transformers does not keep registered classes in "
+            "`_extra_content`. Install a version that hf_attn supports (see its requirements)."
         )
     mapping._extra_content = LazyContent(mapping._extra_content, references, keys_are_classes, as_value)
 

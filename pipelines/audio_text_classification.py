@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 NOTICE = (
-    "Not a diagnosis: a research model's probabilities, which say nothing reliable about a single person and must not be used to "
-    "decide about one."
+    "These probabilities of a research model are not a diagnosis. They are not reliable for an individual and must "
+    "not be used for decisions about a person."
 )
 
 
@@ -60,7 +60,7 @@ class AudioTextClassificationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         check_head(self.model)
         if self.processor is None:
-            raise ValueError("The model has no processor: give one, processor=DementiaFusionProcessor(...).")
+            raise ValueError("The model has no processor. Pass one: processor=DementiaFusionProcessor(...).")
         # For padding, when the pipeline makes batches.
         self.tokenizer, self.feature_extractor = self.processor.tokenizer, self.processor.feature_extractor
         self.model.eval()
@@ -92,7 +92,8 @@ class AudioTextClassificationPipeline(Pipeline):
             unknown = set(inputs) - {"audio", "text", "sampling_rate"}
             if unknown:
                 raise ValueError(
-                    f"An input is a dictionary with audio, text and sampling_rate, got also {', '.join(sorted(unknown))}."
+                    "An input must be a dictionary with audio, text and sampling_rate; unknown keys: "
+                    f"{', '.join(sorted(unknown))}."
                 )
             audio, text = inputs["audio"], inputs.get("text", text)
             sampling_rate = inputs.get("sampling_rate", sampling_rate)
@@ -108,8 +109,8 @@ class AudioTextClassificationPipeline(Pipeline):
     def _transcribe(self, audio: Any, asr: Callable | None, sampling_rate: int | None) -> str:
         if asr is None:
             raise ValueError(
-                "There is no transcript: give {'audio': ..., 'text': ...}, or a speech recognition that makes one, "
-                "asr='openai/whisper-small.en'."
+                "There is no transcript: pass {'audio': ..., 'text': ...}, or a speech recognition model that "
+                "transcribes the audio, asr='openai/whisper-small.en'."
             )
         extractor = self.processor.feature_extractor
         rate = getattr(getattr(asr, "feature_extractor", None), "sampling_rate", extractor.sampling_rate)
@@ -118,7 +119,7 @@ class AudioTextClassificationPipeline(Pipeline):
         options = {"return_timestamps": True} if getattr(asr, "type", None) == "seq2seq_whisper" else {}
         text = asr({"raw": samples, "sampling_rate": rate}, **options)["text"].strip()
         if not text:
-            raise ValueError("The speech recognition heard no words. Give the transcript yourself.")
+            raise ValueError("The speech recognition found no words. Pass a transcript.")
         return text
 
     def _forward(self, inputs: dict) -> dict:

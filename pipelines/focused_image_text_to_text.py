@@ -58,7 +58,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
         if rpn is None:
             rpn = self._rpn_beside_model()
         if self.processor is None:
-            raise ValueError("The model was given as an object: give its processor too, processor=...")
+            raise ValueError("The model was passed as an object, so its processor must be passed too: processor=...")
         if not isinstance(rpn, SdRpnModel):
             rpn = SdRpnModel.from_pretrained(rpn, dtype=self.model.dtype)
         # A model object may come from its training.
@@ -70,8 +70,8 @@ class FocusedImageTextToTextPipeline(Pipeline):
             return SdRpnModel.from_pretrained(self.model.name_or_path, subfolder=_RPN_FOLDER, dtype=self.model.dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
-                "focused-image-text-to-text needs the region proposal network of the model: rpn=, a SdRpnModel, its Hub id "
-                "or its folder."
+                "focused-image-text-to-text needs the region proposal network of the model: pass rpn, an SdRpnModel, "
+                "its Hub id or its folder."
             ) from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
@@ -81,7 +81,9 @@ class FocusedImageTextToTextPipeline(Pipeline):
             ValueError: for `push_to_hub`, which would make several repositories of one pipeline.
         """
         if kwargs.pop("push_to_hub", False):
-            raise ValueError("Save the pipeline to a folder, and upload that: huggingface_hub.upload_folder(...).")
+            raise ValueError(
+                "Save the pipeline to a folder, and upload the folder: huggingface_hub.upload_folder(...)."
+            )
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
         self.generator.rpn.save_pretrained(Path(save_directory, _RPN_FOLDER))
@@ -92,7 +94,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
         if isinstance(inputs, list):
             size = batch_size if batch_size is not None else self._batch_size if self._batch_size is not None else 1
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"batch_size is a number of prompts, at least 1; got {size!r}.")
+                raise ValueError(f"batch_size must be a number of prompts, at least 1; got {size!r}.")
             batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
             answers = [answer for batch in super().__call__(batches, batch_size=1, **kwargs) for answer in batch]
             return answers[0] if is_single else answers
@@ -146,14 +148,14 @@ def _read_inputs(images, text) -> tuple[Any, bool]:
             return [_checked(entry) for entry in images], False
         if not isinstance(images, str) and (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
             return images, False
-        raise ValueError("Give a text: a question, a prompt or the messages of a chat.")
+        raise ValueError("Pass a text: a question, a prompt or the messages of a chat.")
     if isinstance(text, str) or is_chat(text):
         return [{"images": images, "text": text}], True
     given = [None] * len(text) if images is None else images
     if not isinstance(given, list | tuple) or len(given) != len(text):
         raise ValueError(
-            f"There are {len(text)} texts and {len(given) if isinstance(given, list | tuple) else 1} images: give one for "
-            "each text (None for a text without an image), or a list."
+            f"There are {len(text)} texts and {len(given) if isinstance(given, list | tuple) else 1} images. Pass one "
+            "per text (None for a text without an image), or a list."
         )
     return [{"images": image, "text": one} for image, one in zip(given, text, strict=True)], False
 

@@ -13,6 +13,7 @@ def check_head(model: PreTrainedModel) -> None:
     saved = model.config.architectures or []
     if saved and name not in saved and all(other.endswith("Model") for other in saved):
         raise ValueError(
-            f"The weights are those of a {', '.join(saved)}, which has no head: the head of this {name} is random. Train it and "
-            f"save the {name} with `save_pretrained`, or choose a model that was saved with its head."
+            f"The weights are those of a {', '.join(saved)}, which has no head, so the head of this {name} would be "
+            f"random. Train it and save the {name} with `save_pretrained`, or use a model that was saved with its "
+            "head."
         )

@@ -65,7 +65,7 @@ class ImageRestorationPipeline(Pipeline):
         if batch_size is None:
             batch_size = 1 if self._batch_size is None else self._batch_size
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size is a number of tiles, at least 1; got {batch_size!r}.")
+            raise ValueError(f"batch_size must be a number of tiles, at least 1; got {batch_size!r}.")
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         # A batch is made of tiles, which have one shape, and not of images.
@@ -102,7 +102,7 @@ class ImageRestorationPipeline(Pipeline):
         channels, height, width = image.colour.shape
         tiling.check_tiles(tile, tile_overlap, blend, config.window_size)
         if tile is not None and max_memory is not None:
-            raise ValueError("tile and max_memory both choose the tile; give one of them.")
+            raise ValueError("tile and max_memory both set the tile size: pass only one of them.")
         if tile is None:
             tile = self._choose_tile(image, max_memory, tile_overlap, blend, tile_batch_size)
 
@@ -154,7 +154,7 @@ class ImageRestorationPipeline(Pipeline):
         )
         if max_memory is None and tile is not None:
             raise ValueError(
-                f"An image of {height}x{width} at once takes more than the {budget / 1e9:.1f} GB that are free. Cut it into "
+                f"An image of {height}x{width} at once takes more than the {budget / 1e9:.1f} GB that are free. Use "
                 f"tiles: tile={min(tile, 256)}, or max_memory with a budget such as '{budget / 2e9:.1f}GB'."
             )
         return tile
@@ -176,4 +176,4 @@ class ImageRestorationPipeline(Pipeline):
             return lambda tiles: torch.einsum(
                 "bchw,c->bhw", restore(tiles.expand(-1, 3, -1, -1)), tiles.new_tensor(_GREY)
             )[:, None]
-        raise ValueError(f"The model takes images of {channels} channels; only 1 (grey) and 3 (RGB) are supported.")
+        raise ValueError(f"The model has {channels} channels; only 1 (greyscale) and 3 (RGB) are supported.")

@@ -33,7 +33,7 @@ class ScanpathPredictionPipeline(Pipeline):
     - `scores`: the probability of each fixation, given those before it;
     - `score`: the probability of the whole scanpath;
     - `found`: whether it ends at the target;
-    - `picture`: if requested, the image with boxes, arrows and numbered circles.
+    - `picture`: on request, the image with boxes, arrows and numbered circles.
 
     Parameters, for the call or the constructor:
 
@@ -45,7 +45,7 @@ class ScanpathPredictionPipeline(Pipeline):
     - **target_box**: a box, which means the object that shares most with it.
     - **num_scanpaths** (`int`, 1): one scanpath is the most likely fixation in each step; several are sampled.
     - **do_sample** (`bool`): sample one scanpath, too.
-    - **draw** (`bool`, `False`): draw pictures.
+    - **draw** (`bool`, `False`): draw the scanpath on the image.
     - any other argument of `generate`, such as `temperature` or `max_new_tokens`.
     """
 
@@ -60,7 +60,8 @@ class ScanpathPredictionPipeline(Pipeline):
         check_head(self.model)
         if self.image_processor is None:
             raise ValueError(
-                "The model has no image processor: give one, image_processor=OATImageProcessor.from_config(model.config)."
+                "The model has no image processor. Pass one: "
+                "image_processor=OATImageProcessor.from_config(model.config)."
             )
         self.model.eval()
 
@@ -90,7 +91,9 @@ class ScanpathPredictionPipeline(Pipeline):
         if isinstance(inputs, Mapping):
             known = {"image", "boxes", "grid", "target_index", "target_box"}
             if "image" not in inputs or set(inputs) - known:
-                raise ValueError(f"A scene is a dictionary with {', '.join(sorted(known))}, got {', '.join(inputs)}.")
+                raise ValueError(
+                    f"A scene must be a dictionary with {', '.join(sorted(known))}, got {', '.join(inputs)}."
+                )
             boxes, grid = inputs.get("boxes", boxes), inputs.get("grid", grid)
             if "target_index" in inputs or "target_box" in inputs:
                 target_index, target_box = inputs.get("target_index"), inputs.get("target_box")
@@ -98,7 +101,7 @@ class ScanpathPredictionPipeline(Pipeline):
         pixels = self.image_processor.read_image(inputs)
         if boxes is None:
             if grid is None:
-                raise ValueError("Say where the objects are: boxes, or the rows and columns of a grid.")
+                raise ValueError("Pass the positions of the objects: either boxes, or the rows and columns of a grid.")
             boxes = grid_boxes(*grid, *pixels.shape[1:])
         boxes = check_boxes(boxes, *pixels.shape[1:])
         if (target_index is None) == (target_box is None):

@@ -105,7 +105,7 @@ class TrafficForecastingPipeline(Pipeline):
 
     def _forward(self, inputs: dict, return_sensor_attention: bool = False) -> dict:
         if return_sensor_attention and self.model.config.group_size is not None:
-            raise ValueError("With group attention there is no attention from each sensor to each sensor to return.")
+            raise ValueError("A model with group attention has no attention between all pairs of sensors to return.")
         timestamps, names = inputs.pop("timestamps"), inputs.pop("names")
         outputs = self.model(**inputs, output_attentions=return_sensor_attention)
         result = {"values": outputs.prediction_outputs[0], "timestamps": timestamps, "names": names}
@@ -125,7 +125,7 @@ class TrafficForecastingPipeline(Pipeline):
         sensors = names if sensors is None else sensors
         unknown = [name for name in sensors if name not in names]
         if unknown:
-            raise ValueError(f"The model does not know the sensors {', '.join(unknown[:5])}.")
+            raise ValueError(f"The model does not have the sensors {', '.join(unknown[:5])}.")
         forecast = forecast[sensors]
         if "shares" not in outputs:
             return forecast
@@ -179,11 +179,11 @@ class TrafficForecastingPipeline(Pipeline):
         if config.sensor_ids is not None:
             table = order_sensors(table, config.sensor_ids)
         elif len(table.columns) != config.num_nodes:
-            raise ValueError(f"The model has {config.num_nodes} sensors, the table has {len(table.columns)}.")
+            raise ValueError(f"The model has {config.num_nodes} sensors, but the table has {len(table.columns)}.")
         else:
             logger.warning_once(
-                "The model does not say what its sensors are called (`config.sensor_ids`), so that the columns of the table "
-                "are taken in their order."
+                "The model has no sensor names (`config.sensor_ids`), so the columns of the table are used in their "
+                "order."
             )
         return regular_grid(table, config.steps_per_day, time_zone)
 
@@ -197,9 +197,9 @@ class TrafficForecastingPipeline(Pipeline):
         if start.tz is None and grid.index.tz is not None:
             start = start.tz_localize(grid.index.tz)
         elif start.tz is not None and grid.index.tz is None:
-            raise ValueError(f"start={start} has a time zone and the timestamps have none; pass time_zone.")
+            raise ValueError(f"start={start} has a time zone, but the timestamps have none: pass time_zone.")
         if (start - grid.index[0]) % step != pd.Timedelta(0):
-            raise ValueError(f"start={start} is no multiple of the time step of {step}.")
+            raise ValueError(f"start={start} is not a multiple of the time step of {step}.")
         return start
 
     @staticmethod

@@ -152,7 +152,7 @@ def test_convert_writes_a_folder_for_the_hub(official, tmp_path, capsys, config)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert type(model) is EchoAttForCausalLM and model.config.shared_layers == [1]
     out = capsys.readouterr().out
-    assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters is in {output}." in out
+    assert f"EchoAttForCausalLM with {model.num_parameters():,} parameters was saved to {output}." in out
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_the_output_must_not_be_a_file(official, capsys):
 def test_a_paper_that_is_not_there(official, tmp_path, capsys):
     arguments = ["convert", "nothing", str(official / "echo.safetensors"), "--output", str(tmp_path / "output")]
     assert main(arguments) == 2
-    assert_one_line_of_error(capsys, "No paper 'nothing' in the catalogue", "echo_att")
+    assert_one_line_of_error(capsys, "There is no paper 'nothing' in the catalogue", "echo_att")
 
 
 def test_a_checkpoint_that_is_not_there(official, tmp_path, capsys):
@@ -257,13 +257,13 @@ def test_a_checkpoint_that_is_no_checkpoint(official, tmp_path, capsys):
         ("missing.json", None, "missing.json"),
         ("broken.json", "{", "broken.json cannot be read"),
         ("broken.yaml", "a: [", "broken.yaml cannot be read"),
-        ("list.json", "[1, 2]", "must hold a mapping"),
+        ("list.json", "[1, 2]", "must contain a mapping"),
         ("part.json", '{"vocab_size": 31}', "has no 'hidden_size'"),
-        ("type.json", json.dumps({**ARGUMENTS, "hidden_size": "16"}), "does not make a echo_att model"),
+        ("type.json", json.dumps({**ARGUMENTS, "hidden_size": "16"}), "No echo_att model can be built"),
         (
             "value.json",
             json.dumps({**ARGUMENTS, "shared_layers": [7]}),
-            "shared_layers must be layers between 1 and 2",
+            "shared_layers must contain layers between 1 and 2",
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_readme_can_be_read_in_one_go():
 
 
 def test_a_readme_without_markers_is_refused(docs_script):
-    with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
+    with pytest.raises(ValueError, match=r"README\.md must contain the lines"):
         docs_script.generated_readme("# hf_attn\n")
 
 

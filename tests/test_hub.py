@@ -199,7 +199,7 @@ def test_a_model_of_another_package_has_no_card_here():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="No family has model type 'llama'"):
+    with pytest.raises(ValueError, match="There is no family with model type 'llama'"):
         model_card(LlamaForCausalLM(config))
 
 

@@ -48,9 +48,7 @@ def perplexity_by_context(
         ValueError: for a length below 2, or one that the text is too short for.
     """
     if not lengths or piece < 1:
-        raise ValueError(
-            f"There must be at least one length, and chunks of at least 1 token; got {list(lengths)} and {piece}."
-        )
+        raise ValueError(f"Pass at least one length, and chunks of at least 1 token; got {list(lengths)} and {piece}.")
     if min(lengths) < 2:
         raise ValueError(f"A segment needs at least 2 tokens, got lengths {list(lengths)}.")
     longest = max(lengths)

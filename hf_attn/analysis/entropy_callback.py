@@ -53,7 +53,7 @@ class AttentionEntropyCallback(TrainerCallback):
         if every_steps < 1:
             raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
         if not 0 < collapse_below < 1:
-            raise ValueError(f"collapse_below is a fraction between 0 and 1, got {collapse_below}.")
+            raise ValueError(f"collapse_below must be between 0 and 1, got {collapse_below}.")
         if not isinstance(batch, Mapping):
             raise ValueError(f"batch must be a dictionary of the inputs of the model, got {type(batch).__name__}.")
         try:

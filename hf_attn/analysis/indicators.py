@@ -89,7 +89,7 @@ class AttentionIndicators:
             for total, attention in zip(totals, maps, strict=True):
                 if attention.dim() != 4 or attention.shape[-1] != attention.shape[-2]:
                     raise ValueError(
-                        "An attention map must be (batch, heads, length, length), of the tokens among themselves; got shape "
+                        "Indicators need self-attention maps of shape (batch, heads, length, length), got shape "
                         f"{tuple(attention.shape)}."
                     )
                 measured = attention_indicators(attention) | {"diversity": head_diversity(attention)}
@@ -100,7 +100,9 @@ class AttentionIndicators:
             raise ValueError("The dataset is empty: there is nothing to measure.")
         layers = range(len(totals)) if layers is None else layers
         if len(layers) != len(totals):
-            raise ValueError(f"The model returns {len(totals)} maps; layers names {len(layers)}: {list(layers)}.")
+            raise ValueError(
+                f"The model returns {len(totals)} maps, but layers has {len(layers)} names: {list(layers)}."
+            )
         diversity = tuple((total.pop("diversity") / count).item() for total in totals)
         by_head = {name: tuple((total[name] / count).float() for total in totals) for name in totals[0]}
         return cls(by_head, diversity, tuple(layers), count)

@@ -45,7 +45,7 @@ def paired_tests(scores: Mapping[str, Sequence[float]]) -> list[PairedTest]:
     """
     counts = {name: len(values) for name, values in scores.items()}
     if len(set(counts.values())) != 1 or min(counts.values()) < 2:
-        raise ValueError(f"Every system needs a score on the same two tasks or more, got {counts}.")
+        raise ValueError(f"Every system needs scores on the same tasks, at least two; got {counts}.")
     try:
         from scipy.stats import wilcoxon
     except ImportError as error:

@@ -97,7 +97,7 @@ def passkey_prompt(tokenizer: PreTrainedTokenizerBase, num_tokens: int, depth: f
         ValueError: for a depth out of range, or a length too short for the instruction, the number and the question.
     """
     if not 0 <= depth <= 1:
-        raise ValueError(f"depth is a share between 0 and 1, got {depth}.")
+        raise ValueError(f"depth must be between 0 and 1, got {depth}.")
 
     def tokens(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -142,7 +142,9 @@ def passkey_test(
     """
     each = [trials] * len(num_tokens) if isinstance(trials, int) else list(trials)
     if len(each) != len(num_tokens):
-        raise ValueError(f"trials has {len(each)} numbers for {len(num_tokens)} lengths.")
+        raise ValueError(
+            f"trials has {len(each)} entries for {len(num_tokens)} lengths; pass one number, or one per length."
+        )
     cases = [
         (length, depth, random.Random(f"{seed} {length} {depth} {trial}").randint(1, MAX_PASSKEY))
         for length, count in zip(num_tokens, each, strict=True)

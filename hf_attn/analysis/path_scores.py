@@ -123,7 +123,7 @@ def path_scores(
     finally:
         model.train(was_training)
     if count == 0:
-        raise ValueError("The data set is empty, or all its labels are -100: there is nothing to score the paths on.")
+        raise ValueError("The dataset is empty, or all its labels are -100: there is nothing to score the paths on.")
     accuracy = hits.float() / count
     paths = model.config.num_paths
     return PathScores(
@@ -139,14 +139,14 @@ def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
     """Raise an error for labels that are not classes, which would count as errors of the model."""
     if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
-            f"A label must be the index of one class, a whole number; got {labels.dtype} of shape {tuple(labels.shape)}, "
+            f"A label must be the integer index of one class; got {labels.dtype} of shape {tuple(labels.shape)}, "
             f"such as {labels.flatten()[:1].tolist()}."
         )
     outside = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_classes))]
     if len(outside):
         raise ValueError(
-            f"Some labels are not classes of the model, which has the classes 0 to {num_classes - 1}: "
-            f"{outside[0].item()}. A label of {IGNORED} leaves a sample out."
+            f"Label {outside[0].item()} is out of range: the model has classes 0 to {num_classes - 1}. A label of "
+            f"{IGNORED} leaves a sample out."
         )
 
 

@@ -75,7 +75,7 @@ def attention_maps(
             if not attentions or any(layer is None for layer in attentions):
                 raise ValueError(
                     f"{type(model).__name__} returns no attention maps, so they cannot be measured. It needs "
-                    "a model whose `output_attentions=True` fills `attentions` with one softmax map a layer."
+                    "a model whose `output_attentions=True` fills `attentions` with one softmax map per layer."
                 )
             yield attentions
 
@@ -85,7 +85,7 @@ def _model_inputs(
 ) -> dict[str, torch.Tensor]:
     if isinstance(sample, str):
         if tokenizer is None:
-            raise ValueError("The dataset holds texts; pass the model's tokenizer as well.")
+            raise ValueError("The dataset contains texts: pass the model's tokenizer as well.")
         sample = tokenizer(sample, truncation=True, max_length=max_length)
     elif isinstance(sample, torch.Tensor | list | tuple):
         sample = {"input_ids": sample}
@@ -104,6 +104,6 @@ def _model_inputs(
     }
     if "attention_mask" in inputs and not inputs["attention_mask"].all():
         raise ValueError(
-            "A sample is padded; maps of padding would be compared. Pass sequences one at a time, unpadded."
+            "A sample is padded, so maps of padding would be compared. Pass sequences one at a time, without padding."
         )
     return inputs

@@ -27,10 +27,11 @@ def retrieval_ranks(
     """
     if len(relevant) != len(queries) or len(queries) == 0:
         raise ValueError(
-            f"Each query needs its relevant documents, got {len(queries)} queries and those of {len(relevant)}."
+            f"Each query needs its relevant documents: got {len(queries)} queries and relevant documents for "
+            f"{len(relevant)}."
         )
     if ignored is not None and len(ignored) != len(queries):
-        raise ValueError(f"Got the documents to ignore of {len(ignored)} queries, and {len(queries)} queries.")
+        raise ValueError(f"Got documents to ignore for {len(ignored)} queries, but {len(queries)} queries.")
     scores = F.normalize(queries.float(), dim=-1) @ F.normalize(documents.float(), dim=-1).t()
     if not bool(scores.isfinite().all()):
         raise ValueError("Some similarities are not finite: an embedding has NaN or infinite entries.")

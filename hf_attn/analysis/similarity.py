@@ -47,10 +47,10 @@ class AttentionSimilarity:
             shapes = sorted({tuple(layer.shape) for layer in maps})
             if len(shapes) != 1:
                 raise ValueError(
-                    f"The attention maps of the layers cannot be compared, their shapes differ: {shapes}."
+                    f"The attention maps of the layers cannot be compared because their shapes differ: {shapes}."
                 )
             if 0 in shapes[0]:
-                raise ValueError(f"An attention map is empty, its shape is {shapes[0]}: the sample has no tokens.")
+                raise ValueError(f"An attention map is empty (shape {shapes[0]}): the sample has no tokens.")
             if len(shapes[0]) == 3:
                 maps = [layer[None] for layer in maps]
             for sequence in range(maps[0].shape[0]):

@@ -10,7 +10,7 @@ A family is written like one on the decoder, see [`hf_attn.architectures.decoder
     class ToyForSequenceClassification(GenericForSequenceClassification, ToyPreTrainedModel): ...
 
 and likewise `GenericForTokenClassification` and `GenericForQuestionAnswering` of transformers. The generic head for sequences
-classifies by the last token that is no padding.
+classifies by the last token that is not padding.
 """
 
 from typing import ClassVar

@@ -90,7 +90,7 @@ def refuse_free_size_in_export(sides: Iterable[int], reason: str) -> None:
     """
     if torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in sides):
         raise ValueError(
-            f"This model cannot be exported with a free height and width. {reason} Export it for one size."
+            f"This model cannot be exported with dynamic height and width. {reason} Export it for a fixed size."
         )
 
 
@@ -105,19 +105,20 @@ def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> 
         raise ValueError("You have to specify pixel_values.")
     if pixel_values.ndim != 4:
         raise ValueError(
-            f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the batch "
-            "dimension with `pixel_values[None]` if it is one image."
+            f"pixel_values must have the shape (batch, channels, height, width), got {tuple(pixel_values.shape)}. For "
+            "a single image, add the batch dimension with `pixel_values[None]`."
         )
     if pixel_values.shape[1] != num_channels:
         raise ValueError(
             f"pixel_values has {pixel_values.shape[1]} channels (shape {tuple(pixel_values.shape)}), but the model was "
-            f"configured with num_channels={num_channels}. Images come channels first."
+            f"configured with num_channels={num_channels}. Channels come first."
         )
     if 0 in pixel_values.shape:
         raise ValueError(f"pixel_values is empty: its shape is {tuple(pixel_values.shape)}.")
     if not pixel_values.is_floating_point():
         raise ValueError(
-            f"pixel_values must be floating-point numbers as an image processor makes them, got {pixel_values.dtype}."
+            "pixel_values must be floating-point numbers, as returned by an image processor; got "
+            f"{pixel_values.dtype}."
         )
 
 

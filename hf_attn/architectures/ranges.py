@@ -74,7 +74,9 @@ class Activation:
         from transformers.activations import ACT2FN
 
         if isinstance(value, str) and value not in ACT2FN:
-            raise ValueError(f"{name}={value!r} is no activation function. Known: {', '.join(sorted(ACT2FN))}.")
+            raise ValueError(
+                f"{name}={value!r} is not an activation function. Available: {', '.join(sorted(ACT2FN))}."
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -153,7 +155,7 @@ class RangesMixin:
 
     @classmethod
     def all_ranges(cls) -> dict[str, Range | Activation]:
-        """The range of each field that has one, by name; of the common names also those that are no fields of the class."""
+        """The range of each field that has one, by name; of the common names also those that are not fields of the class."""
         ranges = dict(COMMON_RANGES)
         for parent in reversed(cls.__mro__):
             ranges.update(vars(parent).get("ranges", {}))

@@ -5,7 +5,7 @@ text, or both are image tokens whose squared distance on the token grid is below
 variant adds keys at the end, each a weighted sum of a cell of image keys: image queries attend to all of them, text
 queries to none. It is softmax attention otherwise.
 
-:func:`clear_attention` takes the fastest of several implementations or the one that is asked for by name. All compute
+:func:`clear_attention` takes the fastest of several implementations, or the one that is named. All compute
 what :func:`clear_attention_eager` computes.
 """
 
@@ -205,7 +205,7 @@ def clear_attention(
 
     Raises:
         ValueError: if the grid does not fit the sequence, cells do not fit the grid, the radius is below 1, or an
-            implementation is asked for that is unknown or cannot serve the call.
+            implementation is unknown or does not support the call.
     """
     _check(query, grid, radius, spatial_weight, text_mask)
     call = ClearCall(
@@ -234,8 +234,8 @@ def _check(query, grid, radius, spatial_weight, text_mask) -> None:
     text_length = query.shape[2] - height * width
     if text_length < 0:
         raise ValueError(
-            f"A grid of {height} x {width} has {height * width} image tokens, more than the {query.shape[2]} tokens of the "
-            "sequence."
+            f"A grid of {height} x {width} has {height * width} image tokens, but the sequence has only "
+            f"{query.shape[2]} tokens."
         )
     if radius < 1:
         raise ValueError(f"The radius must be at least 1, got {radius}.")
@@ -247,8 +247,8 @@ def _check(query, grid, radius, spatial_weight, text_mask) -> None:
         down_factor = math.isqrt(spatial_weight.numel())
         if down_factor < 2 or down_factor**2 != spatial_weight.numel():
             raise ValueError(
-                f"spatial_weight has shape {tuple(spatial_weight.shape)} and must hold the weights of a cell of d x d tokens, d at "
-                "least 2. Pass None for no pooled keys."
+                f"spatial_weight has shape {tuple(spatial_weight.shape)}, but must contain the weights of a cell of d "
+                "x d tokens, with d at least 2. Pass None for attention without pooled keys."
             )
         check_cells(grid, down_factor)
 
@@ -258,9 +258,9 @@ def check_cells(grid: tuple[int, int], down_factor: int) -> None:
     height, width = grid
     if height % down_factor or width % down_factor:
         raise ValueError(
-            f"Pooled keys need a token grid that down_factor = {down_factor} divides, and this one is {height} x {width}. "
-            f"Choose image sizes that are multiples of {16 * down_factor} pixels, where a token is 16 pixels wide as in FLUX "
-            "and SD3."
+            f"Pooled keys need a token grid whose sides are multiples of down_factor = {down_factor}, got {height} x "
+            f"{width}. Choose image sizes that are multiples of {16 * down_factor} pixels if a token is 16 pixels "
+            "wide, as in FLUX and SD3."
         )
 
 

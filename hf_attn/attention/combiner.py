@@ -182,8 +182,8 @@ def _arguments(module: nn.Module, kwargs: dict, kind: str) -> dict:
     if kind == ROWMAJOR:
         if kwargs.get("row_key") is None:
             raise ValueError(
-                f"The summaries of combiner_{ROWMAJOR} have weights, which {type(module).__name__} does not have. Use "
-                "CombinerForCausalLM or CombinerForMaskedLM, or another plan: "
+                f"The summaries of combiner_{ROWMAJOR} have weights, but {type(module).__name__} has none for them. "
+                "Use CombinerForCausalLM or CombinerForMaskedLM, or another plan: "
                 f"{', '.join(f'combiner_{other}' for other in KINDS)}."
             )
         arguments |= {"row_key": kwargs.pop("row_key"), "row_input": kwargs.pop("row_input")}

@@ -1,6 +1,6 @@
 """Every implementation of an attention function against its specification: outputs and gradients.
 
-The tests run these cases on the CPU, `hf-attn check-gpu` runs them on a GPU. A mechanism takes part by being registered.
+The tests run these cases on the CPU, `hf-attn check-gpu` runs them on a GPU. Every registered mechanism is included.
 """
 
 from collections.abc import Callable, Iterator
@@ -157,7 +157,7 @@ def make_mask(shape: Shape, dtype: torch.dtype) -> torch.Tensor | None:
     if shape.mask == "additive_bias":
         bias = torch.randn(1, shape.heads, q_len, kv_len, generator=generator).to(dtype)
         return bias.masked_fill(~keys, torch.finfo(dtype).min)
-    raise ValueError(f"There is no mask called {shape.mask!r}.")
+    raise ValueError(f"There is no mask {shape.mask!r}.")
 
 
 #: height, width, text length, radius, down factor

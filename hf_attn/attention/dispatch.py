@@ -10,7 +10,7 @@ from ..kernels.call import AttentionCall, Refusal
 from ..kernels.gpu_record import is_proven
 
 
-def serves_every_call(call: AttentionCall) -> None:
+def supports_every_call(call: AttentionCall) -> None:
     """The check of an implementation that refuses nothing."""
 
 
@@ -29,7 +29,7 @@ class Implementation:
 
     name: str
     compute: Callable[[AttentionCall, Any], tuple[torch.Tensor, torch.Tensor | None]]
-    check: Callable[[AttentionCall], Any] = serves_every_call
+    check: Callable[[AttentionCall], Any] = supports_every_call
     gpu_kernel: bool = False
 
 
@@ -39,7 +39,7 @@ class AttentionFunction:
 
     Attributes:
         name: of the function.
-        implementations: in order of preference; the last one serves every call, and is the specification of the others.
+        implementations: in order of preference; the last one supports every call, and is the specification of the others.
         call: class of its calls.
     """
 
@@ -91,7 +91,7 @@ class AttentionFunction:
             name: one of :attr:`names`; the automatic one by default.
 
         Raises:
-            ValueError: for an unknown name, and if the pinned implementation cannot serve the call.
+            ValueError: for an unknown name, and if the pinned implementation does not support the call.
         """
         pinned = None if name is None else self.implementation(name)
         candidates = self.preferred(call) if pinned is None else (pinned,)
@@ -104,8 +104,8 @@ class AttentionFunction:
         others = (other for other in self.preferred(call) if other is not implementation)
         can = pinned is not None and any(not isinstance(other.check(call), Refusal) for other in others)
         raise ValueError(
-            f"{self.option}={self.name_of(implementation)!r} cannot serve this call: {found.reason}."
-            + (f" Use {self.option}={self.automatic!r}, which picks an implementation that can." if can else "")
+            f"{self.option}={self.name_of(implementation)!r} does not support this call: {found.reason}."
+            + (f" Use {self.option}={self.automatic!r}, which chooses an implementation that does." if can else "")
         )
 
     def __call__(
@@ -122,7 +122,7 @@ class AttentionFunction:
             has them.
 
         Raises:
-            ValueError: for an unknown name, and if the pinned implementation cannot serve the call.
+            ValueError: for an unknown name, and if the pinned implementation does not support the call.
         """
         implementation, found = self.choose(call, attn_implementation)
         return implementation.compute(call, found)

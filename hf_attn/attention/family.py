@@ -30,7 +30,7 @@ class OwnAttentionMixin:
         served = ("eager", *self.attention_mechanism.names)
         if requested_attention not in served:
             raise ValueError(
-                f"{type(self).__name__} computes {self.attention_mechanism.name} attention; "
-                f"attn_implementation={requested_attention!r} is something else. Use one of {', '.join(served)}."
+                f"{type(self).__name__} computes {self.attention_mechanism.name} attention and does not support "
+                f"attn_implementation={requested_attention!r}. Use one of {', '.join(served)}."
             )
         return requested_attention

@@ -1,7 +1,7 @@
 """Attention functions with several implementations as functions of transformers' attention interface.
 
-A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that serves the call, and as
-``"<mechanism>_<implementation>"``, which pins one and raises if it cannot serve the call. What a name means never depends on
+A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that supports the call, and as
+``"<mechanism>_<implementation>"``, which pins one and raises if it does not support the call. What a name means never depends on
 which implementation computes it.
 """
 
@@ -37,7 +37,7 @@ class Mechanism(AttentionFunction):
     """An attention mechanism that models use by name.
 
     Attributes:
-        arguments: ``(module, keyword arguments of the call) -> further fields of the call``. Takes what it serves out of
+        arguments: ``(module, keyword arguments of the call) -> further fields of the call``. Takes what it supports out of
             the keyword arguments, and so decides what is refused.
         mask_function: creates the mask in the form that the implementations take.
         examples: name -> ``(heads, kv_len) -> further fields of a call`` with two rows; what
@@ -108,15 +108,15 @@ class Mechanism(AttentionFunction):
         sliding_window = sliding_window if attention_mask is None else None
         arguments = self.arguments(module, kwargs)
         refused = [name for name in RESULT_CHANGING_ARGUMENTS if kwargs.get(name) is not None]
-        # Decoder layers hand on the cache that they have updated. A paged cache, which is no `Cache`, is another matter:
+        # Decoder layers hand on the cache that they have updated. A paged cache, which is not a `Cache`, is another matter:
         # there the attention function would have to write keys and values.
         if isinstance(kwargs.get("cache"), Cache):
             refused.remove("cache")
         if refused:
             raise ValueError(
-                f"attn_implementation={name!r} does not serve {', '.join(refused)}, which {type(module).__name__} passes and "
-                "which would change the result. Call the model without it; a model that passes it by itself needs another "
-                "attention function, so load it without attn_implementation."
+                f"attn_implementation={name!r} does not support {', '.join(refused)}, which {type(module).__name__} "
+                "passes and which would change the result. Call the model without it. If the model always passes it, "
+                "load the model without attn_implementation."
             )
         if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
             attention_mask = _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, is_causal)
@@ -145,8 +145,9 @@ def _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, 
     """
     if query.shape[0] != 1 or cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise ValueError(
-            "cu_seq_lens_q and cu_seq_lens_k tell where the sequences of a flattened batch begin, and go together, with one "
-            f"row; this call has {query.shape[0]} rows. Use DataCollatorWithFlattening, or padding and an attention_mask."
+            "cu_seq_lens_q and cu_seq_lens_k contain the bounds of the sequences of a flattened batch. Both are "
+            f"needed, and the batch must have one row; this one has {query.shape[0]}. Use DataCollatorWithFlattening, "
+            "or padding and an attention_mask."
         )
     q_position, k_position = (torch.arange(states.shape[2], device=query.device) for states in (query, key))
     q_sequence = torch.bucketize(q_position, cu_seq_lens_q[1:], right=True)
@@ -187,7 +188,7 @@ def uses_attention(model: nn.Module, name: str) -> None:
             if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
                 return
     raise ValueError(
-        f"{type(model).__name__} ignores attn_implementation: its attention does not go through transformers' attention "
-        f"interface, so {name!r} would be accepted and never called. Use a model that does, such as Llama, Qwen2, "
+        f"{type(model).__name__} ignores attn_implementation: its attention does not use transformers' attention "
+        f"interface, so {name!r} would be accepted but never called. Use a model that does, such as Llama, Qwen2, "
         "Mistral, BERT or ViT."
     )

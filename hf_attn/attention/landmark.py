@@ -130,7 +130,7 @@ def _landmarks_of_keys(is_landmark: torch.Tensor | None, key: torch.Tensor) -> t
         return torch.zeros(batch, kv_len, dtype=torch.bool, device=key.device)
     if is_landmark.shape[0] != batch or is_landmark.shape[1] < kv_len:
         raise ValueError(
-            f"is_landmark must mark the keys that are landmarks, shape ({batch}, {kv_len}), got "
+            f"is_landmark must mark the landmark keys and have the shape ({batch}, {kv_len}), got "
             f"{tuple(is_landmark.shape)}."
         )
     return is_landmark[:, :kv_len]

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 def alibi_slopes(num_heads: int) -> torch.Tensor:
     """Slopes of ALiBi, one for each head: geometric with ratio ``2 ** (-8 / num_heads)``.
 
-    If ``num_heads`` is no power of two, the slopes of the lower power of two are followed by every second one of twice
+    If ``num_heads`` is not a power of two, the slopes of the lower power of two are followed by every second one of twice
     that power.
 
     Returns:
@@ -68,8 +68,8 @@ def sigmoid_weights(logits: torch.Tensor, normalization: str | None = None) -> t
     q_len, kv_len = logits.shape[-2:]
     if q_len != kv_len:
         raise ValueError(
-            f"normalization={normalization!r} counts the causal keys of a row and needs as many queries as keys, got "
-            f"{q_len} queries and {kv_len} keys."
+            f"normalization={normalization!r} counts the causal keys of each row and needs the same number of queries "
+            f"and keys, got {q_len} queries and {kv_len} keys."
         )
     count = torch.arange(1, q_len + 1, dtype=weights.dtype, device=weights.device)[:, None]
     return weights / (count if normalization == "row" else count.sqrt())
@@ -165,10 +165,10 @@ def _arguments(module: nn.Module, kwargs: dict) -> dict:
 @torch.compiler.assume_constant_result
 def _warn_that_the_choice_is_not_saved(config_name: str) -> None:
     logger.warning_once(
-        f"{config_name} has no field for sigmoid attention: transformers never saves `attn_implementation`, so a model "
-        "saved now is a softmax model when it is loaded again, unless the same `attn_implementation` is passed. To train "
-        "with sigmoid attention use a model that stores it, `hf_attn.modeling.sigmoid_attention."
-        "SigmoidAttentionForCausalLM`."
+        f"{config_name} has no field for sigmoid attention. transformers does not save `attn_implementation`, so a "
+        "model that is saved now computes softmax attention when it is loaded again, unless the same "
+        "`attn_implementation` is passed. To train with sigmoid attention, use a model that stores it: "
+        "`hf_attn.modeling.sigmoid_attention.SigmoidAttentionForCausalLM`."
     )
 
 

@@ -59,7 +59,7 @@ def _sdpa(call: WindowCall, found: None) -> tuple[torch.Tensor, None]:
 
 def _check_flex(call: WindowCall) -> Refusal | None:
     if call.query.device.type == "cpu" and call.needs_gradient:
-        return Refusal("flex_attention has no gradients on a CPU; call the model under torch.no_grad()")
+        return Refusal("flex_attention has no backward pass on the CPU; call the model under torch.no_grad()")
     return None
 
 

@@ -93,7 +93,7 @@ def get_paper(slug: str) -> Paper:
         ValueError: if there is no such slug; the message lists the ones that exist.
     """
     if slug not in PAPERS:
-        raise ValueError(f"No paper {slug!r} in the catalogue. Known: {', '.join(PAPERS)}.")
+        raise ValueError(f"There is no paper {slug!r} in the catalogue. Available: {', '.join(PAPERS)}.")
     return PAPERS[slug]
 
 
@@ -132,5 +132,6 @@ def find_family(model_type: str) -> tuple[Paper, Family]:
             if family.model_type == model_type:
                 return paper, family
     raise ValueError(
-        f"No family has model type {model_type!r}. Known: {', '.join(family.model_type for family in families())}."
+        f"There is no family with model type {model_type!r}. Available: "
+        f"{', '.join(family.model_type for family in families())}."
     )

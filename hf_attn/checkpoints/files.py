@@ -47,13 +47,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise ConversionError(
-                f"{path.name} is refused: besides tensors it holds a reference to {refused[1]}, and following it could run "
-                "code. If you trust its source, load it yourself with `torch.load(..., weights_only=False)` and pass the "
-                "state dict that is in it, or save that to a file."
+                f"{path.name} is refused: besides tensors it contains a reference to {refused[1]}, and loading it "
+                "could run code. If you trust its source, load it with `torch.load(..., weights_only=False)` and "
+                "pass its state dict, or save the state dict to a file."
             ) from error
         raise _unreadable(path, error, with_reason=not isinstance(error, pickle.UnpicklingError)) from error
     if not isinstance(checkpoint, dict):
-        raise ConversionError(f"{path.name} holds a {type(checkpoint).__name__}, not a dictionary of tensors.")
+        raise ConversionError(f"{path.name} contains a {type(checkpoint).__name__}, not a dictionary of tensors.")
     return checkpoint
 
 
@@ -61,12 +61,12 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Open a checkpoint: a file as of :func:`read_checkpoint`, the index of a sharded one, or a folder with either.
 
     Returns:
-        What the checkpoint holds. Of safetensors a tensor is read when it is asked for; of PyTorch shards, the shard that
+        What the checkpoint holds. From safetensors a tensor is read on access; of PyTorch shards, the shard that
         it is in.
 
     Raises:
         ConversionError: as :func:`read_checkpoint`, also for a folder without a checkpoint and an index that makes no sense;
-            and, when a tensor is asked for, if its shard is not there.
+            and, on access to a tensor, if its shard does not exist.
     """
     path = _existing(_found_in_folder(Path(path)))
     if path.name.endswith(INDEX_SUFFIX):
@@ -104,7 +104,8 @@ def _found_in_folder(path: Path) -> Path:
     found = next((path / name for name in CHECKPOINT_NAMES if (path / name).is_file()), None)
     if found is None:
         raise ConversionError(
-            f"There is no checkpoint file at {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Name the file."
+            f"There is no checkpoint file in {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Pass the "
+            "path of the file."
         )
     return found
 
@@ -119,7 +120,7 @@ def _existing(path: str | Path) -> Path:
 def _unreadable(path: Path, error: Exception, with_reason: bool = True) -> ConversionError:
     reason = str(error).split("\n")[0] if with_reason else ""
     return ConversionError(
-        f"{path.name} cannot be read: it is corrupt, truncated or no checkpoint{reason and f' ({reason})'}."
+        f"{path.name} cannot be read: it is corrupt, truncated or not a checkpoint{reason and f' ({reason})'}."
     )
 
 
@@ -145,8 +146,8 @@ def _open_shards(index: Path) -> LazyTensors:
         names = {name: Path(shard) for name, shard in shard_of.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(
-            f"{index.name} is no index of a sharded checkpoint: it needs an entry 'weight_map' from the names of tensors to "
-            "the names of files."
+            f"{index.name} is not an index of a sharded checkpoint: it needs an entry 'weight_map' that maps the "
+            "names of tensors to the names of files."
         ) from error
     outside = sorted({str(shard) for shard in names.values() if shard.name != str(shard)})
     if outside:
@@ -159,7 +160,8 @@ def _open_shards(index: Path) -> LazyTensors:
         if shard not in opened:
             if not (index.parent / shard).is_file():
                 raise ConversionError(
-                    f"{index.name} says that {name} is in {shard}, which is not in {index.parent}. Download that file too."
+                    f"{index.name} says that {name} is in {shard}, but this file is not in {index.parent}. Download "
+                    "it as well."
                 )
             opened.clear()
             opened[shard] = _open_file(index.parent / shard)

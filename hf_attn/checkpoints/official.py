@@ -17,7 +17,7 @@ from .files import INDEX_SUFFIX, ConversionError, LazyTensors, open_checkpoint
 from .quiet import quietly
 
 
-#: names under which training code keeps the weights in its files; the first that is there is taken, averages before the rest
+#: names under which training code stores the weights in its files; the first that exists is taken, averages before the rest
 STATE_DICT_ENTRIES = (
     "params_ema",
     "model_ema",
@@ -82,7 +82,7 @@ class OfficialArguments(Mapping):
     """Official constructor arguments, with a record of those that a converter has read.
 
     One that is needed and not there is a :class:`ConversionError`, and so is one that nobody has read: it is misspelt,
-    or it changes the model in a way that is not served.
+    or it changes the model in a way that is not supported.
     """
 
     def __init__(self, arguments: Mapping[str, Any]):
@@ -93,7 +93,7 @@ class OfficialArguments(Mapping):
         self._known.add(name)
         if name not in self._arguments:
             raise ConversionError(
-                f"The official configuration has no {name!r}, which the converter needs; it has "
+                f"The official configuration has no {name!r}, which the converter needs. It has "
                 f"{', '.join(map(str, self._arguments)) or 'nothing'}."
             )
         return self._arguments[name]
@@ -132,10 +132,9 @@ class OfficialArguments(Mapping):
         if not unread:
             return
         similar = [match for name in unread for match in get_close_matches(str(name), self._known, n=1, cutoff=0.75)]
-        advice = f" Did you mean {_names(similar)}?" if similar else f" Known are {_names(self._known, limit=40)}."
+        advice = f" Did you mean {_names(similar)}?" if similar else f" Supported: {_names(self._known, limit=40)}."
         raise ConversionError(
-            f"The official configuration has {_names(unread)}, which the converter of {slug} does not know or does not "
-            f"serve.{advice}"
+            f"The official configuration has {_names(unread)}, which the converter of {slug} does not support.{advice}"
         )
 
 
@@ -156,7 +155,7 @@ def select_state_dict(
 
     Of a dictionary the first entry of :data:`STATE_DICT_ENTRIES` is taken, averaged weights before others, or the only
     one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state dict
-    itself plain values such as an epoch counter are no weights and are ignored. What wrappers put before every name
+    itself plain values such as an epoch counter are not weights and are ignored. What wrappers put before every name
     (``module.``, ``_orig_mod.``) is removed.
 
     Args:
@@ -171,7 +170,7 @@ def select_state_dict(
     nested = [name for name, value in checkpoint.items() if _holds_tensors(value)]
     if entry is not None and entry not in nested:
         raise ConversionError(
-            f"{source} has no entry {entry!r} with weights. Entries that hold tensors: {_names(nested) or 'none'}."
+            f"{source} has no entry {entry!r} with weights. Entries with tensors: {_names(nested) or 'none'}."
         )
     chosen = [entry] if entry is not None else [name for name in STATE_DICT_ENTRIES if name in nested]
     if not chosen and len(nested) == 1 and not _holds_tensors(checkpoint):
@@ -180,15 +179,16 @@ def select_state_dict(
         checkpoint = checkpoint[chosen[0]]
     elif nested:
         raise ConversionError(
-            f"{source} holds several dictionaries of tensors, and it is unclear which are the weights: {_names(nested)}"
-            f"{' and its own entries' if _holds_tensors(checkpoint) else ''}. Name the right one with `entry`."
+            f"{source} contains several dictionaries of tensors, and it is unclear which one has the weights: "
+            f"{_names(nested)}{', and its top-level entries' if _holds_tensors(checkpoint) else ''}. Choose one with "
+            "`entry`."
         )
     plain = (bool, int, float, str, bytes, type(None))
     tensors = {name: value for name, value in checkpoint.items() if not isinstance(value, plain)}
     others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if not tensors or others:
-        problem = f"{_names(others)}, which are no tensors" if others else "no tensors"
-        raise ConversionError(f"{source} is no state dict: it holds {problem}.")
+        problem = f"{_names(others)}, which are not tensors" if others else "no tensors"
+        raise ConversionError(f"{source} is not a state dict: it contains {problem}.")
     while prefix := next((wrapper for wrapper in _WRAPPERS if _all_begin_with(wrapper, tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
@@ -263,7 +263,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConversionError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ConversionError(f"{file} must hold a mapping of argument names to values.")
+        raise ConversionError(f"{file} must contain a mapping from argument names to values.")
     return config
 
 
@@ -321,7 +321,7 @@ def from_official(
             return _convert(slug, paper.converter_module, unwrapped, config or {}, source)
         except ConversionError:
             raise ConversionError(
-                f"{error} (All names begin with {_BASE_MODEL!r}; without it they do not fit.)"
+                f"{error} (All names begin with {_BASE_MODEL!r}. Removing this prefix did not help.)"
             ) from error
 
 
@@ -347,18 +347,18 @@ def _convert(
         arguments.check(slug)
         left_over = set(official.left_over) - set(converted.dropped)
         if left_over:
-            raise ConversionError(f"{source} has keys that {slug} does not know: {_names(left_over)}.")
+            raise ConversionError(f"{source} has keys that {slug} does not use: {_names(left_over)}.")
         return load_strict(converted.model_class, converted.config, converted.state_dict, source)
     except ConversionError:
         raise
     except StrictDataclassError as error:
         reason = " ".join(str(error).split())
-        raise ConversionError(f"The official configuration does not make a {slug} model: {reason}") from error
+        raise ConversionError(f"No {slug} model can be built from the official configuration: {reason}") from error
     except _IMPOSSIBLE_VALUES as error:
         if not config:
             raise
         given = ", ".join(f"{name}={value!r}" for name, value in config.items())
         raise ConversionError(
-            f"The official configuration does not make a {slug} model ({type(error).__name__}: "
+            f"No {slug} model can be built from the official configuration ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). It is {given}."
         ) from error

@@ -1,11 +1,11 @@
-"""What the papers claim, shown in small: runs that measure a claim, the files that they write, and the pages made from those.
+"""Small experiments that measure the claims of the papers, the files that they write, and the pages made from these files.
 
-The sentence of a claim is in the catalogue. Its run is the module of the paper's slug in :mod:`hf_attn.claims.runs`, three
-functions:
+The claim itself is one sentence in the catalogue. Its run is the module named after the paper's slug in
+:mod:`hf_attn.claims.runs`, with three functions:
 
-- ``measure(work) -> dict``: the measurements, as JSON values; what takes long is a ``work.part``, so that a run that was
-  stopped goes on where it was. ``work.miniature`` asks for a size of seconds that tests run.
+- ``measure(work) -> dict``: the measurements, as JSON values. Long computations are parts (``work.part``), so that a run that was
+  stopped can be resumed. With ``work.miniature`` the experiment takes only seconds, for tests.
 - ``conclude(data) -> Conclusion``: figures, verdict and reason, from these measurements alone, by the rule that the module's
   docstring states.
-- ``draw(data, figure)``: the picture.
+- ``draw(data, figure)``: the figure.
 """

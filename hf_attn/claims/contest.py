@@ -1,4 +1,4 @@
-"""An image model against real implementations of others, on digits and on textures."""
+"""Compare an image model with existing implementations of other models, on digits and on textures."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,13 +16,13 @@ from .training import operations, tuned
 class ImageContest:
     """`measure`, `conclude` and `draw` of the claim that a model classifies better than its peers.
 
-    Shown in small if, against every peer, all seeds say so on one of the two data sets at least and on none the opposite; contradicted if
-    against some peer all seeds say the opposite on both; otherwise not shown here.
+    Shown in small if, against every peer, all seeds agree on at least one of the two datasets, and on neither do all seeds
+    find the opposite; contradicted if against some peer all seeds find the opposite on both datasets; otherwise not shown here.
 
     Args:
-        sides: name of a model -> what makes it for a number of classes; the paper's model comes first.
-        same_cost: whether the models have to need the same number of operations; the largest is to be within a tenth of the paper's.
-        steps: of a training.
+        sides: name of a model -> function that makes it for a number of classes; the paper's model comes first.
+        same_cost: whether the models must need the same number of operations, with a tolerance of a tenth.
+        steps: training steps of each run.
     """
 
     def __init__(self, sides: Mapping[str, Callable[[int], nn.Module]], same_cost: bool = True, steps: int = 1000):
@@ -30,7 +30,7 @@ class ImageContest:
         self.own, *self.peers = self.sides
 
     def measure(self, work) -> dict[str, Any]:
-        """Operations of each model, and its accuracies for the seeds on either data set."""
+        """Operations of each model, and its accuracy on both datasets for each seed."""
         cost = {name: cost_of(make) for name, make in self.sides.items()}
         for name in self.peers if self.same_cost else ():
             if not 0.9 <= cost[name] / cost[self.own] <= 1.1:
@@ -76,7 +76,7 @@ class ImageContest:
 
     @staticmethod
     def draw(data: dict[str, Any], figure) -> None:
-        """Bars of the accuracies on either data set."""
+        """Bar charts of the accuracies on both datasets."""
         for axes, (dataset, sides) in zip(figure.subplots(1, len(data["runs"])), data["runs"].items(), strict=True):
             names = {
                 f"{name.removesuffix(' of timm')}\n{data['operations'][name] / 1e6:.2f} M\noperations": accuracies(
@@ -89,18 +89,18 @@ class ImageContest:
 
 
 def accuracies(runs: list[dict[str, float]]) -> list[float]:
-    """Those of the seeds, in percent."""
+    """Accuracy of each seed, in percent."""
     return [run["accuracy"] for run in runs]
 
 
 def cost_of(make_model: Callable[[int], nn.Module]) -> int:
-    """Operations for one picture."""
+    """Operations for one image."""
     torch.manual_seed(0)
     return operations(make_model(num_classes("digits")), torch.zeros(1, 1, SIZE, SIZE))
 
 
 def vit(num_classes: int, width: int = 64, depth: int = 4, mlp_ratio: float = 2, patch_size: int = 8) -> nn.Module:
-    """A ViT of timm for grey pictures."""
+    """A ViT of timm for greyscale images."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -109,7 +109,7 @@ def vit(num_classes: int, width: int = 64, depth: int = 4, mlp_ratio: float = 2,
 
 
 def swin(num_classes: int, width: int = 30) -> nn.Module:
-    """A Swin of timm for grey pictures: two stages of two blocks, windows of 4 x 4."""
+    """A Swin of timm for greyscale images: two stages of two blocks, windows of 4 x 4."""
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(

@@ -1,4 +1,4 @@
-"""Parts of pictures that several claims have."""
+"""Parts of the figures that several claims share."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -10,7 +10,7 @@ COLORS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:purple", "tab:
 
 
 def bars(axes, sides: Mapping[str, Sequence[float]], unit: str, title: str = "") -> None:
-    """A bar with the mean of each side, its value above it, and a dot for each seed.
+    """Draw a bar with the mean of each side, its value above the bar, and a dot for each seed.
 
     If all are close to each other the axis does not begin at zero, and the means are lines.
     """

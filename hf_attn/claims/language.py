@@ -1,4 +1,4 @@
-"""Small language models of characters, on the documentation that comes with Python: one mechanism against another."""
+"""Small character-level language models on Python's documentation: one mechanism against another."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from .drawing import COLORS, bars
 from .training import logits_of, optimise, tuned
 
 
-#: characters of ASCII; others are the last one
+#: ASCII characters; all others are mapped to the last id
 VOCAB_SIZE = 128
 LENGTH, BATCH_SIZE = 64, 16
 
@@ -26,8 +26,8 @@ def characters(split: str) -> torch.Tensor:
     codes = torch.tensor([min(ord(character), VOCAB_SIZE - 1) for character in text])
     if split == "test":
         return codes
-    held_back = len(codes) // 20
-    return codes[-held_back:] if split == "validation" else codes[:-held_back]
+    held_out = len(codes) // 20
+    return codes[-held_out:] if split == "validation" else codes[:-held_out]
 
 
 @torch.no_grad()
@@ -35,11 +35,19 @@ def bits_a_character(model: nn.Module, split: str, length: int = LENGTH, limit: 
     """Mean over the first `limit` stretches of a part, of the predictions of all but the first character."""
     codes = characters(split)
     stretches = codes[: min(limit, len(codes) // length) * length].view(-1, length)
-    loss = sum(_loss(model, part).item() * len(part) for part in stretches.split(BATCH_SIZE)) / len(stretches)
+    loss = sum(causal_loss(model, part).item() * len(part) for part in stretches.split(BATCH_SIZE)) / len(stretches)
     return loss / math.log(2)
 
 
-def _loss(model: nn.Module, stretches: torch.Tensor) -> torch.Tensor:
+def random_stretches(generator: torch.Generator, length: int = LENGTH) -> torch.Tensor:
+    """A batch of the training part, `(BATCH_SIZE, length)`."""
+    codes = characters("train")
+    starts = torch.randint(len(codes) - length, (BATCH_SIZE, 1), generator=generator)
+    return codes[starts + torch.arange(length)]
+
+
+def causal_loss(model: nn.Module, stretches: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of all but the first character."""
     logits = logits_of(model(stretches))[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
 
@@ -50,16 +58,15 @@ def train_language_model(
     """Train a causal language model.
 
     Returns:
-        The model, and its bits a character on the validation part (`validation`) and on the test part (`test`), and its
-        training loss in nats in about fifty points (`losses`).
+        The model, its bits per character on the validation part (`validation`) and on the test part (`test`), and its
+        training loss in nats at about fifty steps (`losses`).
     """
     torch.manual_seed(seed)
-    model, codes = make_model(), characters("train")
+    model = make_model()
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> torch.Tensor:
-        starts = torch.randint(len(codes) - length, (BATCH_SIZE, 1), generator=generator)
-        return _loss(model, codes[starts + torch.arange(length)])
+        return causal_loss(model, random_stretches(generator, length))
 
     losses = optimise(model, loss, steps, rate)
     width = max(1, steps // 50)
@@ -73,7 +80,7 @@ class LanguageContest:
 
     Args:
         sides: name of a model -> entry of :func:`hf_attn.comparison.entries.make_config`; the paper's model comes first.
-        steps: of a training.
+        steps: training steps of each run.
     """
 
     shape = Shape(
@@ -88,7 +95,7 @@ class LanguageContest:
         self.sides, self.steps = dict(sides), steps
 
     def measure(self, work) -> dict[str, Any]:
-        """Losses of each side for the seeds, and its number of parameters."""
+        """Losses of each side for each seed, and its number of parameters."""
         steps = 3 if work.miniature else self.steps
         runs = {
             name: tuned(work, f"side{index}", partial(self.run, entry, steps))
@@ -105,7 +112,7 @@ class LanguageContest:
 
     @staticmethod
     def draw(data: dict[str, Any], figure) -> None:
-        """Curves of the training loss, and bars of the loss on held-back text."""
+        """Curves of the training loss, and bars of the loss on held-out text."""
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         for (name, runs), color in zip(data["runs"].items(), COLORS, strict=False):
             for index, run in enumerate(runs):
@@ -114,11 +121,11 @@ class LanguageContest:
         left.set(xlabel="steps", title="training loss in nats")
         left.legend(fontsize=8)
         losses = {str(index + 1): test_losses(runs) for index, runs in enumerate(data["runs"].values())}
-        bars(right, losses, "bits/character", "held-back text (lower is better)")
-        names = [name.split(" (")[0].replace(", ", ",\n") for name in data["runs"]]
+        bars(right, losses, "bits/character (lower is better)", "held-out text")
+        names = [name.split(" (")[0].replace(", ", ",\n").replace(" of ", "\nof ") for name in data["runs"]]
         right.set_xticks(range(len(losses)), names, fontsize=8)
 
 
 def test_losses(runs: list[dict[str, Any]]) -> list[float]:
-    """Bits a character of the seeds on held-back text."""
+    """Bits per character on held-out text, for each seed."""
     return [run["test"] for run in runs]

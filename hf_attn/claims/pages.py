@@ -1,4 +1,4 @@
-"""What the documentation says about the claims, from the stored results."""
+"""The documentation of the claims, written from the stored results."""
 
 from collections import Counter
 from pathlib import Path
@@ -45,7 +45,7 @@ def paper_section(slug: str, results: str | Path, path_to_results: str) -> str:
     Args:
         slug: the paper.
         results: folder with the results.
-        path_to_results: path from the page to that folder, for the picture.
+        path_to_results: path from the page to that folder, for the figure.
     """
     record = read_result(results, slug)
     lines = ["## Claim", "", PAPERS[slug].claim, ""]

@@ -1,7 +1,7 @@
-"""Two sets of real pictures that packages carry, and classifiers that learn them in seconds.
+"""Two image datasets that come with installed packages, and classifiers that learn them in seconds.
 
-`digits` are the 1,797 handwritten digits of scikit-learn, `textures` are pieces of twelve photographs of scikit-image in grey: which
-photograph is it from? Training, validation and test have different parts of each photograph.
+`digits` are the 1,797 handwritten digits of scikit-learn. `textures` are greyscale crops of twelve photographs of scikit-image;
+the class is the photograph. Training, validation and test sets use different parts of each photograph.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ PHOTOGRAPHS = (
     "retina",
 )
 BATCH_SIZE = 32
-#: pixels by which a picture is shifted at most, at random, in training
+#: maximum random shift of an image in training, in pixels
 SHIFT = 2
 
 
 class Pictures(NamedTuple):
-    """Pictures `(count, 1, SIZE, SIZE)` and classes `(count,)`."""
+    """Images `(count, 1, SIZE, SIZE)` and classes `(count,)`."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -79,7 +79,7 @@ def _textures() -> dict[str, Pictures]:
     for label, name in enumerate(PHOTOGRAPHS):
         photograph = getattr(skimage.data, name)()
         grey = rgb2gray(photograph[..., :3]) if photograph.ndim == 3 else photograph / 255
-        # Neither brightness nor contrast tells the photographs apart.
+        # Normalised, so that neither brightness nor contrast distinguishes the photographs.
         grey = (grey - grey.mean()) / grey.std()
         width = grey.shape[1]
         for part, (left, right), count in (
@@ -101,13 +101,13 @@ def _textures() -> dict[str, Pictures]:
 def train_classifier(
     make_model: Callable[[int], nn.Module], dataset: str, steps: int, seed: int, rate: float
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Train a classifier of grey pictures.
+    """Train a classifier of greyscale images.
 
     Args:
         make_model: makes a model with random weights for a number of classes.
         dataset: one of :data:`DATASETS`.
-        steps: number of steps of `BATCH_SIZE` pictures.
-        seed: of the weights and of the order of the pictures.
+        steps: number of steps of `BATCH_SIZE` images.
+        seed: of the weights and of the order of the images.
         rate: highest learning rate.
 
     Returns:

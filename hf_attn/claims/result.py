@@ -1,4 +1,4 @@
-"""What a run says: figures with their peers, and a verdict by rule."""
+"""The result of a run: measured figures, those of the peers, and a verdict."""
 
 import json
 import os
@@ -20,15 +20,15 @@ VERDICTS = ("shown", "shown in small", "not shown here", "contradicted here")
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured quantity, and that of a peer in the same run.
+    """A measured quantity, and the same quantity of a peer in the same run.
 
     Attributes:
         name: what was measured.
         unit: its unit, such as ``"%"``; empty for a plain number.
         value: the figure, or its mean over seeds.
         spread: standard deviation over seeds, if there are several.
-        peer: what it is compared with; empty if with nothing.
-        peer_value, peer_spread: the same of the peer.
+        peer: what it is compared with; empty if there is no comparison.
+        peer_value, peer_spread: the same for the peer.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Figure:
         peer: str = "",
         peer_values: float | Sequence[float] | None = None,
     ) -> "Figure":
-        """A figure of one value, or of one for each seed."""
+        """A figure from one value, or from one value per seed."""
         own, others = _summary(values), (None, None) if peer_values is None else _summary(peer_values)
         return cls(name, unit, *own, peer, *others)
 
@@ -61,12 +61,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What follows from the measurements of a run.
+    """The conclusion from the measurements of a run.
 
     Attributes:
-        figures: the most telling one first.
+        figures: the most important one first.
         verdict: one of :data:`VERDICTS`.
-        why: one sentence with what decided.
+        why: one sentence that states what decided.
     """
 
     figures: tuple[Figure, ...]
@@ -75,7 +75,7 @@ class Conclusion:
 
     def __post_init__(self):
         if self.verdict not in VERDICTS:
-            raise ValueError(f"A verdict is one of {', '.join(map(repr, VERDICTS))}, got {self.verdict!r}.")
+            raise ValueError(f"verdict must be one of {', '.join(map(repr, VERDICTS))}, got {self.verdict!r}.")
 
 
 def agreement(values: Sequence[float], peer_values: Sequence[float]) -> int:
@@ -95,7 +95,7 @@ def agreement(values: Sequence[float], peer_values: Sequence[float]) -> int:
 
 
 def write_result(path: str | Path, slug: str, claim: str, conclusion: Conclusion, **facts: Any) -> dict[str, Any]:
-    """Write a result with the command and the class of machine that it comes from; `facts` are further entries.
+    """Write a result with the command and the class of machine that produced it; `facts` are further entries.
 
     Returns:
         What was written.
@@ -128,7 +128,7 @@ def read_result(folder: str | Path, slug: str) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         figures_of(record)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no result of `hf-attn claim`: {error}") from error
+        raise ValueError(f"{path} does not contain a result of `hf-attn claim`: {error}") from error
     return record
 
 
@@ -138,7 +138,7 @@ def figures_of(record: dict[str, Any]) -> tuple[Figure, ...]:
 
 
 def machine_class() -> str:
-    """Such as ``2 cores of x86-64 (1 used), no GPU``."""
+    """The class of this machine, such as ``2 cores of x86-64 (1 used), no GPU``."""
     cores, processor = os.cpu_count() or 1, platform.machine().replace("_", "-")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cores} {'core' if cores == 1 else 'cores'} of {processor} ({torch.get_num_threads()} used), {gpu}"
@@ -156,5 +156,5 @@ def _measured(value: float, spread: float | None, unit: str) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number with three digits at least."""
+    """A number with at least three digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

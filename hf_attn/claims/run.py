@@ -1,4 +1,4 @@
-"""Run a claim: measurements that are kept, a result and a picture."""
+"""Run a claim: measurements that are kept, a result and a figure."""
 
 import datetime
 import importlib
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 #: inches
-PICTURE_SIZE = (6.4, 3.6)
+FIGURE_SIZE = (6.4, 3.6)
 
 
 class Work:
-    """What a run is to do, and where it keeps what it has done.
+    """The settings of a run, and the folder with its finished parts.
 
     Attributes:
-        seeds: seeds of whatever is random.
-        miniature: whether a size of seconds is asked for.
+        seeds: seeds of the repetitions.
+        miniature: whether to run a version that takes seconds.
     """
 
     def __init__(self, folder: Path, seeds: Sequence[int] = SEEDS, miniature: bool = False):
@@ -43,7 +43,7 @@ class Work:
         self.seconds, self.dates = 0.0, []
 
     def part(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function` returns for the arguments, as JSON values; read from the folder if it is there already."""
+        """The return value of `function` for the arguments, as JSON values; read from the folder if it was computed before."""
         path = self.folder / "parts" / f"{name}.json"
         finished = path.is_file()
         if not finished:
@@ -61,7 +61,7 @@ class Work:
 
 
 def claims() -> tuple[str, ...]:
-    """Slugs of the papers whose claim can be run, in the order of the catalogue."""
+    """Slugs of the papers whose claim has a run, in the order of the catalogue."""
     modules = {module.name for module in pkgutil.iter_modules(runs.__path__)}
     return tuple(slug for slug in PAPERS if slug in modules)
 
@@ -74,7 +74,7 @@ def claim_module(slug: str) -> ModuleType:
     """
     get_paper(slug)
     if slug not in claims():
-        raise ValueError(f"The claim of {slug} has no run yet. Those that have: {', '.join(claims())}.")
+        raise ValueError(f"The claim of {slug} has no run yet. Claims with a run: {', '.join(claims())}.")
     return importlib.import_module(f"{runs.__name__}.{slug}")
 
 
@@ -83,22 +83,22 @@ def run_claim(slug: str, output: str | Path, seeds: Sequence[int] = SEEDS, minia
 
     Args:
         slug: the paper.
-        output: folder of this run. The finished parts of a run that was stopped are used.
-        seeds: seeds of whatever is random.
-        miniature: a size of seconds, whose figures mean nothing.
+        output: folder of this run. The finished parts of an interrupted run are reused.
+        seeds: seeds of the repetitions.
+        miniature: run a version that takes seconds, whose figures are meaningless.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: if there is no run for the paper, or the folder holds something else.
+        ValueError: if there is no run for the paper, or the folder contains something else.
     """
     module, output = claim_module(slug), Path(output)
     settings = {"claim": slug, "seeds": list(seeds), "miniature": miniature}
     with output_folder(output, settings, command="hf-attn claim"), one_thread():
         work = Work(output, seeds, miniature)
         data = json.loads(json.dumps(module.measure(work)))
-        figure = new_figure(*PICTURE_SIZE)
+        figure = new_figure(*FIGURE_SIZE)
         module.draw(data, figure)
         with written_whole(output / f"{slug}.png") as part:
             _save_small(figure, part)
@@ -115,18 +115,18 @@ def run_claim(slug: str, output: str | Path, seeds: Sequence[int] = SEEDS, minia
 
 
 def _save_small(figure: "Figure", path: Path) -> None:
-    """Write a PNG of few colours, a third as large as matplotlib's."""
+    """Write a PNG with few colours, a third of the size of matplotlib's."""
     from PIL import Image
 
     whole = io.BytesIO()
     figure.savefig(whole, dpi=100, format="png")
-    with Image.open(whole) as picture:
-        picture.convert("RGB").quantize(64).save(path, format="PNG", optimize=True)
+    with Image.open(whole) as image:
+        image.convert("RGB").quantize(64).save(path, format="PNG", optimize=True)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread, on which times can be compared and small models are as fast."""
+    """Let torch use one thread: times are comparable, and small models are as fast."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,7 +136,7 @@ def one_thread() -> Iterator[None]:
 
 
 def store(slug: str, output: str | Path, results: str | Path) -> None:
-    """Copy the result and the picture of a run into the folder that the documentation is written from."""
+    """Copy the result and the figure of a run into the folder from which the documentation is written."""
     for name in (f"{slug}.json", f"{slug}.png"):
         with written_whole(Path(results, name)) as part:
             part.write_bytes(Path(output, name).read_bytes())

@@ -1,13 +1,13 @@
-"""Fair times on a machine that does other work too."""
+"""Timing on a machine that runs other work too."""
 
 import time
 from collections.abc import Callable, Sequence
 
 
 def least_cpu_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Least CPU seconds of each call, in turns, after one turn that does not count.
+    """Minimum CPU seconds of each call, measured in turns after a warm-up.
 
-    Torch runs on one thread in the run of a claim, so these are the seconds of a call on a core that is free.
+    Torch runs on one thread in the run of a claim, so CPU time equals the time of a call on an idle core.
     """
     times = [[] for _ in calls]
     for turn in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""Small trainings in which both sides of a claim have the same data, budget and choice of learning rates."""
+"""Small training runs in which both sides of a claim have the same data, budget and choice of learning rates."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,21 +12,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from .run import Work
 
 
-#: learning rates of which each side takes the one that serves it best
+#: learning rates to choose from; each side uses its best one
 RATES = (1e-3, 3e-3)
 
 
 def optimise(
     model: nn.Module, losses: Callable[[], torch.Tensor], steps: int, rate: float, weight_decay: float = 0.01
 ) -> list[float]:
-    """Train with AdamW, warm-up of a tenth and a cosine; returns the loss of each step.
+    """Train with AdamW, a warm-up over a tenth of the steps and a cosine schedule; returns the loss of each step.
 
     Args:
-        model: what is trained, in place.
+        model: trained in place.
         losses: draws a batch and returns its loss.
         steps: number of steps.
         rate: highest learning rate.
-        weight_decay: of all parameters.
+        weight_decay: applied to all parameters.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
     warm_up = max(1, steps // 10)
@@ -50,14 +50,14 @@ def optimise(
 def tuned(
     work: Work, name: str, run: Callable[[int, float], Mapping[str, Any]], rates: Sequence[float] = RATES
 ) -> list[dict[str, Any]]:
-    """The runs of one side, one for each seed, at the learning rate that is best for the first seed.
+    """The runs of one side, one per seed, at the learning rate that is best for the first seed.
 
     Args:
         work: where the runs are kept.
         name: of the side.
-        run: trains with a seed and a learning rate. Of what it returns, `validation` is a loss by which the rate is chosen; it is
-            not that of the test.
-        rates: learning rates to choose from; a miniature takes the first.
+        run: trains with a seed and a learning rate. Its result contains `validation`, the loss by which the rate is chosen; it is
+            not the test loss.
+        rates: learning rates to choose from; a miniature uses the first one.
     """
     first, *others = work.seeds
     rates = rates[:1] if work.miniature else rates
@@ -68,7 +68,7 @@ def tuned(
 
 
 def operations(model: nn.Module, *inputs: torch.Tensor, **named: torch.Tensor) -> int:
-    """Multiplications with their additions of a forward pass, counted by torch: matrix products, convolutions, attention."""
+    """Multiply-accumulates of a forward pass, counted by torch: matrix products, convolutions, attention."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(*inputs, **named)
     return counter.get_total_flops() // 2
@@ -80,7 +80,7 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Indices of batches, endlessly: each passes over all once before any comes again."""
+    """Yield indices of batches endlessly; each sample at most once per epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -89,7 +89,7 @@ def batches(count: int, size: int, seed: int) -> Iterator[torch.Tensor]:
 
 @torch.no_grad()
 def loss_and_accuracy(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Mean cross-entropy, and the share of right answers in percent."""
+    """Mean cross-entropy, and the accuracy in percent."""
     logits = torch.cat([logits_of(model(part)) for part in inputs.split(128)])
     accuracy = (logits.argmax(-1) == labels).float().mean().item()
     return F.cross_entropy(logits, labels).item(), 100 * accuracy

@@ -17,8 +17,8 @@ def add_parser(commands) -> None:
     analyze = commands.add_parser(
         "analyze-vit",
         help="analyse the attention heads of a vision transformer",
-        description="Measure which heads of a vision transformer matter, how far they look and what patterns they have, and "
-        "write tables, figures and one interactive page.",
+        description="Measure which heads of a vision transformer matter, how far they attend and which patterns they "
+        "have. Writes tables, figures and one interactive page.",
         epilog=f"The default model comes from: {TRAIN_DEFAULT}",
         formatter_class=formatter,
     )
@@ -29,31 +29,45 @@ def add_parser(commands) -> None:
         "--images",
         metavar="DIR",
         type=Path,
-        help="folder of images, or of one folder for each class; by default the digits of scikit-learn for a model of digits, "
-        "photographs of scikit-image for others",
+        help="folder of images, or of one folder per class (default: the digits of scikit-learn for a model of "
+        "digits, photographs of scikit-image for other models)",
     )
     analyze.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("outputs/vit_report"), help="folder to write (%(default)s)"
-    )
-    analyze.add_argument("--max-images", metavar="N", type=positive, default=64, help="images to use (%(default)s)")
-    analyze.add_argument("--batch-size", metavar="N", type=positive, default=4, help="images of a run (%(default)s)")
-    analyze.add_argument(
-        "--partial-heads", metavar="N", type=int, default=3, help="important heads to take apart (%(default)s)"
+        "--output", metavar="DIR", type=Path, default=Path("outputs/vit_report"), help="output folder (%(default)s)"
     )
     analyze.add_argument(
-        "--no-keep-one", action="store_true", help="leave out the runs with one head of a layer; half the time"
+        "--max-images", metavar="N", type=positive, default=64, help="maximum number of images (%(default)s)"
     )
-    analyze.add_argument("--device", metavar="NAME", default="cpu", help="where to run, such as cuda (%(default)s)")
+    analyze.add_argument(
+        "--batch-size", metavar="N", type=positive, default=4, help="batch size: images per forward pass (%(default)s)"
+    )
+    analyze.add_argument(
+        "--partial-heads",
+        metavar="N",
+        type=int,
+        default=3,
+        help="number of the most important heads to analyse in detail (%(default)s)",
+    )
+    analyze.add_argument(
+        "--no-keep-one",
+        action="store_true",
+        help="skip the runs that keep a single head of a layer, which take half of the time",
+    )
+    analyze.add_argument(
+        "--device", metavar="NAME", default="cpu", help="device to run on, such as cuda (%(default)s)"
+    )
     analyze.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     from ..analysis.vit import analyze_vit
-    from ..analysis.vit.loading import load_vit, read_pictures, sample_pictures
+    from ..analysis.vit.loading import load_vit, read_images, sample_images
     from ..analysis.vit.results import empty_folder
 
     if options.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).exists():
-        raise CommandError(f"There is no model in {DEFAULT_MODEL}. Name one, or make it: {TRAIN_DEFAULT}")
+        raise CommandError(
+            f"There is no model in {DEFAULT_MODEL}. Name another model, or train the default one: {TRAIN_DEFAULT}"
+        )
     # Before the work, not after it.
     empty_folder(options.output)
     try:
@@ -62,12 +76,12 @@ def run(options: argparse.Namespace) -> None:
         has_classes = "ForImageClassification" in type(model).__name__
         class_names = [str(names[index]) for index in sorted(names)] if has_classes else []
         if options.images is None:
-            pictures, labels = sample_pictures(class_names, options.max_images)
+            images, labels = sample_images(class_names, options.max_images)
         else:
-            pictures, labels = read_pictures(options.images, options.max_images, class_names)
+            images, labels = read_images(options.images, options.max_images, class_names)
         analysis = analyze_vit(
             model.to(options.device),
-            pictures,
+            images,
             labels,
             processor=processor,
             batch_size=options.batch_size,

@@ -13,10 +13,10 @@ SHARE_OF_COMPARISONS = 0.75
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "check-gpu",
-        help="compare every GPU kernel with its specification on this machine's GPU",
-        description="Run every Triton kernel and every path through FlexAttention against the specification on this "
-        "machine's GPU, forward and backward, in float32, float16 and bfloat16. Automatic names such as "
-        'attn_implementation="sigmoid" use a GPU kernel only after it has passed here; the result is kept in the cache '
+        help="compare every GPU kernel with its reference implementation on this machine's GPU",
+        description="Compare every Triton kernel and every FlexAttention implementation with the reference implementation "
+        "on this machine's GPU, forward and backward, in float32, float16 and bfloat16. Automatic names such as "
+        'attn_implementation="sigmoid" use a GPU kernel only after it has passed this check; the result is stored in the cache '
         "for this GPU and the installed versions of torch and triton.",
         formatter_class=formatter,
     )
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
         metavar="N",
         type=positive,
         default=230,
-        help="time limit in seconds; kernels that are not finished by then have not passed (%(default)s)",
+        help="time limit in seconds; kernels that are not finished by then count as not passed (%(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -36,11 +36,13 @@ def run(options: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise CommandError(
-            "check-gpu needs a GPU that this PyTorch can use, and there is none. Nothing was recorded. Without a GPU the "
-            "automatic names use the implementations for the CPU."
+            "check-gpu needs a GPU that the installed PyTorch can use, but found none. Nothing was recorded. Without "
+            "a GPU, the automatic names use the CPU implementations."
         )
     if options.device not in range(torch.cuda.device_count()):
-        raise CommandError(f"There is no GPU {options.device}; there are {torch.cuda.device_count()}, counted from 0.")
+        raise CommandError(
+            f"There is no GPU {options.device}. Number of GPUs: {torch.cuda.device_count()}, counted from 0."
+        )
     if not check(torch.device("cuda", options.device), torch.cuda.get_device_name(options.device), options.seconds):
         sys.exit(1)
 

@@ -9,23 +9,28 @@ from ._command import CommandError, formatter
 def add_parser(commands) -> None:
     claim = commands.add_parser(
         "claim",
-        help="measure again what papers claim, in small",
-        description="Run the small experiment behind the claim of a paper, some minutes each, and print its figures beside the "
-        "stored ones. Writes a JSON file and a picture. The same command continues a run that was stopped.",
+        help="repeat the small experiments behind the papers' claims",
+        description="Run the small experiment behind the claim of a paper (some minutes each), and print its results "
+        "next to the stored ones. Writes a JSON file and a figure. The same command continues an "
+        "interrupted run.",
         epilog="example: hf-attn claim clear",
         formatter_class=formatter,
     )
-    claim.add_argument("slugs", metavar="SLUG", nargs="*", help="papers, as `hf-attn papers` names them")
-    claim.add_argument("--all", action="store_true", help="every claim that can be run")
+    claim.add_argument("slugs", metavar="SLUG", nargs="*", help="papers, by their names in `hf-attn papers`")
+    claim.add_argument("--all", action="store_true", help="run all claims that have an experiment")
     claim.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
         default=Path("outputs/claims"),
-        help="folder to write, with a folder for each paper (%(default)s)",
+        help="output folder, with a sub-folder per paper (%(default)s)",
     )
     claim.add_argument(
-        "--results", metavar="DIR", type=Path, default=Path("docs/results"), help="the stored results (%(default)s)"
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=Path("docs/results"),
+        help="folder of the stored results (%(default)s)",
     )
     claim.add_argument("--store", action="store_true", help="replace the stored results by the new ones")
     claim.set_defaults(run=run)
@@ -36,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     from ..claims.run import claim_module, claims, run_claim, store
 
     if options.all == bool(options.slugs):
-        raise CommandError(f"Name papers or give --all. Claims that can be run: {', '.join(claims())}.")
+        raise CommandError(f"Name papers, or use --all. Papers with an experiment: {', '.join(claims())}.")
     slugs = claims() if options.all else dict.fromkeys(options.slugs)
     # Before the work, not after it.
     stored = {slug: read_result(options.results, slug) for slug in slugs}
@@ -52,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if options.store:
             store(slug, folder, options.results)
         _report(record, stored[slug])
-        print(f"\nLook at it: {folder / f'{slug}.png'}\n", flush=True)
+        print(f"\nFigure: {folder / f'{slug}.png'}\n", flush=True)
 
 
 def _report(record: dict, stored: dict | None) -> None:

@@ -11,14 +11,15 @@ from ._command import CommandError, formatter
 def add_parser(commands) -> None:
     convert = commands.add_parser(
         "convert",
-        help="turn an official checkpoint into a folder for from_pretrained and the Hub",
-        description="Turn a checkpoint of a paper's official code into a folder that from_pretrained loads and that can be "
-        "uploaded as it is: weights, configuration, stub and model card, and the image processor of an image classifier. "
-        "Nothing in the checkpoint may be left over, and no parameter of the model may stay unfilled.",
+        help="convert an official checkpoint to a folder for from_pretrained and the Hub",
+        description="Convert a checkpoint of a paper's official code to a folder that from_pretrained loads and that "
+        "can be uploaded to the Hub: weights, configuration, stub and model card, and the image processor "
+        "of an image classifier. The conversion fails if a tensor of the checkpoint is unused or a "
+        "parameter of the model has no value.",
         epilog="example: hf-attn convert sigmoid_attention gala.safetensors --config gala.json --output gala-85m",
         formatter_class=formatter,
     )
-    convert.add_argument("slug", metavar="SLUG", help="the paper, as `hf-attn papers` names it")
+    convert.add_argument("slug", metavar="SLUG", help="the paper, by its name in `hf-attn papers`")
     convert.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -29,18 +30,19 @@ def add_parser(commands) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        help="the official constructor arguments as a JSON or YAML file; config.json in a folder of shards if not given",
+        help="JSON or YAML file with the official constructor arguments (default: config.json if the checkpoint is a "
+        "folder)",
     )
     convert.add_argument(
         "--entry",
         metavar="NAME",
-        help="which entry of a file with several state dicts holds the weights (default: averaged weights, if there are any)",
+        help="entry with the weights in a file with several state dicts (default: averaged weights, if there are any)",
     )
     convert.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write")
     convert.add_argument(
         "--overwrite",
         action="store_true",
-        help="write into a folder that is not empty: an earlier model there is replaced",
+        help="replace the model in a folder that is not empty",
     )
     convert.set_defaults(run=run)
 
@@ -64,8 +66,8 @@ def _convert(options: argparse.Namespace, config: dict | None) -> None:
     model = from_official(options.slug, options.checkpoint, config, entry=options.entry)
     if not isinstance(model, PreTrainedModel):
         raise CommandError(
-            f"{options.checkpoint.name} holds a {type(model).__name__}, which is a part of a model and has no folder of its "
-            "own. Load it in Python with hf_attn.from_official."
+            f"{options.checkpoint.name} contains a {type(model).__name__}, which is only a part of a model and cannot "
+            "be saved as one. Load it in Python with hf_attn.from_official."
         )
     processor = None
     if isinstance(model.config, ImagePreprocessingMixin):
@@ -84,18 +86,18 @@ def _convert(options: argparse.Namespace, config: dict | None) -> None:
         for stale in options.output.glob(pattern):
             if stale.name not in written:
                 stale.unlink()
-    print(f"{type(model).__name__} with {model.num_parameters():,} parameters is in {options.output}.")
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters was saved to {options.output}.")
     print(f"Upload it with `hf upload USER/NAME {options.output}`.")
 
 
 def _check_output(output: Path, overwrite: bool, checkpoint: Path) -> None:
     source = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if output.is_dir() and output.resolve() == source.resolve():
-        raise CommandError(f"--output {output} is the folder of the official checkpoint; name another one.")
+        raise CommandError(f"--output {output} is the folder of the official checkpoint; choose another folder.")
     if output.exists() and not output.is_dir():
-        raise CommandError(f"--output {output} is a file; name a folder.")
+        raise CommandError(f"--output {output} is a file; choose a folder.")
     if output.is_dir() and any(path.name != LOCK for path in output.iterdir()) and not overwrite:
-        raise CommandError(f"--output {output} is not empty; name another folder, or pass --overwrite.")
+        raise CommandError(f"--output {output} is not empty; choose another folder, or pass --overwrite.")
 
 
 def _read_config(path: Path) -> dict:
@@ -107,5 +109,5 @@ def _read_config(path: Path) -> dict:
     except (ValueError, yaml.YAMLError) as error:
         raise CommandError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise CommandError(f"--config {path} must hold a mapping of argument names to values.")
+        raise CommandError(f"--config {path} must contain a mapping from argument names to values.")
     return config

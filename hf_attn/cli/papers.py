@@ -11,10 +11,10 @@ def add_parser(commands) -> None:
     papers = commands.add_parser(
         "papers",
         help="list the papers and their implementations",
-        description="List the papers of the catalogue: what each has become, and whether it can be used yet.",
+        description="List the papers of the catalogue, their components, and whether they are available.",
         formatter_class=formatter,
     )
-    papers.add_argument("--json", action="store_true", help="everything that the catalogue holds, as JSON")
+    papers.add_argument("--json", action="store_true", help="print the whole catalogue as JSON")
     papers.set_defaults(run=run)
 
 

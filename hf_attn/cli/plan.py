@@ -14,22 +14,25 @@ _FILLED = 0.8
 def add_parser(commands) -> None:
     plan = commands.add_parser(
         "plan",
-        help="place sequences of uneven length on GPUs, and predict the time of a step",
-        description="Zeppelin's partition of a batch of sequences over the GPUs of a cluster: who has what, how even it is, and "
-        "the step time predicted for it and for other ways to place the batch.",
+        help="distribute sequences of different lengths over GPUs, and predict the step time",
+        description="Partition a batch of sequences over the GPUs of a cluster with Zeppelin. Prints the assignment, "
+        "its balance, and the predicted step time of this and other placements.",
         epilog="example: hf-attn plan mid --nodes 2 --gpus 8 --capacity 5120 --model 7b --hardware a800 --plot plan.png",
         formatter_class=formatter,
     )
     plan.add_argument(
         "lengths",
         metavar="LENGTHS",
-        help="a file with a length on each line or a JSON list, a folder of datasets with input_ids or length, or a distribution: "
-        "short, mid, long, web",
+        help="a file with one length per line or a JSON list, a folder of `datasets` with a column input_ids or "
+        "length, or a distribution: short, mid, long, web",
     )
     plan.add_argument("--nodes", metavar="N", type=positive, default=1, help="nodes (%(default)s)")
-    plan.add_argument("--gpus", metavar="N", type=positive, default=8, help="GPUs of a node (%(default)s)")
+    plan.add_argument("--gpus", metavar="N", type=positive, default=8, help="GPUs per node (%(default)s)")
     plan.add_argument(
-        "--capacity", metavar="N", type=positive, help="tokens that a GPU takes; default: the batch's and 15%% more"
+        "--capacity",
+        metavar="N",
+        type=positive,
+        help="capacity of a GPU in tokens (default: 15%% more than the batch needs)",
     )
     plan.add_argument(
         "--model",
@@ -43,15 +46,11 @@ def add_parser(commands) -> None:
         default="a800",
         help="a800, h800, h200, or a JSON file of constants (%(default)s)",
     )
-    plan.add_argument(
-        "--sequences", metavar="N", type=positive, help="take the first N sequences of a file or dataset"
-    )
-    plan.add_argument(
-        "--tokens", metavar="N", type=positive, help="tokens of a batch that is drawn from a distribution"
-    )
+    plan.add_argument("--sequences", metavar="N", type=positive, help="use the first N sequences of a file or dataset")
+    plan.add_argument("--tokens", metavar="N", type=positive, help="tokens of a batch drawn from a distribution")
     plan.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the random lengths (%(default)s)")
-    plan.add_argument("--output", metavar="FILE", type=Path, help="write plan and predictions as JSON")
-    plan.add_argument("--plot", metavar="FILE", type=Path, help="draw ranks and sequences")
+    plan.add_argument("--output", metavar="FILE", type=Path, help="write the plan and the predictions to a JSON file")
+    plan.add_argument("--plot", metavar="FILE", type=Path, help="plot the assignment of sequences to ranks")
     plan.set_defaults(run=run)
 
 
@@ -80,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
             "hardware": asdict(hardware),
         }
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(f"\nThe plan is in {options.output}.")
+        print(f"\nThe plan was written to {options.output}.")
     if options.plot is not None:
         from ..distributed.zeppelin.plot import plot_plan
 
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
             plot_plan(plan, model, hardware, seconds, options.plot)
         except ImportError as error:
             raise CommandError(str(error)) from error
-        print(f"The picture is in {options.plot}.")
+        print(f"The plot was written to {options.plot}.")
 
 
 def _lengths(options: argparse.Namespace) -> list[int]:
@@ -97,7 +96,7 @@ def _lengths(options: argparse.Namespace) -> list[int]:
     if options.lengths not in DISTRIBUTIONS:
         if options.tokens is not None:
             raise CommandError(
-                f"--tokens is for a distribution, and {options.lengths} is a file or folder; see --sequences."
+                f"--tokens is for a distribution, but {options.lengths} is a file or folder; use --sequences."
             )
         try:
             return read_lengths(options.lengths, options.sequences)
@@ -105,7 +104,8 @@ def _lengths(options: argparse.Namespace) -> list[int]:
             raise CommandError(str(error)) from error
     if options.sequences is not None:
         raise CommandError(
-            "--sequences is for a file or a dataset; the size of a batch that is drawn is set by --tokens."
+            "--sequences is for a file or a dataset; use --tokens to set the size of a batch drawn from a "
+            "distribution."
         )
     ranks = options.nodes * options.gpus
     tokens = options.tokens or int(_FILLED * ranks * (options.capacity or 5120))
@@ -123,7 +123,7 @@ def _model(name: str):
         return ModelShape.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, AttributeError) as error:
         raise CommandError(
-            f"--model {name} is none of {', '.join(MODELS)}, and its configuration cannot be used: {error}"
+            f"--model {name} is not one of {', '.join(MODELS)}, and cannot be used as a configuration: {error}"
         ) from error
 
 
@@ -139,7 +139,9 @@ def _hardware(name: str):
         content = json.loads(Path(name).read_text(encoding="utf-8"))
         return Hardware(**content)
     except FileNotFoundError as error:
-        raise CommandError(f"--hardware {name} is none of {', '.join(HARDWARE)} and no file.") from error
+        raise CommandError(
+            f"--hardware {name} is not one of {', '.join(HARDWARE)}, and there is no such file."
+        ) from error
     except (TypeError, ValueError) as error:
         raise CommandError(f"--hardware {name} must be a JSON object with {', '.join(names)}: {error}") from error
 
@@ -152,8 +154,8 @@ def _print(plan, model, hardware, seconds, options) -> None:
 
     ranks, total = plan.num_ranks, sum(plan.lengths)
     print(
-        f"{len(plan.lengths)} sequences, {total:,} tokens, on {plan.nodes} x {plan.gpus_per_node} GPUs with room for "
-        f"{plan.capacity:,} tokens each ({total / ranks / plan.capacity:.0%} filled)"
+        f"{len(plan.lengths)} sequences, {total:,} tokens, on {plan.nodes} x {plan.gpus_per_node} GPUs with a "
+        f"capacity of {plan.capacity:,} tokens each ({total / ranks / plan.capacity:.0%} filled)"
     )
     print(f"\n{'zone':<8}{'sequences':>10}{'tokens':>12}{'longest':>10}{'ranks of a ring':>18}")
     for zone in ZONES:
@@ -165,21 +167,22 @@ def _print(plan, model, hardware, seconds, options) -> None:
     remap = plan_remap(plan.tokens_per_rank, plan.gpus_per_node)
     tokens, busy = plan.tokens_per_rank, attention_seconds_per_rank(plan, model, hardware, FORWARD)
     print(
-        f"\nTokens of a rank in attention: {min(tokens):,} to {max(tokens):,}; after remapping {min(remap.target):,} to "
-        f"{max(remap.target):,}, which moves {sum(n for *_, n in remap.moves):,} tokens"
+        f"\nTokens of a rank in attention: {min(tokens):,} to {max(tokens):,}; after remapping, {min(remap.target):,} "
+        f"to {max(remap.target):,}; moves {sum(n for *_, n in remap.moves):,} tokens"
     )
-    print(f"\nPredicted under these constants: {options.model} on {options.hardware}")
+    print(f"\nPrediction for {options.model} on {options.hardware}, with these constants")
     print(
         f"  {hardware.flops_attn:.3g} FLOP/s in attention, {hardware.flops_linear:.3g} in linear layers; {hardware.bw_intra:.3g} B/s "
         f"inside a node, {hardware.nics} network cards of {hardware.bw_nic:.3g} B/s"
     )
-    print(f"  ranks wait {1 - sum(busy) / ranks / max(busy):.0%} of the time of attention on average")
+    print(f"  ranks are idle for {1 - sum(busy) / ranks / max(busy):.0%} of the attention time on average")
     if plan.gpus_per_node > 1:
         print(
-            f"  a ring of a node hides its messages from {crossover(model, hardware, plan.gpus_per_node, False):,.0f} tokens on"
+            "  a ring within a node hides its communication from "
+            f"{crossover(model, hardware, plan.gpus_per_node, False):,.0f} tokens on"
         )
     if plan.nodes > 1:
-        print(f"  a ring of all ranks does from {crossover(model, hardware, ranks, True):,.0f} tokens on")
-    print(f"\n{'method':<22}{'seconds a step':>15}{'against te_cp':>15}")
+        print(f"  a ring over all ranks from {crossover(model, hardware, ranks, True):,.0f} tokens on")
+    print(f"\n{'method':<22}{'seconds per step':>15}{'against te_cp':>15}")
     for name, time in seconds.items():
         print(f"{name:<22}{time:>15.4g}{seconds['te_cp'] / time:>14.2f}x")

@@ -1,1 +1,1 @@
-"""The causal mechanisms of the catalogue and a plain Llama, trained under one budget and measured alike."""
+"""Comparison of the causal families of the catalogue and a plain Llama, trained with the same budget."""

@@ -16,10 +16,10 @@ COPIED = 8
 
 @dataclass
 class Corpus:
-    """Token ids of a text split in two, and the symbols of the synthetic tasks.
+    """Token ids of the training and test text, and the symbols of the synthetic tasks.
 
-    The vocabulary is that of the tokenizer, then `NUM_SYMBOLS` keys, as many values, two marks, and one token that is
-    left to mechanisms.
+    The vocabulary is that of the tokenizer, followed by `NUM_SYMBOLS` keys, `NUM_SYMBOLS` values, two markers, and one token
+    reserved for mechanisms.
 
     Attributes:
         train, test: int64 tensors `(tokens,)`.
@@ -32,7 +32,7 @@ class Corpus:
 
     @classmethod
     def from_texts(cls, train: list[str], test: list[str], tokenizer: PreTrainedTokenizerBase) -> "Corpus":
-        """Tokenize; raises `ValueError` for texts of fewer than two tokens."""
+        """Tokenize the texts; raises `ValueError` if there are fewer than two tokens."""
         parts = (token_blocks(texts, tokenizer, 2).flatten() for texts in (train, test))
         return cls(*parts, first_symbol=len(tokenizer))
 
@@ -41,23 +41,23 @@ class Corpus:
         return self.first_symbol + 2 * NUM_SYMBOLS + 3
 
     def text(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random stretches of the training text, all tokens of which are predicted."""
+        """Random sequences of the training text; all tokens are predicted."""
         input_ids = self._stretches(self.train, batch_size, length, generator)
         return {"input_ids": input_ids, "labels": input_ids.clone()}
 
-    def held_back(self, length: int, limit: int) -> torch.Tensor:
-        """At most `limit` neighbouring stretches `(stretches, length)` of the test text."""
+    def held_out(self, length: int, limit: int) -> torch.Tensor:
+        """At most `limit` consecutive sequences `(sequences, length)` of the test text."""
         count = min(limit, len(self.test) // length)
         if count == 0:
-            raise ValueError(f"The held-out text has {len(self.test)} tokens, and the sequences have {length}.")
+            raise ValueError(f"The held-out text has {len(self.test)} tokens, fewer than one sequence of {length}.")
         return self.test[: count * length].view(count, length)
 
     def recall(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Pairs of a key and a value within filler text; at the end each key is repeated, and its value has to be predicted."""
+        """Key-value pairs within filler text; at the end each key is repeated, and its value has to be predicted."""
         input_ids = self._stretches(self.train, batch_size, length, generator)
         labels = torch.full_like(input_ids, IGNORED)
         asked = length - 2 * NUM_PAIRS
-        # Pairs do not overlap: each has a part of the filler of its own.
+        # Each pair has its own part of the filler, so pairs do not overlap.
         part = asked // NUM_PAIRS
         for row in range(batch_size):
             keys, values = (
@@ -72,7 +72,7 @@ class Corpus:
         return {"input_ids": input_ids, "labels": labels}
 
     def copying(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """A word of symbols at the start is to be written again after the filler."""
+        """A string of symbols at the start has to be copied after the filler."""
         input_ids = self._stretches(self.train, batch_size, length, generator)
         labels = torch.full_like(input_ids, IGNORED)
         word = torch.randint(NUM_SYMBOLS, (batch_size, COPIED), generator=generator) + self.first_symbol + NUM_SYMBOLS
@@ -83,7 +83,7 @@ class Corpus:
         return {"input_ids": input_ids, "labels": labels}
 
     def training_batch(self, batch_size: int, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Half text, a quarter of either synthetic task."""
+        """One half text, one quarter of each synthetic task."""
         quarter = max(1, batch_size // 4)
         parts = (
             self.text(max(1, batch_size - 2 * quarter), length, generator),
@@ -95,6 +95,6 @@ class Corpus:
     @staticmethod
     def _stretches(tokens: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
         if len(tokens) <= length:
-            raise ValueError(f"The training text has {len(tokens)} tokens, and the sequences have {length}.")
+            raise ValueError(f"The training text has {len(tokens)} tokens, fewer than one sequence of {length}.")
         starts = torch.randint(len(tokens) - length, (count, 1), generator=generator)
         return tokens[starts + torch.arange(length)]

@@ -1,4 +1,4 @@
-"""Entries of a comparison: models of a common shape, created from their names."""
+"""Entries of a comparison: models of the same size, created from their names."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,11 +14,11 @@ BASELINE = "llama"
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape that all models share.
+    """The sizes that all models share.
 
     Attributes:
-        vocab_size: number of tokens; the last one is left to mechanisms that need a token of their own.
-        max_position_embeddings: longest sequence that is evaluated.
+        vocab_size: number of tokens; the last one is reserved for mechanisms that need a token of their own.
+        max_position_embeddings: length of the longest sequence in the evaluation.
     """
 
     vocab_size: int
@@ -32,7 +32,7 @@ class Shape:
 
 
 def default_entries() -> list[str]:
-    """A plain Llama, and each family of the catalogue that takes part."""
+    """A plain Llama, and every family of the catalogue that is compared by default."""
     return [BASELINE, *(family.model_type for family in families() if family.compares is not None)]
 
 
@@ -40,8 +40,9 @@ def _family(name: str) -> Family:
     known = {family.model_type: family for family in families() if family.compares is not None}
     if name not in known:
         raise ValueError(
-            f"{name!r} cannot be compared. Families: {', '.join([BASELINE, *known])}; fields of a configuration go after a "
-            "colon ('echo_att:shared_layers=[1,2]'), the name of an attention function after a plus ('llama+sigmoid')."
+            f"There is no entry {name!r}. Families: {', '.join([BASELINE, *known])}; append fields of the "
+            "configuration after a colon ('echo_att:shared_layers=[1,2]'), and an attention function after a plus "
+            "sign ('llama+sigmoid')."
         )
     return known[name]
 
@@ -51,7 +52,9 @@ def _fields(text: str) -> dict[str, object]:
     for part in filter(None, text.split(";")):
         name, equals, value = part.partition("=")
         if not equals:
-            raise ValueError(f"{part!r} is no field: write NAME=VALUE, several with semicolons between them.")
+            raise ValueError(
+                f"{part!r} does not set a field: write NAME=VALUE, and separate several fields by semicolons."
+            )
         try:
             fields[name.strip()] = json.loads(value)
         except ValueError:
@@ -64,11 +67,11 @@ def make_config(entry: str, shape: Shape) -> tuple[PreTrainedConfig, str | None]
 
     Args:
         entry: `llama` or a model type of the catalogue, then optionally `+NAME` (an attention function), then optionally
-            `:FIELD=VALUE;...` (fields of the configuration, as JSON).
-        shape: the common shape; of its fields those that the configuration has are set.
+            `:FIELD=VALUE;...` (fields of the configuration, with JSON values).
+        shape: the common sizes; those that are fields of the configuration are set.
 
     Raises:
-        ValueError: for an unknown family, or a field that it does not have or refuses.
+        ValueError: for an unknown family, an unknown field, or an invalid value.
     """
     name, _, given = entry.partition(":")
     name, _, attention = name.partition("+")

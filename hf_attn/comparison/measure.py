@@ -1,4 +1,4 @@
-"""Trains and measures one entry, in a process of its own: `python -m hf_attn.comparison.measure JOB.json RESULT.json`."""
+"""Train and measure one entry in a separate process: `python -m hf_attn.comparison.measure JOB.json RESULT.json`."""
 
 import json
 import math
@@ -18,20 +18,20 @@ from .data import IGNORED, Corpus
 from .entries import Shape, make_model
 
 
-#: stretches of held-out text, and samples of each synthetic task, that a model is tested on
+#: number of held-out sequences, and of samples of each synthetic task, in the evaluation
 TEST_SEQUENCES = 32
 DECODED_TOKENS = 32
 
 
 def _prepared(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch in the form that the mechanism needs; models whose inputs contain more than the text prepare it themselves."""
+    """The batch in the form that the model needs; models whose inputs contain more than the text prepare it themselves."""
     prepare = getattr(model, "prepare_training_batch", None)
     return batch if prepare is None else prepare(**batch)
 
 
 @torch.no_grad()
 def _mean_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> float:
-    """Mean loss of a token of the text."""
+    """Mean loss per token of the text."""
     losses, counts = 0.0, 0
     for part in sequences.split(batch_size):
         batch = _prepared(model, {"input_ids": part, "labels": part.clone()})
@@ -42,7 +42,7 @@ def _mean_loss(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int)
 
 @torch.no_grad()
 def _accuracy(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
-    """Accuracy of the most likely tokens at the queried positions."""
+    """Accuracy of the most probable tokens at the queried positions."""
     batch = _prepared(model, batch)
     labels = batch.pop("labels")[:, 1:]
     asked = labels != IGNORED
@@ -56,7 +56,7 @@ def _is_part_of_a_cache(value) -> bool:
 
 
 def _cache_bytes(cache) -> int:
-    """Bytes of all tensors that the layers of a cache hold."""
+    """Bytes of all tensors in the layers of a cache."""
     seen, total, waiting = set(), 0, list(getattr(cache, "layers", []))
     while waiting:
         value = waiting.pop()
@@ -72,7 +72,7 @@ def _cache_bytes(cache) -> int:
 
 @torch.no_grad()
 def _cache_bytes_a_token(model: PreTrainedModel, input_ids: torch.Tensor) -> float | None:
-    """How much the cache grows with each token of a sequence."""
+    """Growth of the cache in bytes per token of a sequence."""
     half = input_ids.shape[1] // 2
     sizes = []
     for length in (half, input_ids.shape[1]):
@@ -85,7 +85,7 @@ def _cache_bytes_a_token(model: PreTrainedModel, input_ids: torch.Tensor) -> flo
 
 @torch.no_grad()
 def _decode_speed(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
-    """New tokens a second, one sequence at a time, after a prompt; the best of three runs, as others use the machine too."""
+    """New tokens per second for one sequence after a prompt; the best of three runs, as the machine may be busy."""
     times = {1: math.inf, 1 + DECODED_TOKENS: math.inf}
     for _ in range(3):
         for new_tokens, best in times.items():
@@ -103,7 +103,7 @@ def _decode_speed(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
 
 
 def _forget_peak() -> int | None:
-    """Reset the peak of the resident memory; returns its current size in bytes, or None if the system does not support it."""
+    """Reset the peak of the resident memory; returns its current size in bytes, or None if the system does not support this."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -117,9 +117,9 @@ def _status(name: str) -> int:
 
 
 def train(model: PreTrainedModel, corpus: Corpus, job: dict) -> tuple[list[float], float]:
-    """Train with AdamW, warm-up and a linear decay; returns the loss of each step and the tokens of a second.
+    """Train with AdamW, warm-up and linear decay; returns the loss of each step and the tokens per second.
 
-    The speed is that of the median step, which a moment in which others used the machine does not change.
+    The speed is that of the median step, which a short period of other load does not change.
     """
     generator = torch.Generator().manual_seed(job["seed"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0.1, betas=(0.9, 0.95))
@@ -171,14 +171,14 @@ def measure(job: dict) -> dict:
         "peak_memory": peak,
     }
     for times in (1, 2, 4):
-        loss = _mean_loss(model, corpus.held_back(times * length, TEST_SEQUENCES), batch_size)
+        loss = _mean_loss(model, corpus.held_out(times * length, TEST_SEQUENCES), batch_size)
         result[f"loss_{times}x"] = loss
         result[f"perplexity_{times}x"] = math.exp(loss) if loss < 700 else math.inf
     for times in (1, 2):
         for task in ("recall", "copying"):
             batch = getattr(corpus, task)(TEST_SEQUENCES, times * length, generator)
             result[f"{task}_{times}x"] = _accuracy(model, batch)
-    prompt = corpus.held_back(2 * length, 1)
+    prompt = corpus.held_out(2 * length, 1)
     result["cache_bytes_a_token"] = _cache_bytes_a_token(model, prompt)
     result["decode_tokens_a_second"] = _decode_speed(model, prompt)
     return result

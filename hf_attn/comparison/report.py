@@ -1,4 +1,4 @@
-"""The table, the files and the two pictures of a comparison."""
+"""The table, the files and the two plots of a comparison."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 def summarize(results: list[dict], baseline: str) -> list[dict]:
-    """One row an entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
+    """One row per entry: means over seeds, the spread of the held-out loss, and the error of an entry that failed."""
     rows = []
     for entry in dict.fromkeys(result["entry"] for result in results):
         runs = [result for result in results if result["entry"] == entry]
@@ -120,7 +120,7 @@ def _plot_quality(rows: list[dict], path: Path) -> None:
             # ten colours: the next entries take them again with another marker
             style = {"color": f"C{number % 10}", "fmt": "os^D"[number // 10 % 4]}
             axes.errorbar(row[cost], row["loss_1x"], yerr=row["loss_spread"], **style, label=row["entry"])
-        axes.set_xlabel(f"{label} (more is better)")
-        axes.set_ylabel("held-out loss (less is better)")
+        axes.set_xlabel(f"{label} (higher is better)")
+        axes.set_ylabel("held-out loss (lower is better)")
     both[-1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""The whole comparison: jobs in processes of their own, continued where they were, and one table at the end."""
+"""The comparison: jobs in separate processes, resumed after an interruption, and one table at the end."""
 
 import json
 import math
@@ -24,7 +24,7 @@ BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 VOCAB_SIZE = 1024
 MIN_STEPS = 2
-#: of a trial that tells how many steps the time allows
+#: steps of a trial run, from which the number of steps is calculated
 TRIAL_STEPS = 4
 
 
@@ -39,26 +39,26 @@ def _texts(data: str | None) -> tuple[list[str], list[str]]:
         try:
             text = read_texts(file=data)[0]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{data} is no text in UTF-8 ({error.reason} at byte {error.start}).") from error
+            raise ValueError(f"{data} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
         cut = len(text) * 9 // 10
         if not text[cut:].strip():
-            raise ValueError(f"{data} has too little text to hold out a tenth of it.")
+            raise ValueError(f"{data} has too little text to hold out a tenth of it. Use a longer text.")
         return [text[:cut]], [text[cut:]]
     texts = read_texts("train", dataset_name=data)
     cut = max(1, len(texts) * 9 // 10)
     if cut == len(texts):
-        raise ValueError(f"{data} has {len(texts)} texts; two at least are needed, one of which is held out.")
+        raise ValueError(f"{data} has {len(texts)} texts, but at least two are needed, one of which is held out.")
     return texts[:cut], texts[cut:]
 
 
 def _corpus(data: str | None) -> Corpus:
-    """The texts as tokens; raises `ValueError` for too few of them."""
-    texts, held_back = _texts(data)
-    corpus = Corpus.from_texts(texts, held_back, train_tokenizer(texts, VOCAB_SIZE))
+    """The tokenised texts; raises `ValueError` if there are too few tokens."""
+    texts, held_out = _texts(data)
+    corpus = Corpus.from_texts(texts, held_out, train_tokenizer(texts, VOCAB_SIZE))
     for name, tokens, least in (("training", corpus.train, LENGTH + 1), ("held-out", corpus.test, 4 * LENGTH)):
         if len(tokens) < least:
             raise ValueError(
-                f"The {name} text has {len(tokens)} tokens, and {least} at least are needed: give more text."
+                f"The {name} text has {len(tokens)} tokens, but at least {least} are needed. Use a longer text."
             )
     return corpus
 
@@ -78,19 +78,19 @@ def compare(
     fails, its row contains the error.
 
     Args:
-        output: folder for results, table and pictures. A comparison with the same settings is continued.
-        entries: see [`make_config`]; all of the catalogue if not given. The first is the baseline.
-        minutes: about how long it takes, trainings and measurements together.
-        seeds: trainings of each entry.
-        data: a text file or the Hub id of a data set with a column `text`; Python's documentation if not given.
+        output: folder for results, table and plots. A comparison with the same settings is continued.
+        entries: see [`make_config`]; by default all of the catalogue. The first one is the baseline.
+        minutes: approximate duration, including training and measurements.
+        seeds: number of training runs of each entry.
+        data: a text file or the Hub id of a dataset with a column `text`; Python's documentation by default.
         overwrite: start a new comparison; see [`output_folder`].
 
     Returns:
         A result for each training, see [`measure`], or `{"entry", "seed", "error"}`.
 
     Raises:
-        ValueError: for entries, texts or numbers that make no comparison.
-        OutputFolderError: if the folder holds something else, or another comparison is at work in it.
+        ValueError: for invalid entries, texts or numbers.
+        OutputFolderError: if the folder contains something else, or another comparison is running in it.
     """
     start = time.perf_counter()
     entries = list(dict.fromkeys(entries or default_entries()))
@@ -152,7 +152,7 @@ def _seconds_a_step(job: dict, corpus: Corpus) -> float | None:
 
 
 def _seconds_apart(job: dict, output: Path) -> float:
-    """What a training takes beside its steps: its process starts, and measures."""
+    """Seconds of a job apart from the training steps: starting its process, and measuring."""
     start = time.perf_counter()
     result_file = output / ".trial.json"
     if _failure(job, output / ".trial-job.json", result_file) is None:
@@ -172,7 +172,7 @@ def _run(job: dict, output: Path, number: int) -> dict:
 
 
 def _failure(job: dict, job_file: Path, result_file: Path) -> str | None:
-    """Run a job in a process of its own; what went wrong, if something did."""
+    """Run a job in a separate process; returns the error message, or None."""
     job_file.write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "hf_attn.comparison.measure", str(job_file), str(result_file)]
     try:

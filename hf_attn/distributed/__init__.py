@@ -1,4 +1,4 @@
-"""Sequences over several processes: exact attention in six layouts, and Zeppelin for uneven ones.
+"""Sequence parallelism: exact attention in six layouts, and Zeppelin for sequences of different lengths.
 
 Its modules are imported on first use.
 """

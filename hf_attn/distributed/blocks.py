@@ -1,8 +1,8 @@
-"""Allowed pairs of a rank's queries and some keys, as rectangles and triangles instead of an L x L mask.
+"""Allowed pairs of a rank's queries and a set of keys, as rectangles and triangles instead of an L x L mask.
 
-Tokens are known by their index in the whole sequence. A :class:`Run` is a piece of consecutive tokens of one document that a rank
-has side by side. Two runs of the same document are related in the simplest ways: all queries see all keys, or (causal) a
-corner of the rectangle is cut along the diagonal.
+Tokens are identified by their index in the whole sequence. A :class:`Run` is a piece of consecutive tokens of one document that
+a rank stores contiguously. For two runs of the same document there are two cases: all queries see all keys, or (causal) a
+corner of the rectangle is cut off along the diagonal.
 """
 
 import itertools
@@ -21,10 +21,10 @@ class Run(NamedTuple):
     """Consecutive tokens of a document.
 
     Attributes:
-        document: which one.
+        document: index of the document.
         start: index of the first token in the whole sequence.
         stop: index after the last one.
-        offset: where the first token is in the local tensor.
+        offset: position of the first token in the local tensor.
     """
 
     document: int
@@ -44,14 +44,14 @@ class Block(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a batch with the same padding, and where their tokens are: `(first row, after the last)` and runs."""
+    """Rows of a batch with the same padding, and the position of their tokens: `(first row, after the last)` and runs."""
 
     span: Span
     runs: tuple[Run, ...]
 
 
 def runs_of(spans: Iterable[Span], visible: Sequence[tuple[int, int, int]]) -> tuple[Run, ...]:
-    """Runs of a tensor that holds `spans` of the sequence one after the other.
+    """Runs of a tensor that contains `spans` of the sequence one after the other.
 
     Args:
         spans: of the whole sequence.
@@ -124,7 +124,7 @@ def _joined(blocks: list[Block], along_keys: bool) -> list[Block]:
 
 
 def visible_spans(cu_seqlens: Sequence[int], mask: torch.Tensor | None) -> list[tuple[int, int, int]]:
-    """`(start, stop, document)` of the tokens that are no padding.
+    """`(start, stop, document)` of the tokens that are not padding.
 
     Args:
         cu_seqlens: first token of each document, and the length of the sequence.

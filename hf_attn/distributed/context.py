@@ -1,4 +1,4 @@
-"""Models of transformers on sequences that are split over ranks: the loss and the gradients of one process.
+"""Models of transformers on sequences that are split over ranks, with the loss and the gradients of a single process.
 
 model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="distributed_ring")
 with sequence_parallel(model):
@@ -25,10 +25,10 @@ from .sharding import Sharding, shard_tensor, shift_labels, unshard_tensor
 
 PREFIX = "distributed_"
 
-#: fields of configurations with which attention is not plain softmax over all tokens, and their meaning
+#: configuration fields that change the attention to something other than softmax over all tokens, and their meaning
 _OTHER_ATTENTION = {
     "attn_logit_softcapping": "soft-capped logits",
-    "output_router_logits": "a loss of the router that is no sum over tokens",
+    "output_router_logits": "a router loss that is not a sum over tokens",
 }
 
 
@@ -37,18 +37,18 @@ class SequenceParallel:
 
     Attributes:
         peers: the ranks.
-        layout: of attention.
-        split: of the tokens.
-        grid: of the layout `"grid"`.
-        sharding: of the batch that was sharded last.
-        schedule: of that batch.
+        layout: layout of attention.
+        split: split of the tokens.
+        grid: shape of the layout `"grid"`.
+        sharding: sharding of the last batch.
+        schedule: schedule of the last batch.
     """
 
     def __init__(self, peers: Peers, layout: str, split: str, grid: tuple[int, int] | None = None):
         self.peers, self.layout, self.split, self.grid = peers, layout, split, grid
         self.sharding: Sharding | None = None
         self.schedule: Any = None
-        # Of generation, which sets it; see there.
+        # Set by `distributed_generate`.
         self.decoding: Any = None
 
     @property
@@ -57,23 +57,23 @@ class SequenceParallel:
         return self.layout == "head"
 
     def set_sharding(self, sharding: Sharding) -> None:
-        """Attention is from now on that of this batch."""
+        """Use the sharding of this batch for attention from now on."""
         self.sharding = sharding
         self.schedule = None if self.replicated else Schedule(self.peers, sharding, self.layout, self.split, self.grid)
 
     def attend(self, query, key, value, causal: bool, scaling: float) -> torch.Tensor:
-        """Attention of a layer; arguments as of :func:`~hf_attn.distributed.functional.distributed_attention`."""
+        """Attention of a layer; for the arguments see :func:`~hf_attn.distributed.functional.distributed_attention`."""
         if self.decoding is not None and self.decoding.started:
             return self.decoding.attend(query, key, value, scaling)
         if self.sharding is None:
             raise RuntimeError(
-                "The model was called on a batch that was not sharded: call it as `model(**shard(batch))`."
+                "The model was called with a batch that was not sharded. Call it as `model(**shard(batch))`."
             )
         tokens = self.sharding.length if self.replicated else self.sharding.lengths[self.peers.rank]
         if query.shape[2] != tokens or key.shape[2] != tokens:
             raise ValueError(
-                f"Attention has {query.shape[2]} queries and {key.shape[2]} keys, and rank {self.peers.rank} holds {tokens} tokens of "
-                "the batch that was sharded last. Caches are for `distributed_generate`."
+                f"Attention has {query.shape[2]} queries and {key.shape[2]} keys, but rank {self.peers.rank} has "
+                f"{tokens} tokens of the last sharded batch. To use a cache, call `distributed_generate`."
             )
         if self.replicated:
             return replicated_head_attention(query, key, value, self.peers, self.sharding, causal, scaling)
@@ -90,12 +90,13 @@ class SequenceParallel:
         mask = batch.get("attention_mask")
         if mask is not None and tuple(mask.shape) != (rows, length):
             raise ValueError(
-                f"The attention mask must be ({rows}, {length}), 1 or True for tokens, got {tuple(mask.shape)}."
+                f"The attention mask must have the shape ({rows}, {length}), with 1 or True for tokens; got "
+                f"{tuple(mask.shape)}."
             )
         cu_seqlens = _documents(batch, rows)
         if self.layout == "zeppelin" and rows > 1:
             raise ValueError(
-                f"Zeppelin takes one row with all documents of a batch, got {rows} rows. Collate with ZeppelinCollator."
+                f"Zeppelin needs all documents of a batch in one row, got {rows} rows. Use ZeppelinCollator."
             )
         self.peers.check_equal(
             {
@@ -113,15 +114,15 @@ class SequenceParallel:
         return self.local(batch, sharding, rows)
 
     def make_sharding(self, length: int, cu_seqlens: tuple[int, ...] | None, mask: torch.Tensor | None) -> Sharding:
-        """Where the tokens of a batch go."""
+        """The sharding of a batch."""
         return Sharding.make(length, self.peers.size, self.split, cu_seqlens, mask)
 
     def local(self, batch: Mapping[str, Any], sharding: Sharding, rows: int) -> dict[str, Any]:
-        """The part of a batch on this rank, and what is needed to compute the loss of all tokens."""
+        """The part of a batch on this rank, with what is needed to compute the loss of all tokens."""
         if not self.replicated and 0 in sharding.lengths:
             raise ValueError(
-                f"{sharding.length} tokens are too few for {self.peers.size} ranks: a model needs at least one on each. Use fewer "
-                "ranks, or a longer sequence."
+                f"{sharding.length} tokens are too few for {self.peers.size} ranks: each rank needs at least one. Use "
+                "fewer ranks, or a longer sequence."
             )
         whole = dict(batch)
         for name in ("attention_mask", *_DOCUMENT_BOUNDS, "max_length_q", "max_length_k", "sequence_lengths"):
@@ -133,7 +134,7 @@ class SequenceParallel:
         if labels is not None:
             if whole.get("shift_labels") is None:
                 whole["shift_labels"] = shift_labels(labels, sharding)
-            # The model computes a loss if there are labels, and takes those that are shifted already.
+            # The model computes a loss if there are labels, and accepts labels that are already shifted.
             whole["labels"] = labels
             if whole.get("num_items_in_batch") is None:
                 whole["num_items_in_batch"] = (whole["shift_labels"] != -100).sum()
@@ -146,13 +147,14 @@ class SequenceParallel:
                 local[name] = shard_tensor(value, sharding, self.peers.rank)
             else:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; what is split over ranks must be ({rows}, {sharding.length}, ...). "
-                    "Leave it out, or pass it to the model beside `**shard(batch)` if all ranks need all of it."
+                    f"{name} has shape {tuple(value.shape)}; tensors that are split over ranks must have the shape "
+                    f"({rows}, {sharding.length}, ...). Leave it out, or pass it to the model in addition to "
+                    "`**shard(batch)` if every rank needs the whole tensor."
                 )
         return local
 
 
-#: the context that is in effect; not one for each thread, because the backward pass recomputes in threads of its own
+#: the active context; not thread-local, because the backward pass recomputes layers in other threads
 _active: list[SequenceParallel] = []
 
 
@@ -164,15 +166,15 @@ def active() -> SequenceParallel:
     """
     if not _active:
         raise RuntimeError(
-            'A model with attn_implementation="distributed_..." works only within `with sequence_parallel(model):`, which defines '
-            "how the ranks share a sequence. Call `backward()` there too."
+            'A model with attn_implementation="distributed_..." works only inside `with sequence_parallel(model):`, which defines '
+            "how the ranks share a sequence. Call `backward()` inside it too."
         )
     return _active[-1]
 
 
 @contextmanager
 def activated(context: SequenceParallel) -> Iterator[SequenceParallel]:
-    """Let attention of the ranks be that of a context."""
+    """Make a context the active one."""
     _active.append(context)
     try:
         yield context
@@ -199,7 +201,7 @@ def shard(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unshard(tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """All tokens of the batch that was sharded last, in order, in every rank, such as `unshard(outputs.logits)`; no gradients."""
+    """Gather a tensor of the last batch in token order on every rank, such as `unshard(outputs.logits)`; without gradients."""
     context = active()
     return tensor if context.replicated else unshard_tensor(tensor, context.sharding, context.peers, dim)
 
@@ -216,22 +218,22 @@ def _documents(batch: Mapping[str, Any], rows: int) -> tuple[int, ...] | None:
         if positions.dim() == 2 and bool((positions[:, 1:] - positions[:, :-1] != 1).any()):
             if not bool((positions == positions[:1]).all()):
                 raise ValueError(
-                    "The rows of the batch hold documents of different lengths. Pack them into one row, or leave `position_ids` "
-                    "out and pad."
+                    "The rows of the batch contain documents of different lengths. Pack them into one row, or leave "
+                    "`position_ids` out and pad."
                 )
             starts = (positions[0, 1:] - positions[0, :-1] != 1).nonzero().flatten() + 1
             bounds = [0, *starts.tolist(), positions.shape[1]]
     if bounds is None:
         return None
     if rows > 1 and batch.get("cu_seq_lens_q") is not None:
-        raise ValueError(f"A packed batch has one row, got {rows} with cu_seq_lens_q.")
+        raise ValueError(f"A packed batch must have one row, got {rows} rows with cu_seq_lens_q.")
     return tuple(int(bound) for bound in bounds)
 
 
 class _GlobalLoss(torch.autograd.Function):
-    """The sum over ranks of their shares of the loss; in the backward pass the gradient of the own share.
+    """The sum over ranks of their shares of the loss; in the backward pass, the gradient of this rank's share.
 
-    `scale` is the number of processes over which gradients are averaged elsewhere, otherwise 1.
+    `scale` is the number of processes over which gradients are averaged afterwards, otherwise 1.
     """
 
     @staticmethod
@@ -246,12 +248,12 @@ class _GlobalLoss(torch.autograd.Function):
 
 
 def global_loss(loss: torch.Tensor, peers: Peers, scale: int = 1, on_backward=lambda: None) -> torch.Tensor:
-    """The loss of all tokens from that of the tokens of each rank, both divided by the number of all."""
+    """The loss of all tokens from that of each rank's tokens, both divided by the total number of tokens."""
     return _GlobalLoss.apply(loss, peers, scale, on_backward)
 
 
 class _GradientSum:
-    """Sums the gradients of all ranks at the end of each backward pass, only the part that this pass added to `.grad`."""
+    """Sum gradients over ranks at the end of each backward pass, restricted to what this pass added to `.grad`."""
 
     def __init__(self, model: nn.Module, peers: Peers):
         self.peers, self.found, self.queued, self.closed = peers, {}, False, False
@@ -270,9 +272,7 @@ class _GradientSum:
     def begin(self) -> None:
         """A backward pass has started."""
         if self.closed:
-            raise RuntimeError(
-                "Call `loss.backward()` within `with sequence_parallel(model):`, where the ranks are known."
-            )
+            raise RuntimeError("Call `loss.backward()` inside `with sequence_parallel(model):`.")
         if not self.queued:
             self.queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -304,31 +304,31 @@ def sequence_parallel(
     capacity: int | None = None,
     timeout: float | None = None,
 ) -> Iterator[SequenceParallel]:
-    """Within this context the ranks of a group share the tokens of each batch; all have to make the same calls.
+    """Context in which the ranks of a group share the tokens of each batch; all ranks must make the same calls.
 
     `model(**shard(batch))` has the loss of the whole batch in every rank, and `loss.backward()` leaves the gradients of one process
     in `.grad` of every rank. The layout of attention is in the name of the model's `attn_implementation`.
 
     Args:
-        model: decoder of transformers, also with PEFT adapters, with `attn_implementation="distributed_<layout>"`. Not wrapped in
-            DDP, which would add up the gradients again; for that there is
-            :class:`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin`.
+        model: decoder of transformers, with or without PEFT adapters, with
+            `attn_implementation="distributed_<layout>"`. It must not be wrapped in DDP, which would reduce the gradients again;
+            for training with DDP use :class:`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin`.
         group: of processes; all by default.
         split: `"zigzag"`, with equal work in causal attention, or `"contiguous"`.
         grid: query blocks and key blocks of the layout `"grid"`.
-        nodes: on which the ranks are, for the plans of the layout `"zeppelin"`.
-        capacity: tokens that a rank takes in those plans; by default as many as a batch needs and 15% more.
+        nodes: number of nodes, for the plans of the layout `"zeppelin"`.
+        capacity: maximum number of tokens per rank in those plans; by default 15% more than the batch needs.
         timeout: seconds to wait for other ranks; by default the process group's.
 
     Raises:
-        ValueError: for a model that computes something else than attention over all tokens, or that does not use its
+        ValueError: for a model that does not compute plain attention over all tokens, or does not use its
             `attn_implementation`.
         RuntimeError: if there is no process group.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            "The model is wrapped in DistributedDataParallel, which averages gradients, and they are added up here. Pass the "
-            "model itself, or train with SequenceParallelTrainerMixin."
+            "The model is wrapped in DistributedDataParallel, which averages gradients, but here they are summed. "
+            "Pass the unwrapped model, or train with SequenceParallelTrainerMixin."
         )
     context = make_context(layout_of(model), Peers(group, timeout), split, grid, nodes, capacity)
     gradients = None if context.replicated else _GradientSum(model, context.peers)
@@ -358,7 +358,7 @@ def make_context(
     nodes: int = 1,
     capacity: int | None = None,
 ) -> SequenceParallel:
-    """The state of :func:`sequence_parallel`; arguments as there."""
+    """The state of :func:`sequence_parallel`; see there for the arguments."""
     if layout != "zeppelin":
         return SequenceParallel(peers, layout, split, grid)
     parallel = import_module(f"{__package__}.zeppelin.parallel")
@@ -369,7 +369,7 @@ def layout_of(model: nn.Module) -> str:
     """The layout in the model's `attn_implementation`; checks that the model can be split over ranks.
 
     Raises:
-        ValueError: if it is none, or for a model that cannot.
+        ValueError: if it is not a layout, or the model cannot be split over ranks.
     """
     config = model.config.get_text_config(decoder=True)
     name = config._attn_implementation or ""
@@ -377,7 +377,7 @@ def layout_of(model: nn.Module) -> str:
     if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in layouts:
         raise ValueError(
             f"{type(model).__name__} has attn_implementation={name!r}. Choose how ranks share a sequence, for instance with "
-            f'`model.set_attn_implementation("distributed_ring")`; there are {", ".join(PREFIX + x for x in layouts)}.'
+            f'`model.set_attn_implementation("distributed_ring")`. Available: {", ".join(PREFIX + x for x in layouts)}.'
         )
     uses_attention(model, name)
     reasons = [meaning for field, meaning in _OTHER_ATTENTION.items() if getattr(config, field, None)]
@@ -390,13 +390,13 @@ def layout_of(model: nn.Module) -> str:
         reasons.append("an encoder and a decoder")
     if reasons:
         raise ValueError(
-            f"{type(model).__name__} has {' and '.join(reasons)}, which {name} does not compute: it is softmax attention over all "
-            "tokens. Use another model, or one process."
+            f"{type(model).__name__} has {' and '.join(reasons)}, which {name} does not support: it computes softmax "
+            "attention over all tokens. Use another model, or one process."
         )
     forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.values()):
         raise ValueError(
-            f"{type(model).__name__}.forward takes no further arguments, so its loss could not be told the labels and the number of "
-            "tokens of all ranks."
+            f"{type(model).__name__}.forward accepts no further arguments, so its loss cannot be given the labels and "
+            "the number of tokens of all ranks. Use a model whose forward has **kwargs."
         )
     return name.removeprefix(PREFIX)

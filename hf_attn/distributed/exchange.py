@@ -1,4 +1,4 @@
-"""Messages between the ranks of a group: with a time limit, counted, and with errors that say what happened."""
+"""Messages between the ranks of a group, with a time limit, a byte count, and informative errors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import distributed
 
 
 class LostRankError(RuntimeError):
-    """Another rank has ended, hangs, or sends something else than expected."""
+    """Another rank has ended, hangs, or sent something unexpected."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ _counters: list[SentBytes] = []
 
 @contextmanager
 def count_sent_bytes() -> Iterator[SentBytes]:
-    """Within this context the bytes are counted that this rank sends for distributed attention."""
+    """Context that counts the bytes that this rank sends for distributed attention."""
     counter = SentBytes()
     _counters.append(counter)
     try:
@@ -40,7 +40,7 @@ def _count(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes, so that a backend need not know the dtype."""
+    """View a tensor as bytes, because a backend may not support its dtype."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
@@ -49,7 +49,7 @@ class Peers:
 
     Args:
         group: of processes; all by default.
-        timeout: seconds to wait for the others in one exchange; by default the timeout of the group.
+        timeout: seconds to wait for other ranks in one exchange; by default the timeout of the group.
 
     Raises:
         RuntimeError: if there is no process group.
@@ -59,18 +59,18 @@ class Peers:
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "There is no process group. Start the script with `torchrun --nproc_per_node 2 script.py` and call "
-                '`torch.distributed.init_process_group("gloo")` ("nccl" on GPUs) first; one process is enough to try it.'
+                '`torch.distributed.init_process_group("gloo")` ("nccl" on GPUs) first; a single process is enough to try it.'
             )
         self.group = distributed.group.WORLD if group is None else group
         if self.group == distributed.GroupMember.NON_GROUP_MEMBER:
-            raise RuntimeError("This process is not a member of the group that it was given.")
+            raise RuntimeError("This process is not a member of the given process group.")
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
         self.rank = distributed.get_rank(self.group)
         self.size = distributed.get_world_size(self.group)
 
     @classmethod
     def alone(cls) -> "Peers":
-        """One process without a group, which has everything."""
+        """A single process without a group."""
         peers = cls.__new__(cls)
         peers.group, peers.timeout, peers.rank, peers.size = None, None, 0, 1
         return peers
@@ -81,9 +81,9 @@ class Peers:
             yield
         except RuntimeError as error:
             raise LostRankError(
-                f"Rank {self.rank} of {self.size} could not finish the {doing}: another rank has ended, hangs, or has other "
-                f"inputs. Its own error, if it had one, is in its log. The time limit is `timeout`, or that of the process "
-                f"group. ({error})"
+                f"Rank {self.rank} of {self.size} could not finish the {doing}: another rank has ended, hangs, or has "
+                "different inputs. See the log of that rank for its own error. The time limit is `timeout`, or the "
+                f"timeout of the process group. ({error})"
             ) from error
 
     def _wait(self, work) -> None:
@@ -92,15 +92,15 @@ class Peers:
 
     @property
     def device(self) -> torch.device | str:
-        """Where tensors are that the group can send."""
+        """Device of the tensors that the group can send."""
         nccl = self.size > 1 and distributed.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
 
     def exchange(self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Send a tensor to each rank and receive one of each, of shapes that are known.
+        """Send a tensor to each rank, and receive one of known shape from each rank.
 
         Args:
-            parts: one for each rank, of one dtype.
+            parts: one tensor per rank, all of one dtype.
             shapes: shapes of the tensors received from each rank.
         """
         _count([part for rank, part in enumerate(parts) if rank != self.rank])
@@ -117,11 +117,11 @@ class Peers:
                 )
             )
         pieces = received.split(sizes)
-        # The pieces of one buffer may start anywhere; as another dtype they have to be aligned.
+        # The pieces of one buffer may start anywhere, but a view as another dtype has to be aligned.
         return [piece.clone().view(dtype).view(tuple(shape)) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def start(self, messages: Sequence["Message"]) -> "Pending":
-        """Start sending and receiving between pairs of ranks; all ranks of a pair name its messages in the same order."""
+        """Start sending and receiving between pairs of ranks; both ranks of a pair list their messages in the same order."""
         operations = []
         received = []
         for message in messages:
@@ -143,7 +143,7 @@ class Peers:
         return Pending(self, works, operations, received)
 
     def all_gather_integers(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of all ranks, which have equally many."""
+        """Gather the integers of all ranks, each of which has the same number of them."""
         if self.size == 1:
             return [list(values)]
         own = torch.tensor(list(values), dtype=torch.int64, device=self.device)
@@ -153,7 +153,7 @@ class Peers:
         return [x.tolist() for x in gathered]
 
     def all_reduce(self, tensor: torch.Tensor, operation=distributed.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce in place over the ranks, halves in float32."""
+        """Reduce in place over the ranks; half-precision tensors are reduced in float32."""
         if self.size == 1:
             return tensor
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
@@ -163,7 +163,7 @@ class Peers:
         return tensor.copy_(wide) if wide is not tensor else tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Overwrite a tensor with that of a rank of the group."""
+        """Overwrite a tensor with that of one rank of the group."""
         if self.size > 1:
             peer = distributed.get_global_rank(self.group, source)
             with self._watched("broadcast"):
@@ -171,10 +171,10 @@ class Peers:
         return tensor
 
     def check_equal(self, facts: dict[str, int]) -> None:
-        """Raise in all ranks unless they agree on every fact.
+        """Raise on all ranks unless they agree on every fact.
 
         Raises:
-            ValueError: naming the facts that differ and the values of the ranks.
+            ValueError: names the facts that differ and the values of the ranks.
         """
         gathered = self.all_gather_integers(list(facts.values()))
         different = [
@@ -195,7 +195,7 @@ class Message:
     Attributes:
         to: rank that gets `send`.
         send: tensor, or None.
-        source: rank that something is received from.
+        source: rank from which a tensor is received.
         shape: shape of the received tensor, or None.
         dtype: dtype of the received tensor.
         device: device of the received tensor.
@@ -217,7 +217,7 @@ class Pending:
         self._peers, self._works, self._operations, self._received = peers, works, operations, received
 
     def wait(self) -> list[torch.Tensor | None]:
-        """The received tensor of each message."""
+        """Wait for the messages, and return the received tensor of each."""
         with self._peers._watched("exchange in a ring"):
             for work in self._works:
                 self._peers._wait(work)

@@ -1,4 +1,4 @@
-"""Exact softmax attention over a sequence that no rank has whole (arXiv 2302.06218)."""
+"""Exact softmax attention over a sequence that is split over ranks (arXiv 2302.06218)."""
 
 import zlib
 from collections.abc import Sequence
@@ -34,9 +34,9 @@ def distributed_attention(
     return_logsumexp: bool = False,
     timeout: float | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of the local queries to the keys of all ranks, equal to that of one process.
+    """Attention of the local queries to the keys of all ranks, equal to attention in a single process.
 
-    All ranks of the group make the same call. Differentiable; the gradients of a rank are those of its own tensors.
+    All ranks of the group must make the same call. Differentiable; each rank gets the gradients of its own tensors.
 
     Args:
         query: `(batch, heads, tokens, head_dim)`, the tokens of this rank. In the layout `"head"` the heads of this rank, with all
@@ -63,14 +63,14 @@ def distributed_attention(
 
     Raises:
         RuntimeError: if there is no process group; `LostRankError` if another rank does not answer in time.
-        ValueError: in all ranks, if shapes, dtypes or arguments do not fit or differ between ranks.
+        ValueError: on all ranks, if shapes, dtypes or arguments do not fit or differ between ranks.
     """
     peers = Peers(group, timeout)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     problem = _problem(query, key, value)
     facts = {
-        # A rank that raised by itself would leave the others waiting.
+        # If one rank raised alone, the others would keep waiting.
         "whether the shapes fit": int(not problem),
         "layout": LAYOUTS.index(layout),
         "split": zlib.crc32(split.encode()),
@@ -95,7 +95,7 @@ def distributed_attention(
     if problem:
         raise ValueError(problem)
     if attention_mask is not None and attention_mask.dim() == 2 and len(attention_mask) != len(query):
-        raise ValueError(f"The attention mask has {len(attention_mask)} rows, and the batch has {len(query)}.")
+        raise ValueError(f"The attention mask has {len(attention_mask)} rows, but the batch has {len(query)}.")
 
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout == "head":
@@ -137,7 +137,7 @@ class Schedule:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp, as of :func:`distributed_attention`, without its checks."""
+        """Output and log-sum-exp as in :func:`distributed_attention`, without its checks."""
         if self.layout == "ring":
             return ring_attention(query, key, value, self.peers, self.rings, causal, scaling)
         if self.layout == "ulysses":
@@ -146,7 +146,7 @@ class Schedule:
 
 
 def whole_ring(sharding: Sharding) -> Ring:
-    """One ring of all ranks."""
+    """A ring of all ranks."""
     return Ring(
         ranks=tuple(range(sharding.ranks)),
         bounds=tuple((0, length) for length in sharding.lengths),
@@ -164,7 +164,7 @@ def partial_attention(
     causal: bool = False,
     scaling: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of one rank: attention of some queries to some keys, and its log-sum-exp.
+    """The partial result of one rank: attention of some queries to some keys, and its log-sum-exp.
 
     Args:
         query: `(batch, heads, queries, head_dim)`, the tokens of `query_spans`.
@@ -184,7 +184,7 @@ def partial_attention(
 def layout_spans(
     layout: str, length: int, ranks: int, split: str = "contiguous", grid: tuple[int, int] | None = None
 ) -> list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]]:
-    """Queries and keys that each rank of a layout computes on in the end, as spans of the sequence.
+    """Queries and keys on which each rank of a layout computes, as spans of the sequence.
 
     For the layouts `"head"` and `"ulysses"` that is everything, of :func:`~hf_attn.distributed.heads.head_spans`.
     """
@@ -200,18 +200,18 @@ def layout_spans(
 def _problem(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.dim() == key.dim() == value.dim() == 4:
-        return f"Query, key and value must be (batch, heads, tokens, width), got {shapes}."
+        return f"Query, key and value must have the shape (batch, heads, tokens, width), got {shapes}."
     if not query.dtype == key.dtype == value.dtype:
-        return f"Query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
+        return f"Query, key and value must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}."
     if query.dtype not in _DTYPES:
-        return f"Attention needs floating point numbers, got {query.dtype}."
+        return f"Attention needs floating-point tensors, got {query.dtype}."
     same = query.shape[0] == key.shape[0] == value.shape[0] and query.shape[2] == key.shape[2] == value.shape[2]
     if not same or key.shape[1] != value.shape[1] or query.shape[3] != key.shape[3]:
-        return f"Query, key and value must be of the same tokens, got {shapes}."
+        return f"Query, key and value must have the same batch size and number of tokens, got {shapes}."
     if key.shape[1] == 0 and query.shape[1] == 0:
         return ""
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        return f"{query.shape[1]} heads are no multiple of {key.shape[1]} key/value heads."
+        return f"{query.shape[1]} heads are not a multiple of {key.shape[1]} key/value heads."
     return ""
 
 
@@ -221,12 +221,12 @@ def _raise_differences(names: list[str], gathered: list[list[int]], problem: str
     for i, name in enumerate(names, start=1):
         values = [rank[i] for rank in gathered]
         if name == "whether the shapes fit" and not all(values):
-            raise ValueError(f"The tensors of rank {values.index(0)} do not fit together; see the error of that rank.")
+            raise ValueError(f"The tensors of rank {values.index(0)} do not match; see the error of that rank.")
         if len(set(values)) > 1:
             if name == "dtype":
                 values = [str(_DTYPES[value]) for value in values]
             listed = ", ".join(f"{value} in rank {rank}" for rank, value in enumerate(values))
-            raise ValueError(f"All ranks must make the same call, and they differ in their {name}: {listed}.")
+            raise ValueError(f"All ranks must make the same call, but they differ in {name}: {listed}.")
 
 
 def _checksum(values: torch.Tensor | Sequence[int] | None) -> int:
@@ -243,7 +243,7 @@ def _sharding(lengths: list[int], split: str, cu_seqlens, mask) -> Sharding:
     sharding = Sharding.make(sum(lengths), len(lengths), split, cu_seqlens, mask)
     if sharding.lengths != tuple(lengths):
         raise ValueError(
-            f"A sequence of {sum(lengths)} tokens is split {split} as {list(sharding.lengths)} over {len(lengths)} ranks, and the "
-            f"ranks have {lengths}. Cut it with `shard`."
+            f"A sequence of {sum(lengths)} tokens is split {split} as {list(sharding.lengths)} over {len(lengths)} "
+            f"ranks, but the ranks have {lengths}. Split it with `shard`."
         )
     return sharding

@@ -1,4 +1,4 @@
-"""Layouts in which ranks fetch the tokens that they need: the queries of all, the keys of all, or a block of both.
+"""Layouts in which ranks fetch the tokens that they need: all queries, all keys, or a block of each.
 
 query  all keys and values come to the own queries
 key    all queries come to the own keys and values; partial results go back and are merged
@@ -19,7 +19,7 @@ from .sharding import Sharding, span_indices, split_spans
 
 
 def grid_shape(ranks: int, grid: Sequence[int] | None) -> tuple[int, int]:
-    """`(query blocks, key blocks)`; without a choice as square as it goes.
+    """`(query blocks, key blocks)`; by default as square as possible.
 
     Raises:
         ValueError: if their product is not the number of ranks.
@@ -29,14 +29,14 @@ def grid_shape(ranks: int, grid: Sequence[int] | None) -> tuple[int, int]:
         return rows, ranks // rows
     rows, columns = grid
     if rows < 1 or columns < 1 or rows * columns != ranks:
-        raise ValueError(f"A grid of {rows} x {columns} needs {rows * columns} ranks, and the group has {ranks}.")
+        raise ValueError(f"A grid of {rows} x {columns} needs {rows * columns} ranks, but the group has {ranks}.")
     return rows, columns
 
 
 def wanted_spans(
     layout: str, sharding: Sharding, split: str = "contiguous", grid: Sequence[int] | None = None
 ) -> list[tuple[tuple[Span, ...], tuple[Span, ...]]]:
-    """Of each rank: the queries and the keys that it computes on, as spans of the whole sequence."""
+    """The queries and the keys on which each rank computes, as spans of the whole sequence."""
     everything = ((0, sharding.length),)
     if layout == "query":
         return [(own, everything) for own in sharding.spans]
@@ -68,7 +68,7 @@ class Route:
         Args:
             owned: spans of each rank's local tensor; together every token once.
             wanted: spans of each rank's fetched tensor.
-            rank: whose route.
+            rank: rank whose route it is.
             length: of the whole sequence.
         """
         owner, place = (torch.empty(length, dtype=torch.int64) for _ in range(2))
@@ -87,7 +87,7 @@ class Route:
         return Route(self.receive, self.send)
 
     def fetch(self, tensor: torch.Tensor, peers: Peers) -> torch.Tensor:
-        """Wanted tokens, in dimension 2, from local ones; differentiable."""
+        """Fetch the wanted tokens (dimension 2); differentiable."""
         parts = self.split(tensor)
         shapes = [(*tensor.shape[:2], len(places), *tensor.shape[3:]) for places in self.receive]
         received = torch.cat(exchange(peers, parts, shapes), 2)
@@ -101,7 +101,7 @@ class Route:
         return [_selected(tensor, places) for places in self.send]
 
     def give_back(self, fetched: torch.Tensor, peers: Peers) -> list[torch.Tensor]:
-        """Return values for fetched tokens to their owners: the values of each rank for tokens of this rank, see `send`."""
+        """Return values for fetched tokens to their owners. Gives the values of each rank for tokens of this rank, see `send`."""
         shapes = [(*fetched.shape[:2], len(places), *fetched.shape[3:]) for places in self.send]
         return peers.exchange([_selected(fetched, places) for places in self.receive], shapes)
 
@@ -121,14 +121,14 @@ def _selected(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Gathering:
-    """The tokens that a rank fetches, and its part of the computation, in one of the layouts of this module.
+    """The tokens that a rank fetches and its part of the computation, in one of the layouts of this module.
 
     Attributes:
         sharding: of the sequence.
         layout: `"query"`, `"key"` or `"grid"`.
-        split: rule of the blocks of a grid.
+        split: rule for the blocks of a grid.
         grid: query blocks and key blocks.
-        rank: this one.
+        rank: this rank.
     """
 
     sharding: Sharding
@@ -169,7 +169,7 @@ class _GatheredAttention(torch.autograd.Function):
         attend(partial, q, k, v, gathering.blocks(causal), scaling)
         output, logsumexp = partial.result()
         if gathering.layout != "query":
-            # The log-sum-exp travels as one more channel, in its own precision.
+            # The log-sum-exp is sent as one more channel, in its own precision.
             both = torch.cat([output.to(logsumexp.dtype), logsumexp[..., None]], -1)
             merged = Accumulator(query, value.shape[-1])
             for places, part in zip(queries.send, queries.give_back(both, peers), strict=True):
@@ -200,7 +200,7 @@ class _GatheredAttention(torch.autograd.Function):
 
 
 def _consecutive(places: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Ascending places as `(first, after the last, index of the first)` of pieces without gaps."""
+    """Ascending positions as contiguous pieces `(first, after the last, index of the first)`."""
     if not len(places):
         return []
     cuts = [0, *((places[1:] - places[:-1] != 1).nonzero().flatten() + 1).tolist(), len(places)]
@@ -216,5 +216,5 @@ def gathered_attention(
     causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention in the layouts of this module; arguments and results as of :func:`~hf_attn.distributed.ring.ring_attention`."""
+    """Exact attention in the layouts of this module; for arguments and results see :func:`.ring.ring_attention`."""
     return _GatheredAttention.apply(query, key, value, peers, gathering, causal, scaling)

@@ -1,4 +1,4 @@
-"""Generation after a prompt that is split over ranks: each keeps the keys of its own tokens."""
+"""Generation after a prompt that is split over ranks; each rank caches the keys and values of its own tokens."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .local import Accumulator
 from .sharding import Sharding
 
 
-#: arguments of `generate` that look into the cache or run the model in other ways than prompt and single tokens
+#: arguments of `generate` that access the cache, or run the model on anything other than the prompt and single tokens
 _REFUSED = (
     "assistant_model",
     "prefill_chunk_size",
@@ -33,31 +33,31 @@ def distributed_generate(
     timeout: float | None = None,
     **generate_arguments: Any,
 ):
-    """`model.generate` with the prompt split over ranks; every rank gets the same result, that of one process.
+    """`model.generate` with the prompt split over ranks; every rank returns the result of a single process.
 
-    The layers compute the prompt in the layout of the model's `attn_implementation`, and each rank keeps keys and values of its
-    own tokens. A new token is computed in all ranks; each attends to its own keys, and the partial results are merged.
+    The prompt is computed in the layout of the model's `attn_implementation`, and each rank caches the keys and values of its
+    own tokens. A new token is computed on all ranks; each attends to its own keys, and the partial results are merged.
 
     Args:
-        model: as of :func:`~hf_attn.distributed.context.sequence_parallel`.
-        input_ids: `(batch, length)`, the same in all ranks.
+        model: see :func:`~hf_attn.distributed.context.sequence_parallel`.
+        input_ids: `(batch, length)`, the same on all ranks.
         attention_mask: `(batch, length)`, padding on the left.
         group: of processes; all by default.
-        split: of the prompt.
+        split: how the prompt is split.
         timeout: seconds to wait for other ranks.
-        generate_arguments: of `model.generate`. With sampling, the random numbers are those of rank 0.
+        generate_arguments: arguments of `model.generate`. With sampling, the random numbers are those of rank 0.
 
     Raises:
         ValueError: for padding on the right, unsupported arguments of `generate`, or inputs that differ between ranks.
     """
     refused = [name for name in _REFUSED if generate_arguments.get(name) is not None]
     if refused:
-        raise ValueError(f"Generation on several ranks does not serve {', '.join(refused)}.")
+        raise ValueError(f"Generation on several ranks does not support {', '.join(refused)}.")
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        raise ValueError("Prompts must be padded on the left: tokenizer.padding_side = 'left'.")
+        raise ValueError("Prompts must be padded on the left: set tokenizer.padding_side = 'left'.")
     context = SequenceParallel(Peers(group, timeout), layout_of(model), split)
     if context.layout == "zeppelin":
-        raise ValueError("Zeppelin plans training batches; generate with distributed_ring or another layout.")
+        raise ValueError("Zeppelin plans training batches only: generate with distributed_ring or another layout.")
     context.peers.check_equal({"batch size": input_ids.shape[0], "length": input_ids.shape[1]})
     seed = torch.randint(2**31, (1,)) if context.peers.rank == 0 else torch.zeros(1, dtype=torch.int64)
     seed = int(context.peers.broadcast(seed.to(context.peers.device), 0))
@@ -76,14 +76,14 @@ def distributed_generate(
 
 
 class _Decoding:
-    """What happens around and in the calls that `generate` makes: the prompt first, then token by token."""
+    """Hooks for the model calls of `generate`: first the prompt, then token by token."""
 
     def __init__(self, context: SequenceParallel):
         self.context, self.peers = context, context.peers
         self.started = False
 
     def before(self, model, arguments, inputs: dict) -> tuple[tuple, dict]:
-        """Split the prompt; later calls have one token in all ranks."""
+        """Split the prompt; later calls have one token on all ranks."""
         inputs = dict(inputs)
         mask = inputs.pop("attention_mask", None)
         if self.started:
@@ -96,11 +96,11 @@ class _Decoding:
         return arguments, local
 
     def after(self, model, arguments, output):
-        """Let all ranks go on with the scores of the last token, from the rank that has it."""
+        """Send the scores of the last token from the rank that has it to all ranks."""
         sharding = self.context.sharding
         owner = 0
         if not self.started and not self.context.replicated:
-            # The last token of all is the last one of the rank that has it, in both splits.
+            # In both splits, the last token of the sequence is the last one on its rank.
             last_spans = ((rank, a, b) for rank, spans in enumerate(sharding.spans) for a, b in spans)
             owner = next(rank for rank, a, b in last_spans if a < b == sharding.length)
         logits = output.logits
@@ -110,10 +110,10 @@ class _Decoding:
         return output
 
     def attend(self, query, key, value, scaling: float) -> torch.Tensor:
-        """Attention of a new token to the prompt and to the new tokens before it, which rank 0 counts."""
+        """Attention of a new token to the prompt and to earlier new tokens; only rank 0 includes the latter."""
         if query.shape[2] != 1:
             raise ValueError(
-                f"Tokens are generated one by one on several ranks, and the model was given {query.shape[2]}."
+                f"On several ranks tokens are generated one at a time, but the model was called with {query.shape[2]}."
             )
         sharding, rank = self.context.sharding, self.peers.rank
         if self.context.replicated:

@@ -1,7 +1,7 @@
-"""Layouts in which a rank has whole sequences and some of the heads.
+"""Layouts in which a rank has whole sequences and a part of the heads.
 
-Heads are distributed in groups that share a key/value head, the first ranks having one more; ranks beyond their number have
-none and only pass tokens on.
+Heads are distributed in groups that share a key/value head; the first ranks may have one group more. If there are more ranks than
+groups, the last ranks have no heads and only pass tokens on.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def local_attention(
 
 
 def whole_blocks(sharding: Sharding, causal: bool) -> RowBlocks:
-    """Allowed pairs if all tokens are on this rank, in order."""
+    """Allowed pairs if this rank has all tokens, in order."""
     return [(rows.span, pair_blocks(rows.runs, rows.runs, causal)) for rows in sharding.rows([(0, sharding.length)])]
 
 
@@ -63,9 +63,9 @@ def ulysses_attention(
     causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All-to-all from some tokens of all heads to all tokens of some heads; the output is exchanged back.
+    """All-to-all from a part of the tokens with all heads to all tokens with a part of the heads, and back for the output.
 
-    Arguments and results as of :func:`~hf_attn.distributed.ring.ring_attention`.
+    For arguments and results see :func:`~hf_attn.distributed.ring.ring_attention`.
     """
     kv_spans = head_spans(key.shape[1], peers.size)
     groups = query.shape[1] // key.shape[1]
@@ -96,7 +96,7 @@ def _to_tokens(states: torch.Tensor, spans: Sequence[tuple[int, int]], peers: Pe
 
 
 class _Replicate(torch.autograd.Function):
-    """The same tensor in all ranks, each of which uses a part: gradients are added up."""
+    """A tensor that is the same on all ranks, each of which uses a part of it: gradients are summed."""
 
     @staticmethod
     def forward(ctx, peers: Peers, tensor):
@@ -109,7 +109,7 @@ class _Replicate(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks that all go on with the result: the gradient is the same in all of them."""
+    """Sum over ranks, all of which use the result: the gradient is the same on all of them."""
 
     @staticmethod
     def forward(ctx, peers: Peers, tensor):
@@ -121,7 +121,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _GatherHeads(torch.autograd.Function):
-    """All heads from those of each rank, in ranks that all go on with the result."""
+    """Gather the heads of all ranks, all of which use the result."""
 
     @staticmethod
     def forward(ctx, peers: Peers, spans, heads):
@@ -143,9 +143,9 @@ def replicated_head_attention(
     causal: bool,
     scaling: float,
 ) -> torch.Tensor:
-    """All ranks have the whole sequence, compute some heads each, and get all of them.
+    """Attention for ranks that have the whole sequence: each computes a part of the heads, and gets all of them.
 
-    Everything before and after is the same in all ranks, and so are its gradients.
+    Everything before and after is the same on all ranks, and so are its gradients.
     """
     kv_spans = head_spans(key.shape[1], peers.size)
     groups = query.shape[1] // key.shape[1]
@@ -157,20 +157,21 @@ def replicated_head_attention(
 
 
 def project_heads(output: torch.Tensor, projection: nn.Linear, peers: Peers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output projection in the head layout: a slice of the weight for the own heads, then the sum over ranks.
+    """Output projection in the head layout: a slice of the weight for this rank's heads, then the sum over ranks.
 
     Args:
-        output: `(batch, own heads, length, head_dim)`.
-        projection: the whole `W^o`, the same in all ranks; its bias is added once.
+        output: `(batch, heads of this rank, length, head_dim)`.
+        projection: the whole `W^o`, the same on all ranks; its bias is added once.
         peers: the ranks.
 
     Returns:
-        `(batch, length, hidden)`, the same in all ranks, and this rank's contribution to the sum.
+        `(batch, length, hidden)`, the same on all ranks, and this rank's contribution to the sum.
     """
     sizes = [heads * output.shape[3] for (heads,) in peers.all_gather_integers([output.shape[1]])]
     if sum(sizes) != projection.in_features:
         raise ValueError(
-            f"The heads of all ranks have {sum(sizes)} channels together, and the projection takes {projection.in_features}."
+            f"The heads of all ranks have {sum(sizes)} channels in total, but the projection takes "
+            f"{projection.in_features}."
         )
     weight = projection.weight[:, sum(sizes[: peers.rank]) : sum(sizes[: peers.rank + 1])]
     contribution = nn.functional.linear(output.transpose(1, 2).flatten(2), weight)

@@ -1,4 +1,4 @@
-"""Distributed attention as functions of transformers' attention interface, registered as `distributed_<layout>`."""
+"""Distributed attention for transformers' attention interface, registered as `distributed_<layout>`."""
 
 import torch
 from torch import nn
@@ -33,8 +33,8 @@ def attention_forward(
         refused.append(f"dropout of {dropout}")
     if refused:
         raise ValueError(
-            f"attn_implementation={name!r} does not serve {', '.join(refused)}, which {type(module).__name__} asks for and which "
-            "would change the result."
+            f"attn_implementation={name!r} does not support {', '.join(refused)}, which {type(module).__name__} "
+            "passes and which would change the result."
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     output = context.attend(query, key, value, bool(causal), query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -55,9 +55,9 @@ def attention_mask(
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError(
-            "The model was called with padding that is unknown to the other ranks. Call it as `model(**shard(batch))`."
+            "The model was called with a mask that the other ranks do not have. Call it as `model(**shard(batch))`."
         )
     if local_size is not None:
-        raise ValueError(f"Distributed attention does not serve the model's window of {local_size} tokens.")
+        raise ValueError(f"Distributed attention does not support the model's window of {local_size} tokens.")
     if use_vmap:
-        raise ValueError("Distributed attention does not serve the model's own mask function.")
+        raise ValueError("Distributed attention does not support the model's own mask function.")

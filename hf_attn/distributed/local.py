@@ -1,12 +1,12 @@
-"""Attention to some of the keys with its log-sum-exp, and the merging of such partial results.
+"""Attention to a part of the keys with its log-sum-exp, and merging of such partial results.
 
 For disjoint sets of keys with outputs `o_p` and log-sum-exps `lse_p` of their logits
 
     lse = log sum_p exp(lse_p),    o = sum_p exp(lse_p - lse) o_p
 
 is attention to all of them. The backward pass of attention to a part, given `o` and `lse` of the whole, yields that part's
-contribution to the gradients (arXiv 2307.08691, section 3.1). torch's fused kernels do both; where there is none, tiles of
-queries are computed one after the other. A map of all queries and keys is never in memory.
+contribution to the gradients (arXiv 2307.08691, section 3.1). torch's fused kernels compute both; without a fused kernel,
+tiles of queries are computed one after the other. The map of all queries and keys is never in memory.
 """
 
 import time
@@ -18,7 +18,7 @@ import torch
 from .blocks import Block, Span
 
 
-#: elements of the logits that are in memory at one time without a fused kernel
+#: number of logits that are in memory at a time without a fused kernel
 TILE_ELEMENTS = 2**22
 
 #: blocks of each group of rows: `((first row, after the last), blocks)`
@@ -29,12 +29,12 @@ _listeners: list[Callable[[float], None]] = []
 
 
 def add_work_listener(listener: Callable[[float], None]) -> None:
-    """Call a function with the CPU seconds of each part of the work."""
+    """Register a function that is called with the CPU seconds of each part of the work."""
     _listeners.append(listener)
 
 
 def remove_work_listener(listener: Callable[[float], None]) -> None:
-    """The opposite of :func:`add_work_listener`."""
+    """Undo :func:`add_work_listener`."""
     _listeners.remove(listener)
 
 
@@ -112,7 +112,7 @@ def attend(
         query: `(batch, heads, queries, head_dim)`.
         key: `(batch, kv_heads, keys, head_dim)`.
         value: `(batch, kv_heads, keys, value_dim)`.
-        blocks: who sees whom.
+        blocks: allowed pairs of queries and keys.
         scaling: of the logits.
         offset: see `accumulator`.
     """
@@ -142,7 +142,7 @@ def attend_backward(
     blocks: RowBlocks,
     scaling: float,
 ) -> None:
-    """Add to the gradients of query, key and value what these keys contribute.
+    """Add the contribution of these keys to the gradients of query, key and value.
 
     Args:
         gradients: of query, key and value, in float32 or wider.
@@ -152,7 +152,7 @@ def attend_backward(
         value: `(batch, kv_heads, keys, value_dim)`.
         output: of these queries, merged over all keys.
         logsumexp: of these queries, over all keys.
-        blocks: who sees whom.
+        blocks: allowed pairs of queries and keys.
         scaling: of the logits.
     """
     with _work():

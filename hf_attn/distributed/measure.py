@@ -1,4 +1,4 @@
-"""What distributed attention costs a rank: bytes by the formulas of the layouts, and seconds of its own work."""
+"""Costs of distributed attention for a rank: bytes sent, by formulas of the layouts, and CPU seconds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,14 +56,14 @@ def forward_bytes(
 
 @dataclass
 class Work:
-    """CPU seconds that this process has spent on partial attention, without waiting for others."""
+    """CPU seconds that this process has spent on partial attention, without waiting for other processes."""
 
     seconds: float = 0.0
 
 
 @contextmanager
 def measure_attention() -> Iterator[Work]:
-    """Within this context the CPU seconds of this process's own attention are added up, forward and backward."""
+    """Context that sums the CPU seconds of this process's attention, forward and backward."""
     work = Work()
 
     def listen(seconds: float) -> None:
@@ -77,6 +77,6 @@ def measure_attention() -> Iterator[Work]:
 
 
 def idle_shares(seconds: list[float]) -> list[float]:
-    """Share of the time in which each rank waits for the busiest one."""
+    """Fraction of the time in which each rank waits for the busiest one."""
     longest = max(seconds)
     return [1 - own / longest if longest else 0.0 for own in seconds]

@@ -1,7 +1,7 @@
-"""Rings: keys and values visit the ranks that hold the queries; rings of several sizes turn at one time.
+"""Ring attention: keys and values are passed around the ranks that hold the queries; rings of several sizes run concurrently.
 
 Rank `i` of a ring of `G` computes on its own block first, then on that of rank `i - 1`, `i - 2`, ... The block of the next round is
-on its way while a round computes. In the backward pass the gradients of a block travel with it, and end where it came from.
+sent while a round computes. In the backward pass the gradients of a block are passed along with it, and end on its own rank.
 Messages go between pairs of ranks, so no process group is created for a ring.
 """
 
@@ -20,9 +20,9 @@ class Ring:
     """Ranks that share some tokens.
 
     Attributes:
-        ranks: of the group, in the order of the ring.
-        bounds: of each of them: first of the shared tokens in its local tensor, and after the last.
-        rows: of each of them: where the tokens belong, relative to the first one.
+        ranks: ranks of the group, in the order of the ring.
+        bounds: for each rank, the bounds of the shared tokens in its local tensor.
+        rows: for each rank, the positions of its tokens relative to the first one.
     """
 
     ranks: tuple[int, ...]
@@ -31,7 +31,7 @@ class Ring:
     _blocks: dict = field(default_factory=dict, repr=False)
 
     def blocks(self, query: int, key: int, causal: bool) -> RowBlocks:
-        """Allowed pairs of the queries at one position of the ring and the keys at another."""
+        """Allowed pairs of the queries at one position of the ring and the keys at another position."""
         found = self._blocks.get((query, key, causal))
         if found is None:
             pairs = zip(self.rows[query], self.rows[key], strict=True)
@@ -54,17 +54,17 @@ class _Place:
         self.next, self.previous = (ring.ranks[(self.place + step) % self.size] for step in (1, -1))
 
     def source(self, turn: int) -> int:
-        """Place whose block is here in a round."""
+        """Place in the ring whose block is on this rank in a round."""
         return (self.place - turn) % self.size
 
     def message(self, block: torch.Tensor | None, turn: int, like: torch.Tensor) -> Message:
-        """Pass on the block of this round and receive that of the next one; `like` is `(parts, batch, heads, tokens, dim)`."""
+        """Message that sends the block of this round and receives the next one; `like` is `(parts, batch, heads, tokens, dim)`."""
         shape = (*like.shape[:3], self.ring.tokens(self.source(turn + 1)), like.shape[4])
         return Message(self.next, block, self.previous, shape, like.dtype, like.device)
 
 
 def _stacked(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Keys and values in one tensor, which is one message; values may have another width."""
+    """Keys and values in one tensor, sent as one message; values may have another width."""
     if key.shape[-1] == value.shape[-1]:
         return torch.stack([key, value])
     return torch.cat([key, value], -1)[None]
@@ -128,7 +128,7 @@ class _RingAttention(torch.autograd.Function):
                     gradients[i] = gradients[i] + gradient
             for i, block in zip(moving, pending.wait(), strict=True):
                 blocks[i] = block
-            # After the last round the gradients are one step from home.
+            # After the last round the gradients are one step from their own rank.
             returning = [i for i, p in enumerate(places) if turn < p.size and p.size > 1]
             arriving = peers.start([places[i].message(gradients[i], turn, gradients[i]) for i in returning])
         if arriving is not None:
@@ -157,7 +157,7 @@ def ring_attention(
         key: `(batch, kv_heads, tokens, head_dim)`.
         value: `(batch, kv_heads, tokens, value_dim)`.
         peers: the ranks.
-        rings: the same list in all ranks; those that should start first come first.
+        rings: the same list on all ranks, in the order in which they should start.
         causal: a token attends to itself and earlier tokens of its document, otherwise to its whole document.
         scaling: of the logits.
 

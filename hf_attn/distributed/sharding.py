@@ -1,4 +1,4 @@
-"""Assignment of tokens to ranks: splits of a sequence, and sharding and gathering of tensors."""
+"""Assignment of tokens to ranks: splits of a sequence, sharding and gathering of tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ SPLITS = ("contiguous", "zigzag")
 def split_spans(length: int, ranks: int, split: str) -> tuple[tuple[Span, ...], ...]:
     """The tokens of each rank as spans of the sequence.
 
-    `"contiguous"`: one part for each rank. `"zigzag"`: twice as many parts, and rank `r` has parts `r` and `2 * ranks - 1 - r`, so that
-    all ranks have the same work in causal attention.
+    `"contiguous"`: one part per rank. `"zigzag"`: two parts per rank, where rank `r` has parts `r` and `2 * ranks - 1 - r`, so
+    that all ranks have the same work in causal attention.
 
     Raises:
         ValueError: for another split.
@@ -36,7 +36,7 @@ def split_spans(length: int, ranks: int, split: str) -> tuple[tuple[Span, ...], 
 
 @dataclass(frozen=True)
 class Sharding:
-    """A batch of sequences and where its tokens are.
+    """The lengths and masks of a batch, and the rank of each of its tokens.
 
     Attributes:
         spans: parts of the sequence for each rank, in the order in which the rank stores them.
@@ -68,7 +68,7 @@ class Sharding:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], cu_seqlens=None, mask=None) -> "Sharding":
-        """A contiguous part of given length for each rank."""
+        """One contiguous part of the given length per rank."""
         ends = list(accumulate(lengths))
         spans = tuple(((end - size, end),) for end, size in zip(ends, lengths, strict=True))
         return cls(spans, ends[-1], *_checked(ends[-1], cu_seqlens, mask))
@@ -88,7 +88,7 @@ class Sharding:
 
     @cached_property
     def row_groups(self) -> list[tuple[Span, list[tuple[int, int, int]]]]:
-        """Neighbouring rows of the batch with the same padding, and what is visible in them."""
+        """Groups of consecutive rows with the same padding, and the tokens that are visible in them."""
         if self.mask is None:
             return [((0, None), visible_spans(self.cu_seqlens, None))]
         groups: list[tuple[Span, list]] = []
@@ -126,38 +126,38 @@ def _checked(length, cu_seqlens, mask) -> tuple[tuple[int, ...], torch.Tensor | 
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != length:
             raise ValueError(
-                f"The attention mask must be (batch, {length}), of the whole sequence and the same in all ranks, got "
-                f"{tuple(mask.shape)}."
+                f"The attention mask must have the shape (batch, {length}), for the whole sequence and the same on "
+                f"all ranks; got {tuple(mask.shape)}."
             )
         mask = mask.bool()
     return bounds, mask
 
 
 def shard_tensor(tensor: torch.Tensor, sharding: Sharding, rank: int, dim: int = 1) -> torch.Tensor:
-    """The tokens of a rank of a tensor that has all of them.
+    """The part of a tensor with all tokens that belongs to a rank.
 
     Raises:
         ValueError: if the tensor has another length in this dimension.
     """
     if tensor.shape[dim] != sharding.length:
         raise ValueError(
-            f"A tensor of shape {tuple(tensor.shape)} has {tensor.shape[dim]} tokens in dimension {dim}, and the sequence has "
-            f"{sharding.length}."
+            f"A tensor of shape {tuple(tensor.shape)} has {tensor.shape[dim]} tokens in dimension {dim}, but the "
+            f"sequence has {sharding.length}."
         )
     spans = sharding.spans[rank] or ((0, 0),)
     return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in spans], dim)
 
 
 def unshard_tensor(tensor: torch.Tensor, sharding: Sharding, peers: Peers, dim: int = 1) -> torch.Tensor:
-    """All tokens in their order, in every rank, from the tokens of each rank; without gradients.
+    """Gather a tensor in token order on every rank, from the tokens of each rank; without gradients.
 
     Raises:
         ValueError: if the tensor does not have the tokens of this rank.
     """
     if tensor.shape[dim] != sharding.lengths[peers.rank]:
         raise ValueError(
-            f"A tensor of shape {tuple(tensor.shape)} has {tensor.shape[dim]} tokens in dimension {dim}; rank {peers.rank} has "
-            f"{sharding.lengths[peers.rank]}."
+            f"A tensor of shape {tuple(tensor.shape)} has {tensor.shape[dim]} tokens in dimension {dim}, but rank "
+            f"{peers.rank} has {sharding.lengths[peers.rank]}."
         )
     shapes = [(*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]) for length in sharding.lengths]
     parts = peers.exchange([tensor] * peers.size, shapes)
@@ -166,10 +166,10 @@ def unshard_tensor(tensor: torch.Tensor, sharding: Sharding, peers: Peers, dim: 
 
 
 def shift_labels(labels: torch.Tensor, sharding: Sharding, ignore_index: int = -100) -> torch.Tensor:
-    """The label of each token is the next token of its document; shifted before sharding.
+    """Shift labels before sharding: the label of each token is the next token of its document.
 
     Args:
-        labels: `(batch, length)`, as a causal model of transformers takes them.
+        labels: `(batch, length)`, as for a causal model of transformers.
         sharding: of the sequence.
         ignore_index: label that is ignored.
     """

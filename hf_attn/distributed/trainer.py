@@ -1,4 +1,4 @@
-"""Trainer on sequences that all its processes share.
+"""Trainer for sequences that are split over all processes.
 
 class LongTrainer(SequenceParallelTrainerMixin, Trainer): ...
 
@@ -14,16 +14,16 @@ from .exchange import Peers
 
 
 class SequenceParallelTrainerMixin:
-    """Before `transformers.Trainer` in the bases of a class: every process gets every batch and computes its share of the tokens.
+    """Mixin for `transformers.Trainer`: every process gets every batch and computes its share of the tokens.
 
     `per_device_train_batch_size` is the number of sequences of all processes together. Loss, gradients, checkpoints and logs are
-    those of one process. Evaluation returns the loss only, since no process has all logits.
+    those of a single process. Evaluation returns only the loss, since no process has all logits.
 
     Attributes:
         sequence_split: `"zigzag"` or `"contiguous"`.
-        sequence_grid: of the layout `"grid"`.
-        num_nodes: of the plans of `"distributed_zeppelin"`.
-        sequence_capacity: tokens that a process takes in those plans.
+        sequence_grid: grid shape for the layout `"grid"`.
+        num_nodes: number of nodes, for the plans of `"distributed_zeppelin"`.
+        sequence_capacity: maximum number of tokens per process in those plans.
         sequence_timeout: seconds to wait for another process; by default `ddp_timeout` of the arguments.
     """
 
@@ -44,7 +44,8 @@ class SequenceParallelTrainerMixin:
         named = [name for name, value in refused.items() if value]
         if named:
             raise ValueError(
-                f"A sequence that is split over processes is trained with the model's own loss: leave out {', '.join(named)}."
+                "A sequence that is split over processes is trained with the model's own loss: do not use "
+                f"{', '.join(named)}."
             )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("SequenceParallelTrainerMixin works with DDP; FSDP and DeepSpeed are not supported.")
@@ -62,19 +63,19 @@ class SequenceParallelTrainerMixin:
         prepared = super()._get_dataloader(*args, **kwargs)
         if isinstance(prepared, DataLoaderDispatcher) and self.args.world_size > 1:
             raise ValueError(
-                "All processes read the same batches of an IterableDataset: pass "
+                "With an IterableDataset, all processes must read the same batches: pass "
                 'accelerator_config={"dispatch_batches": False} in the TrainingArguments.'
             )
-        # accelerate would deal batches out to the processes.
+        # accelerate would give each process different batches,
         for sharded in (getattr(prepared, "batch_sampler", None), getattr(prepared, "dataset", None)):
             if isinstance(sharded, (BatchSamplerShard, IterableDatasetShard)):
                 sharded.num_processes, sharded.process_index = 1, 0
-                # ... and fill the last one up with samples from the beginning.
+                # and fill up the last batch with samples from the beginning.
                 sharded.even_batches = False
         return prepared
 
     def training_step(self, *args, **kwargs):
-        # The backward pass is in it, which may compute layers again.
+        # The backward pass is included, because it may recompute layers.
         with activated(self.sequence_context):
             return super().training_step(*args, **kwargs)
 
@@ -85,7 +86,7 @@ class SequenceParallelTrainerMixin:
             num_items_in_batch = local.pop("num_items_in_batch", None)
         loss, outputs = super().compute_loss(model, local, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not context.replicated:
-            # DDP averages the gradients of the processes, which are to be added up.
+            # DDP averages the gradients of the processes, but they have to be summed.
             averaged = isinstance(model, nn.parallel.DistributedDataParallel)
             loss = global_loss(loss, context.peers, context.peers.size if averaged else 1)
         return (loss, outputs) if return_outputs else loss

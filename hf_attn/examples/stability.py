@@ -100,10 +100,10 @@ def load_digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     patches = images.unfold(1, PATCH_SIZE, PATCH_SIZE).unfold(2, PATCH_SIZE, PATCH_SIZE).flatten(3).flatten(1, 2)
     labels = torch.tensor(digits.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_back = len(labels) // 5
+    held_out = len(labels) // 5
     return {
-        "train": (patches[order[held_back:]], labels[order[held_back:]]),
-        "test": (patches[order[:held_back]], labels[order[:held_back]]),
+        "train": (patches[order[held_out:]], labels[order[held_out:]]),
+        "test": (patches[order[:held_out]], labels[order[:held_out]]),
     }
 
 
@@ -182,6 +182,6 @@ def draw_runs(runs: list[Run], figure: "Figure") -> None:
                 last = max(index for index, value in enumerate(run.mean_entropy) if math.isfinite(value))
                 entropy_axes.plot(run.entropy_steps[last], run.mean_entropy[last], marker="x", markersize=10, **style)
         loss_axes.set(title=f"{architecture}: training loss", xlabel="step", ylim=(0, 4))
-        entropy_axes.set(title=f"{architecture}: entropy of attention (nats)", xlabel="step", ylim=(0, 3))
+        entropy_axes.set(title=f"{architecture}: attention entropy (nats)", xlabel="step", ylim=(0, 3))
         for axes in (loss_axes, entropy_axes):
             axes.legend(fontsize="small")

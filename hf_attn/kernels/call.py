@@ -54,7 +54,7 @@ class Refusal:
     """Result of a check if its implementation does not support a call.
 
     Attributes:
-        reason: continues the sentence "cannot serve this call: ".
+        reason: continues the sentence "does not support this call: ".
     """
 
     reason: str
@@ -63,10 +63,10 @@ class Refusal:
 def refusal_of_fused(call: AttentionCall) -> Refusal | None:
     """The reason why no fused kernel supports a call; None if one can."""
     if call.dropout:
-        return Refusal(f"it does not drop attention weights, and dropout={call.dropout} is asked for")
+        return Refusal(f"it does not support dropout, got dropout={call.dropout}")
     if call.output_weights:
-        return Refusal("it never holds the attention weights, which are asked for")
+        return Refusal("it does not compute the attention weights, which were requested")
     if not call.query.dtype == call.key.dtype == call.value.dtype:
         dtypes = f"{call.query.dtype}, {call.key.dtype} and {call.value.dtype}"
-        return Refusal(f"query, key and value must have one dtype, got {dtypes}")
+        return Refusal(f"query, key and value must have the same dtype, got {dtypes}")
     return None

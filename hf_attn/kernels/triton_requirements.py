@@ -21,9 +21,9 @@ def refusal_of_triton(call: AttentionCall, max_head_dim: int) -> Refusal | None:
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return Refusal(f"it runs on a GPU, and the tensors are on {device!r}")
     if device != "cuda" and dtype == torch.bfloat16:
-        return Refusal("triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers")
+        return Refusal("triton's interpreter does not multiply bfloat16 correctly")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return Refusal(f"it computes in float16, bfloat16 or float32, got {dtype}")
+        return Refusal(f"it supports float16, bfloat16 and float32, got {dtype}")
     if head_dim > max_head_dim:
-        return Refusal(f"it serves head dimensions up to {max_head_dim}, got {head_dim}")
+        return Refusal(f"it supports head dimensions up to {max_head_dim}, got {head_dim}")
     return None

@@ -79,8 +79,8 @@ class TokenMixer(nn.Module):
             raise ValueError(f"pseudo_inverse must be 'exact' or 'iterative', got {pseudo_inverse!r}.")
         if causal and not self.can_be_causal:
             raise ValueError(
-                f"The mixer {self.name!r} has no causal form, because each of its outputs needs all tokens. Causal mixers: "
-                f"{', '.join(causal_mixers())}."
+                f"The mixer {self.name!r} has no causal form, because each output depends on all tokens. Causal "
+                f"mixers: {', '.join(causal_mixers())}."
             )
         self.hidden_size, self.head_dim, self.max_length, self.causal = hidden_size, head_dim, max_length, causal
         self.rank, self.num_landmarks, self.window, self.mixing_size = rank, num_landmarks, window, mixing_size
@@ -100,7 +100,7 @@ class TokenMixer(nn.Module):
             kwargs: the same by name.
 
         Raises:
-            ValueError: if there is no such mixer, or it has no causal form and is asked for one.
+            ValueError: if there is no such mixer, or it has no causal form although `causal` is set.
         """
         if name not in MIXERS:
             raise ValueError(f"There is no token mixer {name!r}. Mixers: {', '.join(MIXERS)}.")
@@ -121,9 +121,11 @@ class TokenMixer(nn.Module):
         """The mixing operator as a matrix, `(batch, length, length)` with a row for each output; a readable definition.
 
         Raises:
-            NotImplementedError: if the mixer is no matrix over tokens that all channels share.
+            NotImplementedError: if the mixer is not a matrix over tokens that is shared by all channels.
         """
-        raise NotImplementedError(f"The mixer {self.name!r} has no matrix over tokens that all channels share.")
+        raise NotImplementedError(
+            f"The mixer {self.name!r} is not a matrix over tokens that is shared by all channels."
+        )
 
     def mix(self, hidden_states: torch.Tensor, start: int = 0) -> torch.Tensor:
         """The mixed tokens `(batch, length - start, out_features)` of a sequence without padding, from row `start` on."""
@@ -148,7 +150,8 @@ class TokenMixer(nn.Module):
         """
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"hidden_states must be (batch, length, {self.hidden_size}), got shape {tuple(hidden_states.shape)}."
+                f"hidden_states must have the shape (batch, length, {self.hidden_size}), got "
+                f"{tuple(hidden_states.shape)}."
             )
         if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
@@ -175,8 +178,8 @@ class TokenMixer(nn.Module):
     def _check_length(self, length: int) -> None:
         if self.has_positions and length > self.max_length:
             raise ValueError(
-                f"The mixer {self.name!r} has weights for {self.max_length} positions and got {length} tokens. Make it with a "
-                "larger max_length, or cut the input."
+                f"The mixer {self.name!r} has weights for {self.max_length} positions, but got {length} tokens. "
+                "Create it with a larger max_length, or truncate the input."
             )
 
     def visible(self, length: int, device: torch.device, window: int | None = None) -> torch.Tensor:

@@ -69,7 +69,9 @@ class SpatialGatingMixer(TokenMixer):
 
     def build(self) -> None:
         if self.hidden_size % 2 != 0:
-            raise ValueError(f"spatial_gating splits the channels in halves: hidden_size {self.hidden_size} is odd.")
+            raise ValueError(
+                f"spatial_gating splits the channels into halves, so hidden_size must be even, got {self.hidden_size}."
+            )
         self.gate = nn.Parameter(torch.empty(self.max_length, self.max_length))
         self.gate_bias = nn.Parameter(torch.empty(self.max_length))
         self.out_features = self.hidden_size // 2

@@ -71,7 +71,7 @@ def taylor_weights(
     Args:
         query, key: `(..., length, head_dim)`; the scale of the scores is in the queries.
         terms: [`JOINT`] or [`PER_ORDER`].
-        valid: true for tokens that are no padding, broadcastable to `(..., 1, length)`.
+        valid: true for tokens that are not padding, broadcastable to `(..., 1, length)`.
 
     Returns:
         `(..., length, length)` for each term; rows sum to 1.
@@ -101,7 +101,7 @@ def taylor_attention(
         query, key, value: `(..., length, head_dim)`, float32; the scale of the scores is in the queries. Leading dimensions
             broadcast.
         terms: [`JOINT`] or [`PER_ORDER`].
-        valid: true for tokens that are no padding, broadcastable to `(..., length, 1)`.
+        valid: true for tokens that are not padding, broadcastable to `(..., length, 1)`.
         sums: for each term the sum over earlier tokens of `features(k)^T [v, 1]`, `(..., features, head_dim + 1)`.
         keep_sums: whether to return the sums after the last token.
         chunk: length of chunks.

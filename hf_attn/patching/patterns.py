@@ -16,7 +16,7 @@ class NameFilter:
         exclude: likewise; names that match one are not chosen.
 
     Raises:
-        TypeError: if a pattern is no text.
+        TypeError: if a pattern is not a string.
     """
 
     def __init__(self, include: Patterns = "*", exclude: Patterns = ()):
@@ -35,10 +35,10 @@ def as_patterns(patterns: Patterns) -> tuple[str, ...]:
     """Patterns as a tuple; a text is one pattern, not one for each of its letters.
 
     Raises:
-        TypeError: if a pattern is no text.
+        TypeError: if a pattern is not a string.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"A pattern is a text such as 'encoder.*', got {pattern!r}.")
+            raise TypeError(f"A pattern must be a string such as 'encoder.*', got {pattern!r}.")
     return patterns

@@ -43,7 +43,9 @@ class UNetDiscriminator(nn.Module):
             ValueError: for other sides.
         """
         if any(side % 8 or not side for side in images.shape[-2:]):
-            raise ValueError(f"The sides of images must be positive multiples of 8, got {tuple(images.shape[-2:])}.")
+            raise ValueError(
+                f"Height and width of the images must be positive multiples of 8, got {tuple(images.shape[-2:])}."
+            )
         features = self.activation(self.first(images))
         skips = []
         for convolution in self.down:
@@ -65,7 +67,7 @@ class PerceptualLoss(nn.Module):
 
     Raises:
         ImportError: without torchvision.
-        ValueError: if these are no weights of VGG19.
+        ValueError: if these are not weights of VGG19.
     """
 
     #: layer of `vgg19().features` -> weight: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
@@ -84,8 +86,8 @@ class PerceptualLoss(nn.Module):
         wanted = {name: f"features.{name}" for name in self.features.state_dict()}
         if missing := [key for key in wanted.values() if key not in weights]:
             raise ValueError(
-                f"These are no weights of torchvision's vgg19: {missing[0]} is missing. Save "
-                "`torchvision.models.vgg19(weights='IMAGENET1K_V1').state_dict()` and give that file."
+                f"These are not weights of torchvision's vgg19: {missing[0]} is missing. Save "
+                "`torchvision.models.vgg19(weights='IMAGENET1K_V1').state_dict()` and pass that file."
             )
         self.features.load_state_dict({name: weights[key] for name, key in wanted.items()}, assign=True)
         for layer in self.features:

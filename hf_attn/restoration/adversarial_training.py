@@ -38,7 +38,9 @@ class AdversarialTrainerMixin:
     def __init__(self, *args, discriminator: nn.Module, perceptual_loss: PerceptualLoss | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("The adversarial stage trains two models, which DeepSpeed and FSDP cannot do together.")
+            raise ValueError(
+                "The adversarial stage trains two models at once, which is not supported with DeepSpeed and FSDP."
+            )
         self.perceptual_loss = None if perceptual_loss is None else perceptual_loss.to(self.args.device)
         optimizer = torch.optim.Adam(
             discriminator.parameters(), self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2)
@@ -113,8 +115,8 @@ class AdversarialTrainerMixin:
         file = Path(checkpoint) / self.discriminator_file
         if not file.is_file():
             raise ValueError(
-                f"{checkpoint} holds no discriminator: its training was not adversarial. Start from it as a model instead "
-                "of resuming."
+                f"{checkpoint} contains no discriminator: its training was not adversarial. Use it as the initial "
+                "model instead of resuming from it."
             )
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.accelerator.unwrap_model(self.discriminator).load_state_dict(state["discriminator"])

@@ -84,7 +84,7 @@ def degrade(image: torch.Tensor, scale: int, generator: torch.Generator | None =
     """
     height, width = image.shape[-2:]
     if 0 in image.shape or height % scale or width % scale:
-        raise ValueError(f"The sides of an image of {height}x{width} must be positive multiples of {scale}.")
+        raise ValueError(f"Height and width of an image must be positive multiples of {scale}, got {height}x{width}.")
     size = (height // scale, width // scale)
 
     degraded = filter_image(image, random_kernel(FIRST.sigma, generator))

@@ -23,7 +23,7 @@ ImageLike = Image.Image | np.ndarray | str | os.PathLike
 _KEPT = ("dpi", "duration")
 #: number of channels -> colour space in the header of an ICC profile
 _COLOUR_SPACES = {1: b"GRAY", 3: b"RGB "}
-#: formats whose further pictures are previews and depth maps of the first
+#: formats whose further images are previews and depth maps of the first
 _WITH_PREVIEWS = ("MPO", "JPEG", "ICO", "ICNS")
 
 _ORIENTATION = 0x0112
@@ -84,8 +84,8 @@ def decode_frames(
     if isinstance(image, Image.Image):
         if (count := getattr(image, "n_frames", 1)) > 1:
             warnings.warn(
-                f"{name or 'The image'} has {count} frames or pages; only the one that it stands at is read. All are read of "
-                "a path.",
+                f"{name or 'The image'} has {count} frames or pages; only the current one is read. Pass the path to "
+                "read all of them.",
                 stacklevel=2,
             )
         return [_from_pillow(image, name or "The image")]
@@ -155,9 +155,9 @@ def _from_file(content: bytes, name: str, only_first: bool) -> list[DecodedImage
     try:
         image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} cannot be read: it is corrupt or no image.") from error
+        raise ValueError(f"{name} cannot be read: it is corrupt or not an image.") from error
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read: it is corrupt or cut off ({error}).") from error
+        raise ValueError(f"{name} cannot be read: it is corrupt or truncated ({error}).") from error
     if _has_16_bit_colour(image):
         return [_from_16_bit_png(image, content, name)]
     count = getattr(image, "n_frames", 1)
@@ -170,7 +170,7 @@ def _from_file(content: bytes, name: str, only_first: bool) -> list[DecodedImage
         frames = [frame.copy() for frame in ImageSequence.Iterator(image)]
     except (OSError, SyntaxError) as error:
         raise ValueError(
-            f"{name} cannot be read: one of its {count} frames is corrupt or cut off ({error})."
+            f"{name} cannot be read: one of its {count} frames is corrupt or truncated ({error})."
         ) from error
     return [_from_pillow(frame, f"{name}, frame {number},") for number, frame in enumerate(frames)]
 
@@ -178,20 +178,20 @@ def _from_file(content: bytes, name: str, only_first: bool) -> list[DecodedImage
 def _from_16_bit_png(image: Image.Image, content: bytes, name: str) -> DecodedImage:
     if image.format != "PNG":
         raise ValueError(
-            f"{name} has 16 bits a channel, which Pillow would reduce to 8. Read it with another library and pass the "
-            "array."
+            f"{name} has 16 bits per channel, which Pillow would reduce to 8. Read it with another library and pass "
+            "the array."
         )
     try:
         from torchvision.io import ImageReadMode, decode_png
     except ImportError as error:
         raise ImportError(
-            f"{name} is a PNG of 16 bits a channel, which torchvision reads: pip install 'hf_attn[vision]'."
+            f"{name} is a PNG of 16 bits per channel, which torchvision reads: pip install 'hf_attn[vision]'."
         ) from error
     try:
         content = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         pixels = decode_png(content, ImageReadMode.UNCHANGED).to(torch.int32)
     except RuntimeError as error:
-        raise ValueError(f"{name} cannot be read: it is corrupt or cut off ({error}).") from error
+        raise ValueError(f"{name} cannot be read: it is corrupt or truncated ({error}).") from error
     swap, flips = _TURNS.get(image.getexif().get(_ORIENTATION), (False, ()))
     pixels = pixels.transpose(-2, -1) if swap else pixels
     return _split_alpha(pixels.flip(flips) if flips else pixels, 65535, image.info)
@@ -220,17 +220,21 @@ def _from_pillow(image: Image.Image, name: str) -> DecodedImage:
     if 0 in image.size:
         raise ValueError(f"{name} is empty: {image.size[0]}x{image.size[1]}.")
     if _has_16_bit_colour(image):
-        raise ValueError(f"{name} has 16 bits a channel, which Pillow would reduce to 8. Pass its path, or an array.")
+        raise ValueError(
+            f"{name} has 16 bits per channel, which Pillow would reduce to 8. Pass its path, or an array."
+        )
     info = image.info
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read: it is corrupt or cut off ({error}).") from error
+        raise ValueError(f"{name} cannot be read: it is corrupt or truncated ({error}).") from error
     if image.mode.startswith("I"):
         array = np.array(image)
         if array.min() < 0 or array.max() > 65535:
-            raise ValueError(f"{name} has values from {array.min()} to {array.max()}, which is more than 16 bits.")
+            raise ValueError(
+                f"{name} has values from {array.min()} to {array.max()}, which is outside the range of 16 bits."
+            )
         return _from_array(array.astype(np.uint16), info)
     if image.mode == "F":
         return _from_array(np.array(image), info)
@@ -247,7 +251,7 @@ def _from_array(array: np.ndarray, info: dict[str, Any] | None = None) -> Decode
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4):
         raise ValueError(
-            f"An array must be (height, width) or (height, width, 1 to 4 channels), got the shape {array.shape}."
+            f"An array must have the shape (height, width) or (height, width, 1 to 4 channels), got {array.shape}."
         )
     if array.size == 0:
         raise ValueError(f"The image is empty: its shape is {array.shape}.")
@@ -259,10 +263,10 @@ def _from_array(array: np.ndarray, info: dict[str, Any] | None = None) -> Decode
         values, peak = array.astype(np.float32), 1
         if not (values.min() >= 0 and values.max() <= 1):
             raise ValueError(
-                f"A floating image must be in [0, 1], got values from {array.min()} to {array.max()} (or NaN)."
+                f"A floating-point image must be in [0, 1], got values from {array.min()} to {array.max()} (or NaN)."
             )
     else:
-        raise ValueError(f"An array must be uint8, uint16 or floating, got {array.dtype}.")
+        raise ValueError(f"An array must be uint8, uint16 or floating-point, got {array.dtype}.")
     # PyTorch shares the memory, and has no read-only tensors.
     values = np.require(values, requirements=("C", "W"))
     return _split_alpha(torch.from_numpy(values).permute(2, 0, 1), peak, info or {})

@@ -50,7 +50,8 @@ def ssim(
     prediction, reference = _prepared(prediction, reference, crop_border, channel)
     if min(prediction.shape[-2:]) < 11:
         raise ValueError(
-            f"SSIM needs 11 pixels a side, and {tuple(prediction.shape[-2:])} are left without the border of {crop_border}."
+            f"SSIM needs at least 11x11 pixels, but only {tuple(prediction.shape[-2:])} are left without the border "
+            f"of {crop_border}."
         )
     position = torch.arange(11, dtype=torch.float64, device=prediction.device) - 5
     kernel = torch.exp(-(position**2) / (2 * 1.5**2))
@@ -76,8 +77,8 @@ def _prepared(prediction, reference, crop_border, channel) -> tuple[torch.Tensor
     for image in (prediction, reference):
         if image.dtype != torch.uint8 or image.ndim != 3:
             raise ValueError(
-                f"The metrics are taken on 8-bit images (channels, height, width), got {image.dtype} of shape "
-                f"{tuple(image.shape)}; `to_uint8` makes 8-bit images of what is in [0, 1]."
+                f"The metrics need 8-bit images of shape (channels, height, width), got {image.dtype} of shape "
+                f"{tuple(image.shape)}; `to_uint8` converts images in [0, 1] to 8 bits."
             )
     if channel not in ("y", "rgb"):
         raise ValueError(f"channel must be 'y' or 'rgb', got {channel!r}.")
@@ -129,7 +130,7 @@ class RestorationMetrics:
     def add_batch(self, predictions: Sequence, references: Sequence) -> None:
         """Measure images, which may differ in size."""
         if len(predictions) != len(references):
-            raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references.")
+            raise ValueError(f"Got {len(predictions)} predictions but {len(references)} references.")
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction, reference)
 

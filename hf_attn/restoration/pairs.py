@@ -70,8 +70,8 @@ class Patches(torch.utils.data.Dataset):
         image = crop_to_multiple(self.images[index], scale)
         if min(image.shape[-2:]) < scale * side:
             raise ValueError(
-                f"Training image {index} is {image.shape[-2]}x{image.shape[-1]}, smaller than patches of {scale * side}. "
-                "Leave it out, or take smaller patches."
+                f"Training image {index} is {image.shape[-2]}x{image.shape[-1]}, smaller than patches of "
+                f"{scale * side}. Leave it out, or use smaller patches."
             )
         start = [int(torch.randint(length // scale - side + 1, ())) for length in image.shape[-2:]]
         context = DEGRADATIONS[self.degradation]

@@ -21,7 +21,7 @@ def bicubic_resize(images: torch.Tensor, scale: float) -> torch.Tensor:
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}.")
     if not images.is_floating_point():
-        raise ValueError(f"images must be floating, got {images.dtype}.")
+        raise ValueError(f"images must be floating-point tensors, got {images.dtype}.")
     rows = _weights(images.shape[-2], scale).to(images.device, images.dtype)
     columns = _weights(images.shape[-1], scale).to(images.device, images.dtype)
     return rows @ images @ columns.T
@@ -35,7 +35,7 @@ def bicubic_downscale(images: torch.Tensor, scale: int) -> torch.Tensor:
     """
     if any(side % scale for side in images.shape[-2:]):
         raise ValueError(
-            f"The sides of {tuple(images.shape[-2:])} are not multiples of {scale}; crop the images first."
+            f"Height and width, {tuple(images.shape[-2:])}, are not multiples of {scale}: crop the images first."
         )
     return bicubic_resize(images, 1 / scale)
 

@@ -72,13 +72,13 @@ def check_tiles(tile: int | None, overlap: int, blend: str, multiple: int) -> No
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}.")
     if not isinstance(overlap, int):
-        raise ValueError(f"tile_overlap is a whole number of pixels, got {overlap!r}.")
+        raise ValueError(f"tile_overlap must be an integer number of pixels, got {overlap!r}.")
     if tile is None:
         if overlap < 0:
             raise ValueError(f"tile_overlap cannot be negative, got {overlap}.")
         return
     if not isinstance(tile, int):
-        raise ValueError(f"tile is a whole number of pixels, got {tile!r}.")
+        raise ValueError(f"tile must be an integer number of pixels, got {tile!r}.")
     if tile < 1 or tile % multiple:
         nearest = max(round(tile / multiple), 1) * multiple
         raise ValueError(
@@ -87,7 +87,9 @@ def check_tiles(tile: int | None, overlap: int, blend: str, multiple: int) -> No
     if overlap < 0:
         raise ValueError(f"tile_overlap cannot be negative, got {overlap}.")
     if blend == "cut" and overlap % multiple:
-        raise ValueError(f"With blend='cut' tile_overlap must be a multiple of the window, {multiple}; got {overlap}.")
+        raise ValueError(
+            f"With blend='cut', tile_overlap must be a multiple of the window, {multiple}; got {overlap}."
+        )
     if blend != "cut" and overlap >= tile:
         raise ValueError(f"tile_overlap ({overlap}) must be smaller than tile ({tile}) with blend={blend!r}.")
 
@@ -148,8 +150,8 @@ def restore_bands(
             restored = restore(prepare(tiles) if prepare else tiles)
             if restored.shape[-2:] != (scale * tiles.shape[-2], scale * tiles.shape[-1]):
                 raise ValueError(
-                    f"The network made {tuple(restored.shape[-2:])} out of {tuple(tiles.shape[-2:])}, which is not its "
-                    f"scale of {scale}; the configuration does not belong to the checkpoint."
+                    f"The network returned {tuple(restored.shape[-2:])} for an input of {tuple(tiles.shape[-2:])}, "
+                    f"which does not match upscale={scale}: the configuration does not belong to the checkpoint."
                 )
             if result is None:
                 rows = scale * (band.keep_stop - band.keep_start)

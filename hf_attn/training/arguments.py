@@ -22,7 +22,13 @@ from .output_folder import CHECKPOINTS, OutputFolderError, output_folder
 logger = logging.get_logger(__name__)
 
 #: earlier names of arguments
-RENAMED = {"--base": "--model_name_or_path", "--teacher": "--model_name_or_path"}
+RENAMED = {
+    "--base": "--model_name_or_path",
+    "--teacher": "--model_name_or_path",
+    "--held_back": "--num_held_out",
+    "--num_held_back": "--num_held_out",
+    "--num_pictures": "--num_drawings",
+}
 
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
@@ -40,7 +46,10 @@ RANGES = {
             "eval_steps",
             "generation_batch_size",
             "capacity",
+            "lora_layers",
             "lora_rank",
+            "num_held_out",
+            "num_hidden_layers",
             "num_nodes",
             "gradient_accumulation_steps",
             "max_eval_samples",
@@ -174,7 +183,7 @@ def _from_json(command: str, path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise stop(command, f"{path} cannot be read: {error}") from error
     if not isinstance(given, dict):
-        raise stop(command, f"{path} must hold an object of argument names and values.")
+        raise stop(command, f"{path} must contain an object with argument names and values.")
 
     def text(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
@@ -193,7 +202,7 @@ def _unknown_argument(unknown: list[str], known: Iterable[str]) -> str:
     if name in RENAMED and RENAMED[name] in known:
         return f"{name} is now called {RENAMED[name]}."
     if not name.startswith("-"):
-        return f"{name!r} belongs to no argument (--help lists them)."
+        return f"{name!r} does not belong to an argument (--help lists the arguments)."
     # Each argument is known with dashes and with underscores.
     close = difflib.get_close_matches(name.replace("-", "_"), [text.replace("-", "_") for text in known], n=1)
     if close:
@@ -214,7 +223,7 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
     """`["hidden_size=512", "depths=[1,2]", "hidden_act=gelu"]` as a dictionary; values are JSON, or else strings.
 
     Raises:
-        SystemExit: for a name that is no field of the configuration, which transformers would silently store.
+        SystemExit: for a name that is not a field of the configuration, which transformers would silently store.
     """
     known = [config_field.name for config_field in fields(config_class)]
     parsed = {}
@@ -234,14 +243,26 @@ def parse_overrides(command: str, overrides: Sequence[str], config_class: type[P
 
 
 @dataclass
-class RunArguments(TrainingArguments):
+class MachineArguments(TrainingArguments):
+    """`TrainingArguments` for the devices that there are.
+
+    Without an accelerator and without `use_cpu`, each of several processes would train a model of its own.
+    """
+
+    def __post_init__(self):
+        self.use_cpu |= not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+@dataclass
+class RunArguments(MachineArguments):
     """`TrainingArguments` of a script whose interrupted runs can be resumed."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Folder of a checkpoint, or `last` for the last one in output_dir."}
+        default=None, metadata={"help": "Checkpoint folder, or `last` for the last checkpoint in output_dir."}
     )
 
 
@@ -269,7 +290,8 @@ def resolve_resume(command: str, training_args: TrainingArguments) -> None:
     if training_args.overwrite_output_dir:
         raise stop(
             command,
-            "--resume_from_checkpoint continues a run and --overwrite_output_dir starts a new one; give only one of them.",
+            "--resume_from_checkpoint continues a run, but --overwrite_output_dir starts a new one; pass only one of "
+            "them.",
         )
     if resume == "last":
         resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None

@@ -30,7 +30,7 @@ def contrastive_loss(
         ValueError: if queries and positives differ in number, or there are none.
     """
     if len(queries) != len(positives) or len(queries) == 0:
-        raise ValueError(f"Each query needs its positive, got {len(queries)} queries and {len(positives)} positives.")
+        raise ValueError(f"Each query needs one positive, got {len(queries)} queries and {len(positives)} positives.")
     rank = torch.distributed.get_rank() if _is_distributed() else 0
     passages = [gathered(positives)] + ([] if negatives is None else [gathered(negatives)])
     scores = F.normalize(queries, dim=-1) @ F.normalize(torch.cat(passages), dim=-1).t() * scale
@@ -68,8 +68,8 @@ def gathered(rows: torch.Tensor) -> torch.Tensor:
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     if most != least:
         raise ValueError(
-            f"The processes have batches of {int(least)} to {int(most)} texts; negatives are gathered from equal batches. Drop "
-            "the last batch (dataloader_drop_last=True)."
+            f"The processes have batches of {int(least)} to {int(most)} texts, but gathering negatives needs equal "
+            "batch sizes. Drop the last batch (dataloader_drop_last=True)."
         )
     return _Gather.apply(rows)
 
@@ -91,7 +91,9 @@ class ContrastiveCollator:
         """Collate rows of `query`, `positive` and, in all or none, `negative`; `roles` gives the role of each text."""
         roles = [role for role in self.prompts if rows[0].get(role) is not None]
         if any((row.get(role) is not None) != (role in roles) for row in rows for role in self.prompts):
-            raise ValueError("Some rows have a hard negative and others have none; give it to all or to none.")
+            raise ValueError(
+                "Some rows have a hard negative and others have none. Use hard negatives in all rows or in none."
+            )
         if roles[:2] != ["query", "positive"]:
             raise ValueError(f"A row needs the texts 'query' and 'positive', got {', '.join(rows[0]) or 'nothing'}.")
         texts = [self.prompts[role] + row[role] for role in roles for row in rows]

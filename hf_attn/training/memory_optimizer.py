@@ -78,8 +78,8 @@ class TableOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.keys() != self.parts.keys():
             raise ValueError(
-                f"The state has the parts {', '.join(state_dict)}, this optimiser {', '.join(self.parts)}: was "
-                "sparse_gradients changed?"
+                f"The state has the parts {', '.join(state_dict)}, but this optimiser has {', '.join(self.parts)}. "
+                "Was sparse_gradients changed?"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])

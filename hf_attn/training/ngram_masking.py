@@ -41,18 +41,20 @@ class DataCollatorForNGramMasking:
 
     def __post_init__(self):
         if not 0 < self.mlm_probability < 1:
-            raise ValueError(f"mlm_probability lies between 0 and 1, got {self.mlm_probability}.")
+            raise ValueError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}.")
         if self.max_ngram < 1:
-            raise ValueError(f"max_ngram is 1 or more, got {self.max_ngram}.")
+            raise ValueError(f"max_ngram must be at least 1, got {self.max_ngram}.")
         if min(self.mask_replace_prob, self.random_replace_prob) < 0 or (
             self.mask_replace_prob + self.random_replace_prob > 1
         ):
-            raise ValueError("mask_replace_prob and random_replace_prob are shares whose sum is at most 1.")
+            raise ValueError(
+                "mask_replace_prob and random_replace_prob must not be negative, and their sum must be at most 1."
+            )
         for name in ("mask_token", "pad_token"):
             if getattr(self.tokenizer, name) is None:
                 raise ValueError(
-                    f"The tokenizer has no {name}. Give it one: tokenizer.add_special_tokens({{'{name}': '[{name[:-6].upper()}]'}}), "
-                    "and resize the embeddings of the model."
+                    f"The tokenizer has no {name}. Add one: tokenizer.add_special_tokens({{'{name}': "
+                    f"'[{name[:-6].upper()}]'}}), and resize the embeddings of the model."
                 )
         vocabulary = self.tokenizer.get_vocab()
         self._starts_word: set[int] | None = {
@@ -103,7 +105,7 @@ class DataCollatorForNGramMasking:
         """Positions of the tokens of each word; special tokens belong to none."""
         if word_ids is None and self._starts_word is None:
             raise ValueError(
-                "The tokens of this tokenizer do not show where words start. Give the features `word_ids` "
+                "The tokens of this tokenizer do not show where words start. Add `word_ids` to the features "
                 "(`tokenizer(...).word_ids()`), or use DataCollatorForLanguageModeling."
             )
         special = set(self.tokenizer.all_special_ids)

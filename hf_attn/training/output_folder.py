@@ -71,8 +71,8 @@ def claim_output_folder(
                 else ""
             )
             raise OutputFolderError(
-                f"{folder} is not empty and holds no run of hf_attn, so nothing is written into it or taken out of it. "
-                f"Choose another folder{'' if continues else last}."
+                f"{folder} is not empty and contains no run of hf_attn, so it is left unchanged. Choose another "
+                f"folder{'' if continues else last}."
             )
         if not overwrite:
             if continues:
@@ -80,8 +80,8 @@ def claim_output_folder(
             elif not resume:
                 last = " `--resume_from_checkpoint last` continues it," if any(folder.glob(checkpoints)) else ""
                 raise OutputFolderError(
-                    f"{folder} is not empty: it holds an earlier run.{last} `--overwrite_output_dir` starts a new run and keeps "
-                    "the earlier run beside it, and so does another folder."
+                    f"{folder} is not empty: it contains an earlier run.{last} `--overwrite_output_dir` starts a new "
+                    "run and keeps the earlier one under another name. Alternatively, choose another folder."
                 )
             return True
         _move_aside(folder, settings)
@@ -115,11 +115,13 @@ def output_folder(
             yield continued
         except KeyboardInterrupt:
             if options.get("continues", True):
-                advice = "The same command continues it where it was."
+                advice = "Run the same command to continue it."
             elif any(Path(folder).glob(options.get("checkpoints", CHECKPOINTS))):
-                advice = "The same command with `--resume_from_checkpoint last` continues from the last checkpoint."
+                advice = (
+                    "Run the same command with `--resume_from_checkpoint last` to continue from the last checkpoint."
+                )
             else:
-                advice = "There is no checkpoint yet: `--overwrite_output_dir` starts anew."
+                advice = "There is no checkpoint yet: `--overwrite_output_dir` starts a new run."
             print(f"\nInterrupted; the run is in {folder}. {advice}", file=sys.stderr)
             raise
         finally:
@@ -152,7 +154,7 @@ def locked(folder: str | Path) -> Iterator[Callable[[], None]]:
             file_lock.acquire(blocking=False)
         except Timeout:
             raise OutputFolderError(
-                f"another run is at work in {folder}. Wait until it has ended, or choose another folder."
+                f"another run is active in {folder}. Wait until it has finished, or choose another folder."
             ) from None
         locks.append(file_lock)
 
@@ -184,19 +186,20 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 def _check_same_run(folder: Path, earlier: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
     advice = "Choose another folder, or start a new run with `--overwrite_output_dir`, which renames the earlier one."
     if earlier["command"] != command:
-        raise OutputFolderError(f"{folder} holds a run of {earlier['command'] or 'something else'}. {advice}")
+        raise OutputFolderError(f"{folder} contains a run of {earlier['command'] or 'another command'}. {advice}")
     before = earlier["settings"]
     if before != settings:
         names = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
         changes = ", ".join(f"{name} ({before.get(name)!r} -> {settings.get(name)!r})" for name in names)
-        raise OutputFolderError(f"{folder} holds a run with other settings: {changes}. {advice}")
+        raise OutputFolderError(f"{folder} contains a run with other settings: {changes}. {advice}")
 
 
 def _move_aside(folder: Path, settings: dict[str, Any]) -> None:
     resolved = folder.resolve()
     if resolved in (Path.cwd(), *Path.cwd().parents):
         raise OutputFolderError(
-            f"{folder} is the current folder, which cannot be renamed. Change to another folder, or choose another output folder."
+            f"{folder} is the current folder, which cannot be renamed. Change the working directory, or choose "
+            "another output folder."
         )
     for name, value in settings.items():
         for path in value if isinstance(value, list) else [value]:
@@ -207,11 +210,12 @@ def _move_aside(folder: Path, settings: dict[str, Any]) -> None:
                 and Path(path).resolve().is_relative_to(resolved)
             ):
                 raise OutputFolderError(
-                    f"--{name} {path} is part of the run in {folder}, which would be moved aside. Choose another folder."
+                    f"--{name} {path} is part of the run in {folder}, which would be renamed. Choose another output "
+                    "folder."
                 )
     number = 1
     while (aside := resolved.with_name(f"{resolved.name}.earlier-{number}")).exists():
         number += 1
     os.rename(resolved, aside)
     (aside / LOCK).unlink(missing_ok=True)
-    print(f"The earlier run of {folder} is in {aside} now.")
+    print(f"The earlier run in {folder} was moved to {aside}.")

@@ -79,8 +79,8 @@ def find_embedding_norm(model: nn.Module) -> nn.Module:
     found = [module for name, module in model.named_modules() if f".{name}".endswith(".embeddings.LayerNorm")]
     if len(found) != 1:
         raise ValueError(
-            f"SiFT perturbs the input of `embeddings.LayerNorm`, and {type(model).__name__} has {len(found)} of them; it "
-            "serves DeBERTa, BERT and models with embeddings like theirs."
+            f"SiFT perturbs the input of `embeddings.LayerNorm`, but {type(model).__name__} has {len(found)} such "
+            "modules. It supports DeBERTa, BERT and models with the same kind of embeddings."
         )
     return found[0]
 
@@ -181,7 +181,7 @@ class SiFTTrainerMixin:
 
         SiFTTrainer(model, args, train_dataset=..., sift_lambda=5.0)
 
-    It serves sequence classification, regression (one label) and token classification, whose positions with label -100 are
+    It supports sequence classification, regression (one label) and token classification, whose positions with label -100 are
     left out. With `sift_lambda=0` training is the plain Trainer's. A step costs about three times that of the task alone.
 
     Args:
@@ -201,7 +201,7 @@ class SiFTTrainerMixin:
         **kwargs,
     ):
         if sift_inner_loss not in _INNER_LOSSES:
-            raise ValueError(f"sift_inner_loss is one of {', '.join(_INNER_LOSSES)}; got {sift_inner_loss!r}.")
+            raise ValueError(f"sift_inner_loss must be one of {', '.join(_INNER_LOSSES)}, got {sift_inner_loss!r}.")
         for name, value in {
             "sift_lambda": sift_lambda,
             "sift_learning_rate": sift_learning_rate,
@@ -236,11 +236,13 @@ class SiFTTrainerMixin:
             self._clean_outputs = outputs
             return loss, {"logits": rows(outputs["logits"])}
 
+        # DistributedDataParallel expects the gradients of what its last call uses, and only the clean pass uses all.
+        perturbed = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         features = {name: value for name, value in inputs.items() if name != "labels"}
         step = sift_loss(
             model,
             compute_clean_rows,
-            lambda: rows(model(**features)["logits"]),
+            lambda: rows(perturbed(**features)["logits"]),
             sift_lambda=self.sift_lambda,
             learning_rate=self.sift_learning_rate,
             sigma=self.sift_sigma,

@@ -9,7 +9,7 @@ from hf_attn.architectures.ranges import COUNT, SIZE, Range
 from hf_attn.architectures.staged_vision.configuration import StagedVisionConfig
 
 
-#: heads of full attention, whatever the width
+#: heads of full attention, for any width
 NUM_FULL_ATTENTION_HEADS = 8
 
 _STL = {
@@ -135,7 +135,7 @@ class BiFormerConfig(StagedVisionConfig):
             name = "kv_per_wins" if self.kv_pool.startswith("ada") else "kv_downsample_ratios"
             value = getattr(self, name)
             if value is None or len(value) != len(self.depths):
-                raise ValueError(f"{name} must have an entry for each of the {len(self.depths)} stages, got {value}.")
+                raise ValueError(f"{name} must have one entry per stage ({len(self.depths)}), got {value}.")
         for stage, topk in enumerate(self.topks, start=1):
             self._validate_stage(f"stage {stage}", topk, self.n_win[stage - 1])
             width, qk_dim = self.hidden_sizes[stage - 1], self.qk_dims[stage - 1]
@@ -143,8 +143,8 @@ class BiFormerConfig(StagedVisionConfig):
                 heads = qk_dim // self.head_dim
                 if heads == 0 or qk_dim % heads or width % heads:
                     raise ValueError(
-                        f"stage {stage}: qk_dims={qk_dim} with head_dim={self.head_dim} makes {heads} heads, which must "
-                        f"divide qk_dims and hidden_sizes={width}."
+                        f"stage {stage}: qk_dims={qk_dim} with head_dim={self.head_dim} results in {heads} heads, "
+                        f"which must divide qk_dims and hidden_sizes={width}."
                     )
             elif topk < 0 and width % NUM_FULL_ATTENTION_HEADS:
                 raise ValueError(
@@ -171,7 +171,7 @@ class BiFormerConfig(StagedVisionConfig):
         if self.param_routing and not self.diff_routing:
             raise ValueError("param_routing needs diff_routing: without it its weights would never be trained.")
         if self.layout == "stl_nchw" and (self.kv_pool or self.soft_routing):
-            raise ValueError("The layout 'stl_nchw' has neither kv_pool nor soft_routing.")
+            raise ValueError("The layout 'stl_nchw' supports neither kv_pool nor soft_routing.")
 
 
 __all__ = ["BiFormerConfig"]

@@ -48,7 +48,7 @@ _MODEL = Renaming(
 _LINEAR = ("qkv", "proj", "fc1", "fc2")
 #: the projection to queries, keys and values of an attention module by itself
 _ATTENTION = ("qkv.qkv.weight", "qkv_linear.weight", "qkv.weight")
-#: constructor arguments that would change the function -> the value that is served
+#: constructor arguments that would change the function -> the supported value
 _REFUSED = {
     "qk_scale": (None,),
     "pe": (None,),
@@ -125,7 +125,7 @@ def _convert_attention(official: StateDict, config: OfficialArguments) -> Conver
 def _refuse(config: dict) -> None:
     for name, served in _REFUSED.items():
         if config.get(name, served[0]) not in served:
-            raise ConversionError(f"{name}={config[name]!r} is not served; only {served[0]!r} is.")
+            raise ConversionError(f"{name}={config[name]!r} is not supported; only {served[0]!r} is.")
 
 
 def _flatten_linear(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,7 +143,7 @@ def _layout(official: StateDict) -> str:
 
 def _config(official: StateDict, config: dict) -> BiFormerConfig:
     if "downsample_layers.0.0.weight" not in official:
-        raise ConversionError("This is no checkpoint of BiFormer: it has no downsample_layers.0.0.weight.")
+        raise ConversionError("This is not a checkpoint of BiFormer: it has no downsample_layers.0.0.weight.")
     layout = _layout(official)
     num_labels = official["head.weight"].shape[0] if "head.weight" in official else 0
     labels = published_labels(num_labels)

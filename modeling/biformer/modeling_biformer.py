@@ -186,8 +186,8 @@ class BiFormerRoutingAttention(BiFormerAttention):
                 )
         elif height % self.n_win or width % self.n_win:
             raise ValueError(
-                f"A feature map of {height}x{width} cannot be cut into n_win={self.n_win} regions along each side. Use an "
-                "image size that can, or build the model with auto_pad=True."
+                f"A feature map of {height}x{width} cannot be divided into n_win={self.n_win} regions along each "
+                "side. Use another image size, or build the model with auto_pad=True."
             )
         return height // self.n_win, width // self.n_win
 
@@ -202,8 +202,8 @@ class BiFormerRoutingAttention(BiFormerAttention):
             return to_regions(hidden_states, region_size).mean(dim=1).unflatten(0, (-1, self.n_win**2))
         refuse_free_size_in_export(
             region_size,
-            "In the layout 'stl_nchw' regions are means over windows whose size follows the image, and an exported pooling has "
-            "a constant window.",
+            "In the layout 'stl_nchw', the pooling windows depend on the image size, but an exported pooling has "
+            "constant windows.",
         )
         means = nn.functional.avg_pool2d(
             hidden_states.permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False

@@ -32,9 +32,9 @@ class CombinerCacheLayer(CacheLayerMixin):
         """
         if int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens, and Combiner needs their queries "
-                "too: a cache that was filled by another model, or with a learned prefix (prefix tuning), cannot be "
-                "continued here."
+                f"The cache contains keys and values of {int(layer.get_seq_length())} tokens, but Combiner also needs "
+                "their queries: a cache that was filled by another model or with a learned prefix (prefix tuning) "
+                "cannot be used here."
             )
         return cls()
 
@@ -74,7 +74,7 @@ class CombinerCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove and self.state.seen_tokens:
             raise ValueError(
-                "The summaries of a Combiner cache cannot remove single tokens, which assisted decoding needs: decode "
+                "The summaries of a Combiner cache cannot remove single tokens, as assisted decoding requires: decode "
                 "without an assistant."
             )
 

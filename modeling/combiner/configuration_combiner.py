@@ -145,7 +145,7 @@ class CombinerEncoderConfig(CombinerConfig):
                 "'vertical' or 'horizontal'."
             )
         if self.own_segment_summary and self.combiner_kind == "vertical":
-            raise ValueError("own_segment_summary is about segments; the summaries of 'vertical' are of columns.")
+            raise ValueError("own_segment_summary needs summaries of segments, but 'vertical' summarises columns.")
 
 
 __all__ = ["CombinerConfig", "CombinerEncoderConfig"]

@@ -90,7 +90,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
 def _kind(config: OfficialArguments, default: str | None = None) -> str:
     name = config.get("kind", config.get("model", default))
     if name not in KINDS:
-        raise ConversionError(f"There is no plan {name!r} here; known are {', '.join(KINDS)}.")
+        raise ConversionError(f"There is no plan {name!r}. Available: {', '.join(KINDS)}.")
     return KINDS[name]
 
 
@@ -99,7 +99,7 @@ def _attention_arguments(official: StateDict, prefix: str, kind: str, config: Of
     config.agree(emb_dim=hidden_size, num_heads=heads, qkv_dim=heads * head_dim, head_dim=head_dim)
     max_len, segment_length = config["max_len"], config.get("max_seg_len")
     if kind != "logsparse" and segment_length is None:
-        raise ConversionError(f"{kind} needs max_seg_len, the tokens of a segment.")
+        raise ConversionError(f"{kind} needs max_seg_len, the segment length in tokens.")
     return {
         "hidden_size": hidden_size,
         "num_attention_heads": heads,
@@ -129,7 +129,7 @@ def _language_model(official: StateDict, config: OfficialArguments) -> Converted
     found = {part for name in official if (part := name.split("/")[-3 if name.count("/") >= 3 else 0]) in MODULES}
     if len(found) != 1:
         raise ConversionError(
-            f"All layers must have one kind of attention module out of {', '.join(MODULES)}; found "
+            f"All layers must have the same kind of attention module, one of {', '.join(MODULES)}; found "
             f"{', '.join(sorted(found)) or 'none'}."
         )
     module = found.pop()

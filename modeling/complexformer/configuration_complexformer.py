@@ -54,7 +54,7 @@ class ComplexFormerConfig(DecoderConfig):
         """Part of the validation that `@strict` runs."""
         if self.head_dim % 2:
             raise ValueError(
-                f"Channels become complex numbers in pairs, so head_dim must be even; got {self.head_dim} (hidden_size "
+                f"Pairs of channels form complex numbers, so head_dim must be even, got {self.head_dim} (hidden_size "
                 f"{self.hidden_size}, {self.num_attention_heads} heads)."
             )
 
@@ -62,8 +62,8 @@ class ComplexFormerConfig(DecoderConfig):
         """Part of the validation that `@strict` runs."""
         if self.frequency_rounding is not None and self.rope_parameters.get("rope_type", "default") != "default":
             raise ValueError(
-                f"frequency_rounding={self.frequency_rounding!r} is for plain rotary frequencies; rope_parameters asks for "
-                f"{self.rope_parameters['rope_type']!r}."
+                f"frequency_rounding={self.frequency_rounding!r} is for default rotary frequencies, but "
+                f"rope_parameters has rope_type {self.rope_parameters['rope_type']!r}."
             )
 
 

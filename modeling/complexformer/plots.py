@@ -15,7 +15,7 @@ def plot_head_angles(model: ComplexFormerPreTrainedModel) -> "Figure":
     """Draw `delta` and `bias` of every layer, a row for each head and a column for each frequency, the highest first.
 
     Args:
-        model: any model of the family. 1 and 0 are rotary attention, and white in the picture.
+        model: any model of the family. 1 and 0 are rotary attention, and white in the plot.
 
     Raises:
         ValueError: if the model has no such layer.
@@ -23,7 +23,7 @@ def plot_head_angles(model: ComplexFormerPreTrainedModel) -> "Figure":
     layers = [module for module in model.modules() if isinstance(module, ComplexFormerAttention)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no complex attention; plot_head_angles draws ComplexFormer models."
+            f"{type(model).__name__} has no complex attention: plot_head_angles needs a ComplexFormer model."
         )
     figure = new_figure(9, 0.8 + 1.6 * len(layers))
     grid = figure.subplots(len(layers), 2, squeeze=False)

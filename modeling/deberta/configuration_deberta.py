@@ -107,7 +107,7 @@ class DebertaEMDConfig(HubConfigMixin, VariantsMixin, DebertaV2Config):
         super().__post_init__(**kwargs)
         unknown = sorted(set(self.pos_att_type or ()) - {"c2p", "p2c"})
         if unknown:
-            raise ValueError(f"pos_att_type holds {', '.join(unknown)}; the terms are c2p and p2c.")
+            raise ValueError(f"pos_att_type has the unknown terms {', '.join(unknown)}; available: c2p and p2c.")
 
 
 __all__ = ["DebertaEMDConfig"]

@@ -92,8 +92,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     """
     if any(name.startswith("mask_predictions.") for name in official):
         raise ConversionError(
-            "This is a discriminator of DeBERTa v3 (mask_predictions), which was trained to find replaced tokens and cannot "
-            "fill masks. Its masked language model is in the file `pytorch_model.generator.bin` beside it."
+            "This is a discriminator of DeBERTa v3 (mask_predictions), which was trained to detect replaced tokens "
+            "and cannot fill masks. The masked language model is in the file `pytorch_model.generator.bin` of the "
+            "same repository."
         )
     fused = any(name.endswith("self.in_proj.weight") for name in official)
     arguments = _arguments(official, config)
@@ -106,8 +107,8 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
         )
     if _POSITIONS not in official:
         raise ConversionError(
-            f"The checkpoint has no {_POSITIONS}, which the mask decoder adds. transformers drops it when it saves a model: "
-            "convert the original file."
+            f"The checkpoint has no {_POSITIONS}, which the mask decoder adds. transformers drops it when saving a "
+            "model: convert the original file."
         )
     if fused:
         state = _split_projections(official, arguments["num_attention_heads"])
@@ -123,13 +124,15 @@ def _arguments(official: StateDict, config: OfficialArguments) -> dict:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if config.get("attention_head_size", width // heads) * heads != width:
         raise ConversionError(
-            f"attention_head_size {config['attention_head_size']} times {heads} heads is not hidden_size {width}: not supported."
+            f"attention_head_size {config['attention_head_size']} times {heads} heads must equal hidden_size {width}."
         )
     arguments["pad_token_id"] = config.get("padding_idx", config.get("pad_token_id", 0))
     # Not from num_hidden_layers: the generator of v3 has half the layers of the configuration beside it, the discriminator's.
     layers = {int(match[1]) for name in official if (match := re.match(r"deberta\.encoder\.layer\.(\d+)\.", name))}
     if not layers:
-        raise ConversionError("The checkpoint has no layers under deberta.encoder.layer: it is no DeBERTa.")
+        raise ConversionError(
+            "The checkpoint has no layers under deberta.encoder.layer, so it is not a DeBERTa model."
+        )
     arguments["num_hidden_layers"] = max(layers) + 1
     arguments["norm_rel_ebd"] = "layer_norm" if "layer_norm" in arguments["norm_rel_ebd"] else "none"
     return arguments

@@ -37,7 +37,7 @@ class DebertaEMDSelfAttention(FastDebertaV2SelfAttention):
     def implementation(self) -> str:
         name = self.config._attn_implementation
         if name not in _IMPLEMENTATIONS:
-            raise ValueError(f"attn_implementation is one of {', '.join(_IMPLEMENTATIONS)}; got {name!r}.")
+            raise ValueError(f"attn_implementation must be one of {', '.join(_IMPLEMENTATIONS)}, got {name!r}.")
         return _IMPLEMENTATIONS[name]
 
 
@@ -141,15 +141,15 @@ class DebertaEMDModel(DebertaEMDPreTrainedModel, DebertaV2Model):
             num_layers: how many layers to run; all if not given.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
+            raise ValueError("Pass either input_ids or inputs_embeds.")
         given = input_ids if input_ids is not None else inputs_embeds
         if given.shape[1] == 0:
-            raise ValueError("The texts of this batch have length 0; a text needs one token at least.")
+            raise ValueError("The texts of this batch have length 0; every text needs at least one token.")
         if input_ids is not None and len(input_ids):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         limit = self.config.max_position_embeddings
         if self.config.position_biased_input and given.shape[1] > limit:
-            raise ValueError(f"A text has {given.shape[1]} tokens, and there are {limit} positions. Truncate it.")
+            raise ValueError(f"A text has {given.shape[1]} tokens, but there are only {limit} positions. Truncate it.")
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.long)
         embeddings = self.embeddings(
@@ -221,8 +221,9 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
         super().__init__(config)
         if not config.position_biased_input and config.embedding_size != config.hidden_size:
             raise ValueError(
-                f"The enhanced mask decoder adds position embeddings to states: embedding_size ({config.embedding_size}) has "
-                f"to be hidden_size ({config.hidden_size}) unless position_biased_input."
+                "The enhanced mask decoder adds position embeddings to hidden states: embedding_size "
+                f"({config.embedding_size}) must equal hidden_size ({config.hidden_size}) unless "
+                "position_biased_input is set."
             )
         self.deberta = DebertaEMDModel(config)
         if not config.position_biased_input:
@@ -275,7 +276,7 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
             kwargs: `num_items_in_batch` of Trainer.
 
         Raises:
-            ValueError: if a text is longer than the table of absolute positions, or a label is no token.
+            ValueError: if a text is longer than the table of absolute positions, or a label is not a token.
         """
         if labels is not None and masked_positions is None:
             masked_positions = labels != -100
@@ -333,8 +334,8 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
         length, limit = hidden_states.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise ValueError(
-                f"A text has {length} tokens, and the mask decoder has {limit} positions (max_position_embeddings). "
-                "Truncate it."
+                f"A text has {length} tokens, but the mask decoder has only {limit} positions "
+                "(max_position_embeddings). Truncate it."
             )
         encoder = self.deberta.encoder
         layer, table = encoder.layer[-1], encoder.get_rel_embedding()
@@ -368,8 +369,8 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
         wrong = targets[(targets < 0) | (targets >= self.config.vocab_size)]
         if len(wrong):
             raise ValueError(
-                f"Label {int(wrong[0])} is no token: labels are 0 to {self.config.vocab_size - 1}, and -100 where nothing is "
-                "to be predicted."
+                f"Label {int(wrong[0])} is not a token: labels must be between 0 and {self.config.vocab_size - 1}, or "
+                "-100 for positions without prediction."
             )
         return self.loss_function(logits=logits, labels=targets, vocab_size=self.config.vocab_size, **kwargs)
 

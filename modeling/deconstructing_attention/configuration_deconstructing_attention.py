@@ -146,8 +146,8 @@ class DeconstructedConfig(DecoderConfig):
         self.layer_kinds = [_ALIASES.get(kind, kind) for kind in self.layer_kinds]
         if self.placement is not None and self.layer_kinds != placed:
             raise ValueError(
-                f"layer_kinds={self.layer_kinds} is not what placement={self.placement!r} with "
-                f"simple_kind={self.simple_kind!r} means; give one of layer_kinds and placement."
+                f"layer_kinds={self.layer_kinds} contradicts placement={self.placement!r} with "
+                f"simple_kind={self.simple_kind!r}; pass either layer_kinds or placement."
             )
         super().__post_init__(**kwargs)
 
@@ -161,22 +161,23 @@ class DeconstructedConfig(DecoderConfig):
         unknown = sorted(set(self.layer_kinds) - set(LAYER_KINDS))
         if unknown:
             raise ValueError(
-                f"layer_kinds has {', '.join(map(repr, unknown))}; a layer is one of {', '.join(LAYER_KINDS)}."
+                f"layer_kinds has the unknown kinds {', '.join(map(repr, unknown))}; available: "
+                f"{', '.join(LAYER_KINDS)}."
             )
         if len(self.layer_kinds) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_kinds must name a kind for each of the {self.num_hidden_layers} layers, got "
+                f"layer_kinds must have one entry per layer ({self.num_hidden_layers}), got "
                 f"{len(self.layer_kinds)}: {self.layer_kinds}."
             )
         if self.static_kinds and self.attention_dropout:
             raise ValueError(
-                f"attention_dropout must be 0 with {', '.join(self.static_kinds)}, got {self.attention_dropout}: the maps "
-                "must not depend on chance."
+                f"attention_dropout must be 0 with {', '.join(self.static_kinds)}, got {self.attention_dropout}, "
+                "because the maps must be deterministic."
             )
         if "sliding_attention" in self.layer_types:
             raise ValueError(
-                f"The mixers attend to everything: all layer_types must be 'full_attention', got {self.layer_types} with "
-                f"sliding_window={self.sliding_window}."
+                "The mixers do not support sliding windows: all layer_types must be 'full_attention', got "
+                f"{self.layer_types} with sliding_window={self.sliding_window}."
             )
 
 

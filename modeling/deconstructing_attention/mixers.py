@@ -51,8 +51,9 @@ class _RecurrentMixer(DecoderAttention):
         states = cache.layers[self.layer_idx].states
         if states and set(states) != set(self.state_names):
             raise ValueError(
-                f"Layer {self.layer_idx} of the cache holds {', '.join(sorted(states))}, the state of another mixer, and "
-                f"{type(self).__name__} keeps {', '.join(self.state_names)}. Start with a cache of this model, or without one."
+                f"Layer {self.layer_idx} of the cache contains {', '.join(sorted(states))}, the state of another "
+                f"mixer, but {type(self).__name__} needs {', '.join(self.state_names)}. Use a cache of this model, or "
+                "none."
             )
         return states
 

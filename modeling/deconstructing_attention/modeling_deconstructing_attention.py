@@ -148,8 +148,9 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
         ids = self.static_input.ids
         if input_ids.shape != ids.shape or input_ids.min() < 0 or input_ids.max() >= self.config.vocab_size:
             raise ValueError(
-                f"The constant text must be {len(ids)} ids (static_length) below {self.config.vocab_size}, got shape "
-                f"{tuple(input_ids.shape)} with values from {int(input_ids.min())} to {int(input_ids.max())}."
+                f"The constant sequence must be {len(ids)} token ids (static_length) below {self.config.vocab_size}, "
+                f"got shape {tuple(input_ids.shape)} with values from {int(input_ids.min())} to "
+                f"{int(input_ids.max())}."
             )
         ids.copy_(input_ids)
 
@@ -200,8 +201,8 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
             expected = counted if key_positions is None else key_positions[:, -length:]
             if (position_ids != expected).any():
                 raise ValueError(
-                    "position_ids must be counted, without padding, in the continuation of a cache of a model with "
-                    f"{', '.join(self.config.static_kinds)}: expected {expected.tolist()}, got {position_ids.tolist()}."
+                    f"With {', '.join(self.config.static_kinds)}, position_ids must continue those of the cache, "
+                    f"counted without padding: expected {expected.tolist()}, got {position_ids.tolist()}."
                 )
         is_counted = not _is_padded(attention_mask) and bool((position_ids == counted).all())
         masks["key_positions"] = None if is_counted else key_positions
@@ -250,7 +251,7 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
         needed, limit = int(position_ids.max()) + 1, self.config.static_length
         if needed > limit:
             raise ValueError(
-                f"The input has {needed} positions, and the maps of {', '.join(self.config.static_kinds)} end at "
+                f"The input has {needed} positions, but the maps of {', '.join(self.config.static_kinds)} cover only "
                 f"static_length={limit}: shorten the input."
             )
         length = needed
@@ -333,7 +334,7 @@ class DeconstructedForCausalLM(FromLlamaMixin, DeconstructedPreTrainedModel, Dec
         """
         kept = [index for index, kind in enumerate(self.config.layer_kinds) if kind == "standard"]
         if not kept:
-            raise ValueError(f"Nothing would be left: layer_kinds is {self.config.layer_kinds}.")
+            raise ValueError(f"No layer would be left: layer_kinds is {self.config.layer_kinds}.")
         config = type(self.config).from_dict(
             {
                 **self.config.to_dict(),

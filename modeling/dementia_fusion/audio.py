@@ -29,8 +29,8 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
     rate = rate if rate is not None else own_rate
     if rate is None:
         raise ValueError(
-            f"An array does not say its sampling rate. Give sampling_rate; the features are made at {sampling_rate} Hz, to which "
-            "other rates are resampled."
+            "The sampling rate of an array is unknown. Pass sampling_rate; other rates are resampled to the "
+            f"{sampling_rate} Hz of the features."
         )
     if not isinstance(rate, Real) or rate < 1 or rate != int(rate):
         raise ValueError(f"The sampling rate must be a whole number of Hz, at least 1, got {rate!r}.")
@@ -38,7 +38,7 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
     if not len(samples):
         raise ValueError("The recording is empty.")
     if not np.isfinite(samples).all():
-        raise ValueError("The recording holds NaN or infinity.")
+        raise ValueError("The recording contains NaN or infinity.")
     if samples.max() == samples.min():
         raise ValueError("The recording is silent: all its samples are the same.")
     if rate != sampling_rate:
@@ -62,13 +62,14 @@ def _decode(audio: Any) -> tuple[np.ndarray, int | None]:
         samples = audio.get("array", audio.get("raw"))
         if samples is not None:
             if audio.get("sampling_rate") is None:
-                raise ValueError("A dictionary with an array also needs its sampling_rate.")
+                raise ValueError("A dictionary with an array also needs a sampling_rate.")
             return _as_float(samples), audio["sampling_rate"]
         for name in ("bytes", "path"):
             if audio.get(name) is not None:
                 return _read_file(audio[name])
         raise ValueError(
-            f"A recording is a dictionary with array and sampling_rate, path or bytes, got {', '.join(map(str, audio))}."
+            "A recording must be a dictionary with array and sampling_rate, with path, or with bytes, got "
+            f"{', '.join(map(str, audio))}."
         )
     if isinstance(audio, str | Path | bytes):
         return _read_file(audio)
@@ -95,20 +96,20 @@ def _read_file(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     try:
         samples, rate = soundfile.read(BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise ValueError(f"{name} is no audio that can be read: {error}") from error
+        raise ValueError(f"{name} cannot be read as audio: {error}") from error
     return samples.T, rate
 
 
 def _one_channel(samples: np.ndarray, mix_channels: bool) -> np.ndarray:
     if samples.ndim not in (1, 2):
-        raise ValueError(f"A recording must be (samples,) or (channels, samples), got {samples.shape}.")
+        raise ValueError(f"A recording must have the shape (samples,) or (channels, samples), got {samples.shape}.")
     if samples.ndim == 1:
         return samples
     if samples.shape[0] > samples.shape[1]:
-        raise ValueError(f"A recording with channels must be (channels, samples), got {samples.shape}.")
+        raise ValueError(f"A recording with channels must have the shape (channels, samples), got {samples.shape}.")
     if samples.shape[0] > 1 and not mix_channels:
         raise ValueError(
-            f"The recording has {samples.shape[0]} channels, perhaps a speaker each. Pass the one to classify, or set "
-            "mix_channels=True for their mean."
+            f"The recording has {samples.shape[0]} channels, possibly one per speaker. Pass the channel to classify, "
+            "or set mix_channels=True for the mean of all."
         )
     return samples.mean(0)

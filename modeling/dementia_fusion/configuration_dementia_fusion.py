@@ -126,8 +126,8 @@ class DementiaFusionConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         widths = [getattr(config, "hidden_size", None) for config in (self.text_config, self.vision_config)]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"Both encoders must have the same hidden_size, because their states are compared by transport; they have {widths[0]} "
-                f"(text) and {widths[1]} (vision)."
+                "Both encoders must have the same hidden_size, because optimal transport compares their hidden "
+                f"states; got {widths[0]} (text) and {widths[1]} (vision)."
             )
         if widths[0] is not None and widths[0] % self.num_attention_heads:
             raise ValueError(

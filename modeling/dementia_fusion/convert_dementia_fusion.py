@@ -68,7 +68,7 @@ def _attention_fields(official: StateDict, config: OfficialArguments, prefix: st
         states = official[f"{prefix}context_query.weight"].shape[1] // hidden_size
         context = str(config.get("context", "global")).replace("_", "-")
         if context not in CHOICES["context"]:
-            raise ConversionError(f"context={context!r} is not known; there are {', '.join(CHOICES['context'])}.")
+            raise ConversionError(f"context must be one of {', '.join(CHOICES['context'])}, got {context!r}.")
         fields["context"] = context
         if context == "global":
             config.leave("num_states")

@@ -59,7 +59,7 @@ def read_table(path: str | Path) -> tuple[list[Recording], list[str]]:
     first = ("control", "cc", "hc", "0")
     classes = sorted({row["label"] for row in rows}, key=lambda name: (name.lower() not in first, name))
     if len(classes) < 2:
-        raise ValueError(f"{path.name} has one class only: {', '.join(classes)}.")
+        raise ValueError(f"{path.name} has only one class: {', '.join(classes)}.")
     recordings = []
     for number, row in enumerate(rows, start=2):
         empty = [name for name in ("audio", "label", "speaker") if not row[name]]
@@ -78,7 +78,7 @@ def read_table(path: str | Path) -> tuple[list[Recording], list[str]]:
 
 def _read_transcript(folder: Path, name: str | None) -> str:
     if not name:
-        raise ValueError("there is neither text nor transcript.")
+        raise ValueError("there is neither a text nor a transcript.")
     file = folder / name
     if not file.is_file():
         raise ValueError(f"there is no file {name}.")
@@ -104,7 +104,8 @@ def split_by_speaker(
         speakers = generator.permutation(sorted(speaker for speaker, own in classes.items() if own == label))
         if len(speakers) < len(shares):
             raise ValueError(
-                f"Class {label} has {len(speakers)} speakers, too few for {len(shares)} parts that share none."
+                f"Class {label} has {len(speakers)} speakers, which are too few for {len(shares)} splits without "
+                "common speakers."
             )
         # Each part gets a speaker at least.
         steps = np.arange(1, len(shares) + 1)

@@ -95,7 +95,7 @@ def deltas(levels: np.ndarray, width: int = 9, mode: str = "interp") -> np.ndarr
 
     if mode == "interp" and levels.shape[-1] < width:
         raise ValueError(
-            f"The recording is too short: it has {levels.shape[-1]} frames, and a derivative over time needs {width}."
+            f"The recording is too short: it has {levels.shape[-1]} frames, but a derivative over time needs {width}."
         )
     derivatives = [savgol_filter(levels, width, polyorder=k, deriv=k, mode=mode, axis=-1) for k in (1, 2)]
     return np.stack([levels, *derivatives])

@@ -117,8 +117,8 @@ class ContextAttention(ModalityAttention):
         wanted = self.context_query_proj.in_features // states[-1].shape[-1] + (kind == "deep")
         if len(states) != wanted:
             raise ValueError(
-                f"The {kind} context is made of the states of {wanted} layers, got {len(states)}: the embeddings and those of "
-                "every layer."
+                f"The {kind} context needs {wanted} hidden states (the embeddings and the output of every layer), got "
+                f"{len(states)}."
             )
         if kind == "deep":
             return torch.cat(list(states[:-1]), dim=-1)

@@ -93,7 +93,7 @@ class DementiaFusionPreTrainedModel(HubModelMixin, PreTrainedModel):
         """Save the model; see transformers' `PreTrainedModel.save_pretrained`.
 
         The encoders' tensors keep the names that they have in the model. transformers would write those of DeiT and others under older
-        names, and `Trainer`, which loads checkpoints into a model that is there, does not translate them back.
+        names, and `Trainer`, which loads checkpoints into an existing model, does not translate them back.
         """
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
@@ -167,19 +167,19 @@ class DementiaFusionModel(DementiaFusionPreTrainedModel):
 
     def _check_inputs(self, input_ids, inputs_embeds, pixel_values) -> None:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the transcript either as input_ids or as inputs_embeds.")
+            raise ValueError("Pass the transcript either as input_ids or as inputs_embeds.")
         if pixel_values is None:
-            raise ValueError("pixel_values, the spectrograms, are missing; SpeechImageFeatureExtractor makes them.")
+            raise ValueError("pixel_values (spectrograms) are missing; compute them with SpeechImageFeatureExtractor.")
         text = input_ids if input_ids is not None else inputs_embeds
         if len(text) == 0:
             raise ValueError("The batch is empty.")
         if len(text) != len(pixel_values):
-            raise ValueError(f"There are {len(text)} transcripts and {len(pixel_values)} spectrograms.")
+            raise ValueError(f"Got {len(text)} transcripts but {len(pixel_values)} spectrograms.")
         longest = getattr(self.config.text_config, "max_position_embeddings", None)
         if longest is not None and text.shape[1] > longest:
             raise ValueError(
-                f"The transcript has {text.shape[1]} tokens, and the text encoder reads {longest} at most; truncate it "
-                "(truncation=True)."
+                f"The transcript has {text.shape[1]} tokens, but the text encoder supports at most {longest}; "
+                "truncate it (truncation=True)."
             )
 
 
@@ -192,7 +192,7 @@ class DementiaFusionForClassification(DementiaFusionPreTrainedModel):
         vision_model: the same for spectrograms.
     """
 
-    # The loss is a mean over the batch, whatever the number of items.
+    # The loss is a mean over the batch, independent of the number of items.
     accepts_loss_kwargs = False
 
     def __init__(
@@ -202,7 +202,7 @@ class DementiaFusionForClassification(DementiaFusionPreTrainedModel):
         vision_model: PreTrainedModel | None = None,
     ):
         if config.num_labels < 2:
-            raise ValueError(f"A classifier needs two classes or more, got num_labels={config.num_labels}.")
+            raise ValueError(f"A classifier needs at least two classes, got num_labels={config.num_labels}.")
         super().__init__(config)
         self.dementia_fusion = DementiaFusionModel(config, text_model, vision_model)
         self.head = StreamClassifier(config)

@@ -101,7 +101,8 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         """
         if return_tensors != "pt":
             raise ValueError(
-                f"SpeechImageFeatureExtractor makes PyTorch tensors (return_tensors='pt'), got {return_tensors!r}."
+                "SpeechImageFeatureExtractor returns only PyTorch tensors (return_tensors='pt'), got "
+                f"{return_tensors!r}."
             )
         recordings = raw_speech if is_batch(raw_speech) else [raw_speech]
         if not len(recordings):
@@ -204,7 +205,7 @@ class DementiaFusionProcessor(ProcessorMixin):
                 longer than the tokenizer allows without `truncation`.
         """
         if audio is None and text is None:
-            raise ValueError("Give audio, text or both.")
+            raise ValueError("Pass audio, text or both.")
         inputs = {}
         if text is not None:
             texts = list(text) if isinstance(text, list | tuple) else [text]
@@ -216,12 +217,13 @@ class DementiaFusionProcessor(ProcessorMixin):
                 raise ValueError(f"Empty transcripts: {', '.join(map(str, empty)) if texts else 'all'}.")
             number = len(audio) if is_batch(audio) else 1
             if audio is not None and number != len(texts):
-                raise ValueError(f"There are {number} recordings and {len(texts)} transcripts.")
+                raise ValueError(f"Got {number} recordings but {len(texts)} transcripts.")
             inputs |= self.tokenizer(texts, return_tensors=return_tensors, padding=padding, **text_kwargs)
             length, longest = inputs["input_ids"].shape[1], self.tokenizer.model_max_length
             if length > longest:
                 raise ValueError(
-                    f"A transcript has {length} tokens, and the text encoder reads {longest}. truncation=True cuts its end off."
+                    f"A transcript has {length} tokens, but the text encoder supports at most {longest}. Pass "
+                    "truncation=True to truncate it."
                 )
         if audio is not None:
             inputs |= self.feature_extractor(audio, sampling_rate=sampling_rate, return_tensors=return_tensors)

@@ -42,7 +42,7 @@ def read_chat(content: str, speaker: str = "PAR") -> str:
     lines = re.sub(r"\r?\n[\t ]+", " ", content).splitlines()
     tiers = [match.groups() for line in lines if (match := re.match(r"\*(\w+):\s*(.*)", line))]
     utterances = [cleaned for who, said in tiers if who == speaker and (cleaned := clean_chat(said))]
-    # Punctuation alone is no speech.
+    # Punctuation alone is not speech.
     if not re.search(r"\w", " ".join(utterances)):
         speakers = ", ".join(sorted({who for who, _ in tiers})) or "nobody"
         raise ValueError(f"{speaker} has no words in this transcript. Its speakers: {speakers}.")

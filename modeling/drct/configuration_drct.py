@@ -15,8 +15,8 @@ class DRCTConfig(ImageRestorationConfig):
     r"""Configuration of a [`DRCTForImageSuperResolution`]; the defaults are DRCT x4.
 
     The fields of the shell (`embed_dim`, `num_heads`, `window_size`, `upscale`...) are those of
-    [`~hf_attn.architectures.restoration.configuration.ImageRestorationConfig`]. A group has five blocks whatever its entry in `depths`,
-    which only shapes the schedule of the stochastic depth.
+    [`~hf_attn.architectures.restoration.configuration.ImageRestorationConfig`]. A group has five blocks, independent of its
+    entry in `depths`, which only shapes the schedule of the stochastic depth.
 
     Args:
         growth_channels (`int`): width that each of the first four blocks of a group adds to the next.
@@ -59,9 +59,10 @@ class DRCTConfig(ImageRestorationConfig):
                 continue
             works = [heads for heads in range(1, self.embed_dim + 1) if self._heads_divide(heads)]
             raise ValueError(
-                f"The blocks of group {group} would have the widths {[dim for dim, _ in pairs]} and the numbers of heads "
-                f"{[heads for _, heads in pairs]} (num_heads - width % num_heads), which do not divide. With embed_dim="
-                f"{self.embed_dim} and growth_channels={self.growth_channels} num_heads can be {works}, not {num_heads}."
+                f"The blocks of group {group} would have the widths {[dim for dim, _ in pairs]} and the numbers of "
+                f"heads {[heads for _, heads in pairs]} (num_heads - width % num_heads). Each width must be a "
+                f"multiple of its number of heads. With embed_dim={self.embed_dim} and "
+                f"growth_channels={self.growth_channels} num_heads can be {works}, not {num_heads}."
             )
 
     def _heads_divide(self, num_heads: int) -> bool:

@@ -83,7 +83,7 @@ def _check_map(call: EchoCall) -> Refusal | None:
     if not call.is_source:
         return Refusal("no other layer shares its map")
     if queries > 1 and not (call.module.training and queries * keys <= MAX_SHARED_MAP):
-        return Refusal(f"a map of {queries} queries and {keys} keys costs more than it saves")
+        return Refusal(f"a map of {queries} queries and {keys} keys costs more memory than it saves")
     return None
 
 

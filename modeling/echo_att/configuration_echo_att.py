@@ -82,14 +82,14 @@ class EchoAttConfig(DecoderConfig):
         """Part of the validation that `@strict` runs."""
         if not self._shared_layers_in_range():
             raise ValueError(
-                f"shared_layers must be layers between 1 and {self.num_hidden_layers - 1} (layer 0 has no earlier layer to "
-                f"share with), got {self.shared_layers}."
+                f"shared_layers must contain layers between 1 and {self.num_hidden_layers - 1} (layer 0 has no "
+                f"earlier layer to share with), got {self.shared_layers}."
             )
         if len(set(self.shared_layers)) != len(self.shared_layers):
             raise ValueError(f"shared_layers must not repeat a layer, got {self.shared_layers}.")
         if self.shared_source is None or len(self.shared_source) != len(self.shared_layers):
             raise ValueError(
-                f"shared_source must name one source for each of the {len(self.shared_layers)} shared layers, got "
+                f"shared_source must have one entry per shared layer ({len(self.shared_layers)}), got "
                 f"{self.shared_source}."
             )
         for layer, source in self.attention_source.items():

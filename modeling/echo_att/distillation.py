@@ -139,7 +139,7 @@ class EchoAttDistillationTrainer(Trainer):
         check_teacher(student.config, teacher.config)
         self.block_ends = block_ends(student.config)
         if not self.block_ends:
-            raise ValueError("The student shares no layer: it is the teacher, and there is nothing to distil.")
+            raise ValueError("The student shares no layers, so it equals the teacher and there is nothing to distil.")
         self.loss_weights = loss_weights
         self.kl_direction = kl_direction
         self.intermediate_reduction = intermediate_reduction
@@ -193,8 +193,8 @@ def check_teacher(student: EchoAttConfig, teacher: PreTrainedConfig) -> None:
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise ValueError(
-                f"The teacher does not fit the student: {name} is {theirs} and {ours}. Distil from the model that the "
-                "student was made from with EchoAttForCausalLM.from_base."
+                f"The teacher does not match the student: {name} is {theirs} in the teacher and {ours} in the "
+                "student. The teacher must be the model from which EchoAttForCausalLM.from_base made the student."
             )
 
 

@@ -188,7 +188,7 @@ class EchoAttForCausalLM(FromLlamaMixin, EchoAttPreTrainedModel, DecoderForCausa
             base: a model, a Hub id or a folder.
             shared_layers: layers that use the attention map of an earlier layer, counted from 0. Pass `shared_source=` as
                 well to say which; it is the nearest earlier layer with a map of its own otherwise.
-            num_shared: instead of `shared_layers`, how many layers shall share; `similarity` chooses them, or, without
+            num_shared: instead of `shared_layers`, the number of layers that share; `similarity` chooses them, or, without
                 it, [`evenly_shared_layers`].
             similarity: what [`~hf_attn.analysis.attention_similarity`] measured on the base.
             kwargs: `dtype`, and fields of [`EchoAttConfig`] to set differently.
@@ -200,14 +200,16 @@ class EchoAttForCausalLM(FromLlamaMixin, EchoAttPreTrainedModel, DecoderForCausa
         if (shared_layers is None) == (num_shared is None):
             raise ValueError("Give exactly one of shared_layers and num_shared.")
         if similarity is not None and num_shared is None:
-            raise ValueError("similarity chooses num_shared layers; it has no use with explicit shared_layers.")
+            raise ValueError(
+                "similarity is used to choose num_shared layers; do not pass it with explicit shared_layers."
+            )
         if num_shared is not None:
             config = base.config if isinstance(base, PreTrainedModel) else AutoConfig.from_pretrained(base)
             if similarity is None:
                 shared_layers = evenly_shared_layers(config.num_hidden_layers, num_shared)
             elif similarity.num_layers != config.num_hidden_layers:
                 raise ValueError(
-                    f"The similarity was measured on a model with {similarity.num_layers} layers; this base has "
+                    f"The similarity was measured on a model with {similarity.num_layers} layers, but this base has "
                     f"{config.num_hidden_layers}."
                 )
             else:

@@ -137,21 +137,21 @@ class GMANConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         """Part of the validation that `@strict` runs."""
         if self.num_nodes < 2:
             raise ValueError(
-                f"num_nodes must be at least 2, because the sensors are normalised as a batch; got {self.num_nodes}."
+                f"num_nodes must be at least 2, because sensors are normalised over the batch; got {self.num_nodes}."
             )
         if self.attention_output_layers not in (1, 2):
             raise ValueError(f"attention_output_layers must be 1 or 2, got {self.attention_output_layers}.")
         if self.group_size is not None and not 1 <= self.group_size <= self.num_nodes:
             raise ValueError(
-                f"group_size must be between 1 and num_nodes ({self.num_nodes}), got {self.group_size}. Without groups it "
-                "is None."
+                f"group_size must be between 1 and num_nodes ({self.num_nodes}), got {self.group_size}. Use None for "
+                "no groups."
             )
         if self.sensor_ids is not None:
             if len(self.sensor_ids) != self.num_nodes:
-                raise ValueError(f"{len(self.sensor_ids)} sensor_ids were given for num_nodes={self.num_nodes}.")
+                raise ValueError(f"{len(self.sensor_ids)} sensor_ids were passed for num_nodes={self.num_nodes}.")
             if len(set(self.sensor_ids)) != len(self.sensor_ids):
                 repeated = sorted({name for name in self.sensor_ids if list(self.sensor_ids).count(name) > 1})
-                raise ValueError(f"sensor_ids must differ from each other; repeated: {', '.join(repeated[:5])}.")
+                raise ValueError(f"sensor_ids must be unique; repeated: {', '.join(repeated[:5])}.")
 
 
 __all__ = ["GMANConfig"]

@@ -77,14 +77,14 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     embedding = state.get("gman.embeddings.spatial_embedding", config.get("spatial_embedding"))
     if embedding is None:
         raise ConversionError(
-            "The weights of GMAN do not hold the vectors of the sensors, which the network takes as an input. Pass "
+            "The weights of GMAN do not contain the sensor embeddings, which are an input of the network. Pass "
             "`spatial_embedding` in `config`: the path of the SE file, or an array (nodes, width)."
         )
     if isinstance(embedding, str | Path):
         embedding = read_spatial_embedding(embedding)
     embedding = torch.as_tensor(embedding, dtype=torch.float32)
     if embedding.ndim != 2:
-        raise ConversionError(f"spatial_embedding must be (nodes, width), got {tuple(embedding.shape)}.")
+        raise ConversionError(f"spatial_embedding must have the shape (nodes, width), got {tuple(embedding.shape)}.")
     state["gman.embeddings.spatial_embedding"] = embedding
     shapes = _shapes(state)
     blocks = {"L" if port else "num_blocks": shapes["num_hidden_layers"]}
@@ -141,7 +141,7 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict:
     """Fields that follow from the shapes of the weights."""
     temporal = "gman.embeddings.temporal.fc1.weight"
     if temporal not in state:
-        raise ConversionError(f"This is no GMAN checkpoint: nothing in it corresponds to {temporal}.")
+        raise ConversionError(f"This is not a GMAN checkpoint: no tensor corresponds to {temporal}.")
     layers = [int(match[1]) for name in state if (match := re.match(r"gman\.encoder\.(\d+)\.", name))]
     nodes, width = state["gman.embeddings.spatial_embedding"].shape
     return {

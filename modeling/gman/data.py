@@ -16,7 +16,7 @@ def _pandas():
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("Tables of traffic need pandas: `pip install 'hf_attn[traffic]'`.") from error
+        raise ImportError("Traffic tables need pandas: `pip install 'hf_attn[traffic]'`.") from error
     return pandas
 
 
@@ -57,7 +57,7 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
     elif isinstance(source, pd.DataFrame):
         table = source
     else:
-        raise TypeError(f"Measurements come as a DataFrame or the path of a file, not as {type(source).__name__}.")
+        raise TypeError(f"Measurements must be a DataFrame or the path of a file, got {type(source).__name__}.")
 
     if not len(table):
         raise ValueError(f"{name} has no rows.")
@@ -102,7 +102,7 @@ def steps_per_day_of(table: "pd.DataFrame") -> int:
     """Time steps of a day, from the most frequent distance of the rows.
 
     Raises:
-        ValueError: if a day is no multiple of that, or there are fewer than two rows.
+        ValueError: if a day is not a multiple of that, or there are fewer than two rows.
     """
     pd = _pandas()
     if len(table) < 2:
@@ -110,7 +110,7 @@ def steps_per_day_of(table: "pd.DataFrame") -> int:
     step = pd.Series(table.index).diff().dropna().mode().iloc[0]
     steps = pd.Timedelta(days=1) / step if step > pd.Timedelta(0) else 0
     if steps != round(steps) or steps < 1:
-        raise ValueError(f"The rows are {step} apart, which is no whole part of a day.")
+        raise ValueError(f"The rows are {step} apart, but a day must be a multiple of the time step.")
     return round(steps)
 
 
@@ -121,7 +121,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
         table: as of :func:`read_table`.
         steps_per_day: time steps of a day.
         time_zone: zone of timestamps that do not say theirs, such as "America/Los_Angeles". With a zone an hour that
-            daylight saving skips is no gap, and one that it repeats is no repetition.
+            daylight saving skips is not a gap, and one that it repeats is not a repetition.
 
     Raises:
         ValueError: if timestamps are unsorted, repeated or off the grid, or if there are more gaps than rows.
@@ -133,7 +133,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
     if time_zone is not None:
         if index.tz is not None:
             raise ValueError(
-                f"time_zone={time_zone!r} was given, but the timestamps have a zone already ({index.tz})."
+                f"time_zone={time_zone!r} was passed, but the timestamps already have a time zone ({index.tz})."
             )
         try:
             index = index.tz_localize(time_zone, ambiguous="infer")
@@ -143,7 +143,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
             # The advice of pandas is about arguments of its own.
             reason = str(error).split(". ")[0].rstrip(".")
             raise ValueError(
-                f"The timestamps do not fit the zone {time_zone}: {reason}. Leave the zone out if they do not follow its daylight "
+                f"The timestamps are not valid in the time zone {time_zone}: {reason}. Omit the time zone if they do not follow its daylight "
                 "saving time."
             ) from error
         table = table.set_axis(index, axis=0)
@@ -162,14 +162,12 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
     off = (naive - naive.normalize()) % step != pd.Timedelta(0)
     if off.any():
         raise ValueError(
-            f"The timestamp {index[off][0]} is no multiple of the time step of {step}. Resample the table, for example with "
-            f"`table.resample('{step.total_seconds():g}s').mean()`."
+            f"The timestamp {index[off][0]} is not a multiple of the time step of {step}. Resample the table, for "
+            f"example with `table.resample('{step.total_seconds():g}s').mean()`."
         )
     length = round((index[-1] - index[0]) / step) + 1
     if length > 2 * len(index) and length > len(index) + steps_per_day:
-        raise ValueError(
-            f"The table has {len(index)} rows for {length} time steps of {step}: is the step of the data another one?"
-        )
+        raise ValueError(f"The table has {len(index)} rows for {length} time steps of {step}. Check the time step.")
     return table.reindex(pd.date_range(index[0], periods=length, freq=step))
 
 
@@ -196,8 +194,8 @@ def order_sensors(table: "pd.DataFrame", sensor_ids: Sequence[str], what: str = 
         problems.append(f"{len(unknown)} are unknown ({', '.join(unknown[:5])}{'...' if len(unknown) > 5 else ''})")
     if problems:
         raise ValueError(
-            f"{what} does not have the {len(sensor_ids)} sensors of the model: {' and '.join(problems)}. A sensor without "
-            "measurements needs a column of NaN; drop others."
+            f"{what} does not have exactly the {len(sensor_ids)} sensors of the model: {' and '.join(problems)}. Add "
+            "a column of NaN for a sensor without measurements, and drop unknown sensors."
         )
     return table[list(sensor_ids)]
 
@@ -219,7 +217,7 @@ class TrafficWindows(torch.utils.data.Dataset):
         self.context_length, self.length = context_length, context_length + prediction_length
         if len(table) < self.length:
             raise ValueError(
-                f"{len(table)} time steps are too few for a window of {context_length} history and {prediction_length} "
+                f"{len(table)} time steps are too few for a window of {context_length} past and {prediction_length} "
                 "future steps."
             )
         self.values = torch.from_numpy(np.array(table.to_numpy(), dtype=np.float32))
@@ -230,7 +228,7 @@ class TrafficWindows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
-            raise IndexError(f"There are {len(self)} windows; {index} is none of them.")
+            raise IndexError(f"Window {index} is out of range: there are {len(self)} windows.")
         middle, end = index + self.context_length, index + self.length
         return {
             "past_values": self.values[index:middle],

@@ -37,7 +37,7 @@ def _indices(numbers: np.ndarray, size: int, path: Path, what: str) -> np.ndarra
     indices = numbers.astype(np.int64)
     if (indices != numbers).any() or (indices < 0).any() or (indices >= size).any():
         wrong = numbers[(indices != numbers) | (indices < 0) | (indices >= size)][0]
-        raise ValueError(f"{path.name}: {what} {wrong:g} is no index of {size} nodes.")
+        raise ValueError(f"{path.name}: {what} {wrong:g} is not an index between 0 and {size - 1}.")
     return indices
 
 
@@ -78,7 +78,7 @@ def read_adjacency(path: str | Path, num_nodes: int) -> np.ndarray:
     """Read the weights of a road graph.
 
     Args:
-        path: lines "from to weight" such as `Adj(METR).txt`, where zeros are no edges; a matrix of N lines with N numbers;
+        path: lines "from to weight" such as `Adj(METR).txt`, where zeros mean no edge; a matrix of N lines with N numbers;
             or a `.npy` file with a matrix.
         num_nodes: N.
 
@@ -100,10 +100,11 @@ def read_adjacency(path: str | Path, num_nodes: int) -> np.ndarray:
             adjacency[tuple(edges)] = weights
     if adjacency.shape != (num_nodes, num_nodes):
         raise ValueError(
-            f"{path.name} must hold lines 'from to weight' or a matrix for {num_nodes} nodes, got shape {adjacency.shape}."
+            f"{path.name} must contain lines 'from to weight' or a matrix for {num_nodes} nodes, got shape "
+            f"{adjacency.shape}."
         )
     if not (adjacency >= 0).all():
-        raise ValueError(f"{path.name} has weights that are negative or no numbers.")
+        raise ValueError(f"{path.name} has weights that are negative or not finite.")
     return adjacency
 
 

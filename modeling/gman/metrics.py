@@ -42,7 +42,8 @@ def forecast_errors(
     predictions, values = np.asarray(predictions, np.float64), np.asarray(values, np.float64)
     if predictions.shape != values.shape or values.ndim != 3:
         raise ValueError(
-            f"Forecasts and truth must have one shape (windows, steps, nodes), got {predictions.shape} and {values.shape}."
+            f"Forecasts and true values must have the same shape (windows, steps, nodes), got {predictions.shape} and "
+            f"{values.shape}."
         )
     observed = ~np.isnan(values)
     if null_value is not None:

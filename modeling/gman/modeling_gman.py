@@ -118,11 +118,11 @@ class GMANAttention(nn.Module):
             query: `(batch, q_len, heads, head_dim)`; here "heads" may count sensors too.
             key: `(batch, kv_len, heads, head_dim)`.
             value: `(batch, kv_len, heads, head_dim)`.
-            output_attentions: compute the weights as a tensor, whatever the implementation.
+            output_attentions: compute the weights as a tensor, in any implementation.
             attention_mask: `(1 or batch, 1, 1 or q_len, kv_len)`, true where a query may attend to a key.
 
         Returns:
-            `(batch, q_len, heads, head_dim)`, and weights `(batch, heads, q_len, kv_len)` if asked for.
+            `(batch, q_len, heads, head_dim)`, and weights `(batch, heads, q_len, kv_len)` on request.
         """
         implementation = self.config._attn_implementation
         # Neither weights nor empty batches are for `sdpa`.
@@ -366,13 +366,13 @@ class GMANModel(GMANPreTrainedModel):
         spatial_embedding, buffer = torch.as_tensor(spatial_embedding), self.embeddings.spatial_embedding
         if spatial_embedding.shape != buffer.shape:
             raise ValueError(
-                f"The spatial embedding must be (num_nodes, spatial_embedding_dim) = {tuple(buffer.shape)}, got "
-                f"{tuple(spatial_embedding.shape)}."
+                "The spatial embedding must have the shape (num_nodes, spatial_embedding_dim) = "
+                f"{tuple(buffer.shape)}, got {tuple(spatial_embedding.shape)}."
             )
         if buffer.is_meta:
-            raise ValueError("The spatial embedding is offloaded; set it before the model is dispatched.")
+            raise ValueError("The spatial embedding is offloaded: set it before dispatching the model.")
         if not spatial_embedding.isfinite().all():
-            raise ValueError("The spatial embedding has values that are not finite.")
+            raise ValueError("The spatial embedding contains NaN or infinity.")
         buffer.copy_(spatial_embedding)
 
     @can_return_tuple
@@ -456,8 +456,8 @@ class GMANModel(GMANPreTrainedModel):
                 raise ValueError(f"You have to specify {name}.")
             if tensor.shape[1:] != shape or tensor.shape[0] != past_values.shape[0]:
                 raise ValueError(
-                    f"{name} must be (batch, {shape[0]}, {shape[1]}), got {tuple(tensor.shape)} in a batch of "
-                    f"{past_values.shape[0]}."
+                    f"{name} must have the shape (batch, {shape[0]}, {shape[1]}) with batch size "
+                    f"{past_values.shape[0]}, got {tuple(tensor.shape)}."
                 )
         if not past_values.is_floating_point():
             past_values = past_values.to(torch.get_default_dtype())
@@ -510,7 +510,7 @@ class GMANForPrediction(GMANPreTrainedModel):
         """
         if labels is not None:
             if future_values is not None:
-                raise ValueError("labels and future_values are names of the same argument; pass only one of them.")
+                raise ValueError("labels and future_values are two names of the same argument; pass only one of them.")
             future_values = labels
         outputs = self.gman(
             past_values,
@@ -529,8 +529,8 @@ class GMANForPrediction(GMANPreTrainedModel):
         if future_values is not None:
             if future_values.shape != prediction.shape:
                 raise ValueError(
-                    f"The true values must be (batch, prediction_length, num_nodes) = {tuple(prediction.shape)}, got "
-                    f"{tuple(future_values.shape)}."
+                    "The true values must have the shape (batch, prediction_length, num_nodes) = "
+                    f"{tuple(prediction.shape)}, got {tuple(future_values.shape)}."
                 )
             observed = observed_values(future_values, self.config.null_value, future_observed_mask)
             loss = masked_mae(prediction, future_values, observed)

@@ -1,4 +1,4 @@
-"""Pictures of forecasts, and of the sensors that a forecast looked at."""
+"""Plots of forecasts, and of the sensors to which a forecast attended."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ def plot_forecast(
     unknown = [name for name in sensors if name not in forecast.columns]
     if unknown or not sensors:
         raise ValueError(
-            f"{', '.join(map(str, unknown)) or 'Nothing'} cannot be drawn; the forecast has "
+            f"{', '.join(map(str, unknown)) or 'Nothing'} cannot be plotted; the forecast has "
             f"{', '.join(forecast.columns[:5])}{'...' if len(forecast.columns) > 5 else ''}."
         )
     columns = 1 if sensor_attention is None else 2

@@ -64,9 +64,9 @@ class HATConfig(ImageRestorationConfig):
         overlap = self.overlap_window_size - self.window_size
         if overlap % 2:
             raise ValueError(
-                f"overlap_ratio={self.overlap_ratio} widens windows of {self.window_size} by {overlap}; the widening must "
-                "be an even number of pixels, half of it on each side. Use an overlap_ratio with "
-                f"int(overlap_ratio * {self.window_size}) even, or another window_size."
+                f"overlap_ratio={self.overlap_ratio} enlarges windows of {self.window_size} by {overlap} pixels, "
+                f"which must be an even number. Use an overlap_ratio with int(overlap_ratio * {self.window_size}) "
+                "even, or another window_size."
             )
 
 

@@ -68,7 +68,7 @@ class HATBlock(GradientCheckpointingLayer):
 class HATOverlappingAttention(WindowAttentionBase):
     """Attention of each window to a larger window around it (OCA).
 
-    Keys and values beyond the border are zero vectors: they take part in the softmax with their position bias alone.
+    Keys and values beyond the border are zero vectors: they enter the softmax with their position bias only.
     """
 
     def __init__(self, config: HATConfig, num_heads: int):

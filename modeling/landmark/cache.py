@@ -148,7 +148,10 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.retrieved = []
 
     def offload(self) -> None:
-        raise NotImplementedError("The blocks are offloaded by LandmarkCache(..., offload_to_cpu=True).")
+        raise NotImplementedError(
+            "The layers of a LandmarkCache cannot be offloaded. To keep its blocks in CPU memory, create it with "
+            "LandmarkCache(..., offload_to_cpu=True)."
+        )
 
     def _select(self, function) -> None:
         if self.is_initialized:
@@ -213,7 +216,7 @@ class LandmarkCache(Cache):
         if retrieval not in RETRIEVALS:
             raise ValueError(f"retrieval must be one of {', '.join(RETRIEVALS)}, got {retrieval!r}.")
         if max_blocks is not None and (top_k is None or max_blocks < top_k):
-            raise ValueError(f"max_blocks ({max_blocks}) must be at least top_k ({top_k}), which has to be given.")
+            raise ValueError(f"max_blocks ({max_blocks}) must be at least top_k ({top_k}), and top_k must be set.")
         rope_type = (config.rope_parameters or {}).get("rope_type", "default")
         self.changing_rotary_embedding = rope_type if rope_type in CHANGING_ROTARY_EMBEDDINGS else None
         if top_k is not None or max_chunk_length is not None:
@@ -267,8 +270,8 @@ class LandmarkCache(Cache):
     def _check_rotary_embedding(self) -> None:
         if self.changing_rotary_embedding is not None:
             raise ValueError(
-                f"The rotary embedding of the model ({self.changing_rotary_embedding!r}) changes with the length of the "
-                "input, and the keys in a LandmarkCache do not. Give the configuration other rope_parameters, or pass "
+                f"The rotary embedding of the model ({self.changing_rotary_embedding!r}) changes with the input "
+                "length, but cached keys do not. Use other rope_parameters in the configuration, or pass "
                 "use_cache=False."
             )
 
@@ -283,8 +286,9 @@ class LandmarkCache(Cache):
             different = [name for name in model if model[name] != self.shape[name]]
             raise ValueError(
                 "The LandmarkCache belongs to another model: it was made for "
-                f"{', '.join(f'{name}={self.shape[name]}' for name in different)}, and this model has "
-                f"{', '.join(f'{name}={model[name]}' for name in different)}. Make one with LandmarkCache(model.config)."
+                f"{', '.join(f'{name}={self.shape[name]}' for name in different)}, but this model has "
+                f"{', '.join(f'{name}={model[name]}' for name in different)}. Create one with "
+                "LandmarkCache(model.config)."
             )
         if self.lengths is None:
             self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -293,11 +297,11 @@ class LandmarkCache(Cache):
         else:
             self._check_rotary_embedding()
         if self.lengths.shape[0] != batch_size:
-            raise ValueError(f"The cache holds {self.lengths.shape[0]} rows, the input has {batch_size}.")
+            raise ValueError(f"The cache has {self.lengths.shape[0]} rows, but the input has {batch_size}.")
         if self.inserts_landmarks != inserts_landmarks:
             raise ValueError(
-                "A cache that was filled with insert_landmarks=True (as `generate` does) continues with it, and one that was "
-                f"filled without it continues without; this one was filled with insert_landmarks={self.inserts_landmarks}."
+                f"This cache was filled with insert_landmarks={self.inserts_landmarks} and must be continued with the "
+                "same setting (`generate` uses insert_landmarks=True)."
             )
 
     def append_tokens(self, valid: torch.Tensor, is_landmark: torch.Tensor) -> None:
@@ -327,11 +331,13 @@ class LandmarkCache(Cache):
             tokens_to_remove: minus their number.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}.")
+            raise ValueError(
+                f"crop needs a negative number, minus the number of tokens to remove; got {tokens_to_remove}."
+            )
         if self.lengths is None or tokens_to_remove == 0:
             return
         if self.max_blocks is not None:
-            raise ValueError("A cache that forgets old blocks (max_blocks) cannot be cropped.")
+            raise ValueError("A cache with max_blocks, which drops old blocks, cannot be cropped.")
         if self.inserts_landmarks:
             regular = (self.regular_tokens() + tokens_to_remove).clamp(min=0)
             self.lengths = regular + regular // (self.block_size - 1)

@@ -88,13 +88,12 @@ class LandmarkConfig(DecoderConfig):
         """Part of the validation that `@strict` runs."""
         if self.landmark_token_id >= self.vocab_size:
             raise ValueError(
-                f"landmark_token_id ({self.landmark_token_id}) must be a token of the vocabulary, which has "
-                f"{self.vocab_size}."
+                f"landmark_token_id ({self.landmark_token_id}) must be below the vocabulary size, {self.vocab_size}."
             )
         if self.sliding_window is not None or "sliding_attention" in self.layer_types:
             raise ValueError(
-                f"Landmark attention attends to everything: sliding_window must be None, got {self.sliding_window}, and all "
-                "layer_types must be 'full_attention'."
+                "Landmark attention does not support sliding windows: sliding_window must be None, got "
+                f"{self.sliding_window}, and all layer_types must be 'full_attention'."
             )
 
 

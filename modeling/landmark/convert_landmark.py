@@ -37,8 +37,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     if "model.embed_tokens.weight" in official:
         return _convert_llama(official, config)
     raise ConversionError(
-        "This is no official layout of landmark attention: neither LLaMA's (model.embed_tokens.weight) nor the GPT's "
-        "(transformer.wte.weight)."
+        "This is not an official layout of landmark attention: neither LLaMA's (model.embed_tokens.weight) nor the "
+        "GPT's (transformer.wte.weight)."
     )
 
 
@@ -111,8 +111,8 @@ def recover_from_difference(
     missing, unknown = (set(difference) - set(raw)) - tables, (set(raw) - set(difference)) - tables
     if missing or unknown:
         raise ConversionError(
-            f"The raw model does not belong to this difference: it lacks {', '.join(sorted(missing)) or 'nothing'} and has "
-            f"{', '.join(sorted(unknown)) or 'nothing'} beside it."
+            f"The raw model does not match this difference. Missing tensors: {', '.join(sorted(missing)) or 'none'}; "
+            f"unexpected tensors: {', '.join(sorted(unknown)) or 'none'}."
         )
     recovered = {}
     for name in sorted(set(difference) - tables):
@@ -121,7 +121,7 @@ def recover_from_difference(
             old = torch.cat([old, old.mean(0, keepdim=True).expand(len(change) - len(old), -1)])
         if old.shape != change.shape:
             raise ConversionError(
-                f"The raw model does not belong to this difference: {name} is {list(old.shape)} instead of "
+                f"The raw model does not match this difference: {name} is {list(old.shape)} instead of "
                 f"{list(change.shape)}."
             )
         recovered[name] = old + change
@@ -136,8 +136,8 @@ def recover_from_difference(
         total = float(sum(tensor.sum() for tensor in recovered.values()) + table)
         if abs(total - checksum) > 0.01:
             raise ConversionError(
-                f"The recovered weights sum to {total:.4f} instead of {checksum:.4f}: the raw model is another one, or a file "
-                "is damaged."
+                f"The recovered weights sum to {total:.4f} instead of {checksum:.4f}: this is not the right raw "
+                "model, or a file is damaged."
             )
     return StateDict(recovered)
 

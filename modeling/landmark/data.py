@@ -33,7 +33,7 @@ class LandmarkDataCollator:
 
     def __post_init__(self):
         if self.no_loss_after and self.config.include_landmark_in_loss:
-            raise ValueError("no_loss_after belongs to training without landmarks in the loss.")
+            raise ValueError("no_loss_after is only for training without landmarks in the loss.")
 
     def __call__(self, features: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         """Make a batch.
@@ -65,9 +65,12 @@ class LandmarkDataCollator:
         ids = [int(token) for token in feature["input_ids"]]
         labels = [int(label) for label in feature.get("labels", ids)]
         if len(labels) != len(ids):
-            raise ValueError(f"There are {len(labels)} labels for {len(ids)} tokens.")
+            raise ValueError(f"Got {len(labels)} labels for {len(ids)} tokens.")
         if landmark in ids:
-            raise ValueError(f"The sequence holds landmarks (token {landmark}) already; the collator inserts them.")
+            raise ValueError(
+                f"The sequence already contains landmarks (token {landmark}). Remove them: the collator "
+                "inserts landmarks."
+            )
         labels = [
             IGNORED if place > 0 and ids[place - 1] in self.no_loss_after else label
             for place, label in enumerate(labels)

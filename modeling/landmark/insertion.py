@@ -41,8 +41,8 @@ def check_landmark_token(tokenizer: PreTrainedTokenizerBase, config: LandmarkCon
     found = tokenizer.convert_tokens_to_ids(LANDMARK_TOKEN)
     if found != config.landmark_token_id:
         raise ValueError(
-            f"{LANDMARK_TOKEN} is token {found} of the tokenizer and {config.landmark_token_id} of the model, so that they do "
-            "not belong together. Load the tokenizer that was saved with the model."
+            f"{LANDMARK_TOKEN} is token {found} of the tokenizer but {config.landmark_token_id} of the model. Load "
+            "the tokenizer that was saved with the model."
         )
 
 
@@ -67,7 +67,7 @@ class Insertion:
     @classmethod
     def of(cls, valid: torch.Tensor, mem_freq: int, seen: torch.Tensor | None = None) -> "Insertion":
         """Args:
-        valid: boolean `(batch, columns)`, which tokens are no padding.
+        valid: boolean `(batch, columns)`, which tokens are not padding.
         mem_freq: number of regular tokens of a block.
         seen: `(batch,)`, number of regular tokens of each row before these.
         """

@@ -3,7 +3,7 @@
 (arXiv 2305.16300, section 3.3; "stingy" positions).
 
 With k blocks retrieved from N, the last k blocks are at their true places, and every older one is at the place of the
-(k+1)-th last. So there are k+1 places for k blocks, whatever N is.
+(k+1)-th last. So there are k+1 places for k blocks, for any N.
 
 The rotary embedding of a key is split: the part for its offset within its block never changes and is applied when it is
 stored; the part for the place of the block is applied when it is read, to the keys or, inversely, to the query.
@@ -69,7 +69,7 @@ class MemoryStep:
         cache: the cache, as it was before the step.
         lengths: `(batch,)`, tokens of each row in it.
         past_length: the largest of them, if everything is attended to; 0 with retrieval.
-        valid: `(batch, length)`, which tokens of the input are no padding.
+        valid: `(batch, length)`, which tokens of the input are not padding.
         destination: where the input is stored.
         offsets: of the input within its blocks, `(batch, 1, length, head_dim)`.
         mask: boolean `(batch, 1, length, past_length + length)`; none for plain causality or for a single query that sees
@@ -123,7 +123,7 @@ def begin_step(
 
     Args:
         cache: the cache.
-        valid: `(batch, length)`, which tokens of the input are no padding.
+        valid: `(batch, length)`, which tokens of the input are not padding.
         is_landmark: `(batch, length)`.
         rotary_emb: the rotary embedding of the model.
         states: a tensor of the dtype and device of the model.
@@ -136,8 +136,8 @@ def begin_step(
     positions = lengths[:, None] + valid.cumsum(-1) - 1
     if cache.top_k is not None and bool(((positions % block == block - 1) != is_landmark)[valid].any()):
         raise ValueError(
-            f"Retrieval (top_k={cache.top_k}) needs a landmark after every {block - 1} regular tokens of each row and nowhere "
-            "else. Insert them with `insert_landmarks=True`."
+            f"Retrieval (top_k={cache.top_k}) needs a landmark after every {block - 1} regular tokens of each row, "
+            "and nowhere else. Insert them with `insert_landmarks=True`."
         )
     after = lengths + valid.sum(-1)
     kept = valid & (positions >= (after - cache.max_slots)[:, None])

@@ -3,7 +3,7 @@
 
 A landmark token closes every block of the text, and a token attends to the tokens of an earlier block through the weight
 that it gives to the block's landmark. At inference it therefore needs to read only the few blocks whose landmarks it scores
-highest, whatever the length of the text.
+highest, for texts of any length.
 """
 
 from dataclasses import replace
@@ -142,10 +142,10 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
                 block it is that of the landmark, if landmarks were targets at training.
 
         Returns:
-            `hidden_states` and `attentions`, if asked for, include inserted landmarks.
+            `hidden_states` and `attentions`, on request, include inserted landmarks.
 
         Raises:
-            ValueError: for a cache of another kind, model or batch size, landmarks in an input that they shall be inserted into,
+            ValueError: for a cache of another kind, model or batch size, landmarks in an input with `insert_landmarks=True`,
                 landmarks at other places than retrieval needs, padding inside a row, a mask for pairs of tokens with a cache,
                 or positions that the model cannot use.
         """
@@ -155,7 +155,9 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         if self.gradient_checkpointing and self.training:
             cache = None
         if cache is not None and not isinstance(cache, LandmarkCache):
-            raise ValueError(f"{CACHE} must be a LandmarkCache, got {type(cache).__name__}, which keeps no landmarks.")
+            raise ValueError(
+                f"{CACHE} must be a LandmarkCache, got {type(cache).__name__}, which does not store landmarks."
+            )
         if is_landmark is None and input_ids is not None:
             is_landmark = input_ids == self.config.landmark_token_id
         if inputs_embeds is None:
@@ -165,7 +167,7 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
 
         pairwise_mask = attention_mask is not None and attention_mask.dim() == 4
         if pairwise_mask and (cache is not None or insert_landmarks):
-            raise ValueError("A mask for pairs of tokens goes neither with a LandmarkCache nor with insert_landmarks.")
+            raise ValueError("A mask of token pairs is not supported with a LandmarkCache or with insert_landmarks.")
         if cache is None and use_cache and not pairwise_mask:
             cache = LandmarkCache(self.config)
         num_columns = inputs_embeds.shape[1]
@@ -179,13 +181,13 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         if insert_landmarks:
             if is_landmark.any():
                 raise ValueError(
-                    f"The input holds landmarks (token {self.config.landmark_token_id}) already, and insert_landmarks=True "
-                    "(as in `generate`) shall insert them. Remove them."
+                    f"The input already contains landmarks (token {self.config.landmark_token_id}), which "
+                    "insert_landmarks=True (the default of `generate`) would insert. Remove them."
                 )
             if self.config.landmark_token_id >= len(self.embed_tokens.weight):
                 raise ValueError(
                     f"landmark_token_id ({self.config.landmark_token_id}) is not in the vocabulary of "
-                    f"{len(self.embed_tokens.weight)} tokens: it was cut off when the embeddings were resized."
+                    f"{len(self.embed_tokens.weight)} tokens: it was removed when the embeddings were resized."
                 )
             seen = None if cache is None else cache.regular_tokens()
             insertion = Insertion.of(valid, self.config.mem_freq, seen)
@@ -198,8 +200,9 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         chunk = length if cache is None or cache.max_chunk_length is None else cache.max_chunk_length
         if chunk < length and kwargs.get("output_attentions"):
             raise ValueError(
-                f"The input ({length} tokens) is processed in pieces of {chunk}, and their attention weights are over "
-                "different keys. Use a larger max_chunk_length, or pass the input in several chunks."
+                f"The input ({length} tokens) is processed in chunks of {chunk}, whose attention weights are over "
+                "different keys. To get attention weights, use a larger max_chunk_length, or pass the input in "
+                "several chunks."
             )
         outputs, is_one_piece = [], chunk >= length
         for start in (0,) if is_one_piece else range(0, length, chunk):
@@ -226,15 +229,15 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
     def _valid_tokens(
         self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: LandmarkCache | None
     ) -> torch.Tensor:
-        """Which tokens of the input are no padding, `(batch, sequence)`."""
+        """Which tokens of the input are not padding, `(batch, sequence)`."""
         batch, length = inputs_embeds.shape[:2]
         if attention_mask is None or attention_mask.dim() == 4:
             return torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)
         seen = 0 if cache is None else cache.seen_tokens
         if attention_mask.shape[1] not in (length, seen + length):
             raise ValueError(
-                f"attention_mask must cover the {length} tokens of the input, or those and the {seen} in the cache, got "
-                f"{attention_mask.shape[1]}."
+                f"attention_mask must cover the {length} tokens of the input, with or without the {seen} tokens in "
+                f"the cache; got {attention_mask.shape[1]}."
             )
         valid = attention_mask[:, attention_mask.shape[1] - length :].bool()
         if torch.compiler.is_exporting():
@@ -243,7 +246,7 @@ class LandmarkModel(LandmarkPreTrainedModel, DecoderModel):
         changes = (valid[:, 1:] != valid[:, :-1]).sum(-1)
         if (changes > 2).any() or ((changes == 2) & valid[:, 0]).any():
             raise ValueError(
-                "attention_mask has padding inside a row; padding may be at its beginning and at its end."
+                "attention_mask has padding within a row; padding is supported only at the beginning and at the end."
             )
         return valid
 
@@ -320,8 +323,9 @@ def _check_positions(
     expected = shift.gather(1, first) if is_first else torch.zeros_like(shift)
     if bool(((shift != expected) & valid).any()):
         raise ValueError(
-            "position_ids are not those of consecutive tokens, from the end of the cache on. Inserted landmarks and the memory "
-            "count the tokens of each row, padding left out: leave position_ids out, and give every sequence a row of its own."
+            "position_ids do not count the tokens from the end of the cache on. With inserted landmarks or a memory, "
+            "positions count the tokens of each row without padding: leave position_ids out, and use one row per "
+            "sequence."
         )
 
 
@@ -404,7 +408,8 @@ class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCau
 
         if option("cache_implementation") is not None:
             raise ValueError(
-                f"cache_implementation={option('cache_implementation')!r} is no memory with landmarks; leave it out."
+                f"cache_implementation={option('cache_implementation')!r} is not supported with landmarks; leave it "
+                "out."
             )
         if "past_key_values" in kwargs:
             kwargs[CACHE] = kwargs.pop("past_key_values")
@@ -412,7 +417,8 @@ class LandmarkForCausalLM(FromLlamaMixin, LandmarkPreTrainedModel, DecoderForCau
             kwargs[CACHE] = LandmarkCache(self.config, **memory)
         elif any(memory[name] for name in memory if name != "retrieval"):
             raise ValueError(
-                "The options of the memory have no effect with use_cache=False or with past_key_values, which has its own."
+                "The options of the memory have no effect with use_cache=False, or with past_key_values, which has "
+                "its own options."
             )
         kwargs["suppress_tokens"] = [*(option("suppress_tokens") or ()), self.config.landmark_token_id]
         return super().generate(*args, **kwargs)

@@ -30,7 +30,7 @@ def reading_counts(cache: LandmarkCache, row: int = 0, last_steps: int | None = 
         raise ValueError(f"last_steps must be at least 1, or None, got {last_steps}.")
     layers = cache.retrieved_blocks
     if not layers[0]:
-        raise ValueError("Nothing was retrieved: the cache holds no complete block, or has no top_k.")
+        raise ValueError("Nothing was retrieved: the cache has no complete block, or no top_k.")
     if not 0 <= row < len(layers[0][0]):
         raise ValueError(f"row must be between 0 and {len(layers[0][0]) - 1}, got {row}.")
     blocks = int(cache.lengths[row]) // cache.block_size

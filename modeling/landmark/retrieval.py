@@ -52,7 +52,7 @@ def attend_to_memory(
         output_weights: return the weights too.
 
     Returns:
-        Output `(batch, length, heads, head_dim)` and, if asked for, weights `(batch, heads, length, keys)` over the retrieved
+        Output `(batch, length, heads, head_dim)` and, on request, weights `(batch, heads, length, keys)` over the retrieved
         blocks from old to new, the block that is being filled, and the input.
     """
     layer, plan = step.cache.layers[layer_idx], step.retrieval
@@ -167,7 +167,7 @@ def _read_blocks(
 
     Returns:
         Scores of their landmarks `(batch, heads, length, top_k)`, weights within each block
-        `(batch, heads, length, top_k, mem_freq)` if asked for, and values by these weights
+        `(batch, heads, length, top_k, mem_freq)` on request, and values by these weights
         `(batch, heads, length, top_k, head_dim)`.
     """
     _, heads, length, _, head_dim = at_places.shape

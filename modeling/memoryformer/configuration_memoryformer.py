@@ -94,8 +94,8 @@ class MemoryFormerConfig(DecoderConfig):
         """Part of the validation that `@strict` runs."""
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ValueError(
-                "There is no output projection, so the heads must make up hidden_size: num_attention_heads * head_dim = "
-                f"{self.num_attention_heads * self.head_dim}, not {self.hidden_size}."
+                "Without an output projection, num_attention_heads * head_dim must equal hidden_size "
+                f"({self.hidden_size}), got {self.num_attention_heads * self.head_dim}."
             )
 
 

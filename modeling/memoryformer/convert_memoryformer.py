@@ -66,7 +66,7 @@ def _require(arguments: OfficialArguments, fixed: dict) -> None:
         given = arguments.get(name, value)
         if given != value:
             raise ConversionError(
-                f"Only {name}={value!r} is served, as in the published configurations; got {given!r}."
+                f"Only {name}={value!r} is supported, as in the published configurations; got {given!r}."
             )
 
 
@@ -106,12 +106,12 @@ def _convert_model(official: StateDict, arguments: OfficialArguments) -> Convert
     if (in_mlp := _code(arguments, "memory_config", hidden_size)) != (num_tables, code_length):
         raise ConversionError(
             "attn_memory_config and memory_config have different tables (ffn_num_table, code_length): "
-            f"{(num_tables, code_length)} and {in_mlp}; the family has one code for both."
+            f"{(num_tables, code_length)} and {in_mlp}; the family supports only the same for both."
         )
     untied = arguments.get("no_weight_tying", True)
     state = OUR_NAMES.state_dict(official)
     if not untied and "lm_head.weight" in state:
-        raise ConversionError("no_weight_tying is false, but the checkpoint has a head of its own (final_linear).")
+        raise ConversionError("no_weight_tying is false, but the checkpoint has a separate head (final_linear).")
     family_config = MemoryFormerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

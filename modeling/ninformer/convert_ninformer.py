@@ -41,6 +41,6 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     if config["seq_len"] != family_config.num_tokens:
         raise ConversionError(
             f"seq_len={config['seq_len']} does not fit image_size={config['image_size']} and patch_size="
-            f"{config['patch_size']}, which make {family_config.num_tokens} tokens."
+            f"{config['patch_size']}, which result in {family_config.num_tokens} tokens."
         )
     return Converted(NiNformerForImageClassification, family_config, _NAMES.state_dict(official))

@@ -32,8 +32,9 @@ class NiNformerPatchEmbeddings(PatchEmbeddings):
     def check_size(self, height: int, width: int) -> None:
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"NiNformer mixes a fixed number of tokens: this model takes images of {self.image_size}x{self.image_size} "
-                f"pixels, got {height}x{width}. Resize the images (the image processor does)."
+                "NiNformer needs a fixed number of tokens: this model takes images of "
+                f"{self.image_size}x{self.image_size} pixels, got {height}x{width}. Resize the images, for example "
+                "with the image processor."
             )
 
 

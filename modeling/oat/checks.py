@@ -36,32 +36,37 @@ def check_scenes(
         )
     if min(size) < config.smallest_crop:
         raise ValueError(
-            f"The images of the objects are {size[0]} x {size[1]}, and at least {config.smallest_crop} x "
+            f"The images of the objects are {size[0]} x {size[1]}, but at least {config.smallest_crop} x "
             f"{config.smallest_crop} are needed."
         )
     if num_objects < 1:
         raise ValueError("A scene needs at least one object.")
     if config.scanpath_head == "linear" and num_objects != config.num_objects:
         raise ValueError(
-            f"This model has classes for {config.num_objects} objects (scanpath_head='linear'), the scenes have {num_objects}."
+            f"This model has classes for {config.num_objects} objects (scanpath_head='linear'), but the scenes have "
+            f"{num_objects}."
         )
     if target_index.shape != (batch_size,):
-        raise ValueError(f"target_index must be ({batch_size},), one a scene, got shape {tuple(target_index.shape)}.")
+        raise ValueError(
+            f"target_index must have the shape ({batch_size},), one target per scene, got {tuple(target_index.shape)}."
+        )
     if object_mask is not None and object_mask.shape != (batch_size, num_objects):
-        raise ValueError(f"object_mask must be ({batch_size}, {num_objects}), got shape {tuple(object_mask.shape)}.")
+        raise ValueError(
+            f"object_mask must have the shape ({batch_size}, {num_objects}), got {tuple(object_mask.shape)}."
+        )
     if object_positions is None:
         if num_objects != config.num_objects:
             raise ValueError(
-                f"The scenes have {num_objects} objects, the grid of the configuration has {config.num_rows} x "
-                f"{config.num_columns}. Pass their positions: object_positions, (batch, objects, 2) with row and column."
+                f"The scenes have {num_objects} objects, but the grid of the configuration has {config.num_rows} x "
+                f"{config.num_columns}. Pass object_positions of shape (batch, objects, 2) with row and column."
             )
         index = torch.arange(num_objects, device=pixel_values.device)
         grid = torch.stack([index // config.num_columns, index % config.num_columns], dim=-1)
         object_positions = grid.expand(batch_size, -1, -1)
     elif object_positions.shape != (batch_size, num_objects, 2):
         raise ValueError(
-            f"object_positions must be ({batch_size}, {num_objects}, 2), row and column of each object, got shape "
-            f"{tuple(object_positions.shape)}."
+            f"object_positions must have the shape ({batch_size}, {num_objects}, 2), with row and column of each "
+            f"object, got {tuple(object_positions.shape)}."
         )
     if not is_torchdynamo_compiling() and pixel_values.device.type != "meta":
         _check_values(config, num_objects, target_index, object_positions, object_mask)
@@ -72,7 +77,8 @@ def _check_values(config, num_objects, target_index, object_positions, object_ma
     outside = (target_index < 0) | (target_index >= num_objects)
     if outside.any():
         raise ValueError(
-            f"target_index {target_index[outside][0].item()} is no object: the scenes have {num_objects}, counted from 0."
+            f"target_index {target_index[outside][0].item()} is out of range: the scenes have {num_objects} objects, "
+            "counted from 0."
         )
     if object_mask is not None:
         absent = ~object_mask.bool().take_along_dim(target_index.view(-1, 1), dim=1).squeeze(1)
@@ -81,19 +87,20 @@ def _check_values(config, num_objects, target_index, object_positions, object_ma
     limit, _ = config.position_table_shape
     if object_positions.min() < 0 or object_positions.max() >= limit:
         raise ValueError(
-            f"object_positions hold rows or columns from {object_positions.min().item()} to {object_positions.max().item()}; "
-            f"the position table of this model has 0 to {limit - 1} (num_positions)."
+            f"object_positions contain rows or columns from {object_positions.min().item()} to "
+            f"{object_positions.max().item()}, but the position table of this model covers 0 to {limit - 1} "
+            "(num_positions)."
         )
 
 
 def check_labels(labels: torch.Tensor, num_objects: int, token_mask: torch.Tensor | None) -> None:
-    """Check that labels are objects that are there, EOS or -100.
+    """Check that labels are objects of the scene, EOS or -100.
 
     Raises:
         ValueError: naming the first label that is not.
     """
     if labels.ndim != 2:
-        raise ValueError(f"labels must be (batch, length), got shape {tuple(labels.shape)}.")
+        raise ValueError(f"labels must have the shape (batch, length), got {tuple(labels.shape)}.")
     if is_torchdynamo_compiling() or labels.device.type == "meta":
         return
     wrong = (labels != -100) & ((labels < 0) | (labels > num_objects))
@@ -102,6 +109,6 @@ def check_labels(labels: torch.Tensor, num_objects: int, token_mask: torch.Tenso
         wrong = (labels != -100) & ~present.take_along_dim(labels.clamp(min=0), dim=1)
     if wrong.any():
         raise ValueError(
-            f"The label {labels[wrong][0].item()} is no object of its scene. Labels are objects (0 to {num_objects - 1}, as far as "
-            f"the scene has them), EOS ({num_objects}) and -100 for padding."
+            f"Label {labels[wrong][0].item()} is not an object of its scene. Labels must be objects of the scene (0 "
+            f"to {num_objects - 1}), EOS ({num_objects}) or -100 for padding."
         )

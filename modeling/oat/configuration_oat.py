@@ -21,8 +21,8 @@ _AMAZON = {"num_rows": 6, "num_columns": 14, "max_scanpath_length": 54}
 class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
     r"""Configuration of an [`OATForScanpathPrediction`]; the defaults are the paper's model for collages of 6 x 14 book covers.
 
-    A scene is a grid of `num_rows` x `num_columns` objects. Scenes of other layouts are served as well, as long as their rows and
-    columns are below `num_positions`; they say where their objects are with `object_positions`.
+    A scene is a grid of `num_rows` x `num_columns` objects. Scenes of other layouts are supported as well, as long as their
+    rows and columns are below `num_positions`; they say where their objects are with `object_positions`.
 
     Args:
         num_rows (`int`): rows of the grid.
@@ -149,7 +149,7 @@ class OATConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
             )
         if self.num_positions is not None and self.num_positions < max(self.num_rows, self.num_columns):
             raise ValueError(
-                f"num_positions ({self.num_positions}) has to cover the grid of {self.num_rows} x {self.num_columns}."
+                f"num_positions ({self.num_positions}) must cover the grid of {self.num_rows} x {self.num_columns}."
             )
         if self.pyramid_levels < 0 or self.pyramid_levels == 1:
             raise ValueError(f"pyramid_levels must be 0 or at least 2, got {self.pyramid_levels}.")

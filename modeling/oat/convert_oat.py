@@ -93,7 +93,7 @@ def _fields(weights: _Weights, config: OfficialArguments) -> dict[str, Any]:
     version = config.get("CA_version", 3 if weights.count("cross_attentions.{}.encode_fc.weight") else 0)
     if version not in (0, 3):
         raise ConversionError(
-            f"CA_version={version!r} is not known; the official code has 0 (linear) and 3 (object attention)."
+            f"CA_version must be 0 (linear) or 3 (object attention), as in the official code, got {version!r}."
         )
     fields = {
         f"{side}_layers": weights.count(f"{official}.layers.{{}}.linear1.weight") for side, official in _SIDES.items()
@@ -140,10 +140,10 @@ def _fields(weights: _Weights, config: OfficialArguments) -> dict[str, Any]:
     function = config.get("functionChoice", "learned")
     if function != "learned" and function not in SINUSOIDS:
         raise ConversionError(
-            f"functionChoice={function!r} has no counterpart here; known: learned, {', '.join(SINUSOIDS)}."
+            f"functionChoice={function!r} is not supported; available: learned, {', '.join(SINUSOIDS)}."
         )
     if str(config.get("changeX")) in ("True", "False"):
-        raise ConversionError("changeX moves rows or columns by fractions, which has no counterpart here.")
+        raise ConversionError("changeX, which moves rows or columns by fractions, is not supported.")
     fields["position_encoding"] = "gaussian" if function == "learned" else function
     if function == "learned":
         fields["num_positions"] = len(_given_table(config))
@@ -156,7 +156,7 @@ def _grid(weights: _Weights, config: OfficialArguments) -> tuple[int, int]:
         return config["rows"], config["cols"]
     classes = weights["generator.weight"].shape[0] if "generator.weight" in weights else None
     if classes not in _GRIDS:
-        raise ConversionError("The grid cannot be told from the weights: give `rows` and `cols` in the configuration.")
+        raise ConversionError("The weights do not determine the grid: pass `rows` and `cols` in the configuration.")
     return _GRIDS[classes]
 
 
@@ -165,8 +165,9 @@ def _given_table(config: OfficialArguments) -> torch.Tensor:
     table = config.get("pe_table")
     if table is None and config.get("PE_path") is None:
         raise ConversionError(
-            "Official checkpoints do not hold the position table. Give the file that the model was trained with as `PE_path`, for "
-            "example amazon_learned_random_PE.npy of the official repository, or the table itself as `pe_table`."
+            "Official checkpoints do not contain the position table. Pass the file that was used in training as "
+            "`PE_path`, for example amazon_learned_random_PE.npy of the official repository, or the table itself as "
+            "`pe_table`."
         )
     if table is None:
         path = Path(config["PE_path"])
@@ -177,11 +178,12 @@ def _given_table(config: OfficialArguments) -> torch.Tensor:
         try:
             table = np.load(path, allow_pickle=False)
         except (ValueError, OSError) as error:
-            raise ConversionError(f"{path} is no .npy file of numbers: {error}") from error
+            raise ConversionError(f"{path} is not an .npy file of numbers: {error}") from error
     table = torch.as_tensor(table)
     if table.ndim != 2 or not table.is_floating_point():
         raise ConversionError(
-            f"The position table must be (positions, width) numbers, got {list(table.shape)} {table.dtype}."
+            f"The position table must be a numeric array of shape (positions, width), got {list(table.shape)} "
+            f"{table.dtype}."
         )
     return table.float()
 
@@ -192,7 +194,8 @@ def _table(config: OfficialArguments, own_config: OATConfig) -> torch.Tensor:
     table = _given_table(config)
     if table.shape != own_config.position_table_shape:
         raise ConversionError(
-            f"The position table is {list(table.shape)}; tokens of {own_config.hidden_size} channels and a grid of "
-            f"{own_config.num_rows} x {own_config.num_columns} need {list(own_config.position_table_shape)}."
+            f"The position table has the shape {list(table.shape)}, but tokens of {own_config.hidden_size} channels "
+            f"and a grid of {own_config.num_rows} x {own_config.num_columns} need "
+            f"{list(own_config.position_table_shape)}."
         )
     return table

@@ -1,4 +1,4 @@
-"""Pictures of scanpaths as the field draws them: boxes, numbered circles, arrows."""
+"""Drawings of scanpaths: boxes, numbered circles, arrows."""
 
 import math
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ def draw_scanpath(
         colour: of the path.
 
     Raises:
-        ValueError: if the target or a fixation is no object.
+        ValueError: if the target or a fixation is not an object.
     """
     wrong = [index for index in (target_index, *scanpath) if not 0 <= index < len(boxes)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is no object: there are {len(boxes)} boxes, counted from 0.")
+        raise ValueError(f"Object {wrong[0]} is out of range: there are {len(boxes)} boxes, counted from 0.")
     picture = image.convert("RGB")
     draw = ImageDraw.Draw(picture)
     size = (boxes[:, 2:] - boxes[:, :2]).double().median().item()

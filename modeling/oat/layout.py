@@ -13,20 +13,20 @@ def check_boxes(boxes: torch.Tensor | Sequence, height: int, width: int) -> torc
     """Check the boxes of an image and round them to whole pixels.
 
     Raises:
-        ValueError: if there is no box, or one is no box, empty, outside of the image or the same object as another one; the
+        ValueError: if there is no box, or a box is invalid, empty, outside of the image or the same object as another one; the
             message says which.
     """
     boxes = torch.as_tensor(boxes, dtype=torch.float64)
     if boxes.ndim != 2 or boxes.shape[-1] != 4 or not len(boxes):
-        raise ValueError(f"boxes must be (objects, 4) with at least one object, got shape {tuple(boxes.shape)}.")
+        raise ValueError(f"boxes must have the shape (objects, 4) with at least one object, got {tuple(boxes.shape)}.")
     if not boxes.isfinite().all():
-        raise ValueError(f"Box {_first(~boxes.isfinite().all(1))} has coordinates that are no numbers.")
+        raise ValueError(f"Box {_first(~boxes.isfinite().all(1))} has coordinates that are not finite.")
     rounded = boxes.round().long()
     empty = (rounded[:, 2:] <= rounded[:, :2]).any(1)
     if empty.any():
         index = _first(empty)
-        hint = " Boxes are in pixels, not in parts of the image." if boxes.max() <= 1 else ""
-        raise ValueError(f"Box {index}, {boxes[index].tolist()}, is empty; boxes are x1, y1, x2, y2.{hint}")
+        hint = " Boxes must be in pixels, not in fractions of the image size." if boxes.max() <= 1 else ""
+        raise ValueError(f"Box {index}, {boxes[index].tolist()}, is empty; boxes must be x1, y1, x2, y2.{hint}")
     outside = (rounded < 0).any(1) | (rounded[:, 2] > width) | (rounded[:, 3] > height)
     if outside.any():
         index = _first(outside)
@@ -37,7 +37,8 @@ def check_boxes(boxes: torch.Tensor | Sequence, height: int, width: int) -> torc
     if overlap.max() > MAX_OVERLAP:
         first, second = divmod(overlap.argmax().item(), len(boxes))
         raise ValueError(
-            f"Boxes {first} and {second} overlap by {overlap.max().item():.0%} and seem to be one object; give each object one box."
+            f"Boxes {first} and {second} overlap by {overlap.max().item():.0%} and seem to be one object; pass one "
+            "box per object."
         )
     return rounded
 
@@ -86,8 +87,8 @@ def grid_positions(boxes: torch.Tensor, grid: tuple[int, int] | None = None, row
         rows, columns = grid
         if len(boxes) != rows * columns:
             raise ValueError(
-                f"There are {len(boxes)} boxes and {rows * columns} places in the grid of {rows} x {columns}. Give a box for each place, or "
-                "leave the grid out."
+                f"There are {len(boxes)} boxes, but {rows * columns} cells in the grid of {rows} x {columns}. Pass "
+                "one box per cell, or leave the grid out."
             )
         places = torch.empty(len(boxes), dtype=torch.long)
         places[reading_order(boxes, row_height)] = torch.arange(len(boxes))
@@ -119,13 +120,13 @@ def objects_at(fixations: torch.Tensor | Sequence, boxes: torch.Tensor) -> torch
     """
     fixations = torch.as_tensor(fixations, dtype=torch.float64).reshape(-1, 2)
     if not fixations.isfinite().all():
-        raise ValueError(f"Fixation {_first(~fixations.isfinite().all(1))} has coordinates that are no numbers.")
+        raise ValueError(f"Fixation {_first(~fixations.isfinite().all(1))} has coordinates that are not finite.")
     points = fixations[:, None]
     inside = ((points >= boxes[:, :2]) & (points < boxes[:, 2:])).all(-1)
     distances = (points - box_centres(boxes)).square().sum(-1)
     if not len(distances):
         return torch.empty(0, dtype=torch.long)
-    # Whatever holds the point comes before whatever does not.
+    # Boxes that contain the point come first.
     return torch.where(inside, distances, distances + distances.max() + 1).argmin(dim=1)
 
 
@@ -137,7 +138,7 @@ def object_of_box(box: torch.Tensor | Sequence, boxes: torch.Tensor) -> int:
     """
     overlap = box_iou(torch.as_tensor(box, dtype=torch.float64)[None], boxes.double())[0]
     if overlap.max() <= 0:
-        raise ValueError(f"No object is where the box {torch.as_tensor(box).tolist()} is.")
+        raise ValueError(f"There is no object at the box {torch.as_tensor(box).tolist()}.")
     return overlap.argmax().item()
 
 

@@ -518,7 +518,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         for name, value in ids.items():
             if kwargs.setdefault(name, value) != value:
                 raise ValueError(
-                    f"{name} is {value} for scenes of {num_objects} objects, got {kwargs[name]}. Leave it out."
+                    f"{name} must be {value} for scenes of {num_objects} objects, got {kwargs[name]}. Leave it out."
                 )
         given = generation_config or self.generation_config
         lengths = ("max_length", "max_new_tokens")

@@ -76,7 +76,9 @@ class OATImageProcessor(BaseImageProcessor):
             ValueError: for invalid images, boxes, targets or fixations; the message says which.
         """
         if return_tensors != "pt":
-            raise ValueError(f"OATImageProcessor makes PyTorch tensors (return_tensors='pt'), got {return_tensors!r}.")
+            raise ValueError(
+                f"OATImageProcessor returns only PyTorch tensors (return_tensors='pt'), got {return_tensors!r}."
+            )
         if not isinstance(images, list | tuple):
             images, boxes = [images], [boxes]
             target_index, target_boxes, fixations = (
@@ -89,7 +91,7 @@ class OATImageProcessor(BaseImageProcessor):
         given = {"boxes": boxes, "target_index": target_index, "target_boxes": target_boxes, "fixations": fixations}
         for name, values in given.items():
             if values is not None and len(values) != len(images):
-                raise ValueError(f"There are {len(images)} images and {len(values)} {name}; give one for each image.")
+                raise ValueError(f"Got {len(images)} images but {len(values)} {name}; pass one per image.")
 
         scenes = []
         for index, image in enumerate(images):
@@ -109,7 +111,7 @@ class OATImageProcessor(BaseImageProcessor):
         target_index = int(target_index)
         if not 0 <= target_index < len(boxes):
             raise ValueError(
-                f"target_index {target_index} is no object: there are {len(boxes)} boxes, counted from 0."
+                f"target_index {target_index} is out of range: there are {len(boxes)} boxes, counted from 0."
             )
         scene = {
             "pixel_values": self.crop(pixels, boxes),

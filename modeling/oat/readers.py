@@ -77,7 +77,9 @@ def read_shelves(table: str | Path, image_dir: str | Path) -> list[Trial]:
     for identifier, fixations in rows.groupby("ID", sort=False):
         question = str(fixations["Question"].iloc[0])
         if question[:2] not in SHELVES:
-            raise ValueError(f"{table}, trial {identifier}: unknown layout {question!r}; known: {', '.join(SHELVES)}.")
+            raise ValueError(
+                f"{table}, trial {identifier}: unknown layout {question!r}; available: {', '.join(SHELVES)}."
+            )
         *grid, height, width = SHELVES[question[:2]]
         trial = {
             "image_id": question,
@@ -109,7 +111,7 @@ def read_trials(file: str | Path) -> list[Trial]:
     `fixations` (points in pixels) or `scanpath` (objects).
 
     Raises:
-        ValueError: if a line is no such object; the message has its number.
+        ValueError: if a line is not such an object; the message states its number.
     """
     trials = []
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
@@ -155,4 +157,4 @@ def _json(file: str | Path) -> Any:
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from error

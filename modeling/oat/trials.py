@@ -43,7 +43,7 @@ class Trial:
         wrong = [index for index in (self.target_index, *self.scanpath) if not 0 <= index < len(self.boxes)]
         if wrong:
             raise ValueError(
-                f"{wrong[0]} is no object of {self.image_id}, which has {len(self.boxes)}, counted from 0."
+                f"Object {wrong[0]} is out of range: {self.image_id} has {len(self.boxes)} objects, counted from 0."
             )
 
     @classmethod
@@ -115,7 +115,8 @@ def split_by_image(
     images = sorted({trial.image_id for trial in trials})
     if len(images) < len(shares):
         raise ValueError(
-            f"{len(images)} images cannot be split into {len(shares)} parts; an image is in one part only."
+            f"{len(images)} images cannot be split into {len(shares)} parts, because each image belongs to only one "
+            "part."
         )
     random.Random(seed).shuffle(images)
     ends = [round(sum(shares[: part + 1]) / sum(shares) * len(images)) for part in range(len(shares))]

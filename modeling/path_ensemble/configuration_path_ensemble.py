@@ -116,14 +116,14 @@ class PathEnsembleConfig(HubConfigMixin, ImagePreprocessingMixin, VariantsMixin,
             if len(set(paths)) != len(paths):
                 raise ValueError(f"{name} must not repeat a path, got {list(paths)}.")
         if len(self.pruned_paths) == self.num_paths:
-            raise ValueError("All paths are pruned, so the classifier would have no input. Keep at least one.")
+            raise ValueError("All paths are pruned, so the classifier would have no input. Keep at least one path.")
 
     def validate_distillation(self):
         """Part of the validation that `@strict` runs."""
         if self.distillation_students is not None and not self.distillation_students:
             raise ValueError("distillation_students is empty: name at least one path, or set the weights to 0.")
         if self.distillation_head and not self.distillation_token:
-            raise ValueError("distillation_head needs distillation_token, the token that it classifies.")
+            raise ValueError("distillation_head needs distillation_token=True.")
 
 
 __all__ = ["PathEnsembleConfig"]

@@ -46,8 +46,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         state = PathEnsembleForImageClassification.state_from_base(tensors, PathEnsembleConfig())
     else:
         raise ConversionError(
-            "These are no weights of a vision transformer that this family knows: neither vit.layernorm.weight nor "
-            "deit.layernorm.weight (transformers) nor blocks.0.norm1.weight (timm) is there."
+            "These are not weights of a supported vision transformer: neither vit.layernorm.weight nor "
+            "deit.layernorm.weight (transformers) nor blocks.0.norm1.weight (timm) exists."
         )
     config.leave("library")
     known = {field.name for field in fields(PathEnsembleConfig)} | {"num_labels"}
@@ -68,7 +68,7 @@ def convert_official(official: StateDict, config: dict) -> Converted:
 def _timm_fields(official: StateDict, config: dict) -> dict:
     pooling = config.get("global_pool", "token")
     if pooling not in ("token", "avg"):
-        raise ConversionError(f"global_pool={pooling!r} is not served; 'token' and 'avg' are.")
+        raise ConversionError(f"global_pool={pooling!r} is not supported; 'token' and 'avg' are.")
     config.agree(mlp_ratio=official["blocks.0.mlp.fc1.weight"].shape[0] / official["blocks.0.norm1.weight"].shape[0])
     arguments = {ours: config[theirs] for theirs, ours in _TIMM_ARGUMENTS.items() if theirs in config}
     return {

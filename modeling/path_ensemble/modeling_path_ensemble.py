@@ -266,7 +266,7 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
     paths are pruned ([`~PathEnsembleForImageClassification.prune`]) or scaled (`ensemble_scale`).
     """
 
-    # The loss is a mean over the images of a call whatever the problem type, so Trainer has to average over calls.
+    # The loss is a mean over the images of a call for every problem type, so Trainer has to average over calls.
     accepts_loss_kwargs = False
     base_auto_class = AutoModelForImageClassification
 
@@ -306,9 +306,9 @@ class PathEnsembleForImageClassification(FromBaseMixin, PathEnsemblePreTrainedMo
             return PathEnsembleConfig(**{**fields_from_timm_wrapper(base_config), **overrides})
         if base_config.model_type not in ("vit", "deit"):
             raise ValueError(
-                f"A path ensemble cannot be made from a model of type {base_config.model_type!r}. It takes ViT, DeiT and "
-                "timm's VisionTransformer: layers y = x + attention(norm(x)) + mlp(norm(x + attention)), which is where "
-                "the paths come from."
+                f"A path ensemble cannot be made from a model of type {base_config.model_type!r}. Supported are ViT, "
+                "DeiT and timm's VisionTransformer, whose layers y = x + attention(norm(x)) + mlp(norm(x + "
+                "attention)) define the paths."
             )
         fields = base_config.to_dict()
         for name in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):

@@ -48,7 +48,7 @@ def fields_from_timm(model: "VisionTransformer") -> dict[str, Any]:
     refused = {
         "no class token": model.cls_token is None,
         "register tokens": getattr(model, "reg_token", None) is not None,
-        "no position embedding of the class token": getattr(model, "no_embed_class", False),
+        "no position embedding for the class token": getattr(model, "no_embed_class", False),
         "a norm before the blocks": not isinstance(model.norm_pre, nn.Identity),
         "attention pooling": getattr(model, "attn_pool", None) is not None,
         f"global_pool={model.global_pool!r}": model.global_pool not in ("token", "avg"),
@@ -59,7 +59,7 @@ def fields_from_timm(model: "VisionTransformer") -> dict[str, Any]:
     }
     found = [what for what, present in refused.items() if present]
     if found:
-        raise ValueError(f"A path ensemble cannot be made from this timm model, it has {', '.join(found)}.")
+        raise ValueError(f"A path ensemble cannot be made from this timm model: it has {', '.join(found)}.")
     block = model.blocks[0]
     norm_after_pooling = not isinstance(model.fc_norm, nn.Identity)
     return {
@@ -89,8 +89,8 @@ def fields_from_timm_wrapper(config: "TimmWrapperConfig") -> dict[str, Any]:
         model = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
     if not is_timm_model(model):
         raise ValueError(
-            f"A path ensemble cannot be made from timm's {config.architecture!r}, which is a {type(model).__name__}. It "
-            "takes timm's VisionTransformer, and ViT and DeiT of transformers."
+            f"A path ensemble cannot be made from timm's {config.architecture!r}, which is a {type(model).__name__}. "
+            "Supported are timm's VisionTransformer, and ViT and DeiT of transformers."
         )
     return fields_from_timm(model) | {"id2label": config.id2label, "label2id": config.label2id}
 

@@ -42,14 +42,14 @@ def load_official_adapter(
         file = next((path for path in (folder / HEAD_FILE, beside) if path.is_file()), None)
         if file is None:
             raise ConversionError(
-                f"Design {design} has a head, and there is neither {folder / HEAD_FILE} nor {beside}."
+                f"Design {design} has a head, but there is neither {folder / HEAD_FILE} nor {beside}."
             )
         head = from_official(
             "pooling_attention", file, {} if num_cross_heads is None else {"num_cross_heads": num_cross_heads}
         )
         if (head.layer_embeddings is not None) != (design in (3, 5)):
             kind = "a last-layer head" if head.layer_embeddings is None else "a multi-layer head"
-            raise ConversionError(f"{file.name} is {kind}, and design {design} has the other one.")
+            raise ConversionError(f"{file.name} is {kind}, but design {design} needs the other kind.")
         overrides |= {
             "num_latents": len(head.latents),
             "num_pooling_heads": head.attention.num_heads,
@@ -60,7 +60,7 @@ def load_official_adapter(
         None,
     )
     if file is None:
-        raise ConversionError(f"{folder} holds no PEFT adapter (adapter_model.safetensors).")
+        raise ConversionError(f"{folder} contains no PEFT adapter (adapter_model.safetensors).")
     names = set(read_checkpoint(file))
     if not isinstance(base, PreTrainedModel):
         base = base or PeftConfig.from_pretrained(folder).base_model_name_or_path

@@ -58,7 +58,8 @@ def _head_arguments(state: dict[str, torch.Tensor], config: OfficialArguments) -
     heads = config.get("num_cross_heads", _DEFAULT_HEADS)
     if inner % heads:
         raise ConversionError(
-            f"The head has {inner} channels, which {heads} attention heads do not divide: say num_cross_heads."
+            f"The head has {inner} channels, which are not a multiple of {heads} attention heads: pass "
+            "num_cross_heads."
         )
     for name in ("dim", "hidden_dim", "latent_dim"):
         if config.get(name, width) != width:

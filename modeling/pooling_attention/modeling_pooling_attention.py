@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Text embedders made from decoders, in the five designs of "Pooling And Attention" (arXiv 2409.02727)."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 #: number of parameters from which on `from_base` warns about the cost of a head
 _LARGE_HEAD = 100_000_000
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 class PoolingAttentionPreTrainedModel(DecoderPreTrainedModel):
@@ -169,15 +171,15 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
             return torch.ones(shape, dtype=torch.bool, device=device)
         if tuple(attention_mask.shape) != tuple(shape):
             raise ValueError(
-                f"attention_mask must be (batch, length), here {tuple(shape)}, got {tuple(attention_mask.shape)}: pooling has "
-                "to know which tokens are padding."
+                f"attention_mask must have the shape (batch, length) = {tuple(shape)}, got "
+                f"{tuple(attention_mask.shape)}. Pooling needs it to exclude padding."
             )
         tokens = attention_mask.to(device).bool()
         if not torch.compiler.is_compiling() and not bool(tokens.any(dim=1).all()):
             empty = (~tokens.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(
-                f"Rows {empty} of attention_mask have no token. Even an empty text has its end-of-sequence token: use a "
-                "tokenizer from embedding_tokenizer."
+                f"Rows {empty} of attention_mask have no tokens. Use a tokenizer from embedding_tokenizer, which "
+                "appends an end-of-sequence token even to empty texts."
             )
         return tokens
 
@@ -187,7 +189,7 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
             return tokens
         if input_ids is None:
             raise ValueError(
-                "mean_over='pad_token_id' looks for the padding token in input_ids, which were not given."
+                "mean_over='pad_token_id' needs input_ids to find the padding tokens, but they were not passed."
             )
         return input_ids != self.config.pad_token_id
 
@@ -219,11 +221,14 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
         """
         if getattr(base_config, "is_encoder_decoder", False) or not hasattr(base_config, "num_hidden_layers"):
             raise ValueError(
-                f"A {base_config.model_type!r} model is no decoder with hidden states to embed texts with."
+                f"A {base_config.model_type!r} model is not a decoder, so its hidden states cannot be used as "
+                "embeddings."
             )
         design = overrides.get("design", getattr(base_config, "design", 5))
         if design in (4, 5):
             overrides = {"sliding_window": None, "layer_types": None, **overrides}
+        elif "num_hidden_layers" in overrides and getattr(base_config, "layer_types", None) is not None:
+            overrides = {"layer_types": base_config.layer_types[: overrides["num_hidden_layers"]], **overrides}
         overrides.setdefault("use_cache", False)
         return super().config_from_base(base_config, **overrides)
 
@@ -236,7 +241,10 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
     @classmethod
     def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
-        """The language modelling head, and parts of a base of this family that the design does not have."""
+        """The language modelling head, layers above `num_hidden_layers`, and a head that the design does not have."""
+        layer = _LAYER.match(name)
+        if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+            return True
         return name == "lm_head.weight" or (name.startswith("head.") and not config.has_head)
 
     @classmethod
@@ -250,7 +258,8 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
             model = PoolingAttentionModel.from_base("HuggingFaceTB/SmolLM2-135M", design=5, num_latents=64, pooling_head_dim=64)
 
-        The official sizes of the head are the defaults; a warning gives their cost.
+        The official sizes of the head are the defaults; a warning gives their cost. `num_hidden_layers` keeps the lowest
+        layers only.
         """
         model = super().from_base(base, dtype=dtype, **overrides)
         if model.head is not None:
@@ -260,10 +269,10 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
                 inner = config.num_pooling_heads * config.pooling_head_dim
                 flop = config.num_latents * config.hidden_size * (4 * inner + 24 * config.hidden_size)
                 logger.warning(
-                    f"The head has {size:,} parameters, and its official form costs {flop / 1e12:.2f} TFLOP a text "
+                    f"The head has {size:,} parameters and costs {flop / 1e12:.2f} TFLOP per text in its official form "
                     f"(num_latents={config.num_latents}, num_pooling_heads={config.num_pooling_heads}, "
-                    f"pooling_head_dim={config.pooling_head_dim}). A smaller one is an argument away: "
-                    "num_latents=64, num_pooling_heads=8, pooling_head_dim=64."
+                    f"pooling_head_dim={config.pooling_head_dim}). For a smaller head, pass num_latents=64, "
+                    "num_pooling_heads=8, pooling_head_dim=64."
                 )
         return model
 

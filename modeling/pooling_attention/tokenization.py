@@ -19,17 +19,17 @@ def embedding_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The tokenizer has no end-of-sequence token, whose state is the embedding. Set one that the decoder knows, such "
-            "as tokenizer.eos_token = '</s>'."
+            "The tokenizer has no end-of-sequence token, whose hidden state is the embedding. Set a token that the "
+            "decoder was trained with, such as tokenizer.eos_token = '</s>'."
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(
-            "The tokenizer has no padding token. Set one; as padding is masked it may be "
-            "tokenizer.pad_token = tokenizer.eos_token."
+            "The tokenizer has no padding token. Set one, for example tokenizer.pad_token = tokenizer.eos_token "
+            "(padding is masked)."
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, so it cannot be configured to append a token."
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so it cannot be configured to append a token."
         )
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"

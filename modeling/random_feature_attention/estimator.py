@@ -64,7 +64,7 @@ class RandomFeatureAttentionRegressor(RegressorMixin, BaseEstimator):
             y: `(n,)`.
 
         Raises:
-            ValueError: for flat rows whose width is no multiple of `input_dim`, sequences without a key, a negative penalty.
+            ValueError: for flat rows whose width is not a multiple of `input_dim`, sequences without a key, a negative penalty.
         """
         check_penalty(self.penalty)
         X, y = validate_data(self, X, y, dtype=numpy.float64, allow_nd=True, y_numeric=True)
@@ -93,16 +93,19 @@ class RandomFeatureAttentionRegressor(RegressorMixin, BaseEstimator):
         if rows.ndim == 2:
             if self.input_dim is None:
                 raise ValueError(
-                    f"X is a table of flat rows, {rows.shape}: say with input_dim how wide a token is, or reshape X to (n, "
-                    "1 + keys, width)."
+                    f"X is a 2D array of shape {rows.shape}: set input_dim to the width of a token, or reshape X to "
+                    "(n, 1 + keys, width)."
                 )
             if rows.shape[1] % self.input_dim != 0:
                 raise ValueError(
-                    f"A row of X has {rows.shape[1]} feature(s), which is no multiple of input_dim ({self.input_dim})."
+                    f"A row of X has {rows.shape[1]} feature(s), which is not a multiple of input_dim "
+                    f"({self.input_dim})."
                 )
             rows = rows.reshape(len(rows), -1, self.input_dim)
         if rows.ndim != 3:
-            raise ValueError(f"X must have 3 axes, (n, 1 + keys, width), or 2 with input_dim; got shape {rows.shape}.")
+            raise ValueError(
+                f"X must have the shape (n, 1 + keys, width), or two axes with input_dim; got {rows.shape}."
+            )
         if self.input_dim not in (None, rows.shape[2]):
             raise ValueError(f"X has tokens of width {rows.shape[2]}, but input_dim is {self.input_dim}.")
         if rows.shape[1] < 2:

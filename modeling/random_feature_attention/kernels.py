@@ -40,8 +40,8 @@ def infinite_head_kernel(
     for tokens in (inputs_embeds, others):
         if tokens.ndim != 3 or tokens.shape[1] < 2 or tokens.shape[2] != inputs_embeds.shape[2]:
             raise ValueError(
-                "Inputs of the kernel must be (samples, 1 + keys, width) with at least one key and the same width, got "
-                f"{tuple(inputs_embeds.shape)} and {tuple(others.shape)}."
+                "Inputs of the kernel must have the shape (samples, 1 + keys, width) with at least one key and the "
+                f"same width, got {tuple(inputs_embeds.shape)} and {tuple(others.shape)}."
             )
     if not weight_std > 0:
         raise ValueError(f"weight_std must be positive, got {weight_std}.")

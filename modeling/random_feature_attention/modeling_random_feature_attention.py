@@ -73,8 +73,8 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
         wanted = (1 + self.config.num_keys, self.config.input_dim)
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[1:] != wanted:
             raise ValueError(
-                f"inputs_embeds must be (batch, {wanted[0]}, {wanted[1]}), the query and {self.config.num_keys} keys; got shape "
-                f"{tuple(inputs_embeds.shape)}."
+                f"inputs_embeds must have the shape (batch, {wanted[0]}, {wanted[1]}), for the query and "
+                f"{self.config.num_keys} keys; got {tuple(inputs_embeds.shape)}."
             )
         return self.compute_features(inputs_embeds, getattr(self, self.frozen_name).to(inputs_embeds.dtype))
 
@@ -95,13 +95,13 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
             `logits` `(batch,)`, and the loss.
         """
         if inputs_embeds is None:
-            raise ValueError("inputs_embeds is needed: (batch, 1 + num_keys, input_dim).")
+            raise ValueError("inputs_embeds of shape (batch, 1 + num_keys, input_dim) is required.")
         logits = self.features(inputs_embeds.to(self.dtype)) @ self.values.flatten()
         loss = None
         if labels is not None:
             if labels.numel() != len(logits):
                 raise ValueError(
-                    f"labels must be ({len(logits)},), a number for each sequence; got {tuple(labels.shape)}."
+                    f"labels must have the shape ({len(logits)},), one number per sequence; got {tuple(labels.shape)}."
                 )
             loss = nn.functional.mse_loss(logits, labels.to(logits).flatten())
         return SequenceClassifierOutput(loss=loss, logits=logits)
@@ -116,7 +116,7 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
     ) -> "RandomFeaturePreTrainedModel":
         """Set the values to those that minimise `(1/n) sum (y - f)^2 + penalty |V|^2`.
 
-        Features and solution are computed in float64, whatever the dtype of the model; the values are stored in that dtype.
+        Features and solution are computed in float64, independent of the dtype of the model; the values are stored in that dtype.
 
         Args:
             inputs_embeds: `(n, 1 + num_keys, input_dim)`.
@@ -133,7 +133,8 @@ class RandomFeaturePreTrainedModel(HubModelMixin, PreTrainedModel):
         check_penalty(penalty)
         if labels.shape != (len(inputs_embeds),):
             raise ValueError(
-                f"labels must be ({len(inputs_embeds)},), a number for each sequence; got {tuple(labels.shape)}."
+                f"labels must have the shape ({len(inputs_embeds)},), one number per sequence; got "
+                f"{tuple(labels.shape)}."
             )
         features = self.features(inputs_embeds.to(self.device, torch.float64))
         values = ridge_values(features, labels, penalty, solver)

@@ -36,7 +36,7 @@ def ridge_dual(gram: torch.Tensor, targets: torch.Tensor, penalty: float) -> tor
     Raises:
         ValueError: if lambda is negative, or 0 with a singular matrix.
     """
-    return _solve(gram, targets, check_penalty(penalty) * len(gram), "samples that differ, fewer than features")
+    return _solve(gram, targets, check_penalty(penalty) * len(gram), "distinct samples, fewer than features")
 
 
 def ridge_primal(features: torch.Tensor, targets: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -67,10 +67,10 @@ def ridge_values(features: torch.Tensor, targets: torch.Tensor, penalty: float, 
     if len(features) == 0:
         raise ValueError("A ridge fit needs at least one sample, got none.")
     if len(features) != len(targets):
-        raise ValueError(f"There are {len(features)} samples and {len(targets)} targets.")
+        raise ValueError(f"Got {len(features)} samples but {len(targets)} targets.")
     features, targets = features.double(), targets.to(features.device).double()
     if not (bool(features.isfinite().all()) and bool(targets.isfinite().all())):
-        raise ValueError("The inputs or the targets hold NaN or infinity.")
+        raise ValueError("The inputs or the targets contain NaN or infinity.")
     if solver == "primal" or (solver == "auto" and features.shape[0] > features.shape[1]):
         return ridge_primal(features, targets, penalty)
     return features.T @ ridge_dual(gram_matrix(features), targets, penalty)
@@ -96,6 +96,6 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor, shift: float, otherwise: s
         solution = vectors @ ((vectors.T @ columns) / (eigenvalues.clamp(min=0) + shift)[:, None])
     else:
         raise ValueError(
-            f"Without a penalty the problem is singular: take a lambda above 0, or (with this solver) {otherwise}."
+            f"Without a penalty the problem is singular: use a lambda above 0, or (with this solver) {otherwise}."
         )
     return solution if right.ndim == 2 else solution[:, 0]

@@ -62,8 +62,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
         return _convert_attention(official, config)
     if "patch_embed.proj.0.weight" not in official:
         raise ConversionError(
-            "This is no official layout of RMT: neither a model (patch_embed.proj.0.weight) nor an attention module "
-            "(q_proj.weight)."
+            "This is not an official layout of RMT: neither a model (patch_embed.proj.0.weight) nor an attention "
+            "module (q_proj.weight)."
         )
     ours = _config(official, config)
     _check_tables(official, ours)
@@ -113,9 +113,9 @@ def _config(official: StateDict, config: dict) -> RMTConfig:
     token_labeling = "aux_head.weight" in official
     if token_labeling and official["aux_head.weight"].shape[1] != hidden_sizes[-1]:
         raise ConversionError(
-            f"aux_head takes {official['aux_head.weight'].shape[1]} features, and the last stage has {hidden_sizes[-1]}. The "
-            "official code has no such model, so it is not known what the head was applied to; remove the keys aux_head.* "
-            "to convert the classifier alone."
+            f"aux_head takes {official['aux_head.weight'].shape[1]} features, but the last stage has "
+            f"{hidden_sizes[-1]}. The official code has no such model, so the input of the head is unknown. Remove "
+            "the keys aux_head.* to convert the classifier only."
         )
     num_channels = official["patch_embed.proj.0.weight"].shape[1]
     mlp_ratios = [
@@ -171,8 +171,8 @@ def _check_table(official: StateDict, prefix: str, positions: RMTRelativePositio
         found = official[prefix + name].float()
         if found.shape != table.shape or not torch.allclose(found, table, rtol=1e-2, atol=1e-5):
             raise ConversionError(
-                f"{prefix}{name} holds other values than the configuration (number of heads, init_values, heads_ranges) "
-                f"gives: {found.tolist()} instead of {table.tolist()}."
+                f"{prefix}{name} does not match the configuration (number of heads, init_values, heads_ranges): "
+                f"{found.tolist()} instead of {table.tolist()}."
             )
 
 

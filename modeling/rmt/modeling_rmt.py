@@ -48,7 +48,7 @@ class RMTPositions(NamedTuple):
 class RMTRelativePositions(nn.Module):
     """Tables of a stage, computed for the size of each map.
 
-    They have no buffers and are computed in float32 whatever the dtype of the model is: positions count up to
+    They have no buffers and are computed in float32 for models of any dtype: positions count up to
     `height * width`, which bfloat16 cannot.
     """
 

@@ -117,7 +117,9 @@ def token_labeling_loss(
         raise ValueError(f"targets must have the shape {shapes[0]} or {shapes[1]}, got {tuple(targets.shape)}.")
     if targets.ndim == 2:
         if with_ground_truth:
-            raise ValueError("with_ground_truth needs targets with a ground truth, (batch, labels, 2 + positions).")
+            raise ValueError(
+                "with_ground_truth needs targets with a ground truth, of shape (batch, labels, 2 + positions)."
+            )
         of_images, of_tokens = targets, targets[:, None].expand(-1, positions, -1)
     else:
         truth, of_images, of_tokens = targets[..., 0], targets[..., 1], targets[..., 2:].transpose(1, 2)

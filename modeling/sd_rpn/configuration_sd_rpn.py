@@ -158,7 +158,8 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         name = task.lower()
         if name not in self.thresholds:
             raise ValueError(
-                f"There is no threshold for the task {task!r}. Known: {', '.join(self.thresholds)}. Give a number instead."
+                f"There is no threshold for the task {task!r}. Tasks: {', '.join(self.thresholds)}. Alternatively, "
+                "pass a number."
             )
         return self.thresholds[name]
 
@@ -171,8 +172,9 @@ class SdRpnConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         last = self.base_num_hidden_layers - self.num_hidden_layers
         if not 1 <= self.branch_layer <= last:
             raise ValueError(
-                f"branch_layer must be between 1 and {last}, so that the {self.num_hidden_layers} layers of the network "
-                f"stand beside layers of a base with {self.base_num_hidden_layers} layers; got {self.branch_layer}."
+                f"branch_layer must be between 1 and {last}, so that the {self.num_hidden_layers} layers of the "
+                f"network correspond to layers of the base, which has {self.base_num_hidden_layers}; got "
+                f"{self.branch_layer}."
             )
         if "default" not in self.thresholds:
             raise ValueError(f"thresholds needs an entry 'default', got {self.thresholds}.")

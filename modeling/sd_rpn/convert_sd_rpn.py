@@ -37,13 +37,13 @@ def convert_official(official: StateDict, config: dict) -> Converted:
             `rms_norm_eps` and `twig_K`, none of which is needed if the network has the width of a published one.
 
     Raises:
-        ConversionError: also if the configuration asks for a map of another kind than the published networks have.
+        ConversionError: also if the configuration has another kind of map than the published networks.
     """
     state = _NAMES.state_dict(official)
     if not {"norm.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight"} <= state.keys():
         raise ConversionError(
-            "The checkpoint has no model.twig_layers with model.twig_norm. If this is one of several files, name their "
-            "folder; if not, it is a base without a region proposal network."
+            "The checkpoint has no model.twig_layers with model.twig_norm. If this is one of several shards, pass "
+            "their folder. Otherwise it is a base without a region proposal network."
         )
     _check_options(config)
     config.leave_rest()  # the `config.json` of the base
@@ -54,8 +54,8 @@ def _check_options(config: dict) -> None:
     for name, value in _PUBLISHED_OPTIONS.items():
         if config.get(name, value) != value:
             raise ConversionError(
-                f"The checkpoint was trained with {name}={config[name]!r}. Only {value!r} is served, which the published "
-                "networks use."
+                f"The checkpoint was trained with {name}={config[name]!r}. Only {value!r} is supported, which the "
+                "published networks use."
             )
 
 

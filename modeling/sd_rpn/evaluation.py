@@ -112,7 +112,7 @@ def predictions(
     missing = [column for column in ("image", kind.question, kind.identifier) if column not in columns]
     if missing:
         raise ValueError(
-            f"The data set lacks the columns {', '.join(missing)} of {task} (as in {kind.dataset}); it has "
+            f"The dataset lacks the columns {', '.join(missing)} of {task} (as in {kind.dataset}); it has "
             f"{', '.join(columns)}."
         )
     options = {"max_new_tokens": kind.max_new_tokens, "do_sample": False, **generate_kwargs}

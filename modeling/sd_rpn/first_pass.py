@@ -119,8 +119,8 @@ def unwrapped_base(base: nn.Module) -> PreTrainedModel:
         return base
     if base.active_peft_config.is_prompt_learning:
         raise ValueError(
-            f"The base has a {base.active_peft_config.peft_type.value} adapter, which changes the prompt outside of the base's "
-            "layers. Use an adapter inside the layers, such as LoRA, or the base without it."
+            f"The base has a {base.active_peft_config.peft_type.value} adapter, which changes the prompt outside of "
+            "the base's layers. Use an adapter within the layers, such as LoRA, or the base without an adapter."
         )
     return base.get_base_model()
 
@@ -163,9 +163,10 @@ def check_base(config: SdRpnConfig, base: PreTrainedModel) -> None:
     if found != wanted:
         name = config.base_model_name_or_path
         raise ValueError(
-            f"The region proposal network is for a {wanted[0]} whose decoder has {wanted[2]} layers of width {wanted[1]}"
-            f"{f' ({name})' if name else ''}; the base is a {found[0]} with {found[2]} layers of width {found[1]}. Load the "
-            "base that the network was trained with, or make a network for this one with SdRpnModel.from_base."
+            f"The region proposal network is for a {wanted[0]} whose decoder has {wanted[2]} layers of width "
+            f"{wanted[1]}{f' ({name})' if name else ''}, but the base is a {found[0]} with {found[2]} layers of width "
+            f"{found[1]}. Load the base that the network was trained with, or create a network for this base with "
+            "SdRpnModel.from_base."
         )
 
 
@@ -179,7 +180,7 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
         input_ids: `(batch, sequence)`, padded on either side.
         inputs: the other inputs of the base, as its processor makes them: `attention_mask`, `pixel_values` (or
             `mm_encoder_outputs`) and, for LLaVA-Next, `image_sizes`, for Qwen2.5-VL `image_grid_thw` and
-            `mm_token_type_ids`. Prompts without an image are served; their row of `image_mask` is empty.
+            `mm_token_type_ids`. Prompts without an image are supported; their row of `image_mask` is empty.
 
     Raises:
         ValueError: if the image tokens of the prompts do not fit the images, or if `mm_token_type_ids` is missing.
@@ -190,14 +191,14 @@ def run_first_pass(base: PreTrainedModel, branch_layer: int, input_ids: torch.Lo
         and inputs.get("mm_token_type_ids") is None
     ):
         raise ValueError(
-            "Qwen2.5-VL needs mm_token_type_ids, without which its positions are silently those of plain text. The processor "
-            "returns them."
+            "Qwen2.5-VL needs mm_token_type_ids, as returned by the processor: without them its positions would "
+            "silently be those of plain text."
         )
     has_images = inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs") is not None
     if has_images and not (input_ids == base.config.image_token_id).any():
         raise ValueError(
-            f"There are images but no image tokens (id {base.config.image_token_id}) in the prompts. Put the processor's "
-            "image placeholder into each prompt with an image, or an image entry into its chat message."
+            f"There are images, but no image tokens (id {base.config.image_token_id}) in the prompts. Add the "
+            "processor's image placeholder to each prompt with an image, or an image entry to its chat message."
         )
     images = find_images(base.config, input_ids, inputs.get("image_sizes"), inputs.get("image_grid_thw"))
     layer = base.get_decoder().layers[branch_layer]
@@ -273,16 +274,16 @@ def find_images(
         count, rest = divmod(int(is_image.sum()), cells)
         if rest:
             raise ValueError(
-                f"{int(is_image.sum())} image tokens in the prompts are no whole number of images of {cells} tokens "
-                f"({grid[0]}x{grid[1]} patches)."
+                f"{int(is_image.sum())} image tokens in the prompts are not a multiple of the {cells} tokens of an "
+                f"image ({grid[0]}x{grid[1]} patches)."
             )
         return _images_of_grids(is_image, [grid] * count)
     runs = [(row, start, length) for row, tokens in enumerate(is_image.tolist()) for start, length in _runs(tokens)]
     wanted = len(runs) if image_sizes is None else len(image_sizes)
     if len(runs) != wanted or any(length < cells for _, _, length in runs):
         raise ValueError(
-            f"The prompts have {len(runs)} runs of image tokens (at least {cells} each are expected) for {wanted} images. "
-            "Put text between images that follow each other."
+            f"The prompts have {len(runs)} runs of image tokens (of at least {cells} tokens each) for {wanted} "
+            "images. Put text between consecutive images."
         )
     return [ImageCells(row, start, length, grid) for row, start, length in runs]
 
@@ -298,13 +299,14 @@ def _images_of_grids(is_image: torch.Tensor, grids: list[tuple[int, int]]) -> li
                 grid = next(remaining, None)
                 if grid is None or start + grid[0] * grid[1] > end:
                     raise ValueError(
-                        f"The image tokens of prompt {row} do not fit its images: {end - start} tokens from position {start} "
-                        f"on, for {'no image' if grid is None else f'an image of {grid[0]}x{grid[1]} cells'}."
+                        f"The image tokens of prompt {row} do not match its images: {end - start} tokens from "
+                        f"position {start} on, for "
+                        f"{'no image' if grid is None else f'an image of {grid[0]}x{grid[1]} cells'}."
                     )
                 images.append(ImageCells(row, start, grid[0] * grid[1], grid))
                 start += grid[0] * grid[1]
     if len(images) != len(grids):
-        raise ValueError(f"There are {len(grids)} images, but the prompts have image tokens for {len(images)} only.")
+        raise ValueError(f"There are {len(grids)} images, but the prompts have image tokens for only {len(images)}.")
     return images
 
 

@@ -179,9 +179,7 @@ class SdRpnGenerator:
             raise ValueError("There are no prompts.")
         if not isinstance(images, list | tuple) or len(images) != len(prompts):
             found = len(images) if isinstance(images, list | tuple) else 1
-            raise ValueError(
-                f"There are {len(prompts)} prompts and {found} entries of images: give one for each prompt."
-            )
+            raise ValueError(f"Got {len(prompts)} prompts but {found} entries of images: pass one per prompt.")
         read = [read_prompt(self.processor, prompt, given) for prompt, given in zip(prompts, images, strict=True)]
         inputs = encode_prompts(self.processor, self.base.config, read)
         return self.focus(inputs, [prompt.images for prompt in read], threshold, masked)
@@ -206,7 +204,7 @@ class SdRpnGenerator:
         originals = [image for of_prompt in images for image in of_prompt]
         if len(originals) != len(cells):
             raise ValueError(
-                f"The prompts have the tokens of {len(cells)} images, but {len(originals)} images are given."
+                f"The prompts have the tokens of {len(cells)} images, but {len(originals)} images were passed."
             )
 
         regions = [
@@ -257,13 +255,13 @@ class SdRpnGenerator:
         if threshold is None:
             return self.rpn.config.threshold(task)
         if task is not None:
-            raise ValueError("task chooses a threshold; give one of task and threshold.")
+            raise ValueError("task chooses a threshold: pass either task or threshold.")
         if isinstance(threshold, torch.Tensor) and threshold.ndim == 0:
             threshold = threshold.item()
         is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
         if not is_number or not -1 < threshold < 1:
             raise ValueError(
-                f"threshold must be a number between -1 and 1 (a probability, or, if it is negative, a fraction of the map's "
+                "threshold must be a number between -1 and 1 (a probability or, if negative, a fraction of the map's "
                 f"maximum), got {threshold!r}."
             )
         return float(threshold)

@@ -229,18 +229,20 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         """
         if base_config.model_type not in ("llava", "llava_next", "qwen2_5_vl"):
             raise ValueError(
-                f"SD-RPN cannot be made for a {base_config.model_type!r} model. Supported bases: llava, llava_next, "
+                f"SD-RPN does not support {base_config.model_type!r} models. Supported bases: llava, llava_next, "
                 "qwen2_5_vl."
             )
         text = base_config.get_text_config()
         biases = LANGUAGE_MODELS.get(text.model_type)
         if biases is None:
             raise ValueError(
-                f"SD-RPN does not know the language model {text.model_type!r} of the base. Supported: "
+                f"SD-RPN does not support the language model {text.model_type!r} of the base. Supported: "
                 f"{', '.join(LANGUAGE_MODELS)}."
             )
         if getattr(text, "sliding_window", None) is not None:
-            raise ValueError("SD-RPN attends to the whole prompt; a base with a sliding window is not supported.")
+            raise ValueError(
+                "SD-RPN attends to the whole prompt and does not support a base with sliding-window attention."
+            )
         values = {
             "base_model_type": base_config.model_type,
             "base_model_name_or_path": base_config.name_or_path or None,
@@ -254,8 +256,8 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         if "branch_layer" not in values:
             raise ValueError(
                 f"There is no published SD-RPN for a {base_config.model_type} with {text.num_hidden_layers} layers of "
-                f"width {text.hidden_size}. Say after how many layers it shall branch off: branch_layer=..., about half "
-                "of the layers in the paper."
+                f"width {text.hidden_size}. Pass branch_layer, the number of base layers before the network (about "
+                "half of the layers in the paper)."
             )
         return SdRpnConfig(**values)
 
@@ -288,7 +290,7 @@ def roi_loss(
 
 
 def last_positions(attention_mask: torch.Tensor | None, batch: int, sequence: int, device) -> torch.Tensor:
-    """Position `(batch,)` of the last token of each row that is no padding, whichever side the padding is on."""
+    """Position `(batch,)` of the last token of each row that is not padding, for padding on either side."""
     positions = torch.arange(sequence, device=device)
     if attention_mask is None:
         return positions[-1:].expand(batch)

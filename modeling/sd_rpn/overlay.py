@@ -1,4 +1,4 @@
-"""A picture of where SD-RPN looked: the RoI map as a veil over the image, and the boxes."""
+"""An overlay of the RoI map and the boxes on the image."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

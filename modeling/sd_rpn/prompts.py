@@ -55,8 +55,8 @@ def read_prompt(processor: ProcessorMixin, prompt: PromptLike, images: ImagesLik
     placeholders = prompt.count(processor.image_token)
     if placeholders != len(images):
         raise ValueError(
-            f"The prompt has {placeholders} image placeholders ({processor.image_token}) for {len(images)} images. A prompt "
-            "needs one for each; in a chat that is an entry of type 'image'."
+            f"The prompt has {placeholders} image placeholders ({processor.image_token}) for {len(images)} images. A "
+            "prompt needs one per image; in a chat, this is an entry of type 'image'."
         )
     return Prompt(prompt, [load_image(_as_source(image)) for image in images])
 
@@ -76,8 +76,8 @@ def _as_source(image):
 def _render(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], images: list) -> tuple[str, list]:
     if processor.chat_template is None:
         raise ValueError(
-            f"The processor has no chat template. Write the prompt as the base expects it, with {processor.image_token} "
-            "where an image stands, or set processor.chat_template."
+            "The processor has no chat template. Pass the prompt in the format of the base, with "
+            f"{processor.image_token} in the place of each image, or set processor.chat_template."
         )
     messages = [_with_images(message) for message in messages]
     entries = [

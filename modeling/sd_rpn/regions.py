@@ -1,7 +1,7 @@
 """From RoI maps to regions of the original image.
 
-LLaVA (a grid of square cells over the image padded to a square) looks at connected regions: none is no crop, one is cropped as it
-is, and of several the extent is cropped and only the tokens inside them are kept. Qwen2.5-VL (a grid over the image itself)
+LLaVA (a grid of square cells over the image padded to a square) uses connected regions: without a region there is no crop, one
+region is cropped as it is, and of several the extent is cropped and only the tokens inside them are kept. Qwen2.5-VL (a grid over the image itself)
 always takes the extent. Boxes are `(x0, y0, x1, y1)` with ends exclusive.
 """
 
@@ -15,7 +15,7 @@ Box = tuple[int, int, int, int]
 
 #: a region of fewer cells is widened to at least 3x3; a single cell is noise
 MIN_AREA = 4
-#: a larger share of the cells is no region to zoom into: 225 of 24x24
+#: regions with a larger share of the cells are not cropped: 225 of 24x24
 MAX_AREA_FRACTION = 225 / 576
 #: from this number of image tokens on, Qwen2.5-VL's maps have artefacts at their upper left border
 BORDER_ARTEFACTS_ABOVE = 768

@@ -45,7 +45,8 @@ def encode_crops(
 ) -> list[EncodedImage]:
     """Encode crops by the base's vision tower and projector.
 
-    LLaVA: resized to the tower's square, whatever their shape. Qwen2.5-VL: with the image processor's own budget of pixels.
+    LLaVA: resized to the square input of the vision tower, for any shape. Qwen2.5-VL: with the image processor's pixel
+    budget.
     """
     if not crops:
         return []

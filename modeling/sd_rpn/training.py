@@ -77,7 +77,7 @@ class RoiCollator:
         if missing:
             raise ValueError(
                 f"The rows have no {', '.join(sorted(missing))}; they have {', '.join(sorted(rows[0]))}. "
-                "scripts/make_sd_rpn_labels.py makes a data set with these columns."
+                "Create a dataset with these columns by scripts/make_sd_rpn_labels.py."
             )
         images, questions = ([row[name] for row in rows] for name in ("image", "question"))
         inputs = labelling_inputs(self.processor, self.config, images, questions)

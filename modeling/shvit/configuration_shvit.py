@@ -18,7 +18,7 @@ class SHViTConfig(StagedVisionConfig):
         num_channels (`int`): channels of the images.
         hidden_sizes (`list[int]`): channels of each stage; the first must be a multiple of 8.
         depths (`list[int]`): number of blocks of each stage.
-        partial_dims (`list[int]`): channels of each stage that take part in its attention.
+        partial_dims (`list[int]`): number of channels of each stage that its attention uses.
         qk_dims (`list[int]`): width of queries and keys in each stage.
         block_types (`list[str]`): `"s"` for a stage with single-head attention, `"i"` for one without.
         distillation (`bool`): a second classifier, for training with a teacher. Both are averaged in evaluation.

@@ -124,5 +124,5 @@ def _read_arguments(state: dict) -> dict:
 
 def _get(state: dict, name: str):
     if name not in state:
-        raise ConversionError(f"This is no SHViT checkpoint: nothing in it corresponds to {name}.")
+        raise ConversionError(f"This is not an SHViT checkpoint: no tensor corresponds to {name}.")
     return state[name]

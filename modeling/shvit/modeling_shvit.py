@@ -26,8 +26,8 @@ from .configuration_shvit import SHViTConfig
 
 
 _NO_ADAPTERS = (
-    "A fused SHViT takes no adapters: BatchNorms that would scale what an adapter adds have been folded. Load the adapter into "
-    "the model before `fuse()`, merge it, and fuse the result."
+    "A fused SHViT does not support adapters, because the BatchNorms that would scale their output have been folded. "
+    "Load the adapter into the model before `fuse()`, merge it, and fuse the result."
 )
 
 
@@ -364,8 +364,8 @@ class SHViTPreTrainedModel(VisionPreTrainedModel):
         """
         if mode and self.config.fused:
             raise ValueError(
-                "A fused SHViT is for inference only: its BatchNorms are folded into the convolutions. Train the model "
-                "that it was made from and call `fuse()` afterwards."
+                "A fused SHViT is for inference only: its BatchNorms are folded into the convolutions. Train the "
+                "original model and call `fuse()` afterwards."
             )
         return super().train(mode)
 
@@ -385,7 +385,7 @@ class SHViTPreTrainedModel(VisionPreTrainedModel):
         """
         if self._part_of is not None:
             raise ValueError(
-                f"This is a part of a {self._part_of}: fuse that, or load the part alone, with "
+                f"This is a part of a {self._part_of}: fuse the whole model, or load this part alone with "
                 f"`{type(self).__name__}.from_pretrained(...)`."
             )
         if self.config.fused:

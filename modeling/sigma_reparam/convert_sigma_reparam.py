@@ -27,8 +27,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     if "weight" in official:
         return _convert_layer(official, config)
     raise ConversionError(
-        "This is no official layout of sigma-reparam: neither a vision transformer (patch_embed.proj.weight), nor a layer (weight), nor "
-        "a Flax speech block (params.wf.kernel)."
+        "This is not an official layout of sigma-reparam: neither a vision transformer (patch_embed.proj.weight), nor "
+        "a layer (weight), nor a Flax speech block (params.wf.kernel)."
     )
 
 
@@ -55,7 +55,7 @@ _PLAIN_LAYER = Renaming(*_LAYER)
 def _convert_vit(official: StateDict, arguments: dict) -> Converted:
     pooling = arguments.get("global_pool", "token")
     if pooling not in ("token", "avg"):
-        raise ConversionError(f"global_pool={pooling!r} is not served; 'token' and 'avg' are.")
+        raise ConversionError(f"global_pool={pooling!r} is not supported; 'token' and 'avg' are.")
     config = SigmaReparamViTConfig(
         image_size=arguments["img_size"],
         use_class_token="cls_token" in official,

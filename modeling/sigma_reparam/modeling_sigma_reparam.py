@@ -60,8 +60,9 @@ class SigmaReparamViTEmbeddings(ViTEmbeddings):
         size = tuple(pixel_values.shape[2:])
         if size != tuple(patches.image_size) and not interpolate_pos_encoding:
             raise ValueError(
-                f"The images are {size[0]} x {size[1]}, but the position embeddings are those of "
-                f"{' x '.join(map(str, patches.image_size))}. Resize the images, or pass interpolate_pos_encoding=True."
+                f"The images are {size[0]} x {size[1]}, but the position embeddings are for "
+                f"{' x '.join(map(str, patches.image_size))}. Resize the images, or pass "
+                "interpolate_pos_encoding=True."
             )
         hidden_states = patches(pixel_values.to(self.position_embeddings.dtype))
         if self.cls_token is not None:

@@ -37,8 +37,8 @@ def convert_official(official: StateDict, config: dict) -> Converted:
     if "kv_proj.weight" in official:
         return _convert_cross_attention(official, config)
     raise ConversionError(
-        "This is no official layout of sigmoid attention: neither AXLearn's (decoder/emb/token_emb/weight) nor the "
-        "simulator's (input_embedding.weight, or kv_proj.weight for cross-attention)."
+        "This is not an official layout of sigmoid attention: neither AXLearn's (decoder/emb/token_emb/weight) nor "
+        "the simulator's (input_embedding.weight, or kv_proj.weight for cross-attention)."
     )
 
 
@@ -113,8 +113,8 @@ def _convert_gala(official: StateDict, arguments: dict) -> Converted:
     depths = {tensor.shape[0] for tensor in stacked.values()}
     if depths != {config.num_hidden_layers}:
         raise ConversionError(
-            f"num_layers is {config.num_hidden_layers}, but the checkpoint holds {' or '.join(map(str, sorted(depths)))} "
-            "layers."
+            f"num_layers is {config.num_hidden_layers}, but the checkpoint has "
+            f"{' or '.join(map(str, sorted(depths)))} layers."
         )
     for index in range(config.num_hidden_layers):
         layer = {ours: tensor[index] for ours, tensor in stacked.items()}
@@ -165,8 +165,8 @@ def _constant(official: StateDict, names: list[str], default: float) -> float:
     values = {official[name].item() for name in names if name in official}
     if len(values) > 1:
         raise ConversionError(
-            f"The blocks hold different values for {names[0].rsplit('.', 1)[-1]}: {sorted(values)}; the family has one for "
-            "all layers."
+            f"The blocks have different values for {names[0].rsplit('.', 1)[-1]}: {sorted(values)}. The family "
+            "supports only one value for all layers."
         )
     return values.pop() if values else default
 
@@ -222,7 +222,7 @@ def _half_split(state: dict[str, torch.Tensor], head_dim: int) -> dict[str, torc
 def _convert_cross_attention(official: StateDict, arguments: dict) -> Converted:
     position = arguments.get("position")
     if position not in (None, "none", "rope"):
-        raise ConversionError(f"position of a cross-attention must be rope or none, got {position!r}.")
+        raise ConversionError(f"position of cross-attention must be rope or none, got {position!r}.")
     rotary, head_dim = position == "rope", arguments["q_dim"] // arguments["num_heads"]
     state = split_fused(_CROSS_ATTENTION.state_dict(official), "kv_proj", ("k_proj", "v_proj"))
     if rotary:

@@ -162,7 +162,7 @@ class SigmoidCrossAttention(nn.Module):
         log_temperature: the logits (not the bias) are multiplied by the exponential of this.
         qk_norm: whether queries and keys are normalised in each head as well.
         use_bias: biases in the projections.
-        rope_theta: base of the rotary positions of queries and keys, each stream counting from 0 whatever the mask;
+        rope_theta: base of the rotary positions of queries and keys, each stream counting from 0, independent of the mask;
             without one there are no positions.
     """
 
@@ -181,7 +181,7 @@ class SigmoidCrossAttention(nn.Module):
         if query_dim % num_heads != 0 or query_dim != key_value_dim:
             raise ValueError(
                 f"Both streams need heads of the same width: got query_dim={query_dim}, key_value_dim={key_value_dim} and "
-                f"num_heads={num_heads}; make the dimensions equal and a multiple of num_heads."
+                f"num_heads={num_heads}. Use equal dimensions that are a multiple of num_heads."
             )
         self.head_dim = query_dim // num_heads
         self.scaling = self.head_dim**-0.5 * math.exp(log_temperature)

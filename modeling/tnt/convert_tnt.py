@@ -119,7 +119,7 @@ def _config(state: dict[str, torch.Tensor], arguments: dict) -> TNTConfig:
 
     def shape(name: str) -> torch.Size:
         if name not in state:
-            raise ConversionError(f"This is no TNT checkpoint: nothing in it corresponds to {name}.")
+            raise ConversionError(f"This is not a TNT checkpoint: no tensor corresponds to {name}.")
         return state[name].shape
 
     def given(name: str, default):
@@ -147,7 +147,7 @@ def _config(state: dict[str, torch.Tensor], arguments: dict) -> TNTConfig:
         heads[name] = given(argument, heads[name])
         if heads[name] is None:
             raise ConversionError(
-                f"The weights do not say how many heads there are. Pass {argument} (or timm's "
+                f"The weights do not determine the number of heads. Pass {argument} (or timm's "
                 f"{_TIMM_ARGUMENTS[argument]}) in `config`."
             )
     patch_size = given("patch_size", 16)

@@ -220,7 +220,7 @@ class TNTEmbeddings(nn.Module):
     def _grid_size(self, height: int, width: int, interpolate_pos_encoding: bool) -> tuple[int, int]:
         if (height, width) != self.config.image_height_width and not interpolate_pos_encoding:
             raise ValueError(
-                f"The images are {height} x {width}, but the position embeddings are those of "
+                f"The images are {height} x {width}, but the position embeddings are for "
                 f"{' x '.join(map(str, self.config.image_height_width))}. Resize the images, or pass "
                 "interpolate_pos_encoding=True."
             )
@@ -299,7 +299,7 @@ class TNTModel(TNTPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(batch, 1 + patches, hidden_size)`, the class token first, normalised; `pooler_output`
-            `(batch, hidden_size)`, what is classified; `hidden_states`, if asked for, the tokens before and after each
+            `(batch, hidden_size)`, what is classified; `hidden_states`, on request, the tokens before and after each
             block, not normalised; `attentions` `(batch, heads, 1 + patches, 1 + patches)`, those between sentences.
         """
         hidden_states, word_states = self.embeddings(pixel_values, interpolate_pos_encoding)

@@ -70,15 +70,17 @@ class TokenMixerConfig(DecoderConfig):
             raise ValueError(f"There is no token mixer {self.mixer!r}. Mixers: {', '.join(MIXERS)}.")
         if self.causal and self.mixer not in causal_mixers():
             raise ValueError(
-                f"The mixer {self.mixer!r} has no causal form; classify with causal=False. Causal mixers: "
+                f"The mixer {self.mixer!r} has no causal form; use a classifier with causal=False. Causal mixers: "
                 f"{', '.join(causal_mixers())}."
             )
         if self.num_attention_heads != 1:
             raise ValueError(f"A token mixer has one head, got num_attention_heads={self.num_attention_heads}.")
         if not self.causal and self.use_cache:
-            raise ValueError("use_cache=True needs causal=True: without it every output depends on tokens to come.")
+            raise ValueError("use_cache=True needs causal=True: otherwise every output depends on later tokens.")
         if self.mixer == "spatial_gating" and self.hidden_size % 2 != 0:
-            raise ValueError(f"spatial_gating splits the channels in halves: hidden_size {self.hidden_size} is odd.")
+            raise ValueError(
+                f"spatial_gating splits the channels into halves, so hidden_size must be even, got {self.hidden_size}."
+            )
 
 
 __all__ = ["TokenMixerConfig"]

@@ -96,7 +96,9 @@ class TemplateMixer(Mixer):
         start = 0
         if cache is not None:
             if not self.config.causal:
-                raise ValueError("A model with causal=False takes no cache: its outputs depend on tokens to come.")
+                raise ValueError(
+                    "A model with causal=False does not support a cache: its outputs depend on later tokens."
+                )
             length = hidden_states.shape[1]
             hidden_states, attention_mask = cache.layers[self.layer_idx].extend(hidden_states, attention_mask)
             start = hidden_states.shape[1] - length
@@ -136,8 +138,8 @@ class TokenMixerModel(TokenMixerPreTrainedModel, DecoderModel):
         longest = self.config.max_position_embeddings
         if not torch.compiler.is_compiling() and position_ids.numel() > 0 and int(position_ids.max()) >= longest:
             raise ValueError(
-                f"The model has {longest} positions (max_position_embeddings) and got {int(position_ids.max()) + 1} tokens; "
-                "cut the input."
+                f"The model has {longest} positions (max_position_embeddings), but got {int(position_ids.max()) + 1} "
+                "tokens: truncate the input."
             )
         return inputs_embeds + self.embed_position(position_ids)
 
@@ -157,7 +159,7 @@ class TokenMixerForCausalLM(TokenMixerPreTrainedModel, DecoderForCausalLM):
 
 
 class TokenMixerForSequenceClassification(GenericForSequenceClassification, TokenMixerPreTrainedModel):
-    """A classifier of sequences, by the last token that is no padding."""
+    """A classifier of sequences, by the last token that is not padding."""
 
 
 __all__ = [

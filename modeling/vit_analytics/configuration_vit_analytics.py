@@ -44,11 +44,11 @@ class VitPatternAutoencoderConfig(HubConfigMixin, VariantsMixin, PreTrainedConfi
     def validate_sizes(self):
         """Part of the validation that `@strict` runs."""
         if not self.hidden_sizes:
-            raise ValueError("hidden_sizes must name at least one convolution, got none.")
+            raise ValueError("hidden_sizes must have at least one entry (one per convolution).")
         if self.num_patches < 2 ** len(self.hidden_sizes):
             raise ValueError(
-                f"A map of {self.num_patches} patches cannot be halved {len(self.hidden_sizes)} times: shorten hidden_sizes, "
-                f"or use at least {2 ** len(self.hidden_sizes)} patches."
+                f"A map of {self.num_patches} patches cannot be halved {len(self.hidden_sizes)} times: shorten "
+                f"hidden_sizes, or use at least {2 ** len(self.hidden_sizes)} patches."
             )
 
     @property

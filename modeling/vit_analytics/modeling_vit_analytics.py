@@ -52,7 +52,7 @@ class VitPatternAutoencoderPreTrainedModel(HubModelMixin, PreTrainedModel):
 class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
     """Convolutional auto-encoder whose samples are heads: the attention among patches, averaged over images.
 
-    A map is scaled by the number of patches, so that uniform attention is 1 whatever the image size, then log(1 + x), then
+    A map is scaled by the number of patches, so that uniform attention is 1 for any image size, then log(1 + x), then
     standardised by one mean and one standard deviation for all maps. Every convolution is 4 x 4 with stride 2.
     """
 
@@ -83,8 +83,8 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
         patches = self.config.num_patches
         if maps.shape[-2:] != (patches, patches) or maps.dim() != 3:
             raise ValueError(
-                f"maps must be (heads, {patches}, {patches}) attention among patches, without prefix tokens, got "
-                f"{tuple(maps.shape)}."
+                f"maps must be attention among patches without prefix tokens, of shape (heads, {patches}, {patches}); "
+                f"got {tuple(maps.shape)}."
             )
         return torch.log1p(maps * patches)
 
@@ -99,7 +99,7 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
             ValueError: for maps of another size.
         """
         if maps is None:
-            raise ValueError("maps are missing: pass (heads, patches, patches) attention maps.")
+            raise ValueError("maps are missing: pass attention maps of shape (heads, patches, patches).")
         standardised = (self._scaled(maps) - self.config.map_mean) / self.config.map_std
         hidden = self.encoder(standardised[:, None])
         latents = self.to_latent(hidden.flatten(1))
@@ -132,11 +132,11 @@ class VitPatternAutoencoder(VitPatternAutoencoderPreTrainedModel):
         if epochs < 1 or batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
         if len(maps) < 2:
-            raise ValueError(f"An auto-encoder needs the maps of at least 2 heads, got {len(maps)}.")
+            raise ValueError(f"An autoencoder needs the maps of at least 2 heads, got {len(maps)}.")
         maps = maps.to(self.to_latent.weight)
         scaled = self._scaled(maps)
         if scaled.amax() - scaled.amin() < 1e-6:  # rounding of the scaling apart
-            raise ValueError("The maps are all the same: there is nothing to learn.")
+            raise ValueError("All maps are equal: there is nothing to learn.")
         self.config.map_mean, self.config.map_std = scaled.mean().item(), scaled.std().item()
         optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         order = torch.Generator().manual_seed(seed)

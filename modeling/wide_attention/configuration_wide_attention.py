@@ -149,8 +149,8 @@ class WideTransformerConfig(EncoderConfig):
         unknown = sorted(set(self.attention_kwargs) - set(known))
         if unknown:
             raise ValueError(
-                f"attention_kwargs of attention_type={self.attention_type!r} has {', '.join(unknown)}, which it does not "
-                f"know. Known: {', '.join(known) or 'none'}."
+                f"attention_kwargs of attention_type={self.attention_type!r} has the unknown entries "
+                f"{', '.join(unknown)}. Supported: {', '.join(known) or 'none'}."
             )
         for name, value in self.attention_kwargs.items():
             if name == "kernel":
@@ -166,11 +166,11 @@ class WideTransformerConfig(EncoderConfig):
             self.attention_type == "sparse"
             and self.attention_kwargs["summary_size"] > self.attention_kwargs["block_size"]
         ):
-            raise ValueError(f"summary_size may not be larger than block_size, got {self.attention_kwargs}.")
+            raise ValueError(f"summary_size must be at most block_size, got {self.attention_kwargs}.")
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
-                f"num_key_value_heads ({self.num_key_value_heads}) must be num_attention_heads "
-                f"({self.num_attention_heads}): the family has no grouped heads."
+                f"num_key_value_heads ({self.num_key_value_heads}) must equal num_attention_heads "
+                f"({self.num_attention_heads}): the family does not support grouped heads."
             )
 
     @property
@@ -193,7 +193,7 @@ def aspect_ratio(config: WideTransformerConfig, num_layers: int) -> WideTransfor
     if not isinstance(num_layers, int) or num_layers < 1 or total % num_layers:
         possible = [layers for layers in range(1, total + 1) if total % layers == 0]
         raise ValueError(
-            f"{total} heads cannot be spread evenly over num_layers={num_layers}. Possible: "
+            f"{total} heads cannot be distributed evenly over num_layers={num_layers}. Possible: "
             f"{', '.join(map(str, possible))}."
         )
     changed = {

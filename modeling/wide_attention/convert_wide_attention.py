@@ -86,9 +86,7 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     attention_type = config.get("attention_type", "softmax")
     attention_type = _TYPES.get(attention_type, attention_type)
     if attention_type not in ATTENTION_TYPES:
-        raise ConversionError(
-            f"attention_type={attention_type!r} is not known. Known: {', '.join((*ATTENTION_TYPES, *_TYPES))}."
-        )
+        raise ConversionError(f"attention_type must be one of {', '.join((*ATTENTION_TYPES, *_TYPES))}.")
     # Names that no rule matches are weights of an attention type.
     others = sorted(name for name in Renaming(*_NAMES).unknown(official) if ".attn." in name)
     own = {index: [name for name in others if name.startswith(f"layers.{index}.attn.")] for index in range(num_layers)}
@@ -138,7 +136,7 @@ def _attention_arguments(config: OfficialArguments, attention_type: str, tables:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConversionError(
-            f"attention_type={attention_type!r} does not know the arguments {', '.join(unknown)}. Known: "
+            f"attention_type={attention_type!r} does not support the arguments {', '.join(unknown)}. Supported: "
             f"{', '.join(known) or 'none'}."
         )
     arguments = {known[name]: value for name, value in given.items() if value is not None}

@@ -25,20 +25,20 @@ def refusal(model: nn.Module) -> str | None:
     """Why a [`WideTransformerForSequenceClassification`] cannot be folded, or `None` if it can."""
     config = model.config
     if model.training:
-        return "it is training, where dropout acts on the weights of attention; call eval() first"
+        return "it is in training mode, where dropout applies to the attention weights; call eval() first"
     if config.pooling != "cls":
-        return f"pooling={config.pooling!r} needs the states of all tokens; only the class token's can be folded"
+        return f"pooling={config.pooling!r} needs all hidden states, but only that of the class token can be folded"
     if len(model.model.layers) != 1 or config.num_hidden_layers != 1:
-        return f"it has {len(model.model.layers)} layers, and the class token of the second would need all states of the first"
+        return f"it has {len(model.model.layers)} layers, but only a model with one layer can be folded"
     if config.attention_type != "softmax":
         return f"attention_type={config.attention_type!r} is not softmax attention over all tokens"
     layer = model.model.layers[0]
     projections = {f"{part}_proj": getattr(layer.self_attn, f"{part}_proj") for part in "qkv"}
     for name, module in projections.items():
         if type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__} and no plain linear layer; merge adapters first"
+            return f"{name} is a {type(module).__name__}, not a plain linear layer; merge adapters first"
     if type(layer.input_layernorm) is not nn.LayerNorm:
-        return f"its norm is a {type(layer.input_layernorm).__name__} and no LayerNorm"
+        return f"its norm is a {type(layer.input_layernorm).__name__} , not a LayerNorm"
     if config.qk_norm:
         return "qk_norm=True normalises each key"
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -92,7 +92,7 @@ class FoldedClassToken:
             for tensor in self._sources(model)
         )
         if made_from != self._made_from:
-            # Outside of inference mode, so that they also serve calls outside of it.
+            # Outside of inference mode, so that they can also be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self._constants = _make_constants(model, self.has_table)
             self._made_from = made_from

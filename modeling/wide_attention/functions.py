@@ -1,4 +1,4 @@
-"""Attention types that are no softmax over single keys, as functions of queries, keys and values.
+"""Attention types other than softmax over single keys, as functions of queries, keys and values.
 
 Queries, keys and values are `(batch, heads, length, head_dim)`, `mask` is boolean `(batch, 1, length, 1)`, false for padding.
 Padding is left out as a key; the results for padded queries are finite and mean nothing.

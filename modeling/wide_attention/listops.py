@@ -64,7 +64,7 @@ def evaluate(expression: str) -> int:
         elif symbol.isdigit() and len(symbol) == 1:
             stack[-1].append(int(symbol))
         else:
-            raise ValueError(f"{symbol!r} does not belong at its place in {expression[:80]!r}.")
+            raise ValueError(f"{symbol!r} is not allowed at its position in {expression[:80]!r}.")
     if len(stack) != 1 or len(stack[0]) != 1:
         raise ValueError(f"{expression[:80]!r} is not one complete expression.")
     return stack[0][0]
@@ -113,7 +113,7 @@ def generate(count: int, difficulty: Difficulty | None = None, seed: int = 0) ->
         if expression is None or len(symbols) < difficulty.min_length or expression in seen:
             failures += 1
             if failures > 200_000 and failures > 10_000 * len(seen):
-                raise RuntimeError(f"Only {len(seen)} of {count} expressions were found with {difficulty}.")
+                raise RuntimeError(f"Only {len(seen)} of {count} distinct expressions were found with {difficulty}.")
             continue
         seen.add(expression)
         yield expression, evaluate(expression)

@@ -103,7 +103,7 @@ class LinformerAttention(_PaddingMaskedAttention):
 
 
 class PerformerAttention(_PaddingMaskedAttention):
-    """Performer. The random directions are saved with the model, and are no parameters."""
+    """Performer. The random directions are saved with the model, but are not parameters."""
 
     def __init__(self, config: WideTransformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

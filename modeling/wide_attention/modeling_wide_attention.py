@@ -155,24 +155,26 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         attention_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Check the inputs of `forward`, and return which tokens are no padding, boolean `(batch, length)`."""
+        """Check the inputs of `forward`, and return which tokens are not padding, boolean `(batch, length)`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids
         batch, length = given.shape[:2]
         if batch == 0:
-            raise ValueError("The batch is empty: there is no text in it.")
+            raise ValueError("The batch is empty.")
         if length == 0:
-            raise ValueError("The texts have no tokens. Leave empty texts out, or give them one token.")
+            raise ValueError("The texts have no tokens. Leave empty texts out, or use at least one token.")
         if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The input has {length} tokens, but the model was made for max_position_embeddings="
-                f"{self.config.max_position_embeddings}. Truncate it (the tokenizer does so with `truncation=True`)."
+                f"The input has {length} tokens, but the model has "
+                f"max_position_embeddings={self.config.max_position_embeddings}. Truncate it, for example with "
+                "`truncation=True` in the tokenizer."
             )
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (batch, length):
                 raise ValueError(
-                    f"attention_mask must be (batch, length), here {(batch, length)}, got {tuple(attention_mask.shape)}."
+                    f"attention_mask must have the shape (batch, length) = {(batch, length)}, got "
+                    f"{tuple(attention_mask.shape)}."
                 )
             mask = attention_mask.bool()
         elif input_ids is not None and self.config.pad_token_id is not None:
@@ -181,7 +183,9 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
             mask = torch.ones(batch, length, dtype=torch.bool, device=given.device)
         if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
             rows = (~mask.any(-1)).nonzero().flatten().tolist()
-            raise ValueError(f"All tokens are padding in rows {rows}. Leave empty texts out, or give them one token.")
+            raise ValueError(
+                f"All tokens are padding in rows {rows}. Leave empty texts out, or use at least one token."
+            )
         return mask
 
 
@@ -236,8 +240,8 @@ class WideTransformerForSequenceClassification(WideTransformerPreTrainedModel):
         """Compute only the state of the class token, which gives the same logits and is much faster.
 
         The weights are not changed; the constants are recomputed when the weights change (but not if they are changed through
-        `.data`: call `fold` again then). A call that asks for hidden states or attention weights, needs gradients or
-        comes in training is served as before.
+        `.data`: call `fold` again then). A call that requests hidden states or attention weights, needs gradients or
+        comes in training is computed as before.
 
         Args:
             table: whether to keep a table of the scores of all tokens at all positions. By default it is made if it is not
@@ -341,16 +345,17 @@ class WideTransformerForDocumentMatching(WideTransformerPreTrainedModel):
 
         Returns:
             Logits; states `(batch, 2, length, hidden_size)` and attention weights `(batch, 2, heads, length, length)` if they
-            were asked for, of first and second texts padded to the longest of both.
+            were requested, of first and second texts padded to the longest of both.
 
         Raises:
             ValueError: if a text is missing or one that [`WideTransformerModel.forward`] does not take.
         """
         if input_ids is None or other_input_ids is None:
-            raise ValueError("Matching takes two texts: you have to specify input_ids and other_input_ids.")
+            raise ValueError("Matching needs two texts: pass input_ids and other_input_ids.")
         if len(input_ids) != len(other_input_ids):
             raise ValueError(
-                f"input_ids and other_input_ids must be as many, got {len(input_ids)} and {len(other_input_ids)}."
+                f"input_ids and other_input_ids must have the same batch size, got {len(input_ids)} and "
+                f"{len(other_input_ids)}."
             )
         masks = (
             self.model.check_inputs(input_ids, attention_mask),
@@ -392,8 +397,8 @@ def _check_labels(labels: torch.Tensor, num_labels: int) -> None:
     wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
     if wrong.numel():
         raise ValueError(
-            f"labels must be from 0 to {num_labels - 1}, got {sorted(set(wrong.tolist()))}. Set `num_labels` in the configuration "
-            "to the number of classes."
+            f"labels must be between 0 and {num_labels - 1}, got {sorted(set(wrong.tolist()))}. Set `num_labels` in "
+            "the configuration to the number of classes."
         )
 
 

@@ -39,7 +39,7 @@ def bigbird(
     Args:
         random_blocks: `(blocks, num_random_blocks)`, numbers in [0, 1): where in the sequence the random blocks of each block
             lie. They do not depend on the padding.
-        last_block: number of the last block that has a token which is no padding.
+        last_block: number of the last block that has a token which is not padding.
     """
     query, key = query // block_size, key // block_size
     near = (query - key).abs() <= 1

@@ -46,7 +46,8 @@ def attention_over_text(
         model.train(training)
     if not attentions or attentions[layer] is None:
         raise ValueError(
-            f"attention_type={model.config.attention_type!r} does not weight single tokens, so there is nothing to show."
+            f"attention_type={model.config.attention_type!r} has no weights for single tokens, so there is nothing to "
+            "plot."
         )
     ids = inputs["input_ids"][0]
     if encoding := inputs.encodings:
@@ -76,12 +77,12 @@ def plot_attention_over_text(
     """
     if weights.ndim != 2 or weights.shape[1] != len(tokens) or not len(tokens):
         raise ValueError(
-            f"weights must be (heads, tokens), here for {len(tokens)} tokens, got {tuple(weights.shape)}."
+            f"weights must have the shape (heads, tokens) for {len(tokens)} tokens, got {tuple(weights.shape)}."
         )
     heads = range(len(weights)) if heads is None else heads
     wrong = [head for head in heads if not 0 <= head < len(weights)]
     if wrong:
-        raise ValueError(f"There are no heads {wrong}; the layer has {len(weights)}.")
+        raise ValueError(f"Heads {wrong} are out of range: the layer has {len(weights)} heads.")
     if width < 1:
         raise ValueError(f"width must be positive, got {width}.")
     places, num_lines = _places(tokens, width)

@@ -18,7 +18,7 @@ def _fast(tokenizer: Tokenizer, max_length: int, **tokens: str) -> PreTrainedTok
         padding_side="right",
         truncation_side="right",
         model_input_names=["input_ids", "attention_mask"],
-        # The characters "<pad>" in a text are no padding.
+        # The characters "<pad>" in a text are not padding.
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         **tokens,
@@ -59,7 +59,7 @@ def symbol_tokenizer(symbols: Sequence[str], max_length: int = 2000) -> PreTrain
     unknown = "<unk>"
     vocabulary = {symbol: index for index, symbol in enumerate([PAD, unknown, *symbols])}
     if len(vocabulary) != len(symbols) + 2:
-        raise ValueError(f"symbols may not repeat or be {PAD} or {unknown}, got {list(symbols)}.")
+        raise ValueError(f"symbols must be unique and must not contain {PAD} or {unknown}, got {list(symbols)}.")
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _fast(tokenizer, max_length, unk_token=unknown)

@@ -56,7 +56,7 @@ def test_models_of_transformers(tmp_path):
 def test_bad_input():
     with pytest.raises(ValueError, match="dataset is empty"):
         AttentionIndicators.from_maps([])
-    with pytest.raises(ValueError, match=r"must be \(batch, heads, length, length\)"):
+    with pytest.raises(ValueError, match=r"shape \(batch, heads, length, length\)"):
         AttentionIndicators.from_maps([[torch.ones(1, 2, 3, 4)]])
-    with pytest.raises(ValueError, match="returns 1 maps; layers names 2"):
+    with pytest.raises(ValueError, match="returns 1 maps, but layers has 2 names"):
         AttentionIndicators.from_maps([[torch.ones(1, 2, 3, 3)]], layers=[0, 1])

@@ -21,5 +21,5 @@ def test_pairs_of_systems():
     assert a_b.p == pytest.approx(2 / 2**6)
     assert a_b.holm_p == a_c.holm_p == pytest.approx(3 * 2 / 2**6)
     assert (b_c.p, b_c.holm_p) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="same two tasks"):
+    with pytest.raises(ValueError, match="same tasks, at least two"):
         paired_tests({"a": [1.0], "b": [2.0]})

@@ -82,9 +82,9 @@ def test_plot(tmp_path):
 
 def test_bad_arguments():
     tokenizer = byte_tokenizer()
-    with pytest.raises(ValueError, match=r"depth is a share between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"depth must be between 0 and 1, got 1\.5"):
         passkey_prompt(tokenizer, 900, 1.5, 1)
     with pytest.raises(ValueError, match=r"needs at least \d+ tokens, got num_tokens=90"):
         passkey_prompt(tokenizer, 90, 0.5, 1)
-    with pytest.raises(ValueError, match="trials has 3 numbers for 2 lengths"):
+    with pytest.raises(ValueError, match="trials has 3 entries for 2 lengths"):
         passkey_test(SimpleNamespace(), tokenizer, [500, 600], trials=[1, 2, 3])

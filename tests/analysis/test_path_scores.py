@@ -89,9 +89,9 @@ def test_ignored_labels_are_left_out(model, dataset):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (4, "not classes of the model, which has the classes 0 to 3: 4"),
-        (-1, "not classes of the model"),
-        (1.5, r"a whole number; got torch\.float32"),
+        (4, "Label 4 is out of range: the model has classes 0 to 3"),
+        (-1, "is out of range"),
+        (1.5, r"must be the integer index of one class; got torch\.float32"),
         ([0, 1], "the index of one class"),
     ],
 )

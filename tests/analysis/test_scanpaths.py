@@ -91,7 +91,7 @@ def test_maps():
     assert normalized_scanpath_saliency(saliency, [[1, 0]]) == pytest.approx((1 - 1 / 6) / deviation)
     with pytest.raises(ValueError, match="not on the screen"):
         fixation_map(np.array([[3, 0]]), (3, 2))
-    with pytest.raises(ValueError, match="the same everywhere"):
+    with pytest.raises(ValueError, match="a constant map"):
         normalized_scanpath_saliency(np.ones((2, 3)), [[1, 0]])
 
 

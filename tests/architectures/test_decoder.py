@@ -234,7 +234,7 @@ def test_states_refuse_what_they_cannot_serve():
         model(ids, **{CACHE: prefix})
     with pytest.raises(ValueError, match="pairs of tokens"):
         model(ids, attention_mask=torch.zeros(2, 1, 6, 6))
-    with pytest.raises(ValueError, match="restart inside a row"):
+    with pytest.raises(ValueError, match="restart within a row"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2))
     cache = model(ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="without an assistant"):

@@ -71,7 +71,9 @@ def test_every_configuration_refuses_names_that_are_no_activations(model_type):
     names = [field.name for field in dataclasses.fields(tiny_config(model_type)) if "act" in field.name.split("_")]
     for name in names:
         assert isinstance(ranges.get(name), Activation), f"{name} is an activation without a check."
-        with pytest.raises(StrictDataclassError, match=rf"{name}='guelph' is no activation function\. Known: .*gelu"):
+        with pytest.raises(
+            StrictDataclassError, match=rf"{name}='guelph' is not an activation function\. Available: .*gelu"
+        ):
             tiny_config(model_type, **{name: "guelph"})
 
 

@@ -119,7 +119,7 @@ def test_both_solvers_find_the_same_cost(shape):
 def test_the_error_says_which_solver_is_there(cost, monkeypatch):
     monkeypatch.setattr("hf_attn.architectures.transport.exact.find_spec", lambda name: None if name == "ot" else sys)
     assert exact_plan(cost).isfinite().all()
-    with pytest.raises(ImportError, match=r"Installed: scipy, asked for: pot"):
+    with pytest.raises(ImportError, match=r"Installed: scipy, requested: pot"):
         exact_plan(cost, solver="pot")
     monkeypatch.setattr("hf_attn.architectures.transport.exact.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="Installed: neither"):

@@ -243,14 +243,14 @@ def test_tiles_after_a_first_call_in_inference_mode():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": (6, 6)}, "36 image tokens, more than the 35 tokens"),
+        ({"grid": (6, 6)}, "36 image tokens, but the sequence has only 35 tokens"),
         ({"radius": 0}, "at least 1, got 0"),
         ({"attn_implementation": "fast"}, "has no implementation 'fast'. Use one of 'auto', 'tiles'"),
-        ({"spatial_weight": torch.ones(1, 1, 1, 2, 1, 2, 1)}, "down_factor = 2 divides, and this one is 4 x 5"),
+        ({"spatial_weight": torch.ones(1, 1, 1, 2, 1, 2, 1)}, "multiples of down_factor = 2, got 4 x 5"),
         ({"text_mask": torch.ones(1, 3, dtype=torch.bool)}, r"\(1, 3\) instead of .* \(1, 15\)"),
         (
             {"text_mask": torch.ones(1, 15, dtype=torch.bool), "attn_implementation": "flex"},
-            "'flex' cannot serve this call: .* text padding .* Use attn_implementation='auto'",
+            "'flex' does not support this call: .* text padding .* Use attn_implementation='auto'",
         ),
     ],
 )

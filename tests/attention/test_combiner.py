@@ -145,16 +145,16 @@ def refusal(call: CombinerCall) -> str:
     return str(error.value)
 
 
-def test_masks_with_holes_are_refused():
+def test_masks_with_gaps_are_refused():
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     mask[..., 3] = False
-    assert "holes" in refusal(make_call("fixed", 8, 4, False, attention_mask=mask))
+    assert "gaps" in refusal(make_call("fixed", 8, 4, False, attention_mask=mask))
 
 
 def test_what_has_no_meaning_for_spans_is_refused():
     assert "window" in refusal(make_call("fixed", 8, 4, sliding_window=3))
     bias = torch.randn(1, 1, 8, 8)
-    assert "the mask is additive" in refusal(make_call("fixed", 8, 4, False, attention_mask=bias))
+    assert "additive masks" in refusal(make_call("fixed", 8, 4, False, attention_mask=bias))
     for kind in ("logsparse", "mixture"):
         assert "causal attention only" in refusal(make_call(kind, 8, 4, False))
     assert "own_segment_summary" in refusal(make_call("vertical", 8, 4, False, own_segment_summary=True))

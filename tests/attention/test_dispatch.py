@@ -98,7 +98,7 @@ def test_the_record_is_read_within_a_compiled_graph():
 
 
 def test_a_pinned_implementation_that_refuses_says_why():
-    with pytest.raises(ValueError, match=r"'torch' cannot serve this call: it does not like it\. Use .*'auto'"):
+    with pytest.raises(ValueError, match=r"'torch' does not support this call: it does not like it\. Use .*'auto'"):
         FUNCTION(CALL, "torch")
     with pytest.raises(ValueError, match=r"stub attention has no implementation 'fast'\. Use one of 'auto', 'triton'"):
         FUNCTION(CALL, "fast")

@@ -44,7 +44,7 @@ FUNCTIONS = (
     function("right", right),
     function("wrong", wrong_in_float16),
     function("crashing", crashing),
-    function("refusing", right, lambda call: Refusal("it does not serve this")),
+    function("refusing", right, lambda call: Refusal("it does not support this")),
 )
 
 
@@ -113,7 +113,7 @@ def test_the_speed_of_every_kernel_can_be_measured(kernel, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_exits_with_2(capsys, cache):
     assert main(["check-gpu"]) == 2
-    assert "needs a GPU that this PyTorch can use, and there is none" in capsys.readouterr().err
+    assert "needs a GPU that the installed PyTorch can use, but found none" in capsys.readouterr().err
     assert not list(cache.iterdir())
 
 

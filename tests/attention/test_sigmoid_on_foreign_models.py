@@ -268,7 +268,9 @@ def test_saving_loses_the_choice_and_the_user_is_warned(tmp_path, caplog):
         model(**inputs_of("llama"))
         model(**inputs_of("llama"))
     warnings = [
-        record.getMessage() for record in caplog.records if "softmax model when it is loaded" in record.getMessage()
+        record.getMessage()
+        for record in caplog.records
+        if "softmax attention when it is loaded" in record.getMessage()
     ]
     assert len(warnings) == 1
     assert "LlamaConfig" in warnings[0] and "SigmoidAttentionForCausalLM" in warnings[0]
@@ -285,7 +287,7 @@ def test_unknown_name():
 def test_pinned_implementation_says_why_it_cannot_serve():
     model = make("llama", "sigmoid_torch")
     with pytest.raises(
-        ValueError, match=r"'sigmoid_torch' cannot serve this call: .*weights.*attn_implementation='sigmoid'"
+        ValueError, match=r"'sigmoid_torch' does not support this call: .*weights.*attn_implementation='sigmoid'"
     ):
         model(**inputs_of("llama"), output_attentions=True)
 

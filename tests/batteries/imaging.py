@@ -254,7 +254,11 @@ class ImageFamilyTests:
 
     @pytest.mark.parametrize(
         ("shape", "message"),
-        [((3, 64, 64), "batch dimension"), ((1, 4, 64, 64), "num_channels=3"), ((1, 64, 64, 3), "channels first")],
+        [
+            ((3, 64, 64), "batch dimension"),
+            ((1, 4, 64, 64), "num_channels=3"),
+            ((1, 64, 64, 3), "Channels come first"),
+        ],
     )
     def test_pixel_values_of_another_shape(self, shape, message):
         with pytest.raises(ValueError, match=message):
@@ -302,7 +306,7 @@ class ImageBackboneTests:
         backbone = randomize(AutoBackbone.from_config(self.get_config(out_features=[first])))
         backbone.out_features = [last]
         if self.has_norms:
-            with pytest.raises(ValueError, match=rf"built for \['{first}'\] and has no norms of \['{last}'\]"):
+            with pytest.raises(ValueError, match=rf"built for \['{first}'\] and has no norms for \['{last}'\]"):
                 backbone(pixel_values)
         else:
             assert len(backbone(pixel_values).feature_maps) == 1

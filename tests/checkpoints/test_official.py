@@ -134,9 +134,9 @@ def test_the_only_dictionary_of_tensors_is_taken_whatever_its_name(state):
 
 
 def test_several_dictionaries_of_tensors_are_ambiguous(state):
-    with pytest.raises(ConversionError, match=r"unclear which are the weights: generator, teacher\."):
+    with pytest.raises(ConversionError, match=r"unclear which one has the weights: generator, teacher\."):
         select_state_dict({"generator": state, "teacher": state})
-    with pytest.raises(ConversionError, match="unclear which are the weights: teacher and its own entries"):
+    with pytest.raises(ConversionError, match="unclear which one has the weights: teacher, and its top-level entries"):
         select_state_dict({**state, "teacher": state})
 
 
@@ -146,12 +146,12 @@ def test_counters_beside_the_weights_are_ignored(state):
 
 @pytest.mark.parametrize("checkpoint", [{}, {"epoch": 3}, {"model": {}}, {"optimizer": {"param_groups": []}}])
 def test_there_must_be_tensors(checkpoint):
-    with pytest.raises(ConversionError, match="no state dict"):
+    with pytest.raises(ConversionError, match="not a state dict"):
         select_state_dict(checkpoint)
 
 
 def test_what_is_neither_tensor_nor_plain_is_named(state):
-    with pytest.raises(ConversionError, match="extra, which are no tensors"):
+    with pytest.raises(ConversionError, match="extra, which are not tensors"):
         select_state_dict({**state, "extra": [1, 2]})
 
 
@@ -207,7 +207,7 @@ def test_a_key_that_the_converter_did_not_take_is_an_error(state, monkeypatch):
         return converted
 
     monkeypatch.setattr(convert_echo_att, "convert_official", forgetful)
-    with pytest.raises(ConversionError, match=r"keys that echo_att does not know: model\.norm\.weight"):
+    with pytest.raises(ConversionError, match=r"keys that echo_att does not use: model\.norm\.weight"):
         convert(state)
 
 
@@ -242,7 +242,7 @@ def test_a_plain_module_is_filled_as_strictly(change, problem):
 
 
 def test_an_unknown_paper_and_a_paper_without_converter(state):
-    with pytest.raises(ValueError, match=r"No paper 'echoatt' in the catalogue\. Known: .*echo_att"):
+    with pytest.raises(ValueError, match=r"There is no paper 'echoatt' in the catalogue\. Available: .*echo_att"):
         from_official("echoatt", state)
     without = next(paper.slug for paper in PAPERS.values() if not paper.converter)
     with pytest.raises(ValueError, match=f"{without} has no converter .* Papers that have one: .*echo_att"):
@@ -344,7 +344,7 @@ def test_a_folder_with_one_file(state, tmp_path):
 def test_a_shard_that_is_missing_is_named(state, tmp_path, suffix):
     index = write_shards(state, tmp_path, suffix)
     (tmp_path / f"part-2{suffix}").unlink()
-    with pytest.raises(ConversionError, match=rf"is in part-2{suffix}, which is not in .*Download that file too"):
+    with pytest.raises(ConversionError, match=rf"is in part-2{suffix}, but this file is not in .*Download it"):
         convert(index)
 
 
@@ -368,9 +368,9 @@ def test_a_shard_that_runs_code_is_refused_and_not_run(state, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no index of a sharded checkpoint"),
-        ("[]", "is no index of a sharded checkpoint"),
-        ('{"weight_map": {"lm_head.weight": 1}}', "is no index of a sharded checkpoint"),
+        ("{", "is not an index of a sharded checkpoint"),
+        ("[]", "is not an index of a sharded checkpoint"),
+        ('{"weight_map": {"lm_head.weight": 1}}', "is not an index of a sharded checkpoint"),
         ('{"weight_map": {"lm_head.weight": "../part-1.safetensors"}}', r"not in its folder: \.\./part-1"),
         ('{"weight_map": {"lm_head.weight": "model.safetensors.index.json"}}', r"index\.json cannot be read"),
         ('{"weight_map": {"surprise": "part-1.safetensors"}}', r"surprise is in part-1\.safetensors, but it is not"),
@@ -385,7 +385,7 @@ def test_an_index_that_makes_no_sense(state, tmp_path, content, message):
 
 def test_a_configuration_beside_the_shards_that_is_broken(state, tmp_path):
     write_shards(state, tmp_path, ".safetensors")
-    for content, message in (("{", "cannot be read"), ("[]", "must hold a mapping")):
+    for content, message in (("{", "cannot be read"), ("[]", "must contain a mapping")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConversionError, match=message):
             from_official("echo_att", tmp_path)

@@ -56,9 +56,9 @@ def test_a_stopped_run_goes_on_and_is_stored_when_asked(quick, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Name papers or give --all"),
-        (["clear", "--all"], "Name papers or give --all"),
-        (["clearly"], "No paper 'clearly'"),
+        ([], "Name papers, or use --all"),
+        (["clear", "--all"], "Name papers, or use --all"),
+        (["clearly"], "no paper 'clearly'"),
     ],
 )
 def test_bad_input(arguments, message, capsys):
@@ -70,4 +70,4 @@ def test_a_folder_of_something_else_is_refused(quick, tmp_path, capsys):
     (tmp_path / "clear").mkdir()
     (tmp_path / "clear" / "thesis.tex").write_text("x")
     assert main(["claim", "clear", "--output", str(tmp_path)]) == 2
-    assert "holds no run of hf_attn" in capsys.readouterr().err
+    assert "contains no run of hf_attn" in capsys.readouterr().err

@@ -50,5 +50,5 @@ def test_what_is_written_is_read(tmp_path):
 def test_no_result_and_a_broken_one(tmp_path):
     assert read_result(tmp_path, "tnt") is None
     (tmp_path / "tnt.json").write_text(json.dumps({"slug": "tnt"}))
-    with pytest.raises(ValueError, match=r"tnt\.json holds no result"):
+    with pytest.raises(ValueError, match=r"tnt\.json does not contain a result"):
         read_result(tmp_path, "tnt")

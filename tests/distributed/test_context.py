@@ -211,10 +211,10 @@ def test_what_is_refused(results):
         "implementation": "has attn_implementation='sdpa'. Choose how ranks share a sequence",
         "window": "a sliding window of 8",
         "soft cap": "soft-capped logits",
-        "outside": "works only within `with sequence_parallel(model):`",
-        "unsharded": "call it as `model(**shard(batch))`",
-        "backward": "Call `loss.backward()` within",
-        "dropout": "does not serve dropout of 0.5",
+        "outside": "works only inside `with sequence_parallel(model):`",
+        "unsharded": "Call it as `model(**shard(batch))`",
+        "backward": "Call `loss.backward()` inside",
+        "dropout": "does not support dropout of 0.5",
         "other batch": "do not agree on length (rank 0: 37, rank 1: 38",
         "other tokens": "do not agree on tokens",
         "few tokens": "2 tokens are too few for 3 ranks",
@@ -222,7 +222,7 @@ def test_what_is_refused(results):
         "mask": "The attention mask must be (2, 37)",
         "odd tensor": "token_type_ids has shape (2, 5)",
         "right padding": "padded on the left",
-        "assistant": "does not serve assistant_model",
+        "assistant": "does not support assistant_model",
     }
     for result in results:
         found = result["refusals",]

@@ -242,16 +242,16 @@ def test_the_projection_of_heads_is_that_of_all_of_them(results):
 
 def test_what_is_refused_in_all_ranks(results):
     expected = {
-        "dtype": "differ in their dtype: torch.float32 in rank 0, torch.float64 in rank 1",
-        "heads": "differ in their heads: 2 in rank 0, 1 in rank 1",
-        "layout": "differ in their layout",
-        "causal": "differ in their causal: 0 in rank 0, 1 in rank 1",
-        "mask": "differ in their attention mask",
-        "uneven zigzag": "Cut it with `shard`",
-        "grid": "A grid of 3 x 2 needs 6 ranks, and the group has 4",
+        "dtype": "differ in dtype: torch.float32 in rank 0, torch.float64 in rank 1",
+        "heads": "differ in heads: 2 in rank 0, 1 in rank 1",
+        "layout": "differ in layout",
+        "causal": "differ in causal: 0 in rank 0, 1 in rank 1",
+        "mask": "differ in attention mask",
+        "uneven zigzag": "Split it with `shard`",
+        "grid": "A grid of 3 x 2 needs 6 ranks, but the group has 4",
         "name": "layout must be one of ring, query, key, head, ulysses, grid, got 'spiral'",
-        "tokens": "must be of the same tokens",
-        "multiple": "2 heads are no multiple of 3 key/value heads",
+        "tokens": "must have the same batch size and number of tokens",
+        "multiple": "2 heads are not a multiple of 3 key/value heads",
         "cu_seqlens": "must rise from 0 to the length of the sequence, 16, got [0, 3]",
     }
     for rank, result in enumerate(results):
@@ -259,8 +259,8 @@ def test_what_is_refused_in_all_ranks(results):
         assert errors.keys() == expected.keys() | {"unequal dtypes"}
         for name, message in expected.items():
             assert message in errors[name], (rank, name)
-        own = "must have one dtype, got torch.float32, torch.bfloat16"
-        assert (own if rank == 1 else "The tensors of rank 1 do not fit together") in errors["unequal dtypes"]
+        own = "must have the same dtype, got torch.float32, torch.bfloat16"
+        assert (own if rank == 1 else "The tensors of rank 1 do not match") in errors["unequal dtypes"]
 
 
 def test_without_a_process_group_it_says_how_to_start():

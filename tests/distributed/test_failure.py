@@ -74,4 +74,4 @@ def test_the_other_ranks_end_with_a_message(layout, ending, tmp_path):
         assert printed.startswith("LOST after"), errors
         assert int(printed.split()[2]) <= 30
         assert f"Rank {rank} of 3 could not finish the" in printed
-        assert "another rank has ended, hangs, or has other inputs" in printed
+        assert "another rank has ended, hangs, or has different inputs" in printed

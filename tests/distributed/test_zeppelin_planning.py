@@ -180,9 +180,9 @@ def test_lengths_are_read(tmp_path):
         assert read_lengths(tmp_path / name, limit=2) == [5, 3]
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
     for name, content, message in (
-        ("b.txt", "5 words", "a length on each line"),
-        ("b.json", '{"a": 1}', "list of whole numbers"),
-        ("empty.txt", "", "holds no lengths"),
+        ("b.txt", "5 words", "one length per line"),
+        ("b.json", '{"a": 1}', "list of integers"),
+        ("empty.txt", "", "contains no lengths"),
         ("text", None, "no column `length` or `input_ids`, only text"),
         ("nowhere", None, "neither a file of lengths, nor"),
     ):
@@ -208,7 +208,7 @@ class TestCommand:
             capsys, "long", "--nodes", 2, "--gpus", 4, "--capacity", 16000, "--output", plan, "--plot", picture
         )
         assert code == 0
-        assert "predicted under these constants" in printed.lower()
+        assert "predicted with these constants" in printed.lower()
         content = json.loads(plan.read_text())
         for name, seconds in content["predicted_seconds"].items():
             assert f"{name}" in printed and f"{seconds:.4g}" in printed
@@ -226,13 +226,16 @@ class TestCommand:
         (tmp_path / "lengths.txt").write_text("100\n50\n")
         arguments = ["--gpus", 2, "--model", tmp_path / "model", "--hardware", tmp_path / "cluster.json"]
         code, printed, _ = self.run(capsys, tmp_path / "lengths.txt", *arguments)
-        assert code == 0 and "2 sequences, 150 tokens, on 1 x 2 GPUs with room for 87 tokens" in printed
+        assert code == 0 and "2 sequences, 150 tokens, on 1 x 2 GPUs with a capacity of 87 tokens" in printed
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["nowhere.txt"], "nowhere.txt is neither a file of lengths"),
-            (["mid", "--hardware", "h9000"], "--hardware h9000 is none of a800, h800, h200 and no file"),
+            (
+                ["mid", "--hardware", "h9000"],
+                "--hardware h9000 is not one of a800, h800, h200, and there is no such file",
+            ),
             (["mid", "--sequences", "3"], "--sequences is for a file or a dataset"),
             (["mid", "--tokens", "99", "--capacity", "3"], "A capacity of 13 would just do"),
             (["mid", "--output", "no/such/plan.json"], "The folder no/such does not exist"),

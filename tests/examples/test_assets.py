@@ -186,7 +186,7 @@ def test_texts_of_a_user(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     assert read_texts("train", str(tmp_path / "data"), text_column="body") == ["one", "two"]
-    with pytest.raises(ValueError, match="has no column 'text', which is to hold the text; it has body"):
+    with pytest.raises(ValueError, match="has no column 'text' for the text; it has body"):
         read_texts("train", str(tmp_path / "data"))
     (tmp_path / "text.txt").write_text("Größe", encoding="utf-8")
     assert read_texts(file=tmp_path / "text.txt") == ["Größe"]

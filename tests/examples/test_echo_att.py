@@ -61,7 +61,7 @@ def test_from_the_base_to_a_folder_for_the_hub(base, tmp_path, capsys):
     assert student["tokens_per_second"] > 0
 
     output = capsys.readouterr().out
-    for expected in ("with the layer before", "Stage 1: 12 steps", "Stage 2: 3 steps", "KV-cache bytes a token"):
+    for expected in ("with the layer before", "Stage 1: 12 steps", "Stage 2: 3 steps", "KV-cache bytes per token"):
         assert expected in output
     assert (tmp_path / "attention_similarity.png").read_bytes().startswith(b"\x89PNG")
     assert results["sample"].startswith(module.PROMPT)
@@ -122,7 +122,7 @@ def test_other_settings_and_foreign_folders_are_refused(base, tmp_path):
         run(base, tmp_path)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
-    with pytest.raises(OutputFolderError, match="holds no run of hf_attn"):
+    with pytest.raises(OutputFolderError, match="contains no run of hf_attn"):
         run(base, tmp_path / "foreign")
 
 

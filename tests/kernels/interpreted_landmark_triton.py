@@ -79,7 +79,7 @@ def test_reasons():
     def reason(**call):
         return check_triton(make_call(**call)).reason
 
-    assert "and they are 51 (mem_freq=50); train with mem_freq=63" in reason(block=51, q_len=60, kv_len=60)
-    assert "and there is no landmark" in reason(block=1000, q_len=200, kv_len=200)
+    assert "but they are 51 (mem_freq=50); train with mem_freq=63" in reason(block=51, q_len=60, kv_len=60)
+    assert "but there is no landmark" in reason(block=1000, q_len=200, kv_len=200)
     assert "bfloat16" in reason(block=16, dtype=torch.bfloat16)
     assert "float64" in reason(block=16, dtype=torch.float64)

@@ -86,7 +86,7 @@ def test_reasons():
     assert "must have the shape (2, 23), got (2, 9)" in reason(is_landmark=torch.zeros(2, 9, dtype=torch.bool))
     assert "allows later keys" in reason(attention_mask=torch.ones(2, 1, 23, 23, dtype=torch.bool), is_causal=False)
     assert "additive" in reason(attention_mask=torch.zeros(2, 1, 23, 23))
-    assert "it is causal, and the call is not" in reason(is_causal=False)
+    assert "it is causal, but the call is not" in reason(is_causal=False)
     assert "dropout=0.1" in reason(dropout=0.1)
     assert "weights" in reason(output_weights=True)
     assert "sliding window" in reason(sliding_window=4)

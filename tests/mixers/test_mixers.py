@@ -163,10 +163,10 @@ def test_half_precision_stays_near(name):
         (lambda: TokenMixer.from_name("pooling", 4, window=-1), "window must be at least 0, got -1"),
         (lambda: TokenMixer.from_name("spatial_gating", 5), "hidden_size 5 is odd"),
         (lambda: TokenMixer.from_name("nystrom_pinv", 4, pseudo_inverse="fast"), "'exact' or 'iterative', got 'fast'"),
-        (lambda: make("aft_full")(inputs(41)), "40 positions and got 41 tokens"),
+        (lambda: make("aft_full")(inputs(41)), "40 positions, but got 41 tokens"),
         (lambda: make("softmax")(inputs()[..., :3]), r"must be \(batch, length, 6\), got shape \(2, 23, 3\)"),
         (lambda: make("softmax")(inputs(), torch.ones(2, 3)), r"\(2, 23\), got shape \(2, 3\)"),
-        (lambda: make("fourier").matrix(inputs()), "'fourier' has no matrix over tokens"),
+        (lambda: make("fourier").matrix(inputs()), "'fourier' is not a matrix over tokens"),
     ],
 )
 def test_bad_input(call, message):

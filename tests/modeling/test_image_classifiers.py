@@ -91,7 +91,7 @@ def test_what_depends_on_the_size_is_not_exported_with_a_free_size(model_type, o
     free = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
     images = torch.randn(1, 3, 64, 96)
     with pytest.raises(
-        Exception, match=r"cannot be exported with a free height and width\. .* Export it for one size"
+        Exception, match=r"cannot be exported with dynamic height and width\. .* Export it for a fixed size"
     ):
         torch.export.export(model, (), {"pixel_values": images}, dynamic_shapes={"pixel_values": free}, strict=False)
 

@@ -388,7 +388,7 @@ def test_buckets_of_the_published_models():
 
 
 def test_no_deberta():
-    with pytest.raises(ValueError, match="BertModel is no DeBERTa"):
+    with pytest.raises(ValueError, match="BertModel is not a DeBERTa"):
         apply_fast_attention(
             BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
         )
@@ -446,7 +446,7 @@ def test_cuda_packages_refuse_a_cpu(name, monkeypatch):
     monkeypatch.setattr("hf_attn.kernels.disentangled.packages.is_installed", lambda package: True)
     query = torch.zeros(1, 2, 3, 32)
     call = DISENTANGLED.call(query, query, query, rows=torch.zeros(5))
-    with pytest.raises(ValueError, match=f"implementation='{name}' cannot serve this call: .* runs on CUDA"):
+    with pytest.raises(ValueError, match=f"implementation='{name}' does not support this call: .* runs on CUDA"):
         DISENTANGLED(call, name)
 
 

@@ -26,5 +26,5 @@ def test_sigma_reparam_takes_one_pattern():
 
 @pytest.mark.parametrize("patterns", [[1], (None,)])
 def test_patterns_are_texts(patterns):
-    with pytest.raises(TypeError, match=r"A pattern is a text such as 'encoder\.\*', got"):
+    with pytest.raises(TypeError, match=r"A pattern must be a string such as 'encoder\.\*', got"):
         as_patterns(patterns)

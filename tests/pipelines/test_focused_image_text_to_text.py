@@ -134,13 +134,13 @@ def test_options_of_generate(pipe):
 def test_what_is_missing_is_said(pipe):
     with pytest.raises(ValueError, match="needs the region proposal network"):
         make_pipeline("llava", rpn=None)
-    with pytest.raises(ValueError, match="give its processor too"):
+    with pytest.raises(ValueError, match="its processor must be passed too"):
         FocusedImageTextToTextPipeline(model=tiny_base("llava"), rpn=tiny_rpn("llava"), device="cpu")
     with pytest.raises(ValueError, match=r"is for a llava .* the base is a llava_next"):
         make_pipeline("llava_next", rpn=tiny_rpn("llava"))
-    with pytest.raises(ValueError, match="Give a text"):
+    with pytest.raises(ValueError, match="Pass a text"):
         pipe(picture(10, 10))
-    with pytest.raises(ValueError, match="Give a text"):
+    with pytest.raises(ValueError, match="Pass a text"):
         pipe("image.png")
     with pytest.raises(ValueError, match="2 texts and 1 images"):
         pipe([picture(10, 10)], text=["What?", "Who?"])

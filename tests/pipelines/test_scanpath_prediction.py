@@ -80,7 +80,7 @@ def test_drawing_marks_each_fixation():
     near = [picture.crop((x - 8, y - 8, x + 8, y + 8)).getcolors(10**6) for x, y in ((25, 25), (125, 75), (25, 75))]
     assert [any(colour == PATH for _, colour in colours) for colours in near] == [True, True, False]
     assert blank.getpixel((25, 25)) == (255, 255, 255)
-    with pytest.raises(ValueError, match="6 is no object"):
+    with pytest.raises(ValueError, match="Object 6 is out of range"):
         draw_scanpath(blank, BOXES, [6], 0)
 
 
@@ -89,7 +89,7 @@ def test_drawing_marks_each_fixation():
     [
         ({"target_index": 0}, "boxes, or the rows and columns"),
         ({"grid": (2, 3)}, "either target_index or target_box"),
-        ({"grid": (2, 3), "target_index": 6}, "target_index 6 is no object"),
+        ({"grid": (2, 3), "target_index": 6}, "target_index 6 is out of range"),
         ({"grid": (2, 3), "target_index": 0, "num_scanpaths": 0}, "num_scanpaths must be at least 1"),
         ({"boxes": [[0, 0, 200, 50]], "target_index": 0}, "not inside the image"),
         ({"boxes": BOXES[:5], "grid": (2, 3), "target_index": 0}, "5 boxes and 6 places"),

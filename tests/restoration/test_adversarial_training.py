@@ -114,5 +114,5 @@ def test_a_checkpoint_without_a_discriminator(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1, save_steps=1)
     trainer.train()
     (tmp_path / "checkpoint-1" / "discriminator.pt").unlink()
-    with pytest.raises(ValueError, match=r"holds no discriminator.*as a model instead of resuming"):
+    with pytest.raises(ValueError, match=r"contains no discriminator.*as the initial model instead of resuming"):
         make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -18,7 +18,7 @@ def test_a_checkpoint_file_becomes_a_folder_for_models_and_pipelines(family, tmp
     output = tmp_path / "folder"
     # No option is needed: everything follows from the shapes.
     assert main(["convert", family, str(tmp_path / "net_g_latest.pth"), "--output", str(output)]) == 0
-    assert f"parameters is in {output}." in capsys.readouterr().out
+    assert f"parameters was saved to {output}." in capsys.readouterr().out
     assert "image-restoration" in (output / "README.md").read_text(encoding="utf-8")
 
     model = AutoModelForImageToImage.from_pretrained(output)
@@ -38,4 +38,4 @@ def test_another_scale_than_the_file_has(tmp_path, capsys):
     (tmp_path / "x2.yml").write_text("network_g: {type: HAT, upscale: 2}")
     command = ["convert", "hat", str(tmp_path / "HAT_SRx4.pth"), "--config", str(tmp_path / "x2.yml")]
     assert main([*command, "--output", str(tmp_path / "folder")]) == 2
-    assert "The checkpoint is for scale 4, and upscale=2 was requested" in capsys.readouterr().err
+    assert "The checkpoint is for scale 4, but upscale=2 was requested" in capsys.readouterr().err

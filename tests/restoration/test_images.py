@@ -33,7 +33,7 @@ def test_the_model_of_a_pipeline_is_in_eval_mode(pipe, pixels):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "2"])
 def test_a_batch_has_at_least_one_tile(pipe, pixels, batch_size):
-    with pytest.raises(ValueError, match="batch_size is a number of tiles, at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a number of tiles, at least 1"):
         pipe(pixels, batch_size=batch_size)
 
 
@@ -67,7 +67,7 @@ def test_all_frames_are_restored(pipe, tmp_path, name):
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(pipe(frame)))
     with pytest.warns(UserWarning, match=f"{name} has 3 frames or pages; only the first is read"):
         decode_image(tmp_path / name)
-    with pytest.warns(UserWarning, match="has 3 frames or pages; only the one that it stands at"):
+    with pytest.warns(UserWarning, match="has 3 frames or pages; only the current one"):
         pipe(Image.open(tmp_path / name))
 
 
@@ -83,7 +83,7 @@ def test_deep_images_are_scaled_to_rgb(tmp_path):
 def test_a_file_that_is_cut_off_is_named(pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
-    with pytest.raises(ValueError, match=r"folder/cut\.jpg cannot be read: it is corrupt or cut off"):
+    with pytest.raises(ValueError, match=r"folder/cut\.jpg cannot be read: it is corrupt or truncated"):
         as_rgb((tmp_path / "cut.jpg").read_bytes(), "folder/cut.jpg")
 
 

@@ -103,5 +103,5 @@ def test_what_cannot_be_done(options, message):
 
 
 def test_network_of_another_scale():
-    with pytest.raises(ValueError, match="not its scale of 4"):
+    with pytest.raises(ValueError, match="does not match upscale=4"):
         restore_image(enlarge, torch.rand(1, 3, 8, 8), 4, 4)

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"
 SMALL = [
     "--num_samples",
     "10",
-    "--num_held_back",
+    "--num_held_out",
     "4",
     "--resolution",
     "8",
@@ -97,7 +97,7 @@ def test_it_ends_in_weights_that_have_the_error_of_the_curve(script, tmp_path, c
 
 @pytest.mark.slow
 def test_the_student_learns(script, tmp_path):
-    options = "--num_samples 64 --num_held_back 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
+    options = "--num_samples 64 --num_held_out 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
     curve = run(script, tmp_path, *options.split(), "--eval_steps", 25, "--checkpoint_steps", 75)
     assert curve[0]["error"] > 0.1 * curve[0]["teacher_power"]
     assert curve[-1]["error"] < 0.6 * curve[0]["error"]
@@ -161,7 +161,7 @@ def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="not empty and contains no run of hf_attn"):
             run(script, tmp_path, *more)
     run(script, tmp_path / "run", "--max_steps", 1)
     with pytest.raises(SystemExit, match=r"other settings: radius \(2 -> 3\)"):
@@ -186,7 +186,7 @@ def test_several_runs_share_the_images_of_a_teacher(script, tmp_path, monkeypatc
     assert len(list((tmp_path / "data" / "samples").iterdir())) == 10
     assert (tmp_path / "two" / "clear.safetensors").exists() and not (tmp_path / "two" / "data").exists()
     (tmp_path / "prompts.txt").write_text("down\n")
-    with pytest.raises(SystemExit, match="data holds a run with other settings: prompts"):
+    with pytest.raises(SystemExit, match="data contains a run with other settings: prompts"):
         run(script, tmp_path / "three", *options)
 
 
@@ -216,10 +216,10 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts go together"),
+        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts must be used together"),
         (("--model_name_or_path", "somewhere", "--prompts", "nowhere.txt"), "there is no file nowhere.txt"),
-        (("--num_held_back", 10), "less than --num_samples"),
-        (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
+        (("--num_held_out", 10), "less than --num_samples"),
+        (("--optimizer", "sgd"), "adamw or prodigy, got sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
         (("--radius", 0), "--radius=0 is out of range: it must be at least 1"),
         (("--batch_size", -1), "--batch_size=-1 is out of range"),

@@ -64,7 +64,7 @@ def test_two_stages_end_in_a_folder_for_the_hub(script, teacher, text, tmp_path,
     refined = tmp_path / "run" / "refined"
     output = capsys.readouterr().out
     assert "with the layer before" in output
-    assert f"The student is in {refined}." in output
+    assert f"The student was saved to {refined}." in output
     student = AutoModelForCausalLM.from_pretrained(refined)
     assert isinstance(student, EchoAttForCausalLM)
     assert len(student.config.shared_layers) == 2
@@ -101,7 +101,7 @@ def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, teacher
     (tmp_path / "notes.txt").write_text("mine")
     options = ("--shared_layers", 1, "--refinement_ratio", 0)
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="not empty and contains no run of hf_attn"):
             script.main(arguments(teacher, text, tmp_path, *options, *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     script.main(arguments(teacher, text, tmp_path / "run", *options))
@@ -135,7 +135,7 @@ def test_an_unsupported_teacher_names_the_supported_ones(script, teacher, text, 
     [
         (("--learning_rate", "1e-4"), "exactly one of --num_shared, --shared_layers and --student"),
         (("--num_shared", 1, "--shared_layers", 2), "exactly one of --num_shared"),
-        (("--num_shared", 1, "--loss_weights", 1, 2), "takes three numbers"),
+        (("--num_shared", 1, "--loss_weights", 1, 2), "needs three numbers"),
     ],
 )
 def test_contradicting_arguments(script, teacher, text, tmp_path, more, message):

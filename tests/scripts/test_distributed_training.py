@@ -48,7 +48,7 @@ def arguments(name, base, dataset, output):
     own = {"train_long_context": ["--block_size", "64"], "train_zeppelin": ["--max_length", "90"]}[name]
     return [
         *("--model_name_or_path", str(base), "--dataset_name", str(dataset), "--output_dir", str(output), *own),
-        *("--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_steps", "2"),
+        *("--report_to", "none", "--disable_tqdm", "true", "--save_steps", "2"),
         *("--learning_rate", "0.01"),
     ]
 
@@ -70,7 +70,7 @@ def test_one_process_trains_and_goes_on(script, base, dataset, tmp_path, capsys,
     assert json.loads((output / "report.json").read_text()) == results
     start, trained = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, output))
     assert any(not start[key].equal(weight) for key, weight in trained.items())
-    with pytest.raises(SystemExit, match=r"holds an earlier run\. `--resume_from_checkpoint last` continues it"):
+    with pytest.raises(SystemExit, match=r"contains an earlier run\. `--resume_from_checkpoint last` continues it"):
         script.main([*run, "--max_steps", "3"])
     script.main([*run, "--max_steps", "3", "--resume_from_checkpoint", "last", "--report", "false"])
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 3
@@ -113,14 +113,14 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
     ("name", "more", "message"),
     [
         ("train_long_context", ["--layout", "spiral"], "--layout spiral is not one of ring"),
-        ("train_long_context", ["--split", "odd"], "--split odd is neither zigzag nor contiguous"),
-        ("train_long_context", ["--train_file", "nowhere"], "give either --dataset_name or --train_file"),
-        ("train_long_context", ["--block_size", "1"], "too short to predict anything"),
+        ("train_long_context", ["--split", "odd"], "--split must be zigzag or contiguous, got odd"),
+        ("train_long_context", ["--train_file", "nowhere"], "pass either --dataset_name or --train_file"),
+        ("train_long_context", ["--block_size", "1"], "too short: there must be at least one token to predict"),
         ("train_long_context", ["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
         ("train_long_context", ["--block_size", "999999"], "is more than the"),
-        ("train_zeppelin", ["--max_length", "1"], "too short to predict anything"),
+        ("train_zeppelin", ["--max_length", "1"], "too short: there must be at least one token to predict"),
         ("train_zeppelin", ["--num_nodes", "3"], "1 ranks cannot be distributed evenly over 3 nodes"),
-        ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take 5. A capacity of"),
+        ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take at most 5. A capacity of"),
     ],
 )
 def test_what_does_not_fit_is_told(name, more, message, base, dataset, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ pytest.importorskip("diffusers")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 PROCESSES = 2
-COMMON = "--use_cpu true --report_to none --disable_tqdm true --seed 3 "
+COMMON = "--report_to none --disable_tqdm true --seed 3 "
 STILL = (
     COMMON
     + "--save_strategy no --learning_rate 0 --max_steps 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 "
@@ -42,7 +42,8 @@ CASES = {
     "num_attention_heads=2",
     "run_deberta": STILL
     + "--hidden_size 16 --num_hidden_layers 1 --finetune_epochs 0.01 --finetune_learning_rate 0 --num_topics 3 --seeds 1",
-    "run_embedding": STILL + "--model_name_or_path {data}/base --dataset_name {data}/pairs --held_back 9 --design 2 "
+    "run_embedding": STILL
+    + "--model_name_or_path {data}/base --dataset_name {data}/pairs --num_held_out 9 --design 2 "
     "--num_latents 2 --num_pooling_heads 2 --pooling_head_dim 4 --max_length 8",
     "run_image_classification": STILL + "--max_eval_samples 5 --model_type tnt --config_overrides image_size=16 "
     "hidden_size=48 inner_hidden_size=8 num_hidden_layers=1",
@@ -50,7 +51,7 @@ CASES = {
     "--validation_file {data}/short.txt --perplexity_lengths 16 --passkey_lengths 320 --passkey_depths 0 "
     "--passkey_trials 1 --cache_top_k 2 --mem_freq 7 --train_context_length 64",
     "run_scanpaths": STILL.replace("strategy no", "strategy epoch")
-    + "--num_images 20 --searches 1 --num_samples 1 --num_pictures 1",
+    + "--num_images 20 --searches 1 --num_samples 1 --num_drawings 1",
     "run_speech_classification": STILL + "--num_speakers 17 --num_seeds 1 --modalities text",
     "run_super_resolution": COMMON + "--do_eval --scale 2 --train_dir {data}/images --patch_size 8 --model_type hat "
     "--config_overrides embed_dim=8 depths=[1] num_heads=[2] window_size=4 compress_ratio=2 squeeze_factor=2",

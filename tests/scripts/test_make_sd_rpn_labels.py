@@ -127,7 +127,7 @@ def test_two_processes_share_the_images(script, base, images, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The labels are in") == 1
+    assert done.stdout.count("The labels were saved to") == 1
     together = datasets.load_from_disk(tmp_path / "two" / "labels")
     for column in ("question", "answer", "roi_labels"):
         assert together[column][:] == alone[column][:]
@@ -193,7 +193,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
     labelled = script.main([*command, *good])
     assert labelled[0]["answer"] == "That."
     assert np.array(labelled[0]["roi_labels"]).sum(1).tolist() == [0] * 3 + [24] + [0] * 20
-    with pytest.raises(SystemExit, match=r"bad\.pkl is not read: it asks for builtins\.print"):
+    with pytest.raises(SystemExit, match=r"bad\.pkl cannot be read: it refers to builtins\.print"):
         script.main([*command, "--official_file", str(tmp_path / "bad.pkl"), "--output_dir", str(tmp_path / "bad")])
 
 
@@ -207,7 +207,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
             ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
             "--max_samples=0 is out of range: it must be at least 1",
         ),
-        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
+        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains needs --json_file or --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
         (
@@ -215,7 +215,10 @@ def test_official_files_need_no_model(script, images, tmp_path):
             "--batch_size=0 is out of range: it must be at least 1",
         ),
         (("--question", "What?", "--image_folder", "{images}", "--max_samples", 0), "--max_samples=0 is out of range"),
-        (("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"), "'2:x' is no layer with heads"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"),
+            "'2:x' is not a layer with heads",
+        ),
     ],
 )
 def test_arguments_that_are_wrong(script, base, images, tmp_path, more, message):
@@ -244,6 +247,6 @@ def test_an_unknown_base_needs_heads(script, base, images, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, base, images, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="contains no run of hf_attn"):
             script.main(arguments(base, tmp_path, "--image_folder", images, "--question", "What?", *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -195,15 +195,15 @@ def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatc
 
     tokenizer = run_clm.train_tokenizer(documents["train"]["text"], 300)
     blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
-    held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
+    held_out = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
     if with_validation:
-        assert held_back.startswith("validation 0 validation 0")
+        assert held_out.startswith("validation 0 validation 0")
     else:
-        assert "train 19 train 19" in held_back
+        assert "train 19 train 19" in held_out
         total = len(blocks["train"]) + len(blocks["validation"])
         assert len(blocks["validation"]) == math.ceil(total * 0.25)
 
-    with pytest.raises(SystemExit, match="has no column 'text'; give one of body, title as --text_column"):
+    with pytest.raises(SystemExit, match="has no column 'text'; choose --text_column from body, title"):
         run_clm.load_documents(run_clm.DataArguments(dataset_name=str(folder)))
     (folder / "train.jsonl").unlink()
     (folder / "validation.jsonl").unlink(missing_ok=True)
@@ -244,11 +244,14 @@ def test_unigram_entropy_is_that_of_the_frequencies(run_clm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give exactly one of --model_name_or_path, --model_type, --config_name"),
-        (["--model_type", "sigmoid_attention", "--config_name", "x"], "give exactly one of"),
+        ([], "pass exactly one of --model_name_or_path, --model_type, --config_name"),
+        (["--model_type", "sigmoid_attention", "--config_name", "x"], "pass exactly one of"),
         (["--model_type", "llama"], "--model_type llama is not one of sigmoid_attention"),
-        (["--config_name", "x", "--variant", "gala_85m"], "--variant names a variant of a --model_type"),
-        (["--model_name_or_path", "x", "--config_overrides", "a=1"], "--config_overrides would not fit the weights"),
+        (["--config_name", "x", "--variant", "gala_85m"], "--variant needs --model_type"),
+        (
+            ["--model_name_or_path", "x", "--config_overrides", "a=1"],
+            "--config_overrides cannot be used with the weights",
+        ),
         (["--model_type", "echo_att", "--train_file", "missing.txt"], "--train_file missing.txt does not exist"),
         (["--model_type", "echo_att", "--validation_file", "x.txt"], "--validation_file needs a --train_file"),
         (["--model_type", "echo_att", "--dataset_name", "x", "--train_file", "y"], "either --dataset_name or files"),
@@ -271,7 +274,7 @@ def test_contradictory_arguments_are_refused(run_clm, arguments, message, tmp_pa
     [
         (["--config_overrides", "hiden_size=3"], "has no field 'hiden_size'; did you mean hidden_size?"),
         (["--config_overrides", "hidden_size"], "takes name=value, got 'hidden_size'"),
-        (["--block_size", "40000"], "the train text has 0 sequences of 40000 tokens and needs 2"),
+        (["--block_size", "40000"], "the train text has 0 sequences of 40000 tokens, but at least 2 are needed"),
         (["--config_overrides", "max_position_embeddings=16"], "more than the 16 positions of the model"),
     ],
 )
@@ -291,7 +294,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_clm, text_fi
     documents = run_clm.datasets.Dataset.from_dict({"text": ["text"]})
     run_clm.train_tokenizer(documents["text"], 260).save_pretrained(tmp_path / "tokenizer")
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(tmp_path / "tokenizer")]
-    with pytest.raises(SystemExit, match=r"the tokenizer has \d+ tokens, the model only 100"):
+    with pytest.raises(SystemExit, match=r"the tokenizer has \d+ tokens, but the model only 100"):
         run_clm.main([*arguments, "--train_file", str(text_file), "--output_dir", str(tmp_path / "out")])
 
 
@@ -299,12 +302,12 @@ def test_a_full_folder_is_overwritten_only_when_asked(run_clm, text_file, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path), "--max_steps", "1"]
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             run_clm.main([*arguments, *more])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     arguments = [*small_arguments("sigmoid_attention", text_file, tmp_path / "run"), "--max_steps", "1"]
     run_clm.main(arguments)
-    with pytest.raises(SystemExit, match=r"holds an earlier run.*`--overwrite_output_dir` starts a new run"):
+    with pytest.raises(SystemExit, match=r"contains an earlier run.*`--overwrite_output_dir` starts a new run"):
         run_clm.main(arguments)
     run_clm.main([*arguments, "--overwrite_output_dir"])
     assert all((tmp_path / name / "model.safetensors").exists() for name in ("run", "run.earlier-1"))

@@ -47,7 +47,7 @@ def arguments(tmp_path_factory) -> list:
     rows = [json.dumps({"query": word, "positive": word.upper()}) for word in words]
     (folder / "data" / "train.jsonl").write_text("\n".join(rows))
     return [
-        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--held_back", 20),
+        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--num_held_out", 20),
         *("--num_latents", 2, "--num_pooling_heads", 2, "--pooling_head_dim", 4, "--max_length", 8),
         *(
             "--learning_rate",
@@ -78,6 +78,16 @@ def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
     torch.testing.assert_close(second.state_dict(), first.state_dict(), atol=1e-4, rtol=1e-4)
     assert (tmp_path / "whole" / "modules.json").is_file()
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
+
+
+def test_lora_is_on_the_highest_layers(main):
+    from hf_attn import PoolingAttentionModel
+
+    base = llama(num_hidden_layers=3)
+    for count, expected in ((2, {"1", "2"}), (9, {"0", "1", "2"})):
+        model = PoolingAttentionModel.from_base(base, design=1)
+        names = [name for name, _ in sys.modules["run_embedding"].add_lora(model, 2, count).named_parameters()]
+        assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == expected
 
 
 def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):

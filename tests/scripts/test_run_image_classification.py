@@ -200,9 +200,9 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("single", r"fewer than 2 images none can be held out: y \(1\)"),
-        ("cut", r"x/0\.jpg cannot be read: it is corrupt or cut off"),
-        ("few", "there are 16 images to train on, fewer than a batch of 32"),
+        ("single", r"no image can be held out from classes with fewer than 2 images: y \(1\)"),
+        ("cut", r"x/0\.jpg cannot be read: it is corrupt or truncated"),
+        ("few", "there are 16 training images, fewer than one batch of 32"),
     ],
 )
 def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypatch, broken, message):
@@ -225,7 +225,7 @@ def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypa
     ("options", "message"),
     [
         (["--model_type", "resnet"], "--model_type resnet is not one of"),
-        (["--model_type", "tnt", "--model_name_or_path", "x"], "give either"),
+        (["--model_type", "tnt", "--model_name_or_path", "x"], "pass either"),
         (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha=-1.0 is out of range: it must be at least 0"),
         (["--model_type", "tnt", "--config_overrides", "hiden_size=3"], "did you mean hidden_size"),
         (["--model_type", "biformer", "--variant", "huge"], "has no variant 'huge'; its variants: biformer_tiny"),
@@ -253,7 +253,7 @@ def test_the_default_model_of_analyze_vit_is_a_plain_vit(script, monkeypatch, tm
 def test_a_folder_with_results_is_not_overwritten(script, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(["--model_type", "tnt", "--output_dir", str(tmp_path), *COMMON, *more])
 
 

@@ -74,7 +74,7 @@ def test_train_evaluate_and_evaluate_again(script, base, text, tmp_path, capsys)
     further = ["--do_eval", "--model_name_or_path", output, "--evaluate", "landmark"]
     script.main(arguments(base, text, output, *further, "--perplexity_lengths", 16, 64, 9999))
     printed = capsys.readouterr().out
-    assert "The held-out text has 1,711 tokens: no perplexity of longer contexts." in printed
+    assert "The held-out text has 1,711 tokens, so perplexity is not measured for longer contexts." in printed
     again = json.loads((output / "evaluation_landmark.json").read_text())["perplexity"]
     assert again["16"] == pytest.approx(after["perplexity"]["16"])
     assert "Pass-key test of the base" in printed
@@ -96,12 +96,12 @@ def test_a_landmark_model_is_trained_further(script, base, text, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--mem_freq", 63], "has no room for two blocks of 64 tokens"),
+        (["--mem_freq", 63], "is too short for two blocks of 64 tokens"),
         (["--dataset_name", "x"], "either --dataset_name or --train_file"),
         (["--validation_file", "nowhere.txt"], "--validation_file nowhere.txt does not exist"),
-        (["--evaluate", "other"], "--evaluate takes base and landmark, got other"),
+        (["--evaluate", "other"], "--evaluate must be base or landmark, got other"),
         (["--retrieval", "nearest"], "--retrieval nearest is not one of per_token_and_head"),
-        (["--passkey_trials", 1, 2], "--passkey_trials takes one number, or one for each"),
+        (["--passkey_trials", 1, 2], "--passkey_trials must be one number, or one per value"),
         (["--do_eval"], "needs a landmark model as --model_name_or_path"),
     ],
 )
@@ -114,7 +114,7 @@ def test_contradictory_arguments_are_refused(script, base, text, tmp_path, more,
 def test_a_full_folder_is_never_trained_into(script, base, text, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(arguments(base, text, tmp_path, "--max_steps", 1, *more))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

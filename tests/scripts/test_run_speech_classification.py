@@ -31,7 +31,7 @@ def test_made_up_recordings_end_to_end(script, tmp_path, capsys):
     arguments = ["--num_speakers", "16", "--num_seeds", "2", "--num_train_epochs", "1", "--modalities", "both", "text"]
     table = script.main(["--output_dir", str(tmp_path / "out"), *arguments, *QUIET])
     output = capsys.readouterr().out
-    assert "no speaker is in two parts" in output and "best possible accuracy" in output
+    assert "the splits have no speakers in common" in output and "best possible accuracy" in output
     assert set(table) == {"both", "text"}
     assert {"accuracy", "f1", "specificity", "ece", "ace", "brier", "ece_scaled"} <= set(table["both"])
     assert table["both"]["brier"]["std"] >= 0
@@ -88,7 +88,7 @@ def test_two_learning_rates(script):
     ("arguments", "problem"),
     [
         (["--text_model", "bert"], "both --text_model and --vision_model"),
-        (["--table", "x.csv"], "go together"),
+        (["--table", "x.csv"], "must be used together"),
         (["--modalities", "video"], "both, text, audio"),
         (["--num_seeds", "0"], "num_seeds"),
         (["--label_smoothing_factor", "0.1"], "--loss_smoothing"),

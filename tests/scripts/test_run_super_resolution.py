@@ -174,7 +174,7 @@ def test_folders_and_fields_that_are_wrong(script, folder, tmp_path):
 def test_does_not_overwrite(script, folder, tmp_path):
     (tmp_path / "file").write_text("precious")
     for more in ([], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match="is not empty and holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="is not empty and contains no run of hf_attn"):
             script.main(tiny(folder, tmp_path, *more))
 
 
@@ -210,7 +210,7 @@ def test_without_weights_of_vgg_the_log_says_so(script, folder, tmp_path, caplog
     script.logging.enable_propagation()
     script.main(tiny(folder, tmp_path, *more, "--patch_size", "4"))
     script.logging.disable_propagation()
-    assert "perceptual loss is left out" in caplog.text
+    assert "without the perceptual loss" in caplog.text
     line = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][0]
     assert "adversarial_loss" in line
     assert "perceptual_loss" not in line
@@ -242,9 +242,9 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
     ("more", "message"),
     [
         (["--degradation", "third_order"], "--degradation third_order is not one of bicubic, second_order"),
-        (["--perceptual_weights", "vgg.pth"], r"are for the adversarial training \(--adversarial true\)"),
+        (["--perceptual_weights", "vgg.pth"], r"need adversarial training \(--adversarial true\)"),
         (["--adversarial", "true", "--perceptual_weights", "vgg.pth"], "vgg.pth is not a file"),
-        (["--adversarial", "true", "--patch_size", "6"], "sides, 12, are multiples of 8; change --patch_size"),
+        (["--adversarial", "true", "--patch_size", "6"], r"side \(12\) is a multiple of 8; change --patch_size"),
     ],
 )
 def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):

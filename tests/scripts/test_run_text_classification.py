@@ -95,12 +95,12 @@ def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
         (["--variant", "huge"], "--variant huge is not one of byte_imdb_4x4"),
         (["--attention_type", "reformer"], "--attention_type reformer is not one of softmax"),
         (["--num_layers", "3"], "8 heads cannot be spread evenly over num_layers=3"),
-        (["--model_name_or_path", "x", "--num_layers", "1"], "would not fit the weights"),
-        (["--push_to_hub"], "needs one model"),
+        (["--model_name_or_path", "x", "--num_layers", "1"], "cannot be used with the weights"),
+        (["--push_to_hub"], "needs a single model"),
         (["--validation_split_percentage", "0"], "--validation_split_percentage=0 is out of range"),
-        (["--resume_from_checkpoint", "x"], "takes `last`"),
+        (["--resume_from_checkpoint", "x"], "must be `last`"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in .* to resume from"),
-        (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "give one of them"),
+        (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "pass only one of them"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(script, tmp_path, arguments, message):

@@ -78,7 +78,7 @@ def test_a_graph_gives_the_vectors(files):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ((), "give one of --adjacency_file and --spatial_embedding_file"),
+        ((), "pass either --adjacency_file or --spatial_embedding_file"),
         (("--adjacency_file", "nothing.txt"), "no file nothing.txt"),
         (("--adjacency_file", "{files}/SE.txt"), "line 2: 65 numbers instead of 2"),
         (("--adjacency_file", "{files}/Adj.txt", "--horizons", "7"), "--horizons must be between 1 and 3"),

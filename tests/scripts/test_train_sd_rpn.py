@@ -177,7 +177,7 @@ def test_two_processes_train_one_network(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The network is in") == 1
+    assert done.stdout.count("The network was saved to") == 1
     assert "destroy_process_group" not in done.stderr
     assert json.loads((tmp_path / "out" / "_hf_attn_run.json").read_text())["settings"]["world_size"] == 2
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()).keys() >= {"mean_iou"}
@@ -186,8 +186,8 @@ def test_two_processes_train_one_network(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--labels", "x"), "--model_name_or_path and --labels go together"),
-        (("--num_overlays", 9), "--num_overlays is larger than --validation_size"),
+        (("--labels", "x"), "--model_name_or_path and --labels must be used together"),
+        (("--num_overlays", 9), "--num_overlays must be at most --validation_size"),
         (("--rpn", "x", "--branch_layer", 2), "--branch_layer is for a new network"),
     ],
 )
@@ -201,12 +201,12 @@ def test_data_that_do_not_fit(script, base, labels, tmp_path):
     text = tmp_path / "bert"
     text.mkdir()
     (text / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(SystemExit, match=r"is a 'bert'; SD-RPN is for llava, llava_next, qwen2_5_vl"):
+    with pytest.raises(SystemExit, match=r"is a 'bert', but SD-RPN supports only llava, llava_next, qwen2_5_vl"):
         script.main(labelled(text, labels, tmp_path / "a"))
-    with pytest.raises(SystemExit, match="have 16 images, not more than --validation_size 16"):
+    with pytest.raises(SystemExit, match="have 16 images, but must have more than --validation_size 16"):
         script.main(labelled(base, labels, tmp_path / "b", "--validation_size", 16))
     datasets.load_from_disk(labels).remove_columns("roi_labels").save_to_disk(tmp_path / "bare")
-    with pytest.raises(SystemExit, match=r"has no roi_labels; scripts/make_sd_rpn_labels\.py makes labels"):
+    with pytest.raises(SystemExit, match=r"has no roi_labels; create labels by scripts/make_sd_rpn_labels\.py"):
         script.main(labelled(base, tmp_path / "bare", tmp_path / "c"))
     with pytest.raises(ValueError, match=r"is for a llava whose decoder has 7 layers of width 32"):
         SdRpnModel.from_base(tiny_base("llava"), branch_layer=BRANCH).save_pretrained(tmp_path / "rpn")
@@ -216,6 +216,6 @@ def test_data_that_do_not_fit(script, base, labels, tmp_path):
 def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(SystemExit, match="holds no run of hf_attn"):
+        with pytest.raises(SystemExit, match="contains no run of hf_attn"):
             script.main(planted(tmp_path, *more))
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -48,7 +48,7 @@ def test_a_command_line_and_a_file_say_the_same(tmp_path):
         (("--block", "3"), "there is no argument --block; did you mean --block_size?"),
         (("--colour", "red"), "there is no argument --colour (--help lists the arguments)."),
         (("--base", "x"), "--base is now called --model_name_or_path."),
-        (("stray",), "'stray' belongs to no argument"),
+        (("stray",), "'stray' does not belong to an argument"),
         (("--block_size", "many"), "argument --block_size/--block-size: invalid int value: 'many'"),
         (("--block_size", "0"), "--block_size=0 is out of range: it must be at least 1."),
         (("--kind", "c"), "invalid choice: 'c'"),
@@ -66,7 +66,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"blok_size": 1}', "did you mean --block_size?"), ("[]", "must hold an object"), ("{", "cannot be read")],
+    [('{"blok_size": 1}', "did you mean --block_size?"), ("[]", "must contain an object"), ("{", "cannot be read")],
 )
 def test_mistakes_in_a_file(tmp_path, content, message):
     (tmp_path / "run.json").write_text(content)
@@ -103,7 +103,7 @@ def test_resuming(tmp_path):
     resolve_resume("x.py", Given)
     assert Given.resume_from_checkpoint == str(tmp_path / "checkpoint-10")
     Given.overwrite_output_dir = True
-    with pytest.raises(SystemExit, match="give only one of them"):
+    with pytest.raises(SystemExit, match="pass only one of them"):
         resolve_resume("x.py", Given)
 
 

@@ -59,7 +59,7 @@ def test_a_batch_has_queries_then_positives_then_negatives():
     ]
     assert texts == [f"{text}</s>" for text in ("q:a", "q:d", "b", "efghi", "c", "g")]
     assert batch["roles"].tolist() == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match="give it to all or to none"):
+    with pytest.raises(ValueError, match="in all rows or in none"):
         collator([rows[0], {"query": "a", "positive": "b"}])
     with pytest.raises(ValueError, match="needs the texts"):
         collator([{"query": "a"}])

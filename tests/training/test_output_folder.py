@@ -32,7 +32,7 @@ def test_another_run_is_named(tmp_path):
     claim_output_folder(tmp_path, SETTINGS, command="x.py")
     with pytest.raises(OutputFolderError, match=r"steps \(3 -> 4\).*Choose another folder"):
         claim_output_folder(tmp_path, {**SETTINGS, "steps": 4}, command="x.py")
-    with pytest.raises(OutputFolderError, match=r"holds a run of x\.py"):
+    with pytest.raises(OutputFolderError, match=r"contains a run of x\.py"):
         claim_output_folder(tmp_path, SETTINGS, command="y.py")
 
 
@@ -43,7 +43,7 @@ def test_what_no_run_has_written_is_left_alone(tmp_path, record, overwrite):
     if record is not None:
         (tmp_path / RECORD).write_text(record)
     before = names(tmp_path)
-    with pytest.raises(OutputFolderError, match="not empty and holds no run of hf_attn"):
+    with pytest.raises(OutputFolderError, match="not empty and contains no run of hf_attn"):
         claim_output_folder(tmp_path, SETTINGS, overwrite=overwrite)
     with pytest.raises(OutputFolderError), output_folder(tmp_path, SETTINGS, overwrite=overwrite):
         pass

@@ -95,7 +95,7 @@ def test_step_of_ascent_is_bounded_and_frozen_parameters_stay_frozen():
 
 
 def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match="sift_inner_loss is one of"):
+    with pytest.raises(ValueError, match="sift_inner_loss must be one of"):
         train(tmp_path, *TASKS["classification"], sift_inner_loss="js")
     with pytest.raises(ValueError, match="must not be negative"):
         train(tmp_path, *TASKS["classification"], sift_lambda=-1.0)

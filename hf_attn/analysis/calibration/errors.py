@@ -15,25 +15,24 @@ def check_probabilities(probabilities: Any, labels: Any) -> tuple[np.ndarray, np
     probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
     if probabilities.ndim != 2 or probabilities.shape[1] < 2:
         raise ValueError(
-            f"Probabilities must be (samples, classes) of two classes or more, got {probabilities.shape}."
+            "Probabilities must have the shape (samples, classes) with at least two classes, got "
+            f"{probabilities.shape}."
         )
     if labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
-            f"There must be one label for each of at least one sample, got {labels.shape} labels for {probabilities.shape} "
-            "probabilities."
+            f"There must be at least one sample, and one label per sample; got {labels.shape} labels for "
+            f"{probabilities.shape} probabilities."
         )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"Labels must be whole numbers, got {labels.dtype}.")
+        raise ValueError(f"Labels must be integers, got {labels.dtype}.")
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise ValueError(
             f"Labels must lie between 0 and {probabilities.shape[1] - 1}, got {labels.min()} to {labels.max()}."
         )
     if not (np.isfinite(probabilities).all() and probabilities.min() >= 0):
-        raise ValueError("Probabilities must be finite and not negative; are these logits? Take their softmax first.")
+        raise ValueError("Probabilities must be finite and not negative. If these are logits, apply a softmax first.")
     if not np.allclose(probabilities.sum(1), 1, atol=1e-3):
-        raise ValueError(
-            "The probabilities of a sample must have the sum 1; are these logits? Take their softmax first."
-        )
+        raise ValueError("The probabilities of each sample must sum to 1. If these are logits, apply a softmax first.")
     return probabilities, labels
 
 

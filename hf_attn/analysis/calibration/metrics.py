@@ -40,7 +40,9 @@ class ClassificationMetrics:
         """
         probabilities, labels = check_probabilities(probabilities, labels)
         if not 0 <= self.positive_label < probabilities.shape[1]:
-            raise ValueError(f"positive_label={self.positive_label} is none of the {probabilities.shape[1]} classes.")
+            raise ValueError(
+                f"positive_label={self.positive_label} is out of range: there are {probabilities.shape[1]} classes."
+            )
         found = probabilities.argmax(1)
         positive, predicted = labels == self.positive_label, found == self.positive_label
         true_positive = (positive & predicted).sum()
@@ -57,8 +59,8 @@ class ClassificationMetrics:
         undefined = [name for name, value in metrics.items() if np.isnan(value)]
         if undefined:
             warnings.warn(
-                f"Not defined, and therefore NaN: {', '.join(undefined)}. Of {len(labels)} samples {positive.sum()} have class "
-                f"{self.positive_label}, and {predicted.sum()} are predicted to have it.",
+                f"Undefined, reported as NaN: {', '.join(undefined)}. Of {len(labels)} samples {positive.sum()} have "
+                f"class {self.positive_label}, and {predicted.sum()} are predicted to have it.",
                 stacklevel=2,
             )
         return metrics

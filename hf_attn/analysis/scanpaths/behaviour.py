@@ -51,7 +51,7 @@ def behavioural_distance(model: Iterable[np.ndarray], people: Iterable[np.ndarra
     """
     model, people = np.array(list(model), dtype=float), np.array(list(people), dtype=float)
     if not len(model) or not len(people):
-        raise ValueError("Delta needs at least one scanpath of the model and one of people.")
+        raise ValueError("Delta needs at least one scanpath of the model and one human scanpath.")
     difference = np.abs(model.mean(0) - people.mean(0))
     average = people.mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -20,7 +20,7 @@ def object_similarity(probabilities: np.ndarray, next_objects: np.ndarray) -> fl
         raise ValueError("SIM needs at least one step.")
     if next_objects.min() < 0 or next_objects.max() >= probabilities.shape[1]:
         raise ValueError(
-            f"The next objects must be below the number of classes ({probabilities.shape[1]}) and not negative."
+            f"The next objects must be between 0 and {probabilities.shape[1] - 1}, the number of classes minus one."
         )
     return float(np.take_along_axis(probabilities, next_objects[:, None].astype(int), axis=1).mean())
 
@@ -55,7 +55,7 @@ def normalized_scanpath_saliency(saliency: np.ndarray, fixations: np.ndarray | S
     saliency = np.asarray(saliency, dtype=float)
     deviation = saliency.std()
     if deviation == 0:
-        raise ValueError("NSS is not defined for a map that is the same everywhere.")
+        raise ValueError("NSS is not defined for a constant map.")
     cells = _cells(fixations, saliency.shape[::-1])
     return float(((saliency - saliency.mean()) / deviation)[cells[:, 1], cells[:, 0]].mean())
 
@@ -67,6 +67,6 @@ def _cells(fixations: np.ndarray | Sequence, screen: tuple[int, int]) -> np.ndar
     outside = (points < 0).any(1) | (points >= np.asarray(screen)).any(1)
     if outside.any():
         raise ValueError(
-            f"The fixation {tuple(points[outside][0].tolist())} is not on the screen of {screen[0]} x {screen[1]}."
+            f"The fixation {tuple(points[outside][0].tolist())} is outside the screen of {screen[0]} x {screen[1]}."
         )
     return points

@@ -38,8 +38,8 @@ class ScanpathMetrics:
         """
         if not len(predictions) == len(truths) == len(targets) or not len(targets):
             raise ValueError(
-                f"There are {len(predictions)} predictions, {len(truths)} scanpaths of people and {len(targets)} targets; each trial needs "
-                "one of each."
+                f"There are {len(predictions)} predictions, {len(truths)} human scanpaths and {len(targets)} targets; "
+                "each trial needs one of each."
             )
         pairs = list(zip(predictions, truths, strict=True))
         model = np.array([_behaviour(*trial) for trial in zip(predictions, targets, strict=True)])

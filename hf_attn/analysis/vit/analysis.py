@@ -47,7 +47,7 @@ def analyze_vit(
     Args:
         model: ViT, DeiT, DINOv2, BEiT, the vision tower of CLIP or SigLIP, SigmaReparamViT, or a vision transformer of timm. It stays
             unchanged; it runs in eval mode on its device.
-        images: pixel values `(images, channels, height, width)` as the model takes them, or pictures, which need `processor`.
+        images: pixel values `(images, channels, height, width)` as the model takes them, or images, which need `processor`.
             A few hundred give reliable means.
         labels: true classes, as indices or names; adds the metrics that compare with them.
         processor: image processor of the model, or a transform of timm, which converts images to pixel values.
@@ -72,13 +72,13 @@ def analyze_vit(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     if curve_points == 1:
-        raise ValueError("curve_points must be 0, or at least 2: none and all heads removed.")
+        raise ValueError("curve_points must be 0, or at least 2 (no head removed, and all heads removed).")
     layout = ViTLayout.of(model)
     pixel_values = _pixel_values(images, processor)
     if len(pixel_values) < 2:
-        raise ValueError(f"Importance is a mean over images: give at least 2, got {len(pixel_values)}.")
+        raise ValueError(f"Importance is a mean over images: pass at least 2, got {len(pixel_values)}.")
     if not bool(pixel_values.isfinite().all()):
-        raise ValueError("The pixel values hold NaN or infinity, of which no mean can be taken.")
+        raise ValueError("The pixel values contain NaN or infinity.")
     parameter = next(model.parameters())
     with _eval_mode(model), torch.no_grad():
         grid = layout.grid_of(pixel_values[:1].to(parameter))
@@ -162,19 +162,23 @@ def _bar(total: int, progress: bool):
 def _pixel_values(images, processor) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
         if not images.is_floating_point():
-            raise ValueError(f"Pixel values must be floating point, as the processor makes them; got {images.dtype}.")
+            raise ValueError(
+                f"Pixel values must be floating-point numbers, as returned by the image processor; got {images.dtype}."
+            )
         return images
     images = list(images)
     if not images:
         raise ValueError("There are no images.")
     if processor is None:
-        raise ValueError("Pictures need `processor`, the image processor of the model, or pass pixel values.")
-    pictures = [image.convert("RGB") for image in images]
+        raise ValueError(
+            "Images need `processor`, the image processor of the model. Alternatively, pass pixel values."
+        )
+    images = [image.convert("RGB") for image in images]
     if hasattr(processor, "image_processor"):
         processor = processor.image_processor
     if hasattr(processor, "preprocess"):
-        return processor(pictures, return_tensors="pt")["pixel_values"]
-    return torch.stack([processor(picture) for picture in pictures])
+        return processor(images, return_tensors="pt")["pixel_values"]
+    return torch.stack([processor(image) for image in images])
 
 
 def _class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:
@@ -186,13 +190,13 @@ def _label_indices(labels, class_names: tuple[str, ...], images: int) -> torch.T
     if labels is None:
         return None
     if not class_names:
-        raise ValueError("Labels were given, and the model has no classifier.")
+        raise ValueError("Labels were passed, but the model has no classifier.")
     if not isinstance(labels, torch.Tensor):
         labels = list(labels)
         unknown = [label for label in labels if isinstance(label, str) and label not in class_names]
         if unknown:
             known = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-            raise ValueError(f"Label {unknown[0]!r} is no class of the model. Its classes: {known}.")
+            raise ValueError(f"Label {unknown[0]!r} is not a class of the model. Its classes: {known}.")
         labels = torch.tensor([class_names.index(label) if isinstance(label, str) else label for label in labels])
     check_labels(labels, images, len(class_names))
     return labels.cpu()
@@ -206,7 +210,7 @@ def _name_of(model: nn.Module) -> str:
 
 
 def _pictures(pixel_values: torch.Tensor) -> np.ndarray:
-    """Pixel values as pictures, each stretched to the whole range."""
+    """Pixel values as 8-bit images, each stretched to the whole range."""
     low, high = (getattr(pixel_values.flatten(1), name)(1)[:, None, None, None] for name in ("amin", "amax"))
     stretched = (pixel_values - low) / (high - low).clamp_min(1e-6)
     if stretched.shape[1] != 3:

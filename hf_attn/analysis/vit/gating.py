@@ -180,7 +180,8 @@ def partial_mask(kind: str, grid: Grid, device=None) -> torch.Tensor:
     name, *hops = kind.split("_")
     if name != "ring" or not hops or not all(hop.isdigit() for hop in hops):
         raise ValueError(
-            f"Unknown part of attention {kind!r}. Known: {', '.join(PARTIAL_KINDS)}, ring_<hop>[_<hop>...]."
+            f"There is no part of attention called {kind!r}. Available: {', '.join(PARTIAL_KINDS)}, "
+            "ring_<hop>[_<hop>...]."
         )
     wanted = [int(hop) for hop in hops]
     if max(wanted) >= grid.num_hops:
@@ -211,7 +212,9 @@ def without_attention(
     def tap(weights: torch.Tensor) -> torch.Tensor:
         if mask.shape != weights.shape[2:]:
             tokens = weights.shape[-1]
-            raise ValueError(f"The mask must be ({tokens}, {tokens}), for all tokens, got {tuple(mask.shape)}.")
+            raise ValueError(
+                f"The mask must have the shape ({tokens}, {tokens}), for all tokens; got {tuple(mask.shape)}."
+            )
         weights = weights.clone()
         kept = weights[:, head] * mask.to(weights)
         if renormalize:

@@ -19,7 +19,9 @@ class Grid:
 
     def __post_init__(self):
         if min(self.rows, self.cols) < 1 or self.num_prefix_tokens < 0:
-            raise ValueError(f"A grid needs at least one row and one column, and 0 or more prefix tokens: {self}.")
+            raise ValueError(
+                f"A grid needs at least one row and one column, and no negative number of prefix tokens; got {self}."
+            )
 
     @property
     def num_patches(self) -> int:

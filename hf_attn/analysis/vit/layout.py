@@ -104,7 +104,7 @@ class ViTLayout:
         ]
         if len(stacks) != 1:
             found = (
-                "no stack of known layers"
+                "no stack of supported layers"
                 if not stacks
                 else f"{len(stacks)} stacks of layers, such as text and vision"
             )
@@ -157,12 +157,13 @@ class ViTLayout:
         if self.image_size is None:
             if any(side % patch for side, patch in zip(size, self.patch_size, strict=True)):
                 raise ValueError(
-                    f"Images are {size[0]} x {size[1]} pixels, no multiple of the patch size {self.patch_size}."
+                    f"Images are {size[0]} x {size[1]} pixels, which are not multiples of the patch size "
+                    f"{self.patch_size}."
                 )
         elif size != self.image_size:
             raise ValueError(
-                f"Images are {size[0]} x {size[1]} pixels, and {type(self.model).__name__} is for {self.image_size[0]} x "
-                f"{self.image_size[1]}. Prepare them with the model's image processor."
+                f"Images are {size[0]} x {size[1]} pixels, but {type(self.model).__name__} takes {self.image_size[0]} "
+                f"x {self.image_size[1]}. Prepare them with the model's image processor."
             )
         rows, cols = (side // patch for side, patch in zip(size, self.patch_size, strict=True))
         return Grid(rows, cols, self._num_tokens(pixel_values[:1]) - rows * cols)
@@ -201,13 +202,19 @@ class ViTLayout:
     def check_heads(self, heads: Mapping[int, Sequence[int]]) -> None:
         """Raise `ValueError` for a layer or a head that the model does not have, or heads in another form."""
         if not isinstance(heads, Mapping) or any(isinstance(indices, int) for indices in heads.values()):
-            raise ValueError(f"Heads are given as layer -> list of heads, such as {{0: [1, 2]}}; got {heads!r}.")
+            raise ValueError(
+                f"Heads must be a dictionary from layers to lists of heads, such as {{0: [1, 2]}}; got {heads!r}."
+            )
         for layer, indices in heads.items():
             if not 0 <= layer < self.num_layers:
-                raise ValueError(f"Layer {layer} is out of range: the model has {self.num_layers} layers, from 0.")
+                raise ValueError(
+                    f"Layer {layer} is out of range: the model has {self.num_layers} layers, counted from 0."
+                )
             for head in indices:
                 if not 0 <= head < self.num_heads:
-                    raise ValueError(f"Head {head} is out of range: a layer has {self.num_heads} heads, from 0.")
+                    raise ValueError(
+                        f"Head {head} is out of range: a layer has {self.num_heads} heads, counted from 0."
+                    )
 
 
 def _names_of(stack: nn.Module, is_timm: bool) -> _Names | None:

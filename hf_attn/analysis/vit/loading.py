@@ -48,21 +48,19 @@ def load_vit(name: str) -> tuple[nn.Module, Any]:
     return model_class.from_pretrained(name).eval(), transformers.AutoImageProcessor.from_pretrained(name)
 
 
-def read_pictures(
-    folder: str | Path, limit: int, class_names: Sequence[str]
-) -> tuple[list["Image"], list[str] | None]:
-    """Read pictures of a folder, or of one folder for each class.
+def read_images(folder: str | Path, limit: int, class_names: Sequence[str]) -> tuple[list["Image"], list[str] | None]:
+    """Read the images of a folder, or of one folder for each class.
 
     Args:
-        folder: holds pictures, or folders of pictures that are named as classes of the model.
-        limit: the most pictures to read, taken evenly.
+        folder: contains images, or folders of images that are named after classes of the model.
+        limit: largest number of images to read, taken evenly.
         class_names: classes of the model.
 
     Returns:
-        The pictures, and their labels if they lie in folders of classes.
+        The images, and their labels if they are in folders of classes.
 
     Raises:
-        ValueError: if the folder has no pictures, one cannot be read, or a sub-folder is no class of the model.
+        ValueError: if the folder has no images, one cannot be read, or a sub-folder is not named after a class of the model.
     """
     from PIL import Image
 
@@ -71,28 +69,29 @@ def read_pictures(
         raise ValueError(f"{folder} is not a folder of images.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} has no images ({', '.join(_SUFFIXES)}).")
+        raise ValueError(f"{folder} contains no images ({', '.join(_SUFFIXES)}).")
     labels = None
     if all(path.parent.parent == folder for path in files) and class_names:
         labels = [path.parent.name for path in files]
         unknown = sorted({*labels} - {*class_names})
         if unknown:
             raise ValueError(
-                f"{folder / unknown[0]} does not have the name of a class. Rename the sub-folders, or put the images into "
-                f"{folder} itself to analyse them without labels."
+                f"{folder / unknown[0]} is not named after a class of the model. Rename the sub-folders, or put the "
+                f"images into {folder} itself to analyse them without labels."
             )
     chosen = _evenly(len(files), limit)
-    pictures = []
+    images = []
     for index in chosen:
         try:
-            with Image.open(files[index]) as picture:
-                pictures.append(picture.convert("RGB"))
+            with Image.open(files[index]) as image:
+                images.append(image.convert("RGB"))
         except OSError as error:
             raise ValueError(f"{files[index]} cannot be read as an image: {error}.") from error
-    return pictures, None if labels is None else [labels[index] for index in chosen]
+
+    return images, None if labels is None else [labels[index] for index in chosen]
 
 
-def sample_pictures(class_names: Sequence[str], limit: int) -> tuple[list["Image"], list[str] | None]:
+def sample_images(class_names: Sequence[str], limit: int) -> tuple[list["Image"], list[str] | None]:
     """The digits of scikit-learn with their labels for a model of ten digits, else crops of scikit-image's photographs."""
     from PIL import Image
 
@@ -101,10 +100,10 @@ def sample_pictures(class_names: Sequence[str], limit: int) -> tuple[list["Image
 
         digits = load_digits()
         chosen = _evenly(len(digits.images), limit)
-        pictures = [
+        images = [
             Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).convert("RGB") for index in chosen
         ]
-        return pictures, [str(digits.target[index]) for index in chosen]
+        return images, [str(digits.target[index]) for index in chosen]
     import skimage.data
 
     photographs = [Image.fromarray(getattr(skimage.data, name)()) for name in _PHOTOGRAPHS]

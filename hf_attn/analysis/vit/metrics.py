@@ -33,11 +33,11 @@ def prediction_change(
         Metric -> `(..., images)`, in float64 where the device has it.
 
     Raises:
-        ValueError: for shapes that do not fit, or a label that is no class.
+        ValueError: for shapes that do not fit, or a label that is not a class.
     """
     if full_logits.dim() != 2 or pruned_logits.shape[-2:] != full_logits.shape:
         raise ValueError(
-            "full_logits must be (images, classes) and pruned_logits (..., images, classes), got "
+            "full_logits must have the shape (images, classes) and pruned_logits (..., images, classes); got "
             f"{tuple(full_logits.shape)} and {tuple(pruned_logits.shape)}."
         )
     log_p, log_q = (_precise(logits).log_softmax(-1) for logits in (full_logits, pruned_logits))
@@ -89,7 +89,7 @@ def check_labels(labels: torch.Tensor, images: int, classes: int) -> None:
         )
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.numel():
-        raise ValueError(f"Label {outside[0].item()} is no class of the model, which has {classes} classes.")
+        raise ValueError(f"Label {outside[0].item()} is out of range: the model has {classes} classes.")
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,10 @@ def head_features(mean_maps: torch.Tensor, grid: Grid, kind: str = "maps") -> np
         ValueError: for an unknown kind.
     """
     if kind not in FEATURES:
-        raise ValueError(f"Unknown features {kind!r}. Known: {', '.join(FEATURES)}, or an array (heads, features).")
+        raise ValueError(
+            f"There are no features called {kind!r}. Use {', '.join(FEATURES)}, or an array of shape (heads, "
+            "features)."
+        )
     if kind == "maps":
         return principal_components(scaled_patch_maps(mean_maps, grid).flatten(1).double().numpy())
     if kind == "offsets":
@@ -103,7 +106,7 @@ def cluster_heads(
     heads = mean_maps.flatten(0, -3).shape[0]
     values = head_features(mean_maps, grid, features) if isinstance(features, str) else np.asarray(features)
     if values.ndim != 2 or len(values) != heads:
-        raise ValueError(f"Features must be ({heads}, features), a row for each head, got {values.shape}.")
+        raise ValueError(f"Features must have the shape ({heads}, features), one row per head; got {values.shape}.")
     if heads < 3:
         raise ValueError(f"Clusters need at least 3 heads, got {heads}.")
     if num_clusters is not None and not 2 <= num_clusters < heads:

@@ -70,9 +70,7 @@ def cut_heads(model: nn.Module, heads: Mapping[int, Sequence[int]] | None = None
         for linear in (projection, *_inputs(attention).values()):
             _plain_linear(linear, "cut")
         if type(attention).__name__ == "BeitAttention":
-            raise ValueError(
-                "BEiT's position bias has one entry for each head: use zero_heads, which keeps the shapes."
-            )
+            raise ValueError("BEiT's position bias has one entry per head: use zero_heads, which keeps the shapes.")
     for layer, removed in heads.items():
         attention, projection = layout.attentions[layer], layout.projections[layer]
         kept = [head for head in range(layout.num_heads) if head not in set(removed)]
@@ -88,8 +86,8 @@ def cut_heads(model: nn.Module, heads: Mapping[int, Sequence[int]] | None = None
 
     def refuse(*args, **kwargs):
         raise ValueError(
-            "Heads were cut out of this model, so from_pretrained could not load its shapes. Save the model with zero_heads "
-            "instead, and cut after loading."
+            "Heads were cut out of this model, so from_pretrained could not load its weights. Save a model with "
+            "zero_heads instead, and cut the heads after loading."
         )
 
     if hasattr(model, "save_pretrained"):

@@ -44,6 +44,7 @@ class FromLlamaMixin(FromBaseMixin):
             types = values.pop("layer_types", None)
             if window is not None and (types is None or "sliding_attention" in types):
                 raise ValueError(
-                    f"The base has sliding windows ({window} tokens); {cls.__name__} needs a base that attends to everything."
+                    f"The base has sliding-window attention ({window} tokens); {cls.__name__} needs a base with full "
+                    "attention."
                 )
         return config_class(**{**values, **overrides})

@@ -72,9 +72,9 @@ class StateLayer(DummyLayer, CacheLayerMixin):
         """
         if int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens in a layer whose mixer keeps none. "
-                "A cache that was filled by another model, or with a learned prefix (prefix tuning), cannot be continued "
-                "here."
+                f"The cache contains keys and values of {int(layer.get_seq_length())} tokens in a layer whose mixer "
+                "caches none. A cache that was filled by another model or with a learned prefix (prefix tuning) "
+                "cannot be used here."
             )
         return cls()
 
@@ -106,8 +106,8 @@ class StateLayer(DummyLayer, CacheLayerMixin):
             return
         if self.states:
             raise ValueError(
-                "A layer with a state of constant size cannot remove single tokens, which assisted decoding needs: decode "
-                "without an assistant."
+                "A layer with a state of constant size cannot remove single tokens, as assisted decoding requires: "
+                "decode without an assistant."
             )
         self.seen_tokens = max(self.seen_tokens - abs(tokens_to_remove), 0)
 
@@ -147,7 +147,7 @@ class ValueLayer(DynamicLayer):
         if isinstance(layer, BaseQuantizedLayer):
             if layer.is_initialized:
                 raise ValueError(
-                    "The cache holds quantised keys in a layer whose mixer has none; start with a new cache."
+                    "The cache contains quantised keys in a layer whose mixer has none: start with a new cache."
                 )
             layer.__class__ = _without_quantised_keys(type(layer))
         elif layer.is_initialized:

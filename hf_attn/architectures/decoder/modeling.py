@@ -215,18 +215,18 @@ def _allow_everything(batch_idx, head_idx, q_idx, kv_idx):
 def _padding_of_input(
     attention_mask: torch.Tensor | None, position_ids: torch.Tensor, length: int
 ) -> torch.Tensor | None:
-    """Which tokens of the input are no padding, boolean `(batch, length)`; `None` if there is no mask."""
+    """Which tokens of the input are not padding, boolean `(batch, length)`; `None` if there is no mask."""
     if attention_mask is None:
         if length > 1 and position_ids.shape[0] > 1 and bool((position_ids.diff(dim=-1) <= 0).any()):
             raise ValueError(
-                "position_ids restart inside a row, which means several sequences in one row; layers without keys cannot "
-                "keep them apart. Give each sequence a row, with padding and an attention_mask."
+                "position_ids restart within a row, so the row contains several sequences, which layers without keys "
+                "cannot keep apart. Use one row per sequence, with padding and an attention_mask."
             )
         return None
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask must be (batch, length) for layers without keys, got shape {tuple(attention_mask.shape)}: they "
-            "cannot serve a mask for pairs of tokens."
+            "attention_mask must have the shape (batch, length) for layers without keys, got "
+            f"{tuple(attention_mask.shape)}: they do not support masks of token pairs."
         )
     return attention_mask[:, -length:].bool()
 

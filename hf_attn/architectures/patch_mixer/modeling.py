@@ -67,8 +67,9 @@ class PatchEmbeddings(nn.Module):
         """Raise `ValueError` for images that the model cannot take."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"An image of {height}x{width} pixels cannot be cut into patches of {self.patch_size}x{self.patch_size}. "
-                f"Resize or pad it so that both sides are multiples of {self.patch_size}."
+                f"An image of {height}x{width} pixels cannot be divided into patches of "
+                f"{self.patch_size}x{self.patch_size}. Resize or pad it so that both sides are multiples of "
+                f"{self.patch_size}."
             )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -77,8 +77,8 @@ class ImageRestorationConfig(HubConfigMixin, VariantsMixin, PreTrainedConfig):
         """Part of the validation that `@strict` runs."""
         if self.upsampler != "pixelshuffle":
             raise ValueError(
-                f"upsampler={self.upsampler!r} does not exist in this family; the only one is 'pixelshuffle', which with "
-                "upscale=1 restores at the same size."
+                f"upsampler={self.upsampler!r} is not supported; the only one is 'pixelshuffle', which with upscale=1 "
+                "keeps the size."
             )
         if self.upscale & (self.upscale - 1) and self.upscale != 3:
             raise ValueError(f"upscale must be a power of two (1, 2, 4, 8...) or 3, got {self.upscale}.")

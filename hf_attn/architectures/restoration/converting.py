@@ -62,7 +62,7 @@ def renaming(prefix: str, *rules: Rule) -> Renaming:
 def shape_of(weights: Mapping[str, torch.Tensor], key: str, slug: str) -> torch.Size:
     """Shape of a tensor that every checkpoint of the family has."""
     if key not in weights:
-        raise ConversionError(f"This is no checkpoint of {slug}: it has no {key!r}.")
+        raise ConversionError(f"This is not a checkpoint of {slug}: it has no {key!r}.")
     return weights[key].shape
 
 
@@ -109,7 +109,9 @@ def given_fields(
     names = _FIELDS | own
     unknown = sorted(set(arguments) - set(names) - {*_IGNORED, *ignored, "patch_size"})
     if unknown:
-        raise ConversionError(f"{slug} has no argument {', '.join(unknown)}. Arguments: {', '.join(names)}.")
+        raise ConversionError(
+            f"{slug} does not have the arguments {', '.join(unknown)}. Arguments: {', '.join(names)}."
+        )
     if arguments.get("patch_size", 1) != 1:
         raise ConversionError(f"patch_size must be 1 (a token is a pixel), got {arguments['patch_size']}.")
     fields = {names[name]: value for name, value in arguments.items() if name in names}
@@ -123,7 +125,7 @@ def given_fields(
         image_size = fields["image_size"] = image_size[0]
     if fields.get("upscale", inferred["upscale"]) != inferred["upscale"]:
         raise ConversionError(
-            f"The checkpoint is for scale {inferred['upscale']}, and upscale={fields['upscale']} was requested."
+            f"The checkpoint is for scale {inferred['upscale']}, but upscale={fields['upscale']} was requested."
         )
     window_size = fields.get("window_size", inferred["window_size"])
     if image_size is not None and image_size <= window_size:

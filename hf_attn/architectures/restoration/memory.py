@@ -20,11 +20,13 @@ def parse_memory(size: str | int) -> int:
     """Bytes of `"2GB"`, `"500 MiB"` or a number.
 
     Raises:
-        ValueError: if it is no positive size.
+        ValueError: if it is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", str(size).upper())
     if match is None or (number := float(match[1]) * _UNITS[match[2] or ""]) <= 0:
-        raise ValueError(f"A memory size is a number of bytes or a text such as '2GB' or '500MiB', got {size!r}.")
+        raise ValueError(
+            f"A memory size must be a number of bytes or a string such as '2GB' or '500MiB', got {size!r}."
+        )
     return int(number)
 
 
@@ -112,8 +114,9 @@ def largest_tile(
     smallest = window if blend == "cut" else (overlap // window + 1) * window
     if (least := needed(smallest, extended(smallest))) > budget:
         raise ValueError(
-            f"An image of {height}x{width} does not fit {budget / 1e9:.2f} GB: with the smallest tile, {smallest}, it takes "
-            f"about {least / 1e9:.2f} GB. Give it more memory, or reduce batch_size and tile_overlap."
+            f"An image of {height}x{width} does not fit into {budget / 1e9:.2f} GB: with the smallest tile, "
+            f"{smallest}, it takes about {least / 1e9:.2f} GB. Allow more memory, or reduce batch_size and "
+            "tile_overlap."
         )
     tile = smallest
     while needed(tile + window, extended(tile + window)) <= budget:

@@ -47,8 +47,8 @@ class ImageRestorationEmbeddings(nn.Module):
         if self.position_embeddings is not None:
             if (height, width) != (self.image_size, self.image_size):
                 raise ValueError(
-                    f"This model has absolute position embeddings for {self.image_size}x{self.image_size} inputs and "
-                    f"got one of {height}x{width} (padded). Cut the image into tiles of {self.image_size}."
+                    f"This model has absolute position embeddings for inputs of {self.image_size}x{self.image_size}, "
+                    f"but got {height}x{width} (after padding). Process the image in tiles of {self.image_size}."
                 )
             hidden_states = hidden_states + self.position_embeddings
         return self.dropout(hidden_states)
@@ -131,7 +131,7 @@ class ImageRestorationModelMixin:
         """
         check_pixel_values(pixel_values, self.config.num_channels)
         refuse_free_size_in_export(
-            pixel_values.shape[2:], "How its map is cut into shifted windows depends on the size of the image."
+            pixel_values.shape[2:], "The division of its feature map into shifted windows depends on the image size."
         )
         pixel_values = pad_to_multiple(pixel_values, self._padded_multiple(pixel_values))
         mean = image_mean(self.config, pixel_values)

@@ -51,9 +51,7 @@ class StagedVisionConfig(
         """Part of the validation that `@strict` runs."""
         lengths = {name: len(getattr(self, name)) for name in self.per_stage}
         if len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"Each of {', '.join(self.per_stage)} needs one entry for each stage, got {lengths} entries."
-            )
+            raise ValueError(f"Each of {', '.join(self.per_stage)} needs one entry per stage, got {lengths} entries.")
 
 
 __all__ = ["StagedVisionConfig"]

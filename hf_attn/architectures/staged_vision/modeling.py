@@ -127,7 +127,7 @@ class StagedModelMixin:
 
         Returns:
             `last_hidden_state` `(batch, hidden_sizes[-1], height / stride, width / stride)`, rounded up; `pooler_output`
-            `(batch, hidden_sizes[-1])`, its mean over all positions; `hidden_states`, if asked for, the outputs of the stem
+            `(batch, hidden_sizes[-1])`, its mean over all positions; `hidden_states`, on request, the outputs of the stem
             and of each stage; `attentions` of each block that has attention.
         """
         outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
@@ -185,8 +185,8 @@ class StagedBackboneMixin(BackboneMixin):
         missing = [name for name, width in new if name in self.out_features and self.feature_norm(name, width)]
         if missing:
             raise ValueError(
-                f"This backbone was built for {list(self._built_features)} and has no norms of {missing}. Load it with "
-                f"`from_pretrained(..., out_features={list(self.out_features)})`."
+                f"This backbone was built for {list(self._built_features)} and has no norms for {missing}. Load it "
+                f"with `from_pretrained(..., out_features={list(self.out_features)})`."
             )
         outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
         features = dict(zip(self.stage_names, outputs.hidden_states, strict=True))

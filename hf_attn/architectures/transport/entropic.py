@@ -22,7 +22,7 @@ def _marginals(cost: torch.Tensor, row_mask: torch.Tensor | None, column_mask: t
             weights.append(cost.new_full((cost.shape[0], cost.shape[axis]), 1 / cost.shape[axis]))
             continue
         if not (torch.compiler.is_compiling() or bool(mask.any(-1).all())):
-            raise ValueError("A sample has no tokens at all: there is nothing to transport. Leave empty samples out.")
+            raise ValueError("A sample has no tokens: there is nothing to transport. Leave empty samples out.")
         mask = mask.to(cost.dtype)
         weights.append(mask / mask.sum(-1, keepdim=True))
     return weights
@@ -120,7 +120,7 @@ def entropic_plan(
 
     Args:
         cost: `(batch, n, m)`, at most 1 in size (:func:`~hf_attn.architectures.transport.squared_distances` sees to that);
-            larger ones are served in the log domain.
+            larger ones are computed in the log domain.
         reg: weight of the entropy, the epsilon of the papers and POT's `reg_e`.
         num_iterations: sweeps.
         row_mask: `(batch, n)`, false for rows that do not exist.

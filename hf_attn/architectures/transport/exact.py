@@ -52,10 +52,10 @@ def exact_plan(
             _real(mask, index, size) for mask, size in zip((row_mask, column_mask), matrix.shape, strict=True)
         )
         if not (len(rows) and len(columns)):
-            raise ValueError(f"Sample {index} has no tokens at all: there is nothing to transport. Leave it out.")
+            raise ValueError(f"Sample {index} has no tokens: there is nothing to transport. Leave it out.")
         part = matrix[rows.numpy()][:, columns.numpy()]
         if not torch.from_numpy(part).isfinite().all():
-            raise ValueError(f"The costs of sample {index} are not finite: the states before have NaN or infinity.")
+            raise ValueError(f"The costs of sample {index} are not finite: the hidden states contain NaN or infinity.")
         plans[index, rows[:, None], columns] = torch.from_numpy(solve(part))
     return plans.to(cost)
 
@@ -63,11 +63,11 @@ def exact_plan(
 def _choose(solver: str | None) -> str:
     there = available_solvers()
     if solver is not None and solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is not known; there are {', '.join(SOLVERS)}.")
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}.")
     if not there or (solver is not None and solver not in there):
         raise ImportError(
             f"Exact transport needs POT (`pip install 'hf_attn[ot]'`) or, slower, scipy. Installed: {', '.join(there) or 'neither'}"
-            f"{f', asked for: {solver}' if solver else ''}."
+            f"{f', requested: {solver}' if solver else ''}."
         )
     return solver or there[0]
 

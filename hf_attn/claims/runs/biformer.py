@@ -1,7 +1,7 @@
-"""BiFormer: attention of routed regions against dense attention in the number of operations, and against Swin in accuracy.
+"""BiFormer: the number of operations of routed attention against dense attention, and the accuracy against Swin.
 
 Shown in small if at 896 pixels its attention needs less than half of what dense attention in the same network needs, and `ImageContest` finds
-its accuracy higher than that of a Swin of timm with as many operations. The verdict on accuracy decides otherwise.
+its accuracy higher than that of a Swin of timm with the same number of operations. Otherwise the verdict on accuracy decides.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ..result import Conclusion, Figure
 from ..training import operations
 
 
-#: the regions of BiFormer-T, 7 x 7, have whole numbers of positions at these sizes
+#: image sizes at which each of the 7 x 7 regions of BiFormer-T has a whole number of positions
 PIXELS, REGIONS = (224, 448, 896), 49
 FULL = {"topks": [REGIONS, REGIONS, REGIONS, -2]}
 
@@ -37,7 +37,7 @@ def biformer(num_classes: int) -> BiFormerForImageClassification:
     )
 
 
-_contest = ImageContest({"BiFormer": biformer, "Swin of timm": lambda classes: swin(classes, width=28)})
+_contest = ImageContest({"BiFormer": biformer, "Swin of timm": lambda classes: swin(classes, width=28)}, steps=600)
 
 
 def measure(work) -> dict:
@@ -47,7 +47,7 @@ def measure(work) -> dict:
 
 
 def count(pixels: int, **fields) -> float:
-    """Billions of operations of BiFormer-T for a picture."""
+    """Billions of operations of BiFormer-T for one image."""
     with torch.device("meta"):
         model = BiFormerForImageClassification(BiFormerConfig.from_variant("biformer_tiny", **fields))
         return operations(model, torch.zeros(1, 3, pixels, pixels)) / 1e9

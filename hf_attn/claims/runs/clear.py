@@ -1,8 +1,8 @@
-"""CLEAR: attention operations of a disc against all pairs, counted for FLUX at 1024 to 8192 pixels, and the time of one call.
+"""CLEAR: operations of local and full attention, counted for FLUX at 1024 to 8192 pixels, and the time of one call.
 
 Shown if, from 4096 to 8192 pixels, the pairs of an image of four times the pixels grow at most by a tenth more than the pixels, and the
-time of a call by at most a quarter more between the two largest grids; contradicted if the pairs grow faster than that. The pictures
-that a distilled model makes need its weights and a GPU, and are not judged.
+time of a call by at most a quarter more between the two largest grids; contradicted if the pairs grow faster than that. The
+images of a distilled model need its weights and a GPU, and are not evaluated.
 """
 
 import math
@@ -16,10 +16,10 @@ from ..timing import least_cpu_seconds
 
 
 RADIUS, TEXT_LENGTH, HEAD_DIM = 8, 512, 64
-#: pixels of a side that one token covers
+#: side of the square of pixels that one token covers
 TOKEN = 16
 PIXELS = (1024, 2048, 4096, 8192)
-#: sides of the grids that are timed; full attention all but the last
+#: sides of the grids that are timed; full attention is not timed on the last one
 TIMED, TIMED_MINIATURE = (32, 64, 128, 256), (16, 24, 32)
 
 
@@ -33,7 +33,7 @@ def measure(work) -> dict:
 
 
 def count(side: int, radius: int = RADIUS, text_length: int = TEXT_LENGTH) -> tuple[int, int]:
-    """Pairs of a query and a key on a square grid with text: of CLEAR, and all."""
+    """Pairs of a query and a key on a square grid with text: those of CLEAR, and all."""
     reach = range(-radius + 1, radius)
     disc = sum(
         max(0, side - abs(y)) * max(0, side - abs(x)) for y in reach for x in reach if y * y + x * x < radius * radius
@@ -43,7 +43,7 @@ def count(side: int, radius: int = RADIUS, text_length: int = TEXT_LENGTH) -> tu
 
 
 def check_count() -> None:
-    """The count is that of the mask that attention uses."""
+    """Check the count against the mask that attention uses."""
     mask = clear_mask(12, 12, 7, 5)
     if (int(mask.sum()), mask.numel()) != count(12, 5, 7):
         raise RuntimeError("The pairs that are counted are not those that the mask of CLEAR allows.")
@@ -51,7 +51,7 @@ def check_count() -> None:
 
 @torch.no_grad()
 def seconds(side: int, with_full: bool) -> list[float | None]:
-    """Least CPU seconds of a call with one head on one thread, in turns: CLEAR, and full attention of torch."""
+    """Minimum CPU seconds of a call with one head on one thread, in turns: CLEAR, and torch's full attention."""
     torch.manual_seed(0)
     inputs = [torch.randn(1, 1, side * side + TEXT_LENGTH, HEAD_DIM) for _ in range(3)]
     calls = [lambda: clear_attention(*inputs, grid=(side, side), radius=RADIUS)]
@@ -61,7 +61,7 @@ def seconds(side: int, with_full: bool) -> list[float | None]:
 
 
 def growth(rows: list[list], column: int = 1) -> float:
-    """Exponent of the growth with the pixels between the last two rows: 1 is linear, 2 quadratic."""
+    """Exponent of the growth with the number of pixels between the last two rows: 1 is linear, 2 quadratic."""
     before, last = rows[-2:]
     return math.log(last[column] / before[column], (last[0] / before[0]) ** 2)
 

@@ -1,8 +1,8 @@
-"""Combiner: which tokens have a weight, and how many weights are computed, against full causal attention; and the time of a call.
+"""Combiner against full causal attention: which tokens have a weight, how many weights are computed, and the time of a call.
 
 Shown if with each of three plans every pair of a query and an earlier token has a positive weight, and the number of weights that are computed grows with
 the length to a power below 1.6, where full attention has 2; contradicted if some pair has none. The weights are those of random queries
-and keys by the equations. That language and pictures are modelled better than with sparse patterns is not measured.
+and keys by the equations. The quality of language and image models, compared with sparse patterns, is not measured.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..timing import least_cpu_seconds
 
 
 PLANS = ("fixed", "logsparse", "vertical")
-#: squares, whose segments are their roots
+#: square numbers, for segments of the length of their root
 LENGTHS, TIMED = (256, 1024, 4096), (1024, 4096, 16384)
 HEAD_DIM = 64
 
@@ -35,7 +35,7 @@ def measure(work) -> dict:
 
 @torch.no_grad()
 def positive_share(kind: str, length: int) -> list[float]:
-    """Shares of the pairs of a query and itself or an earlier token that have a positive weight, and that are seen directly."""
+    """Shares of the causal pairs of a query and a key that have a positive weight, and that are attended to directly."""
     torch.manual_seed(0)
     states = [torch.randn(1, 1, length, HEAD_DIM, dtype=torch.float64) for _ in range(3)]
     call = CombinerCall(*states, kind=kind, segment_length=math.isqrt(length), is_causal=True)
@@ -45,14 +45,14 @@ def positive_share(kind: str, length: int) -> list[float]:
 
 
 def count(kind: str, length: int) -> int:
-    """Weights that a head computes: of tokens seen directly, of spans, and of tokens inside of spans."""
+    """Weights that a head computes: of directly attended tokens, of spans, and of tokens within spans."""
     plan = make_plan(kind, length, math.isqrt(length), True)
     return int(plan.direct.sum() + plan.uses.sum() + plan.members.sum())
 
 
 @torch.no_grad()
 def seconds(length: int) -> list[float]:
-    """Least CPU seconds of a causal call of one head, in turns: the plans, and full attention of torch."""
+    """Minimum CPU seconds of a causal call with one head, in turns: the plans, and torch's full attention."""
     torch.manual_seed(0)
     states = [torch.randn(1, 1, length, HEAD_DIM) for _ in range(3)]
 

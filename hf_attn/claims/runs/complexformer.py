@@ -1,4 +1,4 @@
-"""ComplexFormer against a Llama of transformers of the same shape: the loss on held-back text.
+"""ComplexFormer against a Llama of transformers of the same shape: the loss on held-out text.
 
 Shown in small if it is lower for every seed and by more than its spread, contradicted if it is higher in the same sense.
 """

@@ -1,4 +1,4 @@
-"""GMAN against forecasts without a model and against an LSTM of torch, on the synthetic ring of sensors, by steps ahead.
+"""GMAN against forecasts without a model and against torch's LSTM, on the synthetic ring of sensors, by forecast horizon.
 
 Shown in small if GMAN's mean absolute error over all steps is below that of the historical average, of the last value and of the LSTM for every
 seed, and its lead over the LSTM in percent grows from the first step to the last in the mean. Contradicted if every seed finds some peer better.
@@ -30,7 +30,7 @@ BATCH_SIZE = 32
 
 
 class LSTMForecaster(nn.Module):
-    """An LSTM over the histories of all sensors with the time of day and of week, and a linear layer for all steps ahead."""
+    """An LSTM over the histories of all sensors with the time of day and day of week, and a linear layer for all future steps."""
 
     def __init__(self, mean: float, std: float, hidden_size: int = 64):
         super().__init__()
@@ -60,7 +60,7 @@ def measure(work) -> dict:
 
 
 def windows(days: int, seed: int) -> tuple:
-    """The synthetic data, their parts as tables, and as windows."""
+    """The synthetic data: the tables of its splits, and their windows."""
     data = synthetic_traffic(SENSORS, days, STEPS_PER_DAY, seed=seed)
     parts = split_by_time(data.speeds)
     return data, parts, {name: TrafficWindows(part, STEPS_PER_DAY, CONTEXT, AHEAD) for name, part in parts.items()}

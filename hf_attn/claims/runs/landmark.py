@@ -26,9 +26,9 @@ from ...examples.landmark_recall import (
 from ..result import Conclusion, Figure
 
 
-#: tokens of a text -> number of texts, with 8 questions each
+#: length of a text in tokens -> number of texts, with 8 questions each
 LENGTHS, LENGTHS_MINIATURE = {512: 8, 2048: 8, 8192: 4, 16384: 3, 32768: 3}, {64: 1, 128: 1}
-#: how many of them, the longest, are judged
+#: number of lengths, the longest ones, on which the verdict is based
 FAR = 3
 DECODED, DECODED_MINIATURE = (1024, 4096, 8192, 16384, 32768), (64, 128)
 FOUND, FLAT = 0.9, 1.5
@@ -47,7 +47,7 @@ def measure(work) -> dict:
 
 
 def learn(name: str, seed: int, settings: Settings, lengths: Mapping[int, int], folder: Path) -> dict:
-    """Train a model and ask it: the outcomes by length."""
+    """Train a model and evaluate it: the outcomes by length."""
     folder = train(
         name, settings, seed, folder / "models" / f"{name}-{seed}", disable_tqdm=True, logging_strategy="no"
     )
@@ -56,7 +56,7 @@ def learn(name: str, seed: int, settings: Settings, lengths: Mapping[int, int], 
 
 
 def shares(data: dict, name: str, length: str) -> list[float]:
-    """Right answers in percent, for each seed."""
+    """Correct answers in percent, for each seed."""
     return [100 * run[length]["right"] for run in data["right"][name]]
 
 

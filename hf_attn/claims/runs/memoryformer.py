@@ -34,7 +34,7 @@ def measure(work) -> dict:
 
 
 def counted(config: MemoryFormerConfig) -> tuple[float, float]:
-    """Millions of operations of a block for a token: of MemoryFormer, and of GPT-NeoX, which torch counts too."""
+    """Millions of operations per token of a block of MemoryFormer and of GPT-NeoX; torch's count has to agree for the latter."""
     found = block_flops(config, SEQUENCE)
     ours = found["attention"] + found["memory_layers"] + found["hashes"]
     theirs = found["attention"] + found["standard_layers"]

@@ -20,10 +20,10 @@ from ..training import loss_and_accuracy, tuned
 
 
 LAYERS = 6
-#: each layer has a path of attention and one of the MLP, and the embeddings are a path
+#: each layer has one path through attention and one through the MLP; the embeddings are one more path
 PATHS = 2 * LAYERS + 1
 PRUNED = PATHS // 4
-#: points of accuracy that count as not hurting
+#: loss of accuracy, in percentage points, that counts as harmless
 TOLERANCE = 0.5
 
 
@@ -53,7 +53,7 @@ def vit(num_classes: int) -> ViTForImageClassification:
 
 
 def train_and_prune(dataset: str, steps: int, draws: int, seed: int, rate: float) -> dict:
-    """Accuracy in percent after the pruning of 0, 1, 2... paths, half of them at most."""
+    """Accuracy in percent after pruning 0, 1, 2... paths, up to half of them."""
     base, result = train_classifier(vit, dataset, steps, seed, rate)
     model = PathEnsembleForImageClassification.from_base(base, granularity="branch").eval()
     validation, test = load(dataset)["validation"], load(dataset)["test"]

@@ -32,7 +32,7 @@ def measure(work) -> dict:
 
 
 def make_models() -> tuple[nn.Module, nn.Module]:
-    """SHViT-S4, folded, and its peer, with BatchNorm statistics as after training: those of initialisation would fold into zeros."""
+    """SHViT-S4, folded, and its peer, with BatchNorm statistics as after training: the initial ones would fold into zeros."""
     import timm
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def make_models() -> tuple[nn.Module, nn.Module]:
 
 @torch.inference_mode()
 def milliseconds(ours: nn.Module, theirs: nn.Module, batch: int, size: int, repeats: int) -> list[float]:
-    """Least CPU times of a call on one thread."""
+    """Minimum CPU times of a call on one thread, in milliseconds."""
     pictures = torch.randn(batch, 3, size, size)
     return [1e3 * found for found in least_cpu_seconds([lambda: ours(pictures), lambda: theirs(pictures)], repeats)]
 

@@ -1,7 +1,8 @@
 """Stability at a high learning rate: encoders of 12 layers on digits, plain and reparametrised, without LayerNorm and with it.
 
 A run learns if it ends with an accuracy above 50 %. Shown in small if with both architectures all reparametrised runs learn, and no plain one;
-contradicted if with some architecture more plain runs learn. The peer is the BERT of transformers.
+contradicted if with some architecture more plain runs learn. The least entropies say how far the attention of a layer has collapsed. The
+peer is the BERT of transformers.
 """
 
 import math
@@ -11,7 +12,7 @@ from ...examples.stability import ARCHITECTURES, Run, Setting, draw_runs, load_d
 from ..result import Conclusion, Figure
 
 
-LEARNING_RATE = 1e-2
+LEARNING_RATE, PEER = 1e-2, "plain BERT"
 MINIATURE = Setting(steps=3, depth=2, hidden_size=16, entropy_every=2)
 
 
@@ -32,7 +33,7 @@ def run(miniature: bool, architecture: str, reparametrised: bool, seed: int) -> 
 
 
 def _finite(values: list[float]) -> list[float | None]:
-    """Rounded, for JSON, which has no NaN."""
+    """Round a number for JSON, which has no NaN."""
     return [round(value, 4) if math.isfinite(value) else None for value in values]
 
 
@@ -45,25 +46,31 @@ def _run(stored: dict) -> Run:
     )
 
 
+def _least_entropy(run: dict) -> float:
+    """Of any layer at any time, as long as it was a number."""
+    return min(entropy for entropy in run["lowest_layer"] if entropy is not None)
+
+
 def conclude(data: dict) -> Conclusion:
-    figures, learnt, count = [], {}, 0
+    figures, entropies, learnt, count = [], [], {}, 0
     for architecture in ARCHITECTURES:
         sides = {
             reparametrised: [
-                100 * run["accuracy"]
+                run
                 for run in data["runs"]
                 if (run["architecture"], run["reparametrised"]) == (architecture, reparametrised)
             ]
             for reparametrised in (True, False)
         }
         name = {"post_ln": "LayerNorm after each sum", "no_ln": "no LayerNorm"}[architecture]
-        figures.append(
-            Figure.of(
-                f"accuracy at a learning rate of {LEARNING_RATE}, {name}", "%", sides[True], "plain BERT", sides[False]
-            )
-        )
-        learnt[name] = tuple(sum(accuracy > 50 for accuracy in sides[side]) for side in (True, False))
-        count = len(sides[True])
+        accuracies = {side: [100 * run["accuracy"] for run in runs] for side, runs in sides.items()}
+        text = f"accuracy at a learning rate of {LEARNING_RATE}, {name}"
+        figures.append(Figure.of(text, "%", accuracies[True], PEER, accuracies[False]))
+        least = {side: [_least_entropy(run) for run in runs] for side, runs in sides.items()}
+        text = f"least entropy of a layer's attention, {name}"
+        entropies.append(Figure.of(text, "nats", least[True], PEER, least[False]))
+        learnt[name] = tuple(sum(accuracy > 50 for accuracy in accuracies[side]) for side in (True, False))
+        count = len(accuracies[True])
     why = "; ".join(
         f"with {name} {ours} of {count} reparametrised runs learn and {plain} plain ones"
         for name, (ours, plain) in learnt.items()
@@ -73,7 +80,7 @@ def conclude(data: dict) -> Conclusion:
         verdict = "shown in small"
     elif any(plain > ours for ours, plain in learnt.values()):
         verdict = "contradicted here"
-    return Conclusion(tuple(figures), verdict, why[0].upper() + why[1:] + ".")
+    return Conclusion((*figures, *entropies), verdict, why[0].upper() + why[1:] + ".")
 
 
 def draw(data: dict, figure) -> None:

@@ -1,7 +1,7 @@
 """Sigmoid attention against softmax in language models of one shape, with the paper's bias and norms, and without them.
 
-Shown in small if, with bias and norms, the loss on held-back text is at most 1 % above that of a Llama of transformers in the mean over seeds;
-contradicted if it is more than 5 % above for every seed. What happens without bias and norms is reported.
+Shown in small if, with bias and norms, the loss on held-out text is at most 1 % above that of a Llama of transformers in the
+mean over seeds; contradicted if it is more than 5 % above for every seed. What happens without bias and norms is reported.
 """
 
 from statistics import fmean

@@ -1,9 +1,9 @@
 """Heads of a trained ViT: accuracy without those that pruning finds important, against as many random ones and the unimportant.
 
-A ViT of transformers learns the digits. Heads are ranked by how much the predictions change without each, on one half of the held-back
-digits; the accuracy is that on the other half, with a quarter of the heads removed. Shown in small if, for every seed, removing the important
-ones costs more accuracy than removing random ones (mean of ten orders), and removing the least important ones costs less than random;
-contradicted if the seeds agree on the opposite of either.
+A ViT of transformers learns the digits. Heads are ranked by how much the predictions change without each, on one half of the
+held-out digits; the accuracy is that on the other half, with a quarter of the heads removed. Shown in small if, for every seed,
+removing the most important heads costs more accuracy than removing random ones (mean of ten orders), and removing the least
+important ones costs less than removing random ones; contradicted if the seeds agree on the opposite of either.
 """
 
 from functools import partial
@@ -68,7 +68,7 @@ def train_and_prune(steps: int, random_orders: int, seed: int, rate: float) -> d
 
 
 def rank(layout: ViTLayout, pixels: torch.Tensor, grid: Grid) -> list[tuple[int, int]]:
-    """Layers and heads, the head first without which the predictions change most (Jensen-Shannon divergence)."""
+    """Layers and heads, starting with the head whose removal changes the predictions most (Jensen-Shannon divergence)."""
     sums = PruningSums(layout, grid, keep_one=False)
     sums.add(pixels)
     importance = sums.leave_one_out["jsd"].mean(-1)

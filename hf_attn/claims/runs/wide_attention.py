@@ -64,7 +64,7 @@ def make_model(kind: str, depth: int, length: int = LENGTH) -> WideTransformerFo
 
 @cache
 def expressions(parts: tuple[tuple[str, int], ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids, 0 is padding, and values of the parts; no expression is in two of them."""
+    """Token ids (0 is padding) and values of each split; no expression is in two splits."""
     drawn = list(generate(sum(count for _, count in parts), DIFFICULTY))
     ids = torch.zeros(len(drawn), LENGTH, dtype=torch.long)
     for row, (expression, _) in enumerate(drawn):
@@ -103,7 +103,7 @@ def run(
 
 @torch.no_grad()
 def latency(repeats: int) -> dict[str, list[float]]:
-    """Least CPU milliseconds of a forward pass, in turns, by attention type: wide and deep."""
+    """Minimum CPU milliseconds of a forward pass, in turns, by attention type: wide and deep."""
     ids = torch.randint(1, len(SYMBOLS) + 1, (1, LATENCY_LENGTH), generator=torch.Generator().manual_seed(0))
     found = {}
     for kind in TYPES:

@@ -19,7 +19,7 @@ from ..result import Conclusion, Figure, agreement
 
 
 SETTINGS = [(nodes, lengths) for nodes in (2, 4) for lengths in ("short", "mid", "long")]
-#: tokens of a GPU, and how many it has room for
+#: tokens per GPU, and its capacity
 TOKENS, CAPACITY = 4096, 5120
 WAYS = ("Zeppelin", "even ring", "padding")
 
@@ -36,7 +36,7 @@ def measure(work) -> dict:
 
 
 def skewed(miniature: bool, seed: int) -> list[int]:
-    """Lengths of a batch: a long document, some of a middle length, many short ones."""
+    """Lengths of a batch: one long document, some of medium length, many short ones."""
     draw = random.Random(seed).randint
     if miniature:
         return [draw(40, 60), *(draw(4, 20) for _ in range(5))]
@@ -52,7 +52,7 @@ def busiest(miniature: bool, seed: int) -> dict[str, float]:
 
 
 def speedups(nodes: int, lengths: str, seeds) -> list[float]:
-    """Predicted times by which Zeppelin's step is faster than one with even splitting."""
+    """Predicted speed-ups of a step with Zeppelin over one with even splitting."""
     ratios = []
     for seed in seeds:
         plan = partition(sample_lengths(lengths, TOKENS * nodes * 8, seed), nodes, 8, CAPACITY)

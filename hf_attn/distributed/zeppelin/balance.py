@@ -1,4 +1,4 @@
-"""How evenly the attention of an uneven batch keeps processes of this machine busy, by each of three ways to place it."""
+"""Balance of the attention work over processes of this machine, for a batch of uneven sequences and three placements."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ from .engine import ZeppelinEngine
 from .partition import default_capacity, even_partition, partition
 
 
-#: in nodes of two
+#: two per node
 PROCESSES = 4
 HEAD_DIM = 64
 
@@ -26,9 +26,9 @@ class Balance:
     """Medians over repeats.
 
     Attributes:
-        tokens_a_second: of forward and backward pass, by the clock.
+        tokens_a_second: throughput of forward and backward pass, in wall-clock time.
         busy: CPU seconds of attention of each process.
-        idle: share of the busiest process's seconds in which each process waits.
+        idle: fraction of the busiest process's time in which each process waits.
     """
 
     tokens_a_second: float
@@ -41,12 +41,12 @@ def compare_on_processes(lengths: Sequence[int], heads: int = 4, repeats: int = 
 
     Args:
         lengths: tokens of each sequence.
-        heads: of attention.
-        repeats: measurements, after one that does not count.
+        heads: number of attention heads.
+        repeats: number of measurements, after a warm-up.
 
     Returns:
-        Balances: `"Zeppelin"`, its plan; `"even ring"`, every sequence split evenly over all processes; `"padding"`, sequences dealt out
-        whole and padded to the longest.
+        Balances: `"Zeppelin"`, its plan; `"even ring"`, every sequence split evenly over all processes; `"padding"`, whole
+        sequences distributed over the processes and padded to the longest.
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_attend, args=(folder, tuple(lengths), heads, repeats), nprocs=PROCESSES)

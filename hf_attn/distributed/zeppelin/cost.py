@@ -1,8 +1,8 @@
 """Cost model of a step: models, hardware, links and rings. Times are predictions with the constants given here.
 
-For a sequence of `s` tokens, hidden width `h`, width of keys or values `h_kv`, feed-forward width `f`, `e` bytes an element:
+For a sequence of `s` tokens, hidden width `h`, width of keys or values `h_kv`, feed-forward width `f`, `e` bytes per element:
 
-    causal attention  2 s^2 h FLOP a layer        linear layers  2 (2 h^2 + 2 h h_kv + 3 h f) FLOP a token
+    causal attention  2 s^2 h FLOP per layer      linear layers  2 (2 h^2 + 2 h h_kv + 3 h f) FLOP per token
     keys and values   2 s h_kv e bytes
 """
 
@@ -19,7 +19,7 @@ class ModelShape:
         kv_hidden: width of the keys: key/value heads times head width.
         ffn: width of the gated feed-forward layers.
         layers: number of layers.
-        bytes: of an element that is communicated.
+        bytes: bytes per communicated element.
     """
 
     hidden: int
@@ -74,7 +74,7 @@ class Hardware:
     lat_inter: float
 
     def transfer(self, size: float, inter: bool, routing: bool = False) -> float:
-        """Seconds of sending `size` bytes.
+        """Seconds to send `size` bytes.
 
         With routing a transfer across nodes goes through `x` network cards of the node: dispatch to `x - 1` proxies, `x` parallel
         transfers, combination at the receiver; the best `x` is taken.
@@ -93,7 +93,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Pass:
-    """How the costs of a pass relate to those of the forward pass: attention, communication, linear layers."""
+    """Costs of a pass relative to those of the forward pass: attention, communication, linear layers."""
 
     name: str
     attention: float
@@ -105,7 +105,7 @@ FORWARD = Pass("forward", 1.0, 1.0, 1.0)
 BACKWARD = Pass("backward", 2.5, 2.0, 2.0)
 PASSES = (FORWARD, BACKWARD)
 
-#: sizes of LLaMA models as commonly published; the paper names the models and not these numbers
+#: sizes of LLaMA models as commonly published; the paper names the models, but not these numbers
 MODELS = {
     "3b": ModelShape(3200, 3200, 8640, 26),
     "7b": ModelShape(4096, 4096, 11008, 32),
@@ -113,7 +113,7 @@ MODELS = {
     "30b": ModelShape(6656, 6656, 17920, 60),
 }
 
-#: assumed constants: attainable rates of a GPU, and network cards as the paper describes its clusters
+#: assumed constants: attainable rates of a GPU, and the network cards of the paper's clusters
 HARDWARE = {
     "a800": Hardware(1.5e14, 2.0e14, 1.5e11, 2.4e10, 4, 5e-6, 1.5e-5),
     "h800": Hardware(4.0e14, 5.0e14, 1.5e11, 2.4e10, 8, 5e-6, 1.5e-5),
@@ -130,7 +130,7 @@ def ring_seconds(
     inter: bool,
     routing: bool,
 ) -> float:
-    """Seconds that a sequence takes each rank of its ring: a round computes on one block while the next one arrives."""
+    """Seconds of each rank of a ring for a sequence: a round computes on one block while the next one arrives."""
     compute = step.attention * model.attention_flops(length) / (ranks**2 * hardware.flops_attn)
     if ranks == 1:
         return compute
@@ -139,7 +139,7 @@ def ring_seconds(
 
 
 def crossover(model: ModelShape, hardware: Hardware, ranks: int, inter: bool) -> float:
-    """Tokens from which on a round of a ring computes at least as long as it sends, in the forward pass."""
+    """Sequence length from which a round of a ring computes at least as long as it communicates, in the forward pass."""
     latency, bandwidth = (hardware.lat_inter, hardware.bw_nic) if inter else (hardware.lat_intra, hardware.bw_intra)
     a = 2 * model.hidden / (ranks**2 * hardware.flops_attn)
     b = 2 * model.kv_hidden * model.bytes / (ranks * bandwidth)

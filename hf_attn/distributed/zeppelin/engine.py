@@ -1,9 +1,9 @@
-"""Attention in the layout of a plan, and everything else in a balanced one (arXiv 2509.21841).
+"""Attention in the layout of a plan, and all other layers in a balanced layout (arXiv 2509.21841).
 
-The tokens of a batch, documents one after the other, are in one of two layouts. In that of attention a rank has its shares of
-the plan: of a document that `G` ranks share, rank `i` of the ring has a piece near the front and one as far from the end, so
-that causal attention is the same work for all of them. In the balanced layout all ranks have equally many tokens, by moving as few
-as possible.
+The tokens of a batch, documents one after the other, are in one of two layouts. In the attention layout a rank has its shares
+of the plan: of a document that `G` ranks share, rank `i` of the ring has one piece and its mirror image from the end, so that
+causal attention is the same work for all of them. In the balanced layout all ranks have the same number of tokens; as few
+tokens as possible are moved.
 """
 
 import zlib
@@ -27,27 +27,28 @@ _QUEUES = ("inter", "intra", "local")
 
 
 class ZeppelinSchedule:
-    """Where the tokens of a planned batch are, and how attention is computed on them.
+    """The layouts of a planned batch, and its attention.
 
     Args:
-        plan: of the batch, for as many ranks as there are.
+        plan: plan of the batch, for the ranks of the group.
         peers: the ranks.
 
     Attributes:
-        attention: the layout of attention.
+        attention: the attention layout.
         balanced: the layout with equal tokens.
         rings: of all ranks, in the order of the three queues: across nodes, inside nodes, local.
 
     Raises:
         PlanError: if the plan is for another number of ranks.
-        ValueError: in all ranks, if they have different plans.
+        ValueError: on all ranks, if they have different plans.
     """
 
     def __init__(self, plan: Plan, peers: Peers):
         peers.check_equal({"plan": zlib.crc32(repr(plan).encode())})
         if plan.num_ranks != peers.size:
             raise PlanError(
-                f"The plan is for {plan.nodes} x {plan.gpus_per_node} = {plan.num_ranks} ranks, and the group has {peers.size}."
+                f"The plan is for {plan.nodes} x {plan.gpus_per_node} = {plan.num_ranks} ranks, but the group has "
+                f"{peers.size}."
             )
         self.plan, self.peers = plan, peers
         self.remapping: Remap = plan_remap(plan.tokens_per_rank, plan.gpus_per_node)
@@ -90,11 +91,11 @@ class ZeppelinSchedule:
         return Route.make(self.balanced.spans, self.attention.spans, self.peers.rank, self.balanced.length)
 
     def to_attention(self, states: torch.Tensor) -> torch.Tensor:
-        """From the balanced layout to that of attention; differentiable. Tokens are dimension 2 of four."""
+        """From the balanced layout to the attention layout; differentiable. Tokens are dimension 2 of four."""
         return self._to_attention.fetch(states, self.peers)
 
     def to_balanced(self, states: torch.Tensor) -> torch.Tensor:
-        """From the layout of attention to the balanced one; differentiable. Tokens are dimension 2 of four."""
+        """From the attention layout to the balanced one; differentiable. Tokens are dimension 2 of four."""
         return self._to_balanced.fetch(states, self.peers)
 
     @cached_property
@@ -104,7 +105,7 @@ class ZeppelinSchedule:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of tokens in the balanced layout `(1, heads, tokens, head_dim)`; the output is in it too."""
+        """Attention of tokens in the balanced layout `(1, heads, tokens, head_dim)`; the output has the same layout."""
         sizes = [query.shape[1], key.shape[1], value.shape[1]]
         if query.shape[-1] == value.shape[-1]:
             q, k, v = self.to_attention(torch.cat([query, key, value], 1)).split(sizes, 1)
@@ -134,7 +135,7 @@ def zigzag_spans(start: int, tokens: Sequence[int]) -> list[list[Span]]:
 
 
 def _moved(spans: Sequence[Sequence[Span]], remap: Remap) -> tuple[tuple[Span, ...], ...]:
-    """The spans of each rank after the moves, which take tokens from the end of a rank's tokens."""
+    """The spans of each rank after the moves, which take the last tokens of a rank."""
     kept = [list(own) for own in spans]
     received: list[list[Span]] = [[] for _ in spans]
     for source, destination, count in remap.moves:
@@ -158,13 +159,13 @@ class ZeppelinEngine:
         output = engine.unmap(balanced)
 
     Args:
-        plan: of the batch; the same in all ranks.
+        plan: plan of the batch; the same on all ranks.
         group: of processes; all by default.
         timeout: seconds to wait for other ranks.
 
     Raises:
         PlanError: if the plan is for another number of ranks.
-        ValueError: in all ranks, if they have different plans.
+        ValueError: on all ranks, if they have different plans.
         RuntimeError: if there is no process group.
     """
 
@@ -172,11 +173,11 @@ class ZeppelinEngine:
         self.schedule = ZeppelinSchedule(plan, Peers(group, timeout))
 
     def shard(self, states: torch.Tensor) -> torch.Tensor:
-        """The tokens of this rank in the layout of attention, of `(tokens of all, ...)`."""
+        """The tokens of this rank in the attention layout, from a tensor `(all tokens, ...)`."""
         return shard_tensor(states, self.schedule.attention, self.schedule.peers.rank, dim=0)
 
     def unshard(self, states: torch.Tensor) -> torch.Tensor:
-        """All tokens in their order from those of each rank in the layout of attention; without gradients."""
+        """Gather all tokens in order from the attention layout; without gradients."""
         return unshard_tensor(states, self.schedule.attention, self.schedule.peers, dim=0)
 
     def attend(
@@ -190,7 +191,7 @@ class ZeppelinEngine:
         """Attention of each document to itself.
 
         Args:
-            query: `(tokens, heads, head_dim)` of this rank, in the layout of attention.
+            query: `(tokens, heads, head_dim)` of this rank, in the attention layout.
             key: `(tokens, kv_heads, head_dim)`.
             value: `(tokens, kv_heads, value_dim)`.
             causal: a token attends to itself and earlier tokens.
@@ -199,8 +200,8 @@ class ZeppelinEngine:
         expected = self.schedule.attention.lengths[self.schedule.peers.rank]
         if not query.shape[0] == key.shape[0] == value.shape[0] == expected:
             raise ValueError(
-                f"Query, key and value have {query.shape[0]}, {key.shape[0]} and {value.shape[0]} tokens; the plan gives rank "
-                f"{self.schedule.peers.rank} {expected}."
+                f"Query, key and value have {query.shape[0]}, {key.shape[0]} and {value.shape[0]} tokens, but the "
+                f"plan gives rank {self.schedule.peers.rank} {expected}."
             )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
@@ -208,11 +209,11 @@ class ZeppelinEngine:
         return output[0].transpose(0, 1)
 
     def remap(self, states: torch.Tensor) -> torch.Tensor:
-        """`(tokens, ...)` from the layout of attention to the balanced one; differentiable."""
+        """Move `(tokens, ...)` from the attention layout to the balanced one; differentiable."""
         return _of_tokens(self.schedule.to_balanced, states)
 
     def unmap(self, states: torch.Tensor) -> torch.Tensor:
-        """`(tokens, ...)` from the balanced layout to that of attention; differentiable."""
+        """Move `(tokens, ...)` from the balanced layout to the attention layout; differentiable."""
         return _of_tokens(self.schedule.to_attention, states)
 
 

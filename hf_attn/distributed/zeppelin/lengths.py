@@ -13,9 +13,9 @@ DISTRIBUTIONS = {
     "short": "lognormal, median 600 tokens",
     "mid": "lognormal, median 6,000 tokens",
     "long": "log-uniform from 1,000 to 64,000 tokens",
-    "web": "documents of the web: half of them below 500 tokens, 1.3% above 16,000",
+    "web": "web documents: half of them below 500 tokens, 1.3% above 16,000",
 }
-#: upper bounds of lengths and share of the documents, of a public histogram of web documents (not one of the paper)
+#: upper bounds of lengths and fraction of documents, from a public histogram of web documents (not the paper's)
 _WEB = (
     (500, 0.47),
     (1024, 0.25),
@@ -29,7 +29,7 @@ _WEB = (
 
 
 def sample_lengths(name: str, tokens: int, seed: int = 0) -> list[int]:
-    """Draw sequences until they have so many tokens together; the last one is cut to fit.
+    """Draw sequence lengths until they sum to `tokens`; the last one is cut to fit.
 
     Args:
         name: one of :data:`DISTRIBUTIONS`.
@@ -40,7 +40,7 @@ def sample_lengths(name: str, tokens: int, seed: int = 0) -> list[int]:
         PlanError: for another name, or no tokens.
     """
     if name not in DISTRIBUTIONS:
-        raise PlanError(f"There is no distribution {name!r}; there are {', '.join(DISTRIBUTIONS)}.")
+        raise PlanError(f"There is no distribution {name!r}. Available: {', '.join(DISTRIBUTIONS)}.")
     if tokens < 1:
         raise PlanError(f"A batch needs at least one token, got {tokens}.")
     generator = random.Random(f"{name} {seed}")
@@ -64,12 +64,12 @@ def read_lengths(path: str | Path, limit: int | None = None) -> list[int]:
     """Lengths of a file or of a dataset.
 
     Args:
-        path: a text file with a length on each line, a JSON file with a list, or a folder of `datasets` (`save_to_disk`) with a
-            column `length` or `input_ids`; of several splits `train` is taken.
+        path: a text file with one length per line, a JSON file with a list, or a folder of `datasets` (`save_to_disk`) with a
+            column `length` or `input_ids`; if there are several splits, `train` is used.
         limit: number of sequences to take.
 
     Raises:
-        PlanError: if there is nothing, or something else than lengths.
+        PlanError: if the path does not exist, is empty, or does not contain lengths.
     """
     path = Path(path)
     if path.is_dir():
@@ -81,7 +81,7 @@ def read_lengths(path: str | Path, limit: int | None = None) -> list[int]:
             f"{path} is neither a file of lengths, nor a folder of datasets, nor one of {', '.join(DISTRIBUTIONS)}."
         )
     if not lengths:
-        raise PlanError(f"{path} holds no lengths.")
+        raise PlanError(f"{path} contains no lengths.")
     return lengths if limit is None else lengths[:limit]
 
 
@@ -90,9 +90,9 @@ def _of_file(path: Path) -> list[int]:
     try:
         found = json.loads(text) if path.suffix == ".json" else [int(word) for word in text.split()]
     except ValueError as error:
-        raise PlanError(f"{path} must hold a length on each line, or a JSON list of them: {error}.") from error
+        raise PlanError(f"{path} must contain one length per line, or a JSON list of lengths: {error}.") from error
     if not isinstance(found, list) or not all(type(length) is int for length in found):
-        raise PlanError(f"{path} must hold a list of whole numbers.")
+        raise PlanError(f"{path} must contain a list of integers.")
     return found
 
 
@@ -106,7 +106,7 @@ def _of_dataset(path: Path, limit: int | None) -> list[int]:
     try:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise PlanError(f"{path} is not a folder that `Dataset.save_to_disk` has written.") from error
+        raise PlanError(f"{path} is not a folder written by `Dataset.save_to_disk`.") from error
     if isinstance(dataset, datasets.DatasetDict):
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
     if limit is not None:

@@ -12,12 +12,12 @@ from .partition import Plan, PlanError, default_capacity, even_partition, partit
 
 @dataclass(frozen=True)
 class Cluster:
-    """What batches are planned for.
+    """The cluster for which batches are planned.
 
     Attributes:
         nodes: number of nodes.
         gpus_per_node: ranks of a node.
-        capacity: maximum number of tokens per rank; by default the need of the batch plus 15%.
+        capacity: maximum number of tokens per rank; by default 15% more than the batch needs.
     """
 
     nodes: int
@@ -28,7 +28,7 @@ class Cluster:
         """Partition a batch.
 
         Raises:
-            PlanError: if it has more tokens than the cluster takes, or none.
+            PlanError: if the batch has more tokens than the capacity of the cluster, or none.
         """
         capacity = self.capacity
         if capacity is None:
@@ -37,7 +37,7 @@ class Cluster:
 
     @classmethod
     def of(cls, ranks: int, nodes: int = 1, capacity: int | None = None) -> "Cluster":
-        """The ranks of a group on some nodes.
+        """The cluster of a group's ranks on a number of nodes.
 
         Raises:
             PlanError: if the nodes would have different numbers of ranks.
@@ -48,18 +48,18 @@ class Cluster:
 
 
 class EvenCluster(Cluster):
-    """Shares every document among all ranks, as even context parallelism does; to compare with."""
+    """Splits every document over all ranks, as plain context parallelism does; for comparison."""
 
     def plan(self, lengths) -> Plan:
         return even_partition(lengths, self.nodes, self.gpus_per_node)
 
 
 class ZeppelinParallel(SequenceParallel):
-    """Sequence parallelism in which each batch has a plan of its own: balanced tokens, and attention in the plan's rings.
+    """Sequence parallelism with a plan for each batch: balanced tokens, and attention in the plan's rings.
 
     Attributes:
-        cluster: what batches are planned for.
-        plan: of the batch that was sharded last.
+        cluster: cluster for which batches are planned.
+        plan: plan of the last batch.
     """
 
     def __init__(self, peers: Peers, cluster: Cluster):
@@ -69,7 +69,7 @@ class ZeppelinParallel(SequenceParallel):
 
     def make_sharding(self, length, cu_seqlens, mask) -> Sharding:
         if mask is not None:
-            raise ValueError("Zeppelin takes packed batches without padding: collate them with ZeppelinCollator.")
+            raise ValueError("Zeppelin needs packed batches without padding: use ZeppelinCollator.")
         bounds = cu_seqlens or (0, length)
         self.plan = self.cluster.plan([b - a for a, b in itertools.pairwise(bounds)])
         self.schedule = ZeppelinSchedule(self.plan, self.peers)

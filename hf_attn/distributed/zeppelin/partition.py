@@ -1,8 +1,8 @@
-"""Which ranks hold which part of each sequence (arXiv 2509.21841, hierarchical partitioning).
+"""Hierarchical partitioning: which ranks hold which part of each sequence (arXiv 2509.21841).
 
-A sequence is in one of three zones. *local*: one GPU has it whole, and nothing is communicated; *intra*: GPUs of one node
-share it, and keys and values go round a ring inside the node; *inter*: several nodes share it, with all of their GPUs. The
-partition starts with everything local and, as long as a capacity is exceeded, moves the longest sequence one zone up.
+A sequence is in one of three zones. *local*: one GPU has the whole sequence, and nothing is communicated; *intra*: GPUs of one
+node share it, in a ring within the node; *inter*: several nodes share it, with all of their GPUs. The partition starts with
+everything local and, as long as a capacity is exceeded, moves the longest sequence one zone up.
 
 Everything is integer arithmetic on the list of lengths, so every rank computes the same plan from the same list.
 """
@@ -26,13 +26,13 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the tokens of a batch are while attention is computed.
+    """The placement of the tokens of a batch during attention.
 
     Attributes:
         lengths: tokens of each sequence.
         nodes: number of nodes.
         gpus_per_node: ranks of a node; the global rank is `node * gpus_per_node + gpu`.
-        capacity: tokens that a GPU takes.
+        capacity: maximum number of tokens per GPU.
         inter_threshold: sequences of at least this length are shared by nodes (`s1`).
         intra_thresholds: of each node: sequences of at least this length are shared by its GPUs (`s0`).
         zones: of each sequence: `"local"`, `"intra"` or `"inter"`.
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def tokens_per_rank(self) -> list[int]:
-        """Tokens of each rank while attention is computed."""
+        """Tokens of each rank during attention."""
         tokens = [0] * self.num_ranks
         for shares in self.shares:
             for rank, count in shares:
@@ -76,7 +76,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read what :meth:`save` has written."""
+        """Read a plan written by :meth:`save`."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         tuples = {name: tuple(content[name]) for name in ("lengths", "intra_thresholds", "zones")}
         shares = tuple(tuple((rank, count) for rank, count in shares) for shares in content["shares"])
@@ -84,24 +84,25 @@ class Plan:
 
 
 def default_capacity(lengths: Sequence[int], ranks: int, slack: float = 0.15) -> int:
-    """Tokens that a rank has to take for a batch, and some more, so that few sequences have to be shared."""
+    """Tokens per rank that a batch needs plus 15%, so that few sequences have to be shared."""
     return max(1, math.ceil((1 + slack) * sum(lengths) / ranks))
 
 
 def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: int) -> Plan:
-    """Partition a batch over nodes, and the part of each node over its GPUs.
+    """Partition a batch over nodes, and each node's part over its GPUs.
 
-    A GPU may exceed the capacity by at most one token for each sequence it shares, when even splitting everything leaves
+    A GPU may exceed the capacity by at most one token per shared sequence, if even splitting every sequence leaves
     no room for rounding.
 
     Args:
         lengths: tokens of each sequence, at least 1.
         nodes: number of nodes.
         gpus_per_node: GPUs of a node.
-        capacity: tokens that a GPU takes. Just enough for the batch turns most sequences into rings; 10-25% more is better.
+        capacity: maximum number of tokens per GPU. With just enough for the batch, most sequences become rings; 10-25% more is
+            better.
 
     Raises:
-        PlanError: for lengths below 1, a cluster of nothing, or more tokens than the cluster takes.
+        PlanError: for lengths below 1, an empty cluster, or more tokens than the capacity of the cluster.
     """
     lengths = tuple(int(length) for length in lengths)
     _check(lengths, nodes, gpus_per_node, capacity)
@@ -138,7 +139,7 @@ def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: 
 
 
 def even_partition(lengths: Sequence[int], nodes: int, gpus_per_node: int) -> Plan:
-    """Every sequence shared by all ranks: even context parallelism, to compare with.
+    """Every sequence shared by all ranks: plain context parallelism, for comparison.
 
     Raises:
         PlanError: as :func:`partition`.
@@ -164,13 +165,14 @@ def _check(lengths: tuple[int, ...], nodes: int, gpus_per_node: int, capacity: i
     ranks, total = nodes * gpus_per_node, sum(lengths)
     if total > ranks * capacity:
         raise PlanError(
-            f"The batch has {total} tokens, and {ranks} GPUs with a capacity of {capacity} take {ranks * capacity}. A capacity "
-            f"of {math.ceil(total / ranks)} would just do, {default_capacity(lengths, ranks)} leaves 15% of room for balancing."
+            f"The batch has {total} tokens, and {ranks} GPUs with a capacity of {capacity} take at most "
+            f"{ranks * capacity}. A capacity of {math.ceil(total / ranks)} would just do, "
+            f"{default_capacity(lengths, ranks)} leaves a margin of 15% for balancing."
         )
 
 
 def _over_nodes(lengths, order, nodes, capacity) -> tuple[int, dict[int, dict[int, int]], list[list[int]]]:
-    """Threshold, tokens of each node of each shared sequence, and sequences that a node has whole."""
+    """Threshold, tokens of each shared sequence on each node, and the whole sequences of each node."""
     threshold, even, shared = capacity + 1, False, 0
     while True:
         while nodes > 1 and shared < len(order) and lengths[order[shared]] >= threshold:
@@ -202,7 +204,7 @@ def _over_nodes(lengths, order, nodes, capacity) -> tuple[int, dict[int, dict[in
 
 
 def _over_gpus(lengths, inter, order, gpus, capacity) -> tuple[int, dict[int, list[tuple[int, int]]]]:
-    """Threshold of a node, and tokens of each GPU of each sequence that the node has to do with."""
+    """Threshold of a node, and tokens on each GPU of each sequence on the node."""
     # Quadratic loads are multiples of 1 / scale.
     scale = math.lcm(*(ring_nodes * gpus for _, _, ring_nodes in inter), *range(1, gpus + 1))
     start_tokens, start_quad, start_parts = [0] * gpus, 0, {}

@@ -1,4 +1,4 @@
-"""A picture of a plan: which rank has which sequences, and how long it is busy with them."""
+"""Plot of a plan: the sequences of each rank, and its attention time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from .simulate import attention_seconds_per_rank
 
 
 _COLOURS = {"local": "#9ecae1", "intra": "#fdae6b", "inter": "#e6550d"}
-_MEANINGS = {"local": "whole, on one GPU", "intra": "shared in a node", "inter": "shared by nodes"}
+_MEANINGS = {"local": "on one GPU", "intra": "shared within a node", "inter": "shared by nodes"}
 
 
 def plot_plan(
@@ -19,7 +19,7 @@ def plot_plan(
     """Draw tokens and attention time of each rank, and the predicted step times.
 
     Args:
-        plan: to draw.
+        plan: plan to plot.
         model: sizes.
         hardware: constants of the prediction.
         seconds: predicted step time of each method.
@@ -35,8 +35,8 @@ def plot_plan(
     _draw_time(time, plan, model, hardware)
     names = list(seconds)
     methods.barh(names[::-1], [seconds[name] for name in names[::-1]], color="#9ecae1")
-    methods.set_xlabel("seconds a step")
-    methods.set_title("Step time, predicted\nunder these constants")
+    methods.set_xlabel("seconds per step")
+    methods.set_title("Predicted step time\nwith these constants")
     for place, name in enumerate(names[::-1]):
         methods.annotate(f" {seconds[name]:.3g}", (seconds[name], place), va="center", fontsize=8)
     methods.set_xlim(0, 1.25 * max(seconds.values()))
@@ -46,7 +46,7 @@ def plot_plan(
 def _draw_tokens(axes, plan: Plan) -> None:
     bottom = [0] * plan.num_ranks
     order = sorted(range(len(plan.lengths)), key=lambda i: (-ZONES.index(plan.zones[i]), -plan.lengths[i], i))
-    # The names of thousands of sequences would cover the picture.
+    # Thousands of labels would cover the plot.
     named = len(plan.lengths) <= 60
     for i in order:
         for rank, count in plan.shares[i]:
@@ -74,10 +74,10 @@ def _draw_time(axes, plan: Plan, model: ModelShape, hardware: Hardware) -> None:
     axes.bar(range(plan.num_ranks), seconds, color="#74c476", label="busy")
     longest = max(seconds)
     idle = [longest - time for time in seconds]
-    axes.bar(range(plan.num_ranks), idle, bottom=seconds, color="#eeeeee", label="waiting for the others")
+    axes.bar(range(plan.num_ranks), idle, bottom=seconds, color="#eeeeee", label="waiting for other ranks")
     axes.set_ylabel("ms of attention, one layer forward")
     axes.set_xlabel("rank")
-    axes.set_title("Time in attention, predicted under these constants", pad=20)
+    axes.set_title("Time in attention, predicted with these constants", pad=20)
     axes.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     _mark_nodes(axes, plan)
 

@@ -1,4 +1,4 @@
-"""From the layout of attention to one with equal tokens on every rank, which linear layers want (arXiv 2509.21841)."""
+"""Remapping from the attention layout to equal numbers of tokens per rank, for linear layers (arXiv 2509.21841)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from ..pieces import pieces
 
 @dataclass(frozen=True)
 class Remap:
-    """The tokens that change their rank.
+    """The tokens that move to another rank.
 
     Attributes:
-        tokens: of each rank in the layout of attention.
-        target: of each rank in the balanced layout.
+        tokens: tokens of each rank in the attention layout.
+        target: tokens of each rank in the balanced layout.
         moves: `(from, to, tokens)`.
-        gpus_per_node: number of GPUs per node, to distinguish moves inside a node from moves across nodes.
+        gpus_per_node: number of GPUs per node, to distinguish moves within a node from moves across nodes.
     """
 
     tokens: tuple[int, ...]
@@ -26,14 +26,14 @@ class Remap:
         return source // self.gpus_per_node != destination // self.gpus_per_node
 
     def cost(self, intra: float = 1.0, inter: float = 6.0) -> float:
-        """Sum over the moved tokens of the cost per token, inside a node or across nodes."""
+        """Sum over the moved tokens of the cost per token, within a node or across nodes."""
         return float(sum(count * (inter if self.crosses_nodes(a, b) else intra) for a, b, count in self.moves))
 
 
 def plan_remap(tokens: Sequence[int], gpus_per_node: int) -> Remap:
     """Balance tokens at minimal cost: first from surplus to deficit inside each node, then across nodes.
 
-    With one cost inside a node and a higher one across, this greedy transport is optimal.
+    This greedy transport is optimal if moves across nodes cost more than moves within a node.
 
     Args:
         tokens: of each rank.

@@ -33,7 +33,7 @@ def simulate(plan: Plan, model: ModelShape, hardware: Hardware) -> dict[str, flo
     """Predicted seconds of a step (all layers, forward and backward pass) by each of :data:`METHODS`.
 
     `te_cp` splits every sequence evenly over all ranks in one ring; `llama_cp` gathers keys and values instead; `hybrid_dp` gives
-    sequences groups of a power of two of ranks, in as many micro-batches as the capacity asks for.
+    sequences groups of a power of two of ranks, in as many micro-batches as the capacity requires.
     """
     micro_batches = hybrid_micro_batches(plan.lengths, plan.num_ranks, plan.capacity)
 
@@ -85,7 +85,7 @@ def attention_seconds_per_rank(
 
 
 def _remap_seconds(remap: Remap, model: ModelShape, hardware: Hardware) -> float:
-    """To the balanced layout and back; no rank sends or receives faster than its busiest side allows."""
+    """Seconds to the balanced layout and back, limited by the busier direction (send or receive) of each rank."""
     sends, receives = [0.0] * len(remap.tokens), [0.0] * len(remap.tokens)
     for source, destination, count in remap.moves:
         bandwidth = hardware.bw_nic if remap.crosses_nodes(source, destination) else hardware.bw_intra

@@ -1,4 +1,4 @@
-"""Trainer on batches of uneven documents, each with a plan of its own.
+"""Trainer for batches of uneven documents, with a plan for each batch.
 
 class UnevenTrainer(ZeppelinTrainerMixin, Trainer): ...
 
@@ -17,10 +17,10 @@ from .partition import PlanError
 
 
 class ZeppelinCollator(DataCollatorWithFlattening):
-    """Packs documents into one row with the bounds of the documents; they are assigned to ranks in the training step.
+    """Pack documents into one row, with their bounds; they are assigned to ranks in the training step.
 
     Args:
-        cluster: if given, a batch that it does not take is refused here, with the capacity that would do.
+        cluster: if given, a batch beyond its capacity raises an error that states the capacity that would be sufficient.
     """
 
     def __init__(self, cluster: Cluster | None = None, **kwargs):
@@ -31,12 +31,12 @@ class ZeppelinCollator(DataCollatorWithFlattening):
         """Collate features with `input_ids` and, if there are any, `labels` of any length.
 
         Raises:
-            PlanError: for a document without tokens, or more tokens than the cluster takes.
+            PlanError: for a document without tokens, or more tokens than the capacity of the cluster.
         """
         lengths = [len(feature["input_ids"]) for feature in features]
         if 0 in lengths:
             raise PlanError(
-                f"Every document needs at least one token; number {lengths.index(0)} of the batch has none."
+                f"Every document needs at least one token; document {lengths.index(0)} of the batch has none."
             )
         if self.cluster is not None:
             self.cluster.plan(lengths)
@@ -46,9 +46,9 @@ class ZeppelinCollator(DataCollatorWithFlattening):
 class ZeppelinTrainerMixin(SequenceParallelTrainerMixin):
     """:class:`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin` for a model with `attn_implementation="distributed_zeppelin"`.
 
-    `per_device_train_batch_size` is the number of documents of all processes together. The layers work on equally many tokens in
-    each process, attention on the shares of the plan, and the loss is the sum over tokens divided by the number of those of all
-    processes.
+    `per_device_train_batch_size` is the number of documents of all processes together. The linear layers work on the same
+    number of tokens in each process, attention on the shares of the plan, and the loss is the sum over tokens divided by the
+    number of those of all processes.
     """
 
     def __init__(self, *args, **kwargs):
@@ -61,5 +61,5 @@ class ZeppelinTrainerMixin(SequenceParallelTrainerMixin):
 
     @property
     def last_plan(self):
-        """The plan of the batch that was trained on last."""
+        """The plan of the last training batch."""
         return self.sequence_context.plan

@@ -136,7 +136,7 @@ def clear_attention_flex(
 def check_flex(call: ClearCall) -> Refusal | None:
     """Whether FlexAttention supports a call."""
     if call.text_mask is not None:
-        return Refusal("'flex' caches its mask and cannot take one of text padding with it")
+        return Refusal("'flex' caches its mask and does not support an additional mask of text padding")
     if call.query.device.type == "cpu" and call.needs_gradient:
         return Refusal("FlexAttention has no backward pass on the CPU")
     return None

@@ -347,5 +347,5 @@ def attention_with_logsumexp(
 def check_tiles(call: ClearCall) -> Refusal | None:
     """Whether the tiles support a call."""
     if call.query.device.type != "cpu":
-        return Refusal(f"'tiles' runs on the CPU, and the query is on {call.query.device}")
+        return Refusal(f"'tiles' runs on the CPU, but the query is on {call.query.device}")
     return None

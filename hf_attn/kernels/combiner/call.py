@@ -41,7 +41,7 @@ class CombinerCall(AttentionCall):
         if self.segment_length is None:
             self.segment_length = default_segment_length(self.key.shape[2])
         if self.segment_length < 1:
-            raise ValueError(f"The segment length must be at least 1, got {self.segment_length}.")
+            raise ValueError(f"segment_length must be at least 1, got {self.segment_length}.")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(map(repr, POOLS))}, got {self.pool!r}.")
 
@@ -94,8 +94,8 @@ class Sequences:
 
 
 HOLES = (
-    "spans are defined on sequences without gaps, and the mask has holes (or is no mask of whole sequences); use padding on "
-    "the left or on the right, or sequences one after the other"
+    "spans need sequences without gaps, but the mask has gaps or does not cover whole sequences; use left or right "
+    "padding, or packed sequences"
 )
 
 
@@ -104,24 +104,24 @@ def allowed_pairs(mask: torch.Tensor) -> torch.Tensor | Refusal:
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
         if bool((mask.masked_fill(~allowed, 0) != 0).any()):
-            return Refusal("the mask is additive, which summaries of spans do not support")
+            return Refusal("it does not support additive masks")
     else:
         allowed = mask
     if allowed.shape[1] != 1:
         if bool((allowed != allowed[:, :1]).any()):
-            return Refusal("the mask differs between heads, and the sequences of a row are those of all heads")
+            return Refusal("it does not support masks that differ between heads")
         allowed = allowed[:, :1]
     return allowed[:, 0]
 
 
 def find_sequences(call: CombinerCall) -> Sequences | Refusal:
-    """The sequences of a call that attends to its own tokens, or why it cannot be served."""
+    """The sequences of a call that attends to its own tokens, or why it is not supported."""
     batch, q_len, length = call.query.shape[0], call.query.shape[2], call.key.shape[2]
     if call.sliding_window is not None:
-        return Refusal("a sliding window cuts spans, which are seen whole or not at all")
+        return Refusal("it does not support sliding windows, because spans are summarised as a whole")
     if q_len != length:
         return Refusal(
-            f"it needs the queries of all {length} tokens to summarise spans, and has {q_len}; decode with "
+            f"it needs the queries of all {length} tokens to summarise spans, but got {q_len}; decode with "
             "past_key_values=hf_attn.CombinerCache(), or with use_cache=False"
         )
     found = Sequences(call.is_causal)
@@ -135,7 +135,7 @@ def find_sequences(call: CombinerCall) -> Sequences | Refusal:
     if isinstance(found, Refusal) or found.is_causal:
         return found
     if call.kind not in BIDIRECTIONAL_KINDS:
-        return Refusal(f"{call.kind} is defined for causal attention only, and tokens may see later ones")
+        return Refusal(f"{call.kind} is defined for causal attention only")
     if call.own_segment_summary and call.kind not in OWN_SUMMARY_KINDS:
         return Refusal(f"own_segment_summary is for {', '.join(OWN_SUMMARY_KINDS)}, not for {call.kind}")
     return found
@@ -226,9 +226,9 @@ def check_torch(call: CombinerCall) -> Sequences | Refusal | None:
     if refusal is not None:
         return refusal
     if call.pool != "max" and call.kind != "fixed":
-        return Refusal(f"it pools spans of {call.kind} by their maximum, and pool={call.pool!r} is asked for")
+        return Refusal(f"it pools spans of {call.kind} by their maximum and does not support pool={call.pool!r}")
     sequences = check_eager(call)
     is_ragged = isinstance(sequences, Sequences) and not sequences.is_causal and sequences.valid is not None
     if is_ragged and call.kind != "fixed":
-        return Refusal(f"padding or several sequences in a row, where tokens of {call.kind} see later ones")
+        return Refusal(f"it does not support padding or several sequences per row in non-causal {call.kind}")
     return sequences

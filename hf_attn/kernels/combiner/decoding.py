@@ -172,11 +172,11 @@ class CombinerState:
         if self.start is None:
             self.start = torch.zeros(batch, dtype=torch.long, device=call.query.device)
         elif sequences.index.shape[0] > batch:
-            self.end = "it holds several sequences in one row. Give each sequence a row"
+            self.end = "it contains several sequences in one row. Use one row per sequence"
         elif bool((sequences.valid.sum(1) != (length - self.start)[self.start < length]).any()):
             self.end = "its batch is padded on the right. Set tokenizer.padding_side='left'"
         if not sequences.is_causal:
-            self.end = "its tokens see later ones"
+            self.end = "its attention is not causal"
         if self.end:
             return
         key, value = call.repeated_heads()
@@ -198,8 +198,8 @@ class CombinerState:
                 self.start = start
                 return
         raise ValueError(
-            "The mask does not continue the sequences in the cache: it has holes, or begins elsewhere. Pad on the left, and "
-            "pass the mask of all tokens."
+            "The mask does not continue the sequences in the cache: it has gaps, or begins at another token. Pad on "
+            "the left, and pass the mask of all tokens."
         )
 
     def _append(self, call: CombinerCall, first: int, last: int) -> None:

@@ -67,7 +67,7 @@ def _slices(size: int, step: int) -> list[slice]:
 
 
 def _wide(query: torch.Tensor) -> torch.dtype:
-    # SDPA on a CPU takes a bias in float32 whatever the dtype of the queries; elsewhere the two have to be the same.
+    # On a CPU, SDPA accepts a float32 bias for queries of any dtype; elsewhere the dtypes must be equal.
     return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
 
 

@@ -15,9 +15,11 @@ _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 def check_flex(call: DisentangledCall) -> Refusal | None:
     if call.dropout:
-        return Refusal("FlexAttention has no dropout (attention_probs_dropout_prob = 0 trains without)")
+        return Refusal(
+            "FlexAttention does not support dropout (set attention_probs_dropout_prob = 0 to train without it)"
+        )
     if call.query.device.type == "cpu" and call.needs_gradient:
-        return Refusal("FlexAttention has no gradients on a CPU")
+        return Refusal("FlexAttention has no backward pass on the CPU")
     return None
 
 

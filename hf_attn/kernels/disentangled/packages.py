@@ -20,21 +20,21 @@ def is_installed(package: str) -> bool:
 def _refusal(call: DisentangledCall, package: str) -> Refusal | None:
     name = package.replace("_", "-")
     if not is_installed(package):
-        return Refusal(f"the package {name} is not installed; the extra `deberta-cuda` of hf_attn installs it")
+        return Refusal(f"the package {name} is not installed (`pip install 'hf_attn[deberta-cuda]'`)")
     if call.query.device.type != "cuda":
-        return Refusal(f"{name} runs on CUDA, and the model is on {call.query.device.type}")
+        return Refusal(f"{name} runs on CUDA, but the model is on {call.query.device.type}")
     if call.rows is None:
-        return Refusal(f"{name} takes no positions pair by pair and is not part of a compiled or exported graph")
+        return Refusal(f"{name} does not support positions per pair of tokens, nor compiled or exported graphs")
     if not call.has_positions:
         return Refusal("the model has no relative positions")
     if call.attention_mask is not None and call.attention_mask.shape[2] != 1:
-        return Refusal(f"{name} takes a mask of keys, not of pairs")
+        return Refusal(f"{name} supports masks of keys, not of token pairs")
     return None
 
 
 def check_disentangled_flash(call: DisentangledCall) -> Refusal | None:
     if call.query.shape[-1] not in (32, 64, 128):
-        return Refusal(f"disentangled-flash has heads of 32, 64 or 128, not {call.query.shape[-1]}")
+        return Refusal(f"disentangled-flash supports head dimensions 32, 64 and 128, not {call.query.shape[-1]}")
     return _refusal(call, "disentangled_flash")
 
 
@@ -67,15 +67,15 @@ def check_flashdeberta(call: DisentangledCall) -> Refusal | None:
     if (refusal := _refusal(call, "flashdeberta")) is not None:
         return refusal
     if call.dropout:
-        return Refusal("flashdeberta has no dropout")
+        return Refusal("flashdeberta does not support dropout")
     if call.buckets > 0 and not call.hf_compat and call.query.shape[2] > call.max_distance:
         return Refusal(
-            f"flashdeberta treats distances beyond {call.max_distance - 1} as transformers does; set hf_compat=True to "
-            "accept that"
+            f"flashdeberta treats distances beyond {call.max_distance - 1} like transformers; set hf_compat=True to "
+            "accept this"
         )
     mask = call.attention_mask
     if mask is not None and not (mask[..., 1:] <= mask[..., :-1]).all():
-        return Refusal("flashdeberta takes padding on the right only")
+        return Refusal("flashdeberta supports right padding only")
     return None
 
 

@@ -49,7 +49,7 @@ def landmark_block_size(is_landmark: torch.Tensor | None, kv_len: int) -> int:
 
 
 def check_blockwise(call: LandmarkCall) -> Refusal | int:
-    """Whether :func:`hf_attn.kernels.landmark.blockwise.landmark_attention_blockwise` can serve a call.
+    """Whether :func:`hf_attn.kernels.landmark.blockwise.landmark_attention_blockwise` supports a call.
 
     Returns:
         The size of the blocks, or why not.
@@ -60,17 +60,17 @@ def check_blockwise(call: LandmarkCall) -> Refusal | int:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     is_landmark, mask = call.is_landmark, call.attention_mask
     if torch.compiler.is_compiling():
-        return Refusal("it reads the positions of the landmarks, which are unknown in a compiled graph")
+        return Refusal("it needs the positions of the landmarks, which are unknown in a compiled graph")
     if q_len > kv_len:
         return Refusal(f"there are more queries ({q_len}) than keys ({kv_len})")
     if call.sliding_window is not None:
-        return Refusal("it has no sliding window")
+        return Refusal("it does not support sliding windows")
     if mask is None and not call.is_causal and q_len > 1:
-        return Refusal("it is causal, and the call is not")
+        return Refusal("it is causal, but the call is not")
     if mask is not None and mask.dtype != torch.bool:
-        return Refusal("the mask is additive, and it takes boolean ones")
+        return Refusal("it does not support additive masks, only boolean ones")
     if mask is not None and mask.shape[1] != 1:
-        return Refusal("the mask differs between heads")
+        return Refusal("it does not support masks that differ between heads")
     if is_landmark is not None and (is_landmark.shape[0] != call.query.shape[0] or is_landmark.shape[1] < kv_len):
         expected = f"({call.query.shape[0]}, {kv_len})"
         return Refusal(f"is_landmark must have the shape {expected}, got {tuple(is_landmark.shape)}")
@@ -79,12 +79,12 @@ def check_blockwise(call: LandmarkCall) -> Refusal | int:
     if mask is not None and not call.is_causal:
         allowed = mask.expand(*mask.shape[:-2], q_len, kv_len)
         if bool(allowed.triu(kv_len - q_len + 1).any()):
-            return Refusal("it is causal, and the mask allows later keys")
+            return Refusal("it is causal, but the mask allows later keys")
     return call.regular_block_size()
 
 
 def check_triton(call: LandmarkCall) -> Refusal | int:
-    """Whether :func:`hf_attn.kernels.landmark.triton.landmark_attention_triton` can serve a call.
+    """Whether :func:`hf_attn.kernels.landmark.triton.landmark_attention_triton` supports a call.
 
     Returns:
         The size of its tiles, which are the blocks; where there are fewer keys than a block has, any tile that holds them
@@ -101,6 +101,6 @@ def check_triton(call: LandmarkCall) -> Refusal | int:
         return next(tile for tile in TRITON_BLOCK_SIZES if tile > kv_len)
     found = "there is no landmark" if size > kv_len else f"they are {size} (mem_freq={size - 1})"
     return Refusal(
-        f"its blocks are {', '.join(map(str, TRITON_BLOCK_SIZES))} tokens long with the landmark, and {found}; train with "
-        "mem_freq=63, for example"
+        f"it supports blocks of {', '.join(map(str, TRITON_BLOCK_SIZES))} tokens, landmark included, but {found}; "
+        "train with mem_freq=63, for example"
     )

@@ -75,19 +75,19 @@ class SigmoidCall(AttentionCall):
 
 
 def check_blockwise(call: SigmoidCall) -> Refusal | None:
-    """Whether :func:`hf_attn.kernels.sigmoid.blockwise.sigmoid_attention_blockwise` can serve a call."""
+    """Whether :func:`hf_attn.kernels.sigmoid.blockwise.sigmoid_attention_blockwise` supports a call."""
     refusal = refusal_of_fused(call)
     if refusal is not None:
         return refusal
     if isinstance(call.query_offset, torch.Tensor):
-        return Refusal("query_offset is a tensor, and it needs a number")
+        return Refusal("it needs query_offset as a number, not as a tensor")
     for name in ("bias", "attention_mask", "alibi_slopes"):
         argument = getattr(call, name)
         if isinstance(argument, torch.Tensor) and argument.requires_grad and torch.is_grad_enabled():
-            return Refusal(f"it has no gradient for {name}, which requires one")
+            return Refusal(f"it does not compute a gradient for {name}, which requires one")
     return None
 
 
 def check_triton(call: SigmoidCall) -> Refusal | None:
-    """Whether :func:`hf_attn.kernels.sigmoid.triton.sigmoid_attention_triton` can serve a call."""
+    """Whether :func:`hf_attn.kernels.sigmoid.triton.sigmoid_attention_triton` supports a call."""
     return check_blockwise(call) or refusal_of_triton(call, MAX_TRITON_HEAD_DIM)

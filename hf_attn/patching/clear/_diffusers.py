@@ -22,8 +22,8 @@ def _change_pag(pag_utils: ModuleType) -> None:
         taken = [name for name in local if any(re.search(layer, name) for layer in pag_applied_layers)]
         if taken:
             raise ValueError(
-                f"Perturbed-attention guidance needs {', '.join(taken[:4])} for itself, and CLEAR has {len(taken)} such layers. Leave "
-                f"them to it: apply_clear(..., exclude={taken[:4]}), after `remove_clear`."
+                f"Perturbed-attention guidance needs {', '.join(taken[:4])}, but CLEAR is applied to {len(taken)} "
+                f"such layers. Call `remove_clear`, then apply_clear(..., exclude={taken[:4]})."
             )
         return set_processors(self, pag_applied_layers, *args, **kwargs)
 
@@ -39,9 +39,10 @@ def _change_ema(training_utils: ModuleType) -> None:
             expected = [parameter.shape for parameter in self.model_cls.from_config(self.model_config).parameters()]
             if expected != [parameter.shape for parameter in self.shadow_params]:
                 raise ValueError(
-                    f"EMAModel has the averages of {len(self.shadow_params)} parameters, and {self.model_cls.__name__} as it is saved "
-                    f"has {len(expected)}: CLEAR's spatial weights are not part of it. Copy the averages into the transformer "
-                    "(`ema.copy_to(transformer.parameters())`) and save it with save_clear_weights."
+                    f"EMAModel has averages of {len(self.shadow_params)} parameters, but a saved "
+                    f"{self.model_cls.__name__} has {len(expected)}: it does not include CLEAR's spatial weights. "
+                    "Copy the averages into the transformer (`ema.copy_to(transformer.parameters())`) and save it "
+                    "with save_clear_weights."
                 )
         return save_pretrained(self, path)
 

@@ -146,7 +146,7 @@ class ClearDistillation(nn.Module):
 
     Args:
         student: FLUX transformer with CLEAR attention.
-        teacher: the same with full attention. It is no submodule: it is neither trained nor sharded nor saved.
+        teacher: the same model with full attention. It is not a submodule: it is neither trained nor sharded nor saved.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module):

@@ -48,7 +48,7 @@ def generate_samples(
         batch_size: images generated together.
         seed: seed of the noise; sample i depends only on `seed + i` and its prompt.
         process_index: which part of the prompts this process takes.
-        num_processes: how many take part.
+        num_processes: number of processes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def ntk_scaled(transformer: nn.Module, factor: float) -> Iterator[None]:
     """
     encoding = getattr(transformer, "pos_embed", None)
     if not hasattr(encoding, "theta"):
-        raise TypeError(f"{type(transformer).__name__} has no rotary position encoding to stretch.")
+        raise TypeError(f"{type(transformer).__name__} has no rotary position embedding to rescale.")
     theta = encoding.theta
     encoding.theta = theta * factor
     try:
@@ -99,19 +99,20 @@ def generate_high_resolution(
         FileNotFoundError: if the image to continue from is not in the folder.
     """
     if not isinstance(pipe, diffusers.FluxPipeline):
-        raise TypeError(f"This recipe is for a FluxPipeline, and this is a {type(pipe).__name__}.")
+        raise TypeError(f"This recipe needs a FluxPipeline, got a {type(pipe).__name__}.")
     stages = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
     local = clear_processors(pipe.transformer)
     if bool(local) == (clear_weights is not None):
         raise ValueError(
-            "The transformer has CLEAR attention already: call `remove_clear` or leave out `clear_weights`."
+            "The transformer already has CLEAR attention: call `remove_clear`, or leave out `clear_weights`."
             if local
-            else "The transformer has full attention, which large images are too much for: pass `clear_weights`, or call "
-            "`load_clear_weights` or `apply_clear` before."
+            else "The transformer has full attention, which is too expensive for large images: pass `clear_weights`, "
+            "or call `load_clear_weights` or `apply_clear` first."
         )
     if not 1 / num_inference_steps <= strength <= 1:
         raise ValueError(
-            f"strength must be at most 1 and leave at least one of {num_inference_steps} steps, got {strength}."
+            f"strength must be at most 1 and large enough for at least one of {num_inference_steps} steps, got "
+            f"{strength}."
         )
     if not 0 <= start_stage < len(stages):
         raise ValueError(f"start_stage must be one of the {len(stages)} stages, counted from 0, got {start_stage}.")
@@ -174,10 +175,10 @@ def generate_high_resolution(
 def _check_sizes(stages: list[tuple[int, int]], multiple: int) -> None:
     for height, width in stages:
         if height < 1 or width < 1 or height % multiple or width % multiple:
-            raise ValueError(f"Sizes must be multiples of {multiple} pixels here, and one is {height} x {width}.")
+            raise ValueError(f"Sizes must be multiples of {multiple} pixels, got {height} x {width}.")
     for before, after in pairwise(stages):
         if any(old > new for old, new in zip(before, after, strict=True)):
-            raise ValueError(f"Stages enlarge the image, and {after} follows {before} (height, width).")
+            raise ValueError(f"Each stage must enlarge the image, but {after} follows {before} (height, width).")
 
 
 @contextmanager
@@ -213,7 +214,7 @@ def _keep(image: Image.Image, folder: Path | None, stage: int, stages: list[tupl
 def _read(folder: Path | None, stage: int, stages: list[tuple[int, int]]) -> Image.Image:
     if folder is None:
         raise ValueError(
-            f"To continue with stage {stage + 1}, pass the `image` of stage {stage} or the `folder` it is in."
+            f"To continue with stage {stage + 1}, pass the `image` of stage {stage}, or the `folder` that contains it."
         )
     path = _path(folder, stage, stages)
     if not path.is_file():

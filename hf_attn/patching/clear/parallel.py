@@ -80,8 +80,9 @@ class Strip:
                 rows = self.bounds[neighbour + 1] - self.bounds[neighbour] if needed else 0
                 if rows < needed:
                     raise ValueError(
-                        f"{self.bounds[-1]} rows of tokens on {len(self.bounds) - 1} processes leave one with {rows}, and its "
-                        f"neighbour needs {needed} of them with a radius of {radius}. Use fewer processes, or larger images."
+                        f"{self.bounds[-1]} rows of tokens on {len(self.bounds) - 1} processes leave one process with "
+                        f"{rows}, but its neighbour needs {needed} of them with a radius of {radius}. Use fewer "
+                        "processes, or larger images."
                     )
 
     def attend(
@@ -239,20 +240,20 @@ def clear_parallel(
     """
     if not isinstance(transformer, diffusers.FluxTransformer2DModel):
         raise TypeError(
-            f"CLEAR runs FLUX transformers on several processes, and this is a {type(transformer).__name__}."
+            f"CLEAR supports only FLUX transformers on several processes, got a {type(transformer).__name__}."
         )
     if text_queries not in TEXT_QUERIES:
-        raise ValueError(f"text_queries is one of {', '.join(TEXT_QUERIES)}, not {text_queries!r}.")
+        raise ValueError(f"text_queries must be one of {', '.join(TEXT_QUERIES)}, got {text_queries!r}.")
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError("There is no process group: start with `torchrun` and call `init_process_group` first.")
     if getattr(transformer, "_is_clear_parallel", False):
         raise ValueError(
-            "The transformer runs on several processes already: clear_parallel contexts cannot be nested."
+            "The transformer already runs on several processes: clear_parallel contexts cannot be nested."
         )
     processors = clear_processors(transformer)
     if len(processors) < len(transformer.attn_processors):
         raise ValueError(
-            "Layers with full attention would attend to a part of the image only: use `apply_clear` on all layers."
+            "Layers with full attention would attend to only a part of the image: use `apply_clear` on all layers."
         )
     if any(processor.down_factor > 1 for processor in processors.values()):
         raise ValueError(
@@ -303,7 +304,7 @@ def _strip(grid: tuple[int, int], text_queries: str, group: distributed.ProcessG
     height, width = grid
     world = distributed.get_world_size(group)
     if height < world:
-        raise ValueError(f"{height} rows of tokens are too few for {world} processes. Use fewer.")
+        raise ValueError(f"{height} rows of tokens are too few for {world} processes. Use fewer processes.")
     bounds = tuple(i * height // world for i in range(world + 1))
     return Strip(bounds, distributed.get_rank(group), width, text_queries, group)
 

@@ -83,7 +83,7 @@ def _architecture(transformer: nn.Module) -> _Architecture:
         if hasattr(transformer, attribute):
             inner = f" Pass its `{attribute}{'()' if attribute == 'get_base_model' else ''}`."
             break
-    raise TypeError(f"CLEAR knows {known} of diffusers, and this is a {type(transformer).__name__}.{inner}")
+    raise TypeError(f"CLEAR supports {known} of diffusers, got a {type(transformer).__name__}.{inner}")
 
 
 def raster_grid(img_ids: torch.Tensor) -> tuple[int, int]:
@@ -113,8 +113,8 @@ def raster_grid(img_ids: torch.Tensor) -> tuple[int, int]:
         )
     if not is_raster:
         raise ValueError(
-            f"CLEAR needs the tokens of one image, row by row, and the {rows.numel()} img_ids are not: reference images "
-            "(FLUX Kontext) and other token sets have no published rule."
+            f"CLEAR needs the tokens of one image in row-major order, but the {rows.numel()} img_ids are not: for "
+            "reference images (FLUX Kontext) and other token sets there is no published rule."
         )
     return rows.shape[0], width
 
@@ -126,13 +126,15 @@ def _text_mask(mask: torch.Tensor, text_length: int, image_length: int, image_fi
         mask = mask[:, 0, 0]
     if mask.dim() != 2 or mask.shape[1] not in (text_length, text_length + image_length):
         raise ValueError(
-            f"attention_mask has shape {shape}. With CLEAR it masks text: (batch, {text_length}) for the text, or (batch, "
-            f"{text_length + image_length}) for all tokens."
+            f"attention_mask has shape {shape}. With CLEAR it masks text and must have the shape (batch, "
+            f"{text_length}) for the text, or (batch, {text_length + image_length}) for all tokens."
         )
     if mask.is_floating_point():
         masked = mask <= torch.finfo(torch.float16).min / 2
         if not (masked | (mask == 0)).all():
-            raise ValueError("An additive attention_mask may hold only zeros and very negative numbers with CLEAR.")
+            raise ValueError(
+                "With CLEAR, an additive attention_mask must contain only zeros and large negative numbers."
+            )
         mask = ~masked
     mask = mask.bool()
     if mask.shape[1] == text_length:
@@ -149,7 +151,8 @@ def _of_zeros_and_ones(mask: torch.Tensor) -> torch.Tensor:
     """The mask of a Chroma transformer, boolean."""
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            "The attention_mask of a Chroma transformer is of zeros and ones with CLEAR, 1 for what is kept."
+            "With CLEAR, the attention_mask of a Chroma transformer must contain only zeros and ones, with 1 for "
+            "tokens to keep."
         )
     return mask.bool()
 
@@ -160,7 +163,7 @@ def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     arguments = dict(zip(architecture.arguments, args, strict=False)) | kwargs
     attention_kwargs = dict(arguments.get("joint_attention_kwargs") or {})
     if "ip_adapter_image_embeds" in attention_kwargs or "ip_hidden_states" in attention_kwargs:
-        raise ValueError("CLEAR has no rule for the image tokens of an IP-Adapter. Call `remove_clear` to use one.")
+        raise ValueError("CLEAR does not support the image tokens of an IP-Adapter. Call `remove_clear` to use one.")
     grid = attention_kwargs.pop("clear_grid", None)
     hidden_states = arguments["hidden_states"]
     if architecture.image_first:
@@ -171,7 +174,7 @@ def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
         grid = raster_grid(arguments["img_ids"]) if grid is None else tuple(grid)
         image_length = hidden_states.shape[1]
         if grid[0] * grid[1] != image_length:
-            raise ValueError(f"The call has {image_length} image tokens, and a grid of {grid[0]} x {grid[1]} of them.")
+            raise ValueError(f"The call has {image_length} image tokens, but a grid of {grid[0]} x {grid[1]}.")
     for down_factor in transformer._clear_down_factors:
         check_cells(grid, down_factor)
     text_mask = None
@@ -219,9 +222,9 @@ def _expect_clear(attn: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of changed attention layers: raises if another library has replaced our processor."""
     if not isinstance(attn.processor, ClearProcessor):
         raise ValueError(
-            f"The CLEAR processor of this attention layer was replaced by a {type(attn.processor).__name__}, as by "
-            "`fuse_qkv_projections()` of SD3 or an IP-Adapter. Call `apply_clear` after what replaces processors, or "
-            "`remove_clear` first."
+            f"The CLEAR processor of this attention layer was replaced by a {type(attn.processor).__name__}, for "
+            "example by `fuse_qkv_projections()` of SD3 or an IP-Adapter. Call `apply_clear` after replacing "
+            "processors, or call `remove_clear` first."
         )
 
 
@@ -291,13 +294,13 @@ def apply_clear(
     Raises:
         TypeError: if the model is another one.
         ValueError: for settings that make no sense, patterns that choose nothing, or attention processors that are not
-            the stock ones of diffusers, which are not overwritten.
+            the default ones of diffusers, which are not overwritten.
         ImportError: on importing this module without diffusers.
     """
     architecture = _architecture(transformer)
     for name, value in (("radius", radius), ("down_factor", down_factor)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {value!r}.")
+            raise ValueError(f"{name} must be a positive integer, in tokens, got {value!r}.")
     attn_implementation = renamed_backend(attn_implementation, backend)
     CLEAR.implementation(attn_implementation)
     names = NameFilter(include, exclude)
@@ -313,8 +316,8 @@ def apply_clear(
             skipped[name] = reason
     if not chosen:
         raise ValueError(
-            f"No attention layer is chosen by include={names.include} and exclude={names.exclude}. The layers are called "
-            f"{next(iter(skipped))} and so on."
+            f"No attention layer matches include={names.include} and exclude={names.exclude}. The layers have names "
+            f"like {next(iter(skipped))}."
         )
     foreign = {
         name: type(processor).__name__
@@ -324,8 +327,8 @@ def apply_clear(
     if foreign:
         name, processor = next(iter(foreign.items()))
         raise ValueError(
-            f"{name} has a {processor}, which is not a stock attention processor of diffusers and is not overwritten "
-            f"({len(foreign)} such layers). Remove what installed it, or name the layers in `exclude`."
+            f"{name} has a {processor}, which is not a default attention processor of diffusers and is not "
+            f"overwritten ({len(foreign)} such layers). Remove it, or name the layers in `exclude`."
         )
     processors = dict(transformer.attn_processors)
     for name, processor in chosen.items():
@@ -334,7 +337,7 @@ def apply_clear(
             changed.append(name)
             processors[f"{name}.processor"] = _new_processor(architecture, transformer, name, settings, processor)
         elif settings == (processor.radius, processor.down_factor, processor.attn_implementation):
-            skipped[name] = "is as asked already"
+            skipped[name] = "is already as requested"
         else:
             changed.append(name)
             if processor.down_factor == down_factor:

@@ -13,7 +13,7 @@ try:
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 except ImportError as error:
-    raise ImportError("CLEAR changes models of diffusers: `pip install 'hf_attn[diffusers]'`.") from error
+    raise ImportError("CLEAR needs diffusers: `pip install 'hf_attn[diffusers]'`.") from error
 
 from ...attention.clear import clear_attention, proportional_scaling
 
@@ -105,11 +105,11 @@ class ClearProcessor(nn.Module):
         """
         if context is None:
             raise ValueError(
-                "A CLEAR processor was called without the grid of the image, which the transformer that `apply_clear` was "
-                "used on hands down. Call that transformer, not one of its layers."
+                "A CLEAR processor was called without the grid of the image, which it gets from the transformer that "
+                "`apply_clear` was used on. Call that transformer, not one of its layers."
             )
         if self._parallel_config is not None:
-            raise ValueError("CLEAR does not run under diffusers' context parallelism, which cuts the grid of tokens.")
+            raise ValueError("CLEAR does not support diffusers' context parallelism, which splits the grid of tokens.")
         grid, text_mask, strip = context
         image_length = grid[0] * grid[1]
         if text_length is None:

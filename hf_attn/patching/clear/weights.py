@@ -86,8 +86,8 @@ def load_clear_weights(
     in_tensors = cells.pop() if cells else 1
     if stored.get("down_factor", in_tensors) != in_tensors:
         raise ValueError(
-            f"{source} is called or marked as of down factor {stored['down_factor']}, and its spatial weights are of "
-            f"{in_tensors} (1 means that it has none)."
+            f"{source} has down factor {stored['down_factor']} according to its name or metadata, but its spatial "
+            f"weights have down factor {in_tensors} (1 means none)."
         )
     down_factor = _setting("down_factor", down_factor, in_tensors, source)
     _refuse_merged(transformer)
@@ -139,7 +139,7 @@ def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterat
         **arguments: its further arguments.
     """
     if clear_processors(transformer):
-        raise ValueError("The transformer has CLEAR attention already. Call `remove_clear` first.")
+        raise ValueError("The transformer already has CLEAR attention. Call `remove_clear` first.")
     _refuse_out_of_reach(transformer)
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _targets(transformer).items()}
     try:
@@ -179,11 +179,12 @@ def save_clear_weights(
     if len(processors) < len(transformer.attn_processors) or len(settings) != 1:
         raise ValueError(
             f"{len(processors)} of {len(transformer.attn_processors)} attention layers have CLEAR attention, with "
-            f"(radius, down_factor) in {sorted(settings)}. Only a model with the same on all can be saved."
+            f"(radius, down_factor) in {sorted(settings)}. Only a model with the same settings in all layers can be "
+            "saved."
         )
     if fused := _fused(transformer):
         raise ValueError(
-            f"The projections of {_first(fused)} are fused: a fused copy of the weights is in use. Call "
+            f"The projections of {_first(fused)} are fused, and the fused copy of the weights is in use. Call "
             "`transformer.unfuse_qkv_projections()` first, and fuse again afterwards."
         )
     _refuse_merged(transformer)
@@ -251,7 +252,7 @@ def _refuse_merged(transformer: nn.Module) -> None:
     for name, module in transformer.named_modules():
         if getattr(module, "merged", False):
             raise ValueError(
-                f"An adapter is merged into {name}, whose weights are not those of the model any more. Unmerge it "
+                f"An adapter is merged into {name}, so its weights are no longer those of the model. Unmerge it "
                 "(`unfuse_lora()`) first."
             )
 
@@ -261,7 +262,7 @@ def _refuse_out_of_reach(transformer: nn.Module) -> None:
     for name, parameter in _targets(transformer).items():
         if parameter.is_meta or parameter.numel() == 0:
             raise ValueError(
-                f"{name} is offloaded and not in memory now. Load or save CLEAR's weights before offloading is enabled "
+                f"{name} is offloaded and not in memory. Load or save CLEAR's weights before offloading is enabled "
                 "(`enable_sequential_cpu_offload()` and the like), or after `pipe.reset_device_map()` or `remove_all_hooks()`."
             )
         is_foreign = type(parameter).__module__.partition(".")[0] != "torch"
@@ -276,7 +277,7 @@ def _setting(name: str, given: int | None, found: int | None, source: str) -> in
     if given is None and found is None:
         raise ValueError(f"{source} does not contain the {name} that it was trained with: pass `{name}=`.")
     if given is not None and found is not None and given != found:
-        raise ValueError(f"{source} was trained with {name} = {found}, and {name} = {given} is asked for.")
+        raise ValueError(f"{source} was trained with {name} = {found}, but {name} = {given} was passed.")
     return found if given is None else given
 
 
@@ -309,8 +310,8 @@ def _find(weights: str | Path) -> Path:
         owner, repository, file = name.split("/", 2)
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     raise FileNotFoundError(
-        f"There are no CLEAR weights at {name!r}: it is no file, no folder with {WEIGHTS_NAME}, no 'clear_local_...' of "
-        f"{OFFICIAL_REPOSITORY}, and no 'owner/repository/file.safetensors' of the Hub."
+        f"There are no CLEAR weights at {name!r}: it is not a file, a folder with {WEIGHTS_NAME}, a 'clear_local_...' "
+        f"file of {OFFICIAL_REPOSITORY}, or 'owner/repository/file.safetensors' on the Hub."
     )
 
 

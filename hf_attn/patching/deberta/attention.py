@@ -16,7 +16,7 @@ from .positions import rows_by_distance, rows_of_length, rows_of_pairs
 from .projections import PositionProjections, is_capturing_graph
 
 
-NO_TOKENS = "The texts of this batch have length 0; a text needs one token at least."
+NO_TOKENS = "The texts of this batch have length 0; every text needs at least one token."
 
 
 class FastSelfAttention(nn.Module):

@@ -15,7 +15,7 @@ _TERMS = ("c2p", "p2c")
 def check_implementation(implementation: str) -> None:
     """Raise a ValueError if there is no such implementation, or its package is missing."""
     if implementation not in DISENTANGLED.names:
-        raise ValueError(f"implementation must be one of {', '.join(DISENTANGLED.names)}; got {implementation!r}.")
+        raise ValueError(f"implementation must be one of {', '.join(DISENTANGLED.names)}, got {implementation!r}.")
     if implementation in PACKAGES and not is_installed(implementation):
         raise ValueError(
             f"implementation={implementation!r} needs the package {implementation.replace('_', '-')}, which is not installed. "
@@ -32,10 +32,13 @@ def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) 
                 raise ValueError(f"{name} is a {type(module).__name__}, which is not transformers' own attention.")
             unknown = [term for term in module.pos_att_type if term not in _TERMS]
             if unknown:
-                raise ValueError(f"pos_att_type {', '.join(unknown)} is not supported; there are {', '.join(_TERMS)}.")
+                raise ValueError(
+                    f"pos_att_type {', '.join(unknown)} is not supported. Available: {', '.join(_TERMS)}."
+                )
             if getattr(module, "talking_head", False):
                 raise ValueError(
-                    "talking_head mixes the heads of all scores, which the fast attention never has at once."
+                    "talking_head is not supported: it mixes the scores of all heads, which the fast attention never "
+                    "computes at once."
                 )
             found.append(module)
     for module in found:
@@ -55,7 +58,7 @@ def apply_fast_attention(model: nn.Module, implementation: str = "auto", hf_comp
         model: any model of transformers with a DeBERTa (v1, v2 or v3) inside; wrappers such as PEFT's are looked through.
         implementation: `"auto"` picks by device and call. `"eager"` is the specification, `"torch"` works everywhere,
             `"flex"` is FlexAttention; `"disentangled_flash"` and `"flashdeberta"` are CUDA kernels of the packages of these
-            names. An implementation that is named and cannot serve a call raises. Calls with `output_attentions=True`
+            names. A named implementation that does not support a call raises. Calls with `output_attentions=True`
             are always computed by `"eager"`.
         hf_compat: treat distances of `max_relative_positions` tokens and more as transformers does, which forgets the
             clamp of the official code and reads a row that was never trained. Makes no difference to shorter texts.
@@ -71,12 +74,14 @@ def apply_fast_attention(model: nn.Module, implementation: str = "auto", hf_comp
     modules = dict(model.named_modules())
     if any(isinstance(module, FastSelfAttention) for module in modules.values()):
         raise ValueError(
-            f"{type(model).__name__} has a fast attention already. Call remove_fast_attention first to choose another."
+            f"{type(model).__name__} already has fast attention. Call remove_fast_attention first to choose another "
+            "implementation."
         )
     encoders = [module for module in modules.values() if type(module) in FAST_ENCODERS]
     if not encoders:
         raise ValueError(
-            f"{type(model).__name__} is no DeBERTa: it has no DebertaEncoder or DebertaV2Encoder of transformers."
+            f"{type(model).__name__} is not a DeBERTa model: it has no DebertaEncoder or DebertaV2Encoder of "
+            "transformers."
         )
     fast = []
     for encoder in encoders:
@@ -109,7 +114,7 @@ def remove_fast_attention(model: nn.Module) -> tuple[str, ...]:
     fast = [name for name, module in modules.items() if isinstance(module, FastSelfAttention)]
     removable = [module for module in modules.values() if type(module) in _PLAIN]
     if not any(isinstance(module, FastEncoder) for module in removable):
-        raise ValueError(f"{type(model).__name__} has no fast attention of apply_fast_attention to remove.")
+        raise ValueError(f"{type(model).__name__} has no fast attention to remove.")
     for module in modules.values():
         if "_fast_attention_handle" in module.__dict__:
             module.__dict__.pop("_fast_attention_handle").remove()

@@ -82,7 +82,7 @@ def convert_linear(
         progress: whether to show a progress bar and the error of each layer.
 
     Raises:
-        ValueError: if no layer fits `targets`, if one is tied or has a width that is no multiple of `code_length`, or if there
+        ValueError: if no layer fits `targets`, if one is tied or has a width that is not a multiple of `code_length`, or if there
             are too few tokens.
     """
     names = _find(model, targets, code_length)
@@ -125,10 +125,10 @@ def _find(model: nn.Module, targets: str | Iterable[str], code_length: int) -> l
     for name in names:
         linear = linears[name]
         if shared[id(linear.weight)] > 1:
-            raise ValueError(f"{name} shares its weight with another module and cannot be replaced by tables.")
+            raise ValueError(f"{name} shares its weight with another module and cannot be replaced.")
         if linear.in_features % code_length != 0:
             raise ValueError(
-                f"{name} has {linear.in_features} inputs, which is no multiple of code_length={code_length}."
+                f"{name} has {linear.in_features} inputs, which is not a multiple of code_length={code_length}."
             )
     return names
 
@@ -167,7 +167,7 @@ def _inputs_of(model: nn.Module, linear: nn.Linear, batches: list, max_tokens: i
     tokens = torch.cat(found)[:max_tokens] if found else torch.empty(0, linear.in_features)
     if len(tokens) < 10:
         raise ValueError(
-            f"The batches hold {len(tokens)} tokens; a fit needs at least 10, and some thousands are better."
+            f"The batches contain {len(tokens)} tokens; a fit needs at least 10, and several thousand are better."
         )
     return tokens
 
@@ -184,8 +184,8 @@ def _fit(name: str, linear: nn.Linear, memory: MemoryLayer, inputs: torch.Tensor
     weight = linear.weight.float()
     target = inputs @ weight.T
     rows, weights = memory.hash(inputs)
-    held_back = max(len(inputs) // 5, 1)
-    fitted, unseen = slice(None, -held_back), slice(-held_back, None)
+    held_out = max(len(inputs) // 5, 1)
+    fitted, unseen = slice(None, -held_out), slice(-held_out, None)
 
     tables = _tables_of_matrix(weight, inputs[fitted], rows[fitted], weights[fitted], memory)
     best = tables.clone()
@@ -210,7 +210,7 @@ def _fit(name: str, linear: nn.Linear, memory: MemoryLayer, inputs: torch.Tensor
     memory.tables.copy_(best)
     if linear.bias is not None:
         memory.bias.copy_(linear.bias)
-    return LayerFit(name, len(inputs) - held_back, first_error, error)
+    return LayerFit(name, len(inputs) - held_out, first_error, error)
 
 
 def _tables_of_matrix(

@@ -65,17 +65,17 @@ def apply_sigma_reparam(
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):
             raise ValueError(
-                f"{name} has an adapter of PEFT, whose matrices are no layers of the model. Reparametrise the model before "
-                "adapters are added, or merge them first (`merge_and_unload`)."
+                f"{name} has a PEFT adapter, whose matrices are not layers of the model. Reparametrise the model "
+                "before adding adapters, or merge them first (`merge_and_unload`)."
             )
         if isinstance(module, SigmaReparamLayer):
-            raise ValueError(f"{name or 'The module'} is reparametrised already. Call fold_sigma_reparam first.")
+            raise ValueError(f"{name or 'The module'} is already reparametrised. Call fold_sigma_reparam first.")
         if not isinstance(module, tuple(REPARAMETRISED)):
             continue
         if not is_plain_weight(module.weight):
             raise ValueError(
-                f"{name} is quantised ({type(module.weight).__name__}, {module.weight.dtype}); reparametrise the model before "
-                "it is quantised, and fold it."
+                f"{name} is quantised ({type(module.weight).__name__}, {module.weight.dtype}); reparametrise the "
+                "model before quantising it, and fold it."
             )
         reason = names.reason_to_skip(name) or _reason_to_leave(model, name, module, owners)
         if reason is None:
@@ -94,8 +94,8 @@ def apply_sigma_reparam(
     zero = [name for name, module in chosen.items() if not module.weight.any()]
     if zero:
         raise ValueError(
-            f"The weights of {_first(zero)} are all zero and have no spectral norm. Name them in `exclude`, or apply the "
-            "reparametrisation before they are set to zero."
+            f"The weights of {_first(zero)} are all zero, so their spectral norm is zero. Name them in `exclude`, or "
+            "reparametrise the model before they are set to zero."
         )
     for module in chosen.values():
         reparametrise_layer(module)
@@ -108,7 +108,7 @@ def apply_sigma_reparam(
     return SigmaReparamReport(tuple(chosen), skipped)
 
 
-_READ = "its weight is read by the model, which does not call it"
+_READ = "the model reads its weight without calling it"
 
 
 def _owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -125,7 +125,7 @@ def _reason_to_leave(model: nn.Module, name: str, module: nn.Module, owners: dic
     if type(module) not in REPARAMETRISED:
         return f"is a {type(module).__name__}"
     if "weight" not in module._parameters:
-        return "its weight is computed, as by weight_norm, spectral_norm or pruning"
+        return "its weight is computed, for example by weight_norm, spectral_norm or pruning"
     others = [other for other in owners[id(module.weight)] if other != name]
     if any(isinstance(model.get_submodule(other), nn.Embedding) for other in others):
         return "shares its weight with an embedding"
@@ -142,7 +142,7 @@ def _close_fast_paths(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer):
             for layer in module.children():
                 if isinstance(layer, SigmaReparamLayer):
-                    # Its presence is what torch asks for.
+                    # torch checks only its presence.
                     layer.register_forward_pre_hook(_call_me)
 
 
@@ -174,7 +174,7 @@ def _note_in_config(model: nn.Module, layers: list[str] | None) -> None:
 def refresh_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
     """Recompute the tracked singular vectors u of all reparametrised layers, by singular value decompositions.
 
-    For weights that did not come from training with u: averages of models (EMA, SWA), whose averaged u is no singular vector of
+    For weights that did not come from training with u: averages of models (EMA, SWA), whose averaged u is not a singular vector of
     the averaged weight, or weights edited by hand.
 
     Returns:
@@ -206,8 +206,8 @@ def fold_sigma_reparam(model: nn.Module) -> tuple[str, ...]:
         other = owners.setdefault(id(module.weight), name)
         if other != name:
             raise ValueError(
-                f"{other} and {name} share a weight and have a gamma each, so that no single folded weight serves both. Give "
-                "one of them a copy of it: `layer.weight = nn.Parameter(layer.weight.detach().clone())`."
+                f"{other} and {name} share a weight but have different gammas, so no folded weight fits both. Give "
+                "one of them a copy of the weight: `layer.weight = nn.Parameter(layer.weight.detach().clone())`."
             )
     for module in layers.values():
         module.weight.data = module._frozen_effective_weight()

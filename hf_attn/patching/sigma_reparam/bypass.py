@@ -2,7 +2,7 @@
 
 timm's EVA02 and BEiT do so with `qkv`, WavLM with all projections of its attention, Mamba with `dt_proj`. Such layers cannot be
 reparametrised. :func:`weights_read_by` finds them in the source of the modules, before anything is run;
-:func:`bypassed_layers` in a run of the model, whatever way it reads them.
+:func:`bypassed_layers` in a run of the model, however it reads them.
 """
 
 import ast
@@ -135,8 +135,8 @@ def bypassed_layers(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
             ]
             if not outputs:
                 raise ValueError(
-                    "No output of the run depends on the reparametrised layers: `run` has to return the outputs of the model, "
-                    "with gradients."
+                    "No output of the run depends on the reparametrised layers: `run` must return the outputs of the "
+                    "model, with gradients."
                 )
             total = sum(leaf.float().nan_to_num(0, 0, 0).square().sum() for leaf in outputs)
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)

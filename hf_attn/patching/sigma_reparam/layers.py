@@ -262,8 +262,8 @@ class SigmaReparamLayer:
     def __setattr__(self, name: str, value) -> None:
         if name == "weight" and not is_plain_weight(value):
             raise ValueError(
-                f"A sigma-reparametrised layer cannot be quantised (to {type(value).__name__}, {value.dtype}): what it computes "
-                "with is not its weight alone. Call fold_sigma_reparam first."
+                f"A sigma-reparametrised layer cannot be quantised (to {type(value).__name__}, {value.dtype}): its "
+                "effective weight is not its weight parameter. Call fold_sigma_reparam first."
             )
         super().__setattr__(name, value)
 

@@ -66,7 +66,7 @@ def _layers_in(model: "PreTrainedModel", names: list[str]) -> dict[str, nn.Modul
         Name in the model -> layer.
 
     Raises:
-        ValueError: if none is there.
+        ValueError: if there is none.
     """
     prefix = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
@@ -78,7 +78,8 @@ def _layers_in(model: "PreTrainedModel", names: list[str]) -> dict[str, nn.Modul
                 break
     if not found:
         raise ValueError(
-            f"The checkpoint is sigma-reparametrised, and {type(model).__name__} has none of its {len(names)} layers, such as "
-            f"{names[0]}. Load it with the class that it was saved with, call fold_sigma_reparam, and save it."
+            f"The checkpoint is sigma-reparametrised, but {type(model).__name__} has none of its {len(names)} "
+            f"reparametrised layers, such as {names[0]}. Load it with the class with which it was saved, call "
+            "fold_sigma_reparam, and save it again."
         )
     return found

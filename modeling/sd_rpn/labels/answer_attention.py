@@ -1,6 +1,6 @@
 """Where a multimodal model looks while it answers: the attention that pseudo-labels are made of.
 
-The rows of the answer's tokens come from one pass over prompt and answer, with whatever attention implementation the
+The rows of the answer's tokens come from one pass over prompt and answer, with any attention implementation the
 model has: hooks recompute the softmax of the few heads that matter, and nothing else of any attention map is ever held.
 """
 
@@ -72,8 +72,8 @@ def attention_recipe(base_model: str, images: Literal["natural", "text"] = "natu
             return recipe
     known = ", ".join(dict.fromkeys(known for known, _ in RECIPES))
     raise ValueError(
-        f"No published choice of heads for {base_model!r}. There is one for {known}; for another model choose layers and "
-        "heads yourself: AttentionRecipe(grounding={layer: heads}, ...)."
+        f"No published choice of heads for {base_model!r}. There is one for {known}. For another model, choose layers "
+        "and heads yourself: AttentionRecipe(grounding={layer: heads}, ...)."
     )
 
 
@@ -119,9 +119,9 @@ def answer_attention(
     images = find_images(model.config, inputs["input_ids"], inputs.get("image_sizes"), inputs.get("image_grid_thw"))
     if [image.row for image in images] != list(range(batch)):
         counts = [sum(image.row == row for image in images) for row in range(batch)]
-        raise ValueError(f"Each prompt must have one image; they have {counts}.")
+        raise ValueError(f"Each prompt must have one image, got {counts}.")
     if any((answer == model.config.image_token_id).any() for answer in answers):
-        raise ValueError("An answer has an image token in it; generate with `suppress_tokens=[image_token_id]`.")
+        raise ValueError("An answer contains an image token. Generate with `suppress_tokens=[image_token_id]`.")
     layers = model.get_decoder().layers
     _check_recipe(recipe, layers)
     extended, row_mask = _with_answers(model, inputs, answers)

@@ -30,7 +30,7 @@ def label_features() -> "Features":
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Data sets of pseudo-labels need the extra `train`: pip install 'hf_attn[train]'") from error
+        raise ImportError("Datasets of pseudo-labels need the extra `train`: pip install 'hf_attn[train]'") from error
 
     def grid(dtype: str) -> datasets.List:
         return datasets.List(datasets.List(datasets.Value(dtype)))
@@ -112,7 +112,7 @@ def official_labels(
     path, image_folder = Path(path), Path(image_folder)
     records = load_plain_pickle(path)
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path.name} holds no list of attention maps.")
+        raise ValueError(f"{path.name} does not contain a list of attention maps.")
     records = records[:max_samples]
     for i, record in enumerate(records):
         wrong = [
@@ -121,9 +121,9 @@ def official_labels(
             if not isinstance(record, dict) or not isinstance(record.get(name), kind)
         ]
         if wrong:
-            raise ValueError(f"Entry {i} of {path.name} is no attention map: it lacks {', '.join(wrong)}.")
+            raise ValueError(f"Entry {i} of {path.name} is not an attention map: it lacks {', '.join(wrong)}.")
         if not (image_folder / record["image"]).is_file():
-            raise FileNotFoundError(f"There is no {record['image']} in {image_folder}, the image of entry {i}.")
+            raise FileNotFoundError(f"The image of entry {i}, {record['image']}, is not in {image_folder}.")
 
     def rows() -> Iterator[dict[str, Any]]:
         from PIL import Image
@@ -152,6 +152,6 @@ def _grid(attention: np.ndarray) -> torch.Tensor:
     if attention.ndim == 1:
         side = round(attention.size**0.5)
         if side * side != attention.size:
-            raise ValueError(f"An attention map of {attention.size} cells is no square.")
+            raise ValueError(f"An attention map of {attention.size} cells is not square.")
         attention = attention.reshape(side, side)
     return torch.from_numpy(attention.astype(np.float64, copy=False))

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 #: instruction for short answers that the questions of LLaVA's data end with
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-#: what a Qwen2.5-VL is asked for instead while its attention to photographs is collected, in our words; the official script
+#: the question that Qwen2.5-VL gets while its attention to photographs is collected, in our words; the official script
 #: asks for boxes in another format
 BOX_REQUEST = (
-    "Give the bounding boxes of the region that the question is about as plain text, a box a line: "
+    "Give the bounding boxes of the region that the question is about as plain text, one box per line: "
     "x_min y_min x_max y_max label."
 )
 

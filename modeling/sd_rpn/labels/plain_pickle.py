@@ -46,8 +46,8 @@ def load_plain_pickle(path: str | Path) -> Any:
         raise
     except Exception as error:
         raise PlainPickleError(
-            f"{path.name} is not read: {str(error).rstrip('.') or type(error).__name__}. Only numbers, strings, lists, tuples, dictionaries "
-            "and arrays of numbers are; a pickle can run any program."
+            f"{path.name} cannot be read: {str(error).rstrip('.') or type(error).__name__}. Only numbers, strings, "
+            "lists, tuples, dictionaries and numeric arrays are accepted, because a pickle can run any program."
         ) from error
 
 
@@ -56,7 +56,7 @@ def _check_opcodes(file: BinaryIO, size: int) -> None:
     puts = 0
     for opcode, argument, position in pickletools.genops(file):
         if opcode.name == "FRAME" and argument > size - position:
-            raise PlainPickleError("it announces more data than it has")
+            raise PlainPickleError("it declares more data than it contains")
         if opcode.name == "MEMOIZE":
             puts += 1
         elif "PUT" in opcode.name:
@@ -75,7 +75,7 @@ class _Budget:
     def spend(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
-            raise PlainPickleError("it makes more data than it has")
+            raise PlainPickleError("it creates more data than it contains")
 
 
 class _StandIn:
@@ -189,7 +189,7 @@ class _Unpickler(pickle.Unpickler):
         # NumPy 2 renamed the package.
         stand_in = self.stand_ins.get((module.replace("numpy._core.", "numpy.core."), name))
         if stand_in is None:
-            raise PlainPickleError(f"it asks for {module}.{name}")
+            raise PlainPickleError(f"it refers to {module}.{name}")
         return stand_in
 
 
@@ -211,7 +211,7 @@ def _plain(value: Any, seen: dict[int, Any]) -> Any:
             raise PlainPickleError("it has a dictionary whose keys are neither strings nor integers")
         plain = {key: _plain(element, seen) for key, element in value.items()}
     else:
-        raise PlainPickleError(f"it holds an object of the type {type(value).__name__.removeprefix('_')}")
+        raise PlainPickleError(f"it contains an object of the type {type(value).__name__.removeprefix('_')}")
     seen[id(value)] = plain
     return plain
 

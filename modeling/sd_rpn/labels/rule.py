@@ -78,7 +78,7 @@ def llava_pseudo_labels(
         max_box_ratio: share of the grid from which the box is ignored.
 
     Raises:
-        ValueError: if the maps are no batches of grids of equal shape, or hold negative or non-finite values.
+        ValueError: if the maps are not batches of grids of equal shape, or contain negative or non-finite values.
     """
     grounding, sink = _checked_maps(grounding, sink)
     cleaned = torch.where(sink < sink_threshold, grounding, 0)
@@ -164,12 +164,12 @@ def _checked_maps(grounding: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Te
     """The maps in float64, in which the official code compares with its thresholds."""
     if grounding.ndim != 3 or grounding.shape != sink.shape or grounding[0].numel() == 0:
         raise ValueError(
-            "Pseudo-labels need two maps of the same shape (batch, rows, columns), got "
+            "Pseudo-labels need two maps with the same shape (batch, rows, columns), got "
             f"{tuple(grounding.shape)} and {tuple(sink.shape)}."
         )
     for name, values in (("grounding", grounding), ("sink", sink)):
         if not (torch.isfinite(values) & (values >= 0)).all():
-            raise ValueError(f"The {name} map holds negative or non-finite values; it should be attention.")
+            raise ValueError(f"The {name} map contains negative or non-finite values, so it is not an attention map.")
     return grounding.double(), sink.double()
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_attn.analysis.vit import ViTLayout, analyze, attention_strength, patch_entropy, without_heads
-from hf_attn.analysis.vit.loading import sample_pictures
+from hf_attn.analysis.vit.loading import sample_images
 from hf_attn.analysis.vit.maps import attention_maps
 from hf_attn.cli import main
 
@@ -92,16 +92,16 @@ def test_tables_are_written_and_nothing_is_overwritten(tmp_path):
     "arguments, message",
     [
         ({"images": torch.zeros(2, 3, 16, 16)}, "Images are 16 x 16 pixels"),
-        ({"images": torch.zeros(1, 3, 24, 16)}, "give at least 2, got 1"),
-        ({"images": torch.zeros(0, 3, 24, 16)}, "give at least 2, got 0"),
-        ({"images": torch.zeros(2, 3, 24, 16, dtype=torch.uint8)}, "must be floating point"),
-        ({"images": torch.full((2, 3, 24, 16), torch.nan)}, "hold NaN or infinity"),
+        ({"images": torch.zeros(1, 3, 24, 16)}, "pass at least 2, got 1"),
+        ({"images": torch.zeros(0, 3, 24, 16)}, "pass at least 2, got 0"),
+        ({"images": torch.zeros(2, 3, 24, 16, dtype=torch.uint8)}, "must be floating-point"),
+        ({"images": torch.full((2, 3, 24, 16), torch.nan)}, "contain NaN or infinity"),
         ({"images": [Image.new("RGB", (8, 8))] * 2}, "need `processor`"),
-        ({"labels": [0, 5, 1]}, "Label 5 is no class of the model, which has 5 classes"),
-        ({"labels": ["LABEL_0", "cat", "LABEL_1"]}, "Label 'cat' is no class of the model. Its classes: LABEL_0"),
+        ({"labels": [0, 5, 1]}, "Label 5 is out of range: the model has 5 classes"),
+        ({"labels": ["LABEL_0", "cat", "LABEL_1"]}, "Label 'cat' is not a class of the model. Its classes: LABEL_0"),
         ({"labels": [0, 1]}, "one class index for each of the 3 images"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"curve_points": 1}, "at least 2: none and all"),
+        ({"curve_points": 1}, "at least 2 \\(no head removed"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -152,14 +152,14 @@ def test_the_command_names_what_is_wrong(saved, capsys, monkeypatch):
         ([], "scripts/run_image_classification.py --model_type vit"),
         (["model", "--images", "nowhere"], "nowhere is not a folder of images"),
         (["model", "--images", "model"], "model has no images"),
-        (["model", "--images", "images"], "does not have the name of a class"),
+        (["model", "--images", "images"], "is not named after a class"),
     ):
         assert main(["analyze-vit", *arguments, "--output", "report"]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_without_a_folder_there_are_pictures_to_analyse():
-    digits, labels = sample_pictures([str(digit) for digit in range(10)], 12)
+def test_without_a_folder_there_are_images_to_analyse():
+    digits, labels = sample_images([str(digit) for digit in range(10)], 12)
     assert len(digits) == 12 and set(labels) <= {str(digit) for digit in range(10)}
-    photographs, labels = sample_pictures(["cat"], 9)
+    photographs, labels = sample_images(["cat"], 9)
     assert len(photographs) == 9 and labels is None and photographs[0].size == (512, 512)

@@ -192,7 +192,7 @@ def test_bad_arguments_are_named():
     ):
         pass
     for heads in ([1], {0: 1}):
-        with pytest.raises(ValueError, match="layer -> list of heads"), without_heads(model, heads):
+        with pytest.raises(ValueError, match="dictionary from layers to lists of heads"), without_heads(model, heads):
             pass
     with (
         pytest.raises(ValueError, match=r"mask must be \(25, 25\).*got \(3, 3\)"),
@@ -203,7 +203,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"Images are 16 x 16 pixels.*24 x 16"):
         layout.grid_of(torch.zeros(1, 3, 16, 16))
     grid = layout.grid_of(torch.zeros(1, 3, 24, 16))
-    for kind, message in (("nose", "Unknown part of attention 'nose'"), ("ring_6", "hops of a 6 x 4 grid are 0 to 5")):
+    for kind, message in (
+        ("nose", "no part of attention called 'nose'"),
+        ("ring_6", "hops of a 6 x 4 grid are 0 to 5"),
+    ):
         with pytest.raises(ValueError, match=message):
             partial_mask(kind, grid)
     with pytest.raises(ValueError, match="Layer 0 would have no head left"):

@@ -76,7 +76,7 @@ def test_no_change_is_zero_and_divergences_have_their_limits():
 
 
 def test_metrics_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match="Label 4 is no class of the model, which has 4 classes"):
+    with pytest.raises(ValueError, match="Label 4 is out of range: the model has 4 classes"):
         prediction_change(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"\(images, classes\).*\(2, 4\) and \(3, 4\)"):
         prediction_change(torch.zeros(2, 4), torch.zeros(3, 4))
@@ -105,8 +105,8 @@ def test_clusters_refuse_what_does_not_fit():
     maps = synthetic_heads(per_kind=1)
     for arguments, message in (
         ({"num_clusters": 6}, "num_clusters must be between 2 and 5 for 6 heads, got 6"),
-        ({"features": "colours"}, "Unknown features 'colours'"),
-        ({"features": torch.zeros(5, 2).numpy()}, r"Features must be \(6, features\).*\(5, 2\)"),
+        ({"features": "colours"}, "no features called 'colours'"),
+        ({"features": torch.zeros(5, 2).numpy()}, r"Features must have the shape \(6, features\).*\(5, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             cluster_heads(maps, GRID, **arguments)

@@ -352,7 +352,7 @@ def test_absolute_embeddings_are_read_off_the_weights():
     network = spandrel_network("hat", **SMALL_NETWORK["hat"], ape=True)
     model = from_official("hat", network.state_dict())
     assert (model.config.use_absolute_embeddings, model.config.image_size) == (True, 64)
-    with pytest.raises(ValueError, match="absolute position embeddings for 64x64 inputs and got one of 80x48"):
+    with pytest.raises(ValueError, match="absolute position embeddings for inputs of 64x64, but got 80x48"):
         model(torch.rand(1, 3, 70, 40))
     with pytest.raises(
         StrictDataclassClassValidationError, match=r"image_size \(66\) must be a multiple of window_size"
@@ -379,9 +379,9 @@ def test_averaged_weights_come_first(tmp_path):
 
 def test_checkpoints_that_do_not_fit():
     state = spandrel_network("hat", **SMALL_NETWORK["hat"]).state_dict()
-    with pytest.raises(ConversionError, match="for scale 4, and upscale=2 was requested"):
+    with pytest.raises(ConversionError, match="for scale 4, but upscale=2 was requested"):
         from_official("hat", state, {"upscale": 2})
-    with pytest.raises(ConversionError, match=r"keys that hat does not know: extra\.weight"):
+    with pytest.raises(ConversionError, match=r"keys that hat does not use: extra\.weight"):
         from_official("hat", {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(ConversionError, match=r"no weights for hat\.layernorm\.weight"):
         from_official("hat", {name: tensor for name, tensor in state.items() if name != "norm.weight"})
@@ -401,13 +401,13 @@ def test_checkpoints_that_do_not_fit():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"upsampler": "nearest+conv"}, "upsampler='nearest.conv' does not exist in this family"),
+        ({"upsampler": "nearest+conv"}, "upsampler='nearest.conv' is not supported"),
         ({"upsampler": ""}, "the only one is 'pixelshuffle'"),
         ({"upscale": 6}, "power of two .* or 3, got 6"),
         ({"num_heads": [5, 3]}, r"embed_dim \(12\) must be a multiple of num_heads, got 5"),
         ({"num_heads": [2]}, "one entry for each residual group"),
         ({"depths": [], "num_heads": []}, "one entry for each residual group"),
-        ({"window_size": 7}, "overlap_ratio=0.5 widens windows of 7 by 3; the widening must be an even number"),
+        ({"window_size": 7}, "overlap_ratio=0.5 enlarges windows of 7 by 3 pixels, which must be an even number"),
         ({"squeeze_factor": 30}, r"squeeze_factor must be at most embed_dim \(12\), got 30"),
     ],
 )

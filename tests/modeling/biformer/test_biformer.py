@@ -399,7 +399,7 @@ def test_routing_in_bfloat16_is_computed_in_single_precision():
 class TestBadInput:
     def test_image_that_regions_do_not_divide(self):
         model = BiFormerForImageClassification(tiny_config(n_win=7))
-        with pytest.raises(ValueError, match=r"16x16 cannot be cut into n_win=7.*auto_pad=True"):
+        with pytest.raises(ValueError, match=r"16x16 cannot be divided into n_win=7.*auto_pad=True"):
             model(torch.randn(1, 3, 64, 64))
 
     def test_map_smaller_than_the_regions(self):
@@ -415,12 +415,12 @@ class TestBadInput:
             ({"topks": [5, 3, -2]}, r"topks=5 is more than the 4 regions of n_win=2"),
             ({"topks": [-3, 3, -2]}, r"each entry must be at least -2, got -3"),
             ({"topks": [1, 3, -2], "layout": "stl_nchw"}, r"one of \(-1,\)"),
-            ({"topks": [1, 3]}, r"one entry for each stage, got .*'topks': 2"),
-            ({"n_win": [2, 2]}, r"one entry for each stage, got .*'n_win': 2"),
+            ({"topks": [1, 3]}, r"one entry per stage, got .*'topks': 2"),
+            ({"n_win": [2, 2]}, r"one entry per stage, got .*'n_win': 2"),
             ({"n_win": 0}, r"n_win=0 is out of range: it must be at least 1"),
             ({"head_dim": 32}, r"qk_dims=16 with head_dim=32 makes 0 heads"),
             ({"hidden_sizes": [16, 24, 36]}, r"8 heads, which must divide hidden_sizes=36"),
-            ({"kv_pool": "ada_avgpool"}, r"kv_per_wins must have an entry"),
+            ({"kv_pool": "ada_avgpool"}, r"kv_per_wins must have one entry"),
             ({"diff_routing": True}, r"needs soft_routing"),
             ({"soft_routing": True, "param_routing": True}, r"needs diff_routing"),
         ],

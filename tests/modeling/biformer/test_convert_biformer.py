@@ -159,7 +159,7 @@ def test_leftovers_and_gaps_are_named(case):
 
 
 def test_arguments_that_would_change_the_function():
-    with pytest.raises(ConversionError, match=r"qk_scale=0\.1 is not served"):
+    with pytest.raises(ConversionError, match=r"qk_scale=0\.1 is not supported"):
         from_official("biformer", LEGACY.weights, config={**LEGACY.config, "qk_scale": 0.1})
 
 

@@ -205,7 +205,7 @@ def test_bad_configurations_say_what_is_wrong():
                 "frequency_rounding": "bfloat16",
                 "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
             },
-            "plain rotary",
+            "default rotary",
         ),
     ):
         with pytest.raises(Exception, match=message):

@@ -190,7 +190,7 @@ def test_labels_out_of_range_and_texts_too_long():
     model = make_model()
     input_ids, mask, labels = make_batch()
     labels[0, 1] = 99
-    with pytest.raises(ValueError, match="Label 99 is no token"):
+    with pytest.raises(ValueError, match="Label 99 is not a token"):
         model(input_ids, attention_mask=mask, labels=labels)
     with pytest.raises(ValueError, match=r"65 tokens.*64 positions"):
         model(torch.ones(1, 65, dtype=torch.long))

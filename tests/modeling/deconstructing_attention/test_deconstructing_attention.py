@@ -222,7 +222,7 @@ def test_skip_is_a_model_of_the_standard_layers():
         expected.generate(input_ids, max_new_tokens=4, do_sample=False),
     )
     assert skipped.model.layers[1].mlp.up_proj.weight is model.model.layers[3].mlp.up_proj.weight
-    with pytest.raises(ValueError, match="Nothing would be left"):
+    with pytest.raises(ValueError, match="No layer would be left"):
         make_model("mlp").without_simple_layers()
 
 
@@ -342,10 +342,10 @@ def test_half_precision(dtype):
 
 def test_bad_configurations():
     for fields, message in (
-        ({"layer_kinds": ["standard", "other"]}, "layer_kinds has 'other'"),
-        ({"layer_kinds": ["standard"]}, "each of the 2 layers, got 1"),
+        ({"layer_kinds": ["standard", "other"]}, "layer_kinds has the unknown kinds 'other'"),
+        ({"layer_kinds": ["standard"]}, r"one entry per layer \(2\), got 1"),
         ({"layer_kinds": None, "placement": "hybrid", "simple_kind": "other"}, "simple_kind must be one of"),
-        ({"placement": "uniform", "simple_kind": "mlp"}, "is not what placement"),
+        ({"placement": "uniform", "simple_kind": "mlp"}, "contradicts placement"),
         ({"layer_kinds": ["rnd_emb_qk", "mlp"], "attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"sliding_window": 8}, "all layer_types must be"),
     ):
@@ -361,19 +361,19 @@ def test_bad_inputs():
         model.generate(ids(1, 7), max_new_tokens=4, do_sample=False)
     cache = DynamicCache(config=model.config)
     logits(model, ids(1, 3), past_key_values=cache)
-    with pytest.raises(ValueError, match="position_ids must be counted"):
+    with pytest.raises(ValueError, match="position_ids must continue those of the cache"):
         model(ids(1, 1), past_key_values=cache, position_ids=torch.tensor([[6]]))
     with pytest.raises(ValueError, match="No layer is 'fixed_seq_qk'"):
         model.model.set_static_ids(ids(8))
     with pytest.raises(ValueError, match="must be 40 ids"):
         make_model("fixed_seq_qk").model.set_static_ids(ids(8))
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="cannot serve a mask for pairs"):
+    with pytest.raises(ValueError, match="do not support masks of token pairs"):
         make_model("taylor_joint")(ids(1, 4), attention_mask=causal)
     other = make_model("standard")
     filled = DynamicCache(config=other.config)
     logits(other, ids(1, 3), past_key_values=filled)
-    with pytest.raises(ValueError, match="mixer keeps none"):
+    with pytest.raises(ValueError, match="mixer caches none"):
         make_model("mlp")(ids(1, 1), past_key_values=filled)
     with pytest.raises(ValueError, match="keys and values of 3 tokens in a layer whose attention map is"):
         make_model("rnd_emb_qk")(ids(1, 1), past_key_values=filled)

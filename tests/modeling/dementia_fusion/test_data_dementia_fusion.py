@@ -58,10 +58,10 @@ def test_tables(tmp_path):
     ("rows", "header", "problem"),
     [
         (["a.wav,ad,a boy"], "audio,label,text", "needs the columns"),
-        (["a.wav,ad,s1,a boy,"], None, "one class only"),
+        (["a.wav,ad,s1,a boy,"], None, "only one class"),
         (["a.wav,ad,s1,a boy,", "b.wav,cc,s1,a boy,"], None, "line 3: there is no file b.wav"),
         (["a.wav,ad,s1,a boy,", "a.wav,cc,,a boy,"], None, "line 3: speaker is empty"),
-        (["a.wav,ad,s1,a boy,", "a.wav,cc,s2,,"], None, "neither text nor transcript"),
+        (["a.wav,ad,s1,a boy,", "a.wav,cc,s2,,"], None, "neither a text nor a transcript"),
         ([], None, "no rows"),
     ],
 )

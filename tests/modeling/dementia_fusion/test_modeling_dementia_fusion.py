@@ -149,7 +149,7 @@ def test_inputs_that_make_no_sense(inputs):
         model(inputs["input_ids"][:0], inputs["pixel_values"][:0])
     with pytest.raises(ValueError, match="65 tokens"):
         model(torch.ones(1, 65, dtype=torch.long), inputs["pixel_values"][:1])
-    with pytest.raises(ValueError, match="no tokens at all"):
+    with pytest.raises(ValueError, match="no tokens"):
         model(**{**inputs, "attention_mask": inputs["attention_mask"] * torch.tensor([[1], [0], [1]])})
     with pytest.raises(ValueError, match="contxt"):
         bert = BertModel(model.config.text_config)

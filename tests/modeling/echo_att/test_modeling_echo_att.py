@@ -448,9 +448,9 @@ def test_number_of_shared_layers():
     measured = AttentionSimilarity(similarity, 1)
     student = EchoAttForCausalLM.from_base(base, num_shared=1, similarity=measured)
     assert student.config.attention_source == {3: 2}
-    with pytest.raises(ValueError, match="model with 4 layers; this base has 6"):
+    with pytest.raises(ValueError, match="model with 4 layers, but this base has 6"):
         EchoAttForCausalLM.from_base(base, num_shared=1, similarity=AttentionSimilarity(torch.eye(4), 1))
-    with pytest.raises(ValueError, match="no use with explicit shared_layers"):
+    with pytest.raises(ValueError, match="do not pass it with explicit shared_layers"):
         EchoAttForCausalLM.from_base(base, shared_layers=[1], similarity=measured)
     for arguments in ({}, {"shared_layers": [1], "num_shared": 1}):
         with pytest.raises(ValueError, match="exactly one"):
@@ -505,7 +505,7 @@ def test_a_base_without_a_head_is_refused():
         ({"shared_layers": [6]}, r"between 1 and 5.*got \[6\]"),
         ({"shared_layers": [-1]}, r"shared_layers=\[-1\] is out of range"),
         ({"shared_layers": [2, 2]}, r"must not repeat a layer, got \[2, 2\]"),
-        ({"shared_layers": [2, 3], "shared_source": [1]}, "one source for each of the 2 shared layers"),
+        ({"shared_layers": [2, 3], "shared_source": [1]}, r"one entry per shared layer \(2\)"),
         ({"shared_layers": [2, 3], "shared_source": [1, 2]}, "layer 2, which has no attention of its own.*1"),
         ({"shared_layers": [2], "shared_source": [3]}, "Layer 2 cannot share with layer 3.*earlier"),
         ({"shared_layers": [2], "shared_source": [2]}, "Layer 2 cannot share with layer 2.*earlier"),

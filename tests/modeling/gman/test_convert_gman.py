@@ -76,5 +76,5 @@ def test_what_does_not_fit(case):
         from_official("gman", incomplete, config=config)
     with pytest.raises(ConversionError, match="no 'history_steps'"):
         from_official("gman", case.weights, config={"spatial_embedding": config["spatial_embedding"]})
-    with pytest.raises(ConversionError, match="no GMAN checkpoint"):
+    with pytest.raises(ConversionError, match="not a GMAN checkpoint"):
         from_official("gman", {"weight": torch.zeros(2)}, config=config)

@@ -337,7 +337,7 @@ class TestBadInput:
             ({"value_std": 0.0}, "value_std=0.0 is out of range: it must be above 0"),
             ({"group_size": 7}, "between 1 and num_nodes"),
             ({"attention_output_layers": 3}, "must be 1 or 2"),
-            ({"sensor_ids": ["a"]}, "1 sensor_ids were given for num_nodes=6"),
+            ({"sensor_ids": ["a"]}, "1 sensor_ids were passed for num_nodes=6"),
             ({"sensor_ids": ["a", "b", "c", "d", "e", "a"]}, "repeated: a"),
         ],
     )

@@ -60,11 +60,11 @@ def test_labels_of_the_caller_are_kept():
 
 def test_bad_sequences_are_refused():
     collator = LandmarkDataCollator(make_config())
-    with pytest.raises(ValueError, match=r"holds landmarks \(token 39\) already"):
+    with pytest.raises(ValueError, match=r"already contains landmarks \(token 39\)"):
         collator([{"input_ids": [3, 39]}])
     with pytest.raises(ValueError, match="1 labels for 2 tokens"):
         collator([{"input_ids": [3, 4], "labels": [3]}])
-    with pytest.raises(ValueError, match="no_loss_after belongs to"):
+    with pytest.raises(ValueError, match="no_loss_after is only for"):
         LandmarkDataCollator(make_config(), no_loss_after=[2])
 
 

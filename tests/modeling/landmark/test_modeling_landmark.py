@@ -251,7 +251,7 @@ def test_hidden_states_of_pieces_are_joined():
     assert len(states) == 3
     for ours, theirs in zip(states, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
-    with pytest.raises(ValueError, match="processed in pieces of 10"):
+    with pytest.raises(ValueError, match="processed in chunks of 10"):
         model(ids, output_attentions=True, past_key_values=LandmarkCache(model.config, top_k=6, max_chunk_length=10))
 
 

@@ -186,7 +186,7 @@ def test_convert_linear_refuses():
         convert_linear(model, ["nothing"])
     with pytest.raises(ValueError, match="lm_head shares its weight"):
         convert_linear(model, "lm_head")
-    with pytest.raises(ValueError, match="16 inputs, which is no multiple of code_length=3"):
+    with pytest.raises(ValueError, match="16 inputs, which is not a multiple of code_length=3"):
         convert_linear(model, ["q_proj"], code_length=3)
     with pytest.raises(ValueError, match="hold 2 tokens"):
         convert_linear(model, ["q_proj"], [torch.tensor([[1, 2]])], progress=False)
@@ -202,12 +202,12 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match=r"last dimension must be 8, got shape \(2, 6\)"):
         MemoryLayer(8, 4, code_length=4)(torch.ones(2, 6))
     for fields, message in (
-        ({"num_tables": 3}, "must be hidden_size"),
+        ({"num_tables": 3}, "must equal hidden_size"),
         ({"code_length": 0}, "code_length=0 is out of range"),
         ({"intermediate_size": 50}, "intermediate_size follows from the tables"),
         ({"temperature": 0.0}, "temperature"),
         ({"extra_bits": -1}, "extra_bits"),
-        ({"head_dim": 4}, "heads must make up hidden_size"),
+        ({"head_dim": 4}, "must equal hidden_size"),
     ):
         with pytest.raises(Exception, match=message):
             MemoryFormerConfig.from_variant("tiny", **fields)

@@ -62,11 +62,11 @@ def test_keys_without_prefix(weights, table):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pe_table": None}, "do not hold the position table"),
+        ({"pe_table": None}, "do not contain the position table"),
         ({"pe_table": None, "PE_path": "missing.npy"}, "no position table missing.npy"),
         ({"pe_table": torch.zeros(3, 5)}, "need .3, 4."),
         ({"functionChoice": "original_update"}, "original_update"),
-        ({"CA_version": 2}, "CA_version=2"),
+        ({"CA_version": 2}, "CA_version must be 0 .* got 2"),
         ({"emb_size": 32}, "emb_size=24, but the configuration says 32"),
         ({"changeX": "True"}, "changeX"),
         ({"CA_heads": 2}, "CA_heads"),
@@ -79,7 +79,7 @@ def test_what_does_not_fit(weights, table, change, message):
 
 def test_grid_is_needed_unless_it_is_a_published_one(weights, table):
     config = {key: value for key, value in CASE.config.items() if key not in ("rows", "cols")}
-    with pytest.raises(ConversionError, match="give `rows` and `cols`"):
+    with pytest.raises(ConversionError, match="pass `rows` and `cols`"):
         from_official("oat", weights, config=config | {"pe_table": table})
 
 

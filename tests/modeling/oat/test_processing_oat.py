@@ -61,7 +61,7 @@ def test_batch_of_scenes_of_different_size(image):
 
 def test_target_of_a_box(image):
     assert OATImageProcessor()(image, BOXES, target_boxes=[8, 2, 19, 18])["target_index"].item() == 1
-    with pytest.raises(ValueError, match="No object is where"):
+    with pytest.raises(ValueError, match="There is no object at the box"):
         object_of_box([30, 30, 40, 40], torch.tensor(BOXES))
 
 
@@ -108,7 +108,7 @@ def test_cells_of_a_grid_cover_the_image():
         ([[0, 0, 10, 10], [9, 9, 2, 2]], "Box 1.*is empty"),
         ([[0.1, 0.1, 0.4, 0.4]], "in pixels"),
         ([[0, 0, 10, 10], [0, 0, 10, 10]], "Boxes 0 and 1 overlap by 100%"),
-        ([[0, 0, float("nan"), 10]], "no numbers"),
+        ([[0, 0, float("nan"), 10]], "not finite"),
     ],
 )
 def test_bad_boxes(image, boxes, message):
@@ -119,7 +119,7 @@ def test_bad_boxes(image, boxes, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_index": 4}, "target_index 4 is no object: there are 4 boxes"),
+        ({"target_index": 4}, "target_index 4 is out of range: there are 4 boxes"),
         ({"target_index": -1}, "target_index -1"),
         ({}, "either target_index or target_boxes"),
         ({"target_index": 0, "grid": (3, 3)}, "9 places in the grid"),

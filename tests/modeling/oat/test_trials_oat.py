@@ -58,7 +58,7 @@ def test_incomplete_annotations(amazon):
     with pytest.raises(ValueError, match=r"1\.jpg has no 'size'"):
         read_amazon(amazon / "Amazon.json", amazon)
     (amazon / "Amazon.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         read_amazon(amazon / "Amazon.json", amazon)
 
 
@@ -88,7 +88,7 @@ def test_shelves(tmp_path):
     [
         ("Choice", "Chosen", "no column Choice"),
         ("Q1_2", "Q9_2", "unknown layout 'Q9_2'"),
-        ("Q3_1,12,1,", "Q3_1,12,28,", "trial 7: 27 is no object"),
+        ("Q3_1,12,1,", "Q3_1,12,28,", "trial 7: Object 27 is out of range"),
         ("Q1_2", "Q1_5", "There is no image"),
     ],
 )
@@ -115,7 +115,7 @@ def test_trials_of_ones_own(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     assert [trial.scanpath for trial in read_trials(file)] == [[0, 1], [0, 5]]
     file.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "target_index": 6}))
-    with pytest.raises(ValueError, match="line 2: 6 is no object"):
+    with pytest.raises(ValueError, match="line 2: Object 6 is out of range"):
         read_trials(file)
     file.write_text(json.dumps({"image": "a.png"}))
     with pytest.raises(ValueError, match="line 1: there is no 'boxes'"):

@@ -335,7 +335,7 @@ class TestBadInput:
             PathEnsembleForImageClassification.from_base(base)
 
     def test_weights_of_something_else(self):
-        with pytest.raises(ConversionError, match="no weights of a vision transformer"):
+        with pytest.raises(ConversionError, match="not weights of a supported vision transformer"):
             from_official("path_ensemble", {"conv.weight": torch.zeros(1)})
 
     def test_leftover_weights(self):

@@ -191,6 +191,18 @@ def test_from_base_has_the_states_of_the_base(base):
         torch.testing.assert_close(model(ids).pooler_output, normalize(states[:, -1], dim=-1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("design", [3, 5])
+def test_the_lowest_layers_of_a_base_are_a_base(design):
+    set_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "num_hidden_layers": 4}))
+    model = PoolingAttentionModel.from_base(base, design=design, num_hidden_layers=3, **HEAD)
+    assert len(model.config.layer_types) == len(model.model.layers) == len(model.head.layer_embeddings) == 3
+    assert {name.split(".")[2] for name in model.base_report.dropped if "layers." in name} == {"3"}
+    torch.testing.assert_close(model.model.layers[2].state_dict(), base.model.layers[2].state_dict(), atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"layers\.4"):
+        PoolingAttentionModel.from_base(base, design=5, num_hidden_layers=5, **HEAD)
+
+
 def test_bidirectional_states_are_those_of_transformers_without_causality():
     set_seed(0)
     base = Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()

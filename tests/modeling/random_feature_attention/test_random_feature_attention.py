@@ -211,7 +211,7 @@ def test_the_estimator_passes_the_checks_of_scikit_learn_and_takes_sequences():
     flat = RandomFeatureAttentionRegressor(60, input_dim=4, random_state=0).fit(x[:150].flatten(1).numpy(), y[:150])
     np.testing.assert_allclose(flat.predict(x.flatten(1).numpy()), search.predict(x.numpy()))
     for rows, message in (
-        (x.flatten(1), "say with input_dim"),
+        (x.flatten(1), "set input_dim"),
         (x[:, :1], "at least one key"),
         (x[..., None], "3 axes"),
     ):
@@ -238,7 +238,7 @@ def test_conversion_names_what_does_not_fit():
     ("call", "message"),
     [
         (lambda: attention()(inputs(keys=4)), r"must be \(batch, 4, 4\).*got shape \(40, 5, 4\)"),
-        (lambda: attention()(), "inputs_embeds is needed"),
+        (lambda: attention()(), "inputs_embeds of shape .* is required"),
         (lambda: attention()(inputs(), labels=torch.ones(3)), r"labels must be \(40,\).*got \(3,\)"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), -1e-3), "at least 0, got -0.001"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), math.nan), "at least 0, got nan"),
@@ -246,7 +246,7 @@ def test_conversion_names_what_does_not_fit():
         (lambda: attention().fit_ridge(inputs(0), torch.ones(0), 1e-3), "at least one sample, got none"),
         (lambda: attention().fit_ridge(inputs(), torch.full((40,), math.nan), 1e-3), "NaN or infinity"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), 1.0, "qr"), "'dual', got 'qr'"),
-        (lambda: ridge_values(torch.ones(3, 2), torch.ones(3), 0.0), "singular: take a lambda above 0"),
+        (lambda: ridge_values(torch.ones(3, 2), torch.ones(3), 0.0), "singular: use a lambda above 0"),
         (lambda: infinite_head_kernel(inputs()[:, :1]), "at least one key"),
         (lambda: infinite_head_kernel(inputs(), weight_std=0), "must be positive, got 0"),
         (lambda: target_function(inputs(), sphere(4), "keys"), "no target 'keys'. Targets: query, key"),

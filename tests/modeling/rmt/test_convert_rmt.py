@@ -71,7 +71,7 @@ def test_token_label_head(weights, config):
     assert torch.equal(model.token_classifier.weight, weights["aux_head.weight"])
 
     weights["aux_head.weight"] = torch.randn(6, 40)
-    with pytest.raises(ConversionError, match="aux_head takes 40 features, and the last stage has 48"):
+    with pytest.raises(ConversionError, match="aux_head takes 40 features, but the last stage has 48"):
         from_official("rmt", weights, config=config)
 
 
@@ -120,9 +120,9 @@ def official_name(name: str) -> str:
 def test_what_does_not_fit_is_named(weights, config):
     with pytest.raises(ConversionError, match="num_heads"):
         from_official("rmt", weights)
-    with pytest.raises(ConversionError, match=r"layers\.0\.Relpos\.decay holds other values"):
+    with pytest.raises(ConversionError, match=r"layers\.0\.Relpos\.decay does not match the configuration"):
         from_official("rmt", weights, config={**config, "heads_ranges": [3, 4, 6, 6]})
-    with pytest.raises(ConversionError, match="keys that rmt does not know: extra"):
+    with pytest.raises(ConversionError, match="keys that rmt does not use: extra"):
         from_official("rmt", {**weights, "extra.weight": torch.zeros(1)}, config=config)
     with pytest.raises(ConversionError, match="no official layout of RMT"):
         from_official("rmt", {"weight": torch.zeros(1)})

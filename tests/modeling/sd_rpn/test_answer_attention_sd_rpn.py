@@ -146,7 +146,7 @@ def test_recipes_for_larger_models(recipe, message):
 def test_inputs_that_are_wrong():
     model, inputs = tiny_base("llava"), prompts("llava")
     two = [torch.tensor([9, 8])] * 2
-    with pytest.raises(ValueError, match=r"one image; they have \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"one image, got \[0, 0\]"):
         answer_attention(model, {**inputs, "input_ids": inputs["input_ids"] * 0 + 9}, two, RECIPE)
     with pytest.raises(ValueError, match="non-empty answer for each of the 2 prompts"):
         answer_attention(model, inputs, two[:1], RECIPE)

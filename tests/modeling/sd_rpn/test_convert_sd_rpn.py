@@ -103,7 +103,7 @@ def test_a_shard_with_the_network_has_to_be_there(shards, tmp_path, capsys):
     (shards / "model-00002-of-00002.safetensors").unlink()
     assert convert(shards, tmp_path / "rpn") == 2
     error = capsys.readouterr().err
-    assert "is in model-00002-of-00002.safetensors, which is not in" in error and "Download that file too" in error
+    assert "is in model-00002-of-00002.safetensors, which is not in" in error and "Download it" in error
     assert not (tmp_path / "rpn").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_base_without_a_network_is_refused(case):
 
 
 def test_what_is_left_over_or_missing_is_named(case):
-    with pytest.raises(ConversionError, match=r"does not know: model\.detector\.weight"):
+    with pytest.raises(ConversionError, match=r"does not use: model\.detector\.weight"):
         from_official("sd_rpn", {**case.weights, "model.detector.weight": torch.zeros(1)}, config=case.config)
     name = "model.twig_layers.1.mlp.down_proj.weight"
     with pytest.raises(ConversionError, match=r"no weights for layers\.1\.mlp\.down_proj\.weight"):

@@ -103,9 +103,11 @@ def test_images_that_follow_each_other_are_told_apart():
 
 def test_image_tokens_that_make_no_image_are_refused():
     config = tiny_base("llava").config
-    with pytest.raises(ValueError, match="40 image tokens in the prompts are no whole number of images of 36 tokens"):
+    with pytest.raises(
+        ValueError, match="40 image tokens in the prompts are not a multiple of the 36 tokens of an image"
+    ):
         find_images(config, llava_ids(40))
-    with pytest.raises(ValueError, match="do not fit its images: 18 tokens from position 1 on, for an image of 6x6"):
+    with pytest.raises(ValueError, match="do not match its images: 18 tokens from position 1 on, for an image of 6x6"):
         find_images(config, llava_ids(18, 18))
     qwen = tiny_base("qwen2_5_vl").config
     grid = torch.tensor([[1, 4, 6]])
@@ -119,7 +121,9 @@ def test_image_tokens_that_make_no_image_are_refused():
 def test_llava_next_needs_text_between_images():
     config = tiny_base("llava_next").config
     token = config.image_token_id
-    with pytest.raises(ValueError, match=r"1 runs of image tokens .* for 2 images\. Put text between images"):
+    with pytest.raises(
+        ValueError, match=r"1 runs of image tokens .* for 2 images\. Put text between consecutive images"
+    ):
         find_images(config, torch.tensor([[1] + [token] * 80]), image_sizes=torch.tensor([[60, 60], [60, 60]]))
     found = find_images(config, torch.tensor([[1] + [token] * 40 + [50]]), image_sizes=torch.tensor([[60, 60]]))
     assert found == [ImageCells(0, 1, 40, (GRID, GRID))]
@@ -129,7 +133,7 @@ def test_llava_next_needs_text_between_images():
 def test_images_without_image_tokens_are_refused(kind):
     inputs = encoded(kind)
     inputs["input_ids"][inputs["input_ids"] == tiny_base(kind).config.image_token_id] = 50
-    with pytest.raises(ValueError, match="There are images but no image tokens"):
+    with pytest.raises(ValueError, match="There are images, but no image tokens"):
         run_first_pass(tiny_base(kind), BRANCH, **inputs)
 
 

@@ -332,7 +332,7 @@ def test_thresholds(kind):
     assert generator.prepare("What?", square()).images[0][0].threshold == 0.3
     assert generator.prepare("What?", square(), task="textvqa").images[0][0].threshold == 0.2
     assert generator.prepare("What?", square(), threshold=-0.5).images[0][0].threshold == -0.5
-    with pytest.raises(ValueError, match="give one of task and threshold"):
+    with pytest.raises(ValueError, match="pass either task or threshold"):
         generator.prepare("What?", square(), task="textvqa", threshold=0.1)
     with pytest.raises(ValueError, match=r"between -1 and 1 .* got 15"):
         generator.prepare("What?", square(), threshold=15)
@@ -467,14 +467,14 @@ def test_inputs_with_fewer_originals_than_images(kind):
     generator = make_generator(kind)
     read = read_prompt(generator.processor, "What?", square())
     inputs = encode_prompts(generator.processor, generator.base.config, [read])
-    with pytest.raises(ValueError, match="tokens of 1 images, but 0 images are given"):
+    with pytest.raises(ValueError, match="tokens of 1 images, but 0 images were passed"):
         generator.focus(inputs, [[]], 0.4)
 
 
 def test_without_a_chat_template_the_prompt_has_to_be_written_out(kind):
     generator = make_generator(kind, NONE)
     generator.processor.chat_template = None
-    with pytest.raises(ValueError, match=r"no chat template\. Write the prompt as the base expects it"):
+    with pytest.raises(ValueError, match=r"no chat template\. Pass the prompt in the format of the base"):
         generator.prepare("What?", square())
     assert len(generator.generate(f"{generator.processor.image_token} What?", square(), **GREEDY)) == 1
     assert len(generator.generate("Hello", **GREEDY)) == 1

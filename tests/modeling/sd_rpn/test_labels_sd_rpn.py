@@ -137,8 +137,8 @@ def test_half_precision_maps_are_compared_exactly():
     [
         (torch.zeros(1, 4, 4), torch.zeros(1, 4, 5), r"\(1, 4, 4\) and \(1, 4, 5\)"),
         (torch.zeros(4, 4), torch.zeros(4, 4), "same shape"),
-        (torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4), "grounding map holds negative or non-finite"),
-        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), -0.1), "sink map holds negative"),
+        (torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4), "grounding map contains negative or non-finite"),
+        (torch.zeros(1, 4, 4), torch.full((1, 4, 4), -0.1), "sink map contains negative"),
     ],
 )
 def test_maps_that_are_wrong(rule, grounding, sink, message):

@@ -342,10 +342,10 @@ def test_bases_that_are_not_known_are_refused():
         SdRpnModel.config_from_base(CLIPVisionConfig())
     with pytest.raises(ValueError, match=r"no published SD-RPN for a llava with 7 layers of width 32.*branch_layer="):
         SdRpnModel.from_base(tiny_base("llava"))
-    with pytest.raises(ValueError, match="does not know the language model 'gpt2'"):
+    with pytest.raises(ValueError, match="does not support the language model 'gpt2'"):
         SdRpnModel.config_from_base(LlavaConfig(text_config={"model_type": "gpt2"}), branch_layer=2)
     windowed = LlavaConfig(text_config=MistralConfig(sliding_window=8))
-    with pytest.raises(ValueError, match="sliding window is not supported"):
+    with pytest.raises(ValueError, match="does not support a base with sliding-window attention"):
         SdRpnModel.config_from_base(windowed, branch_layer=2)
 
 

@@ -74,15 +74,15 @@ MANY_TIMES = (
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda command: Reduced(os.system, command), "asks for (posix|nt).system"),
-        (lambda command: [{"deep": (1, [Reduced(os.system, command)])}], "asks for (posix|nt).system"),
+        (lambda command: Reduced(os.system, command), "refers to (posix|nt).system"),
+        (lambda command: [{"deep": (1, [Reduced(os.system, command)])}], "refers to (posix|nt).system"),
         (lambda command: np.array([1, Reduced(os.system, command)], dtype=object), "array of 'O8'"),
         (np.array([1, "a"], dtype=object), "array of 'O8'"),
         (np.array(["abc"]), "array of 'U3'"),
         (np.zeros(2, dtype=[("a", "f4")]), "array of 'V4'"),
         (np.ma.array([1.0], mask=[True]), r"asks for numpy\.ma"),
         (Reduced(eval, "1 + 1"), "asks for builtins.eval"),
-        (torch.zeros(2), r"asks for torch"),
+        (torch.zeros(2), r"refers to torch"),
         ({1, 2}, "object of the type set"),
         ({(1, 2): 3}, "keys are neither"),
         (itself(), "contains itself"),
@@ -91,9 +91,9 @@ MANY_TIMES = (
         (pickle.dumps([1.5] * 9)[:-9], "bad.pkl"),
         # What an unpickler would reserve 64 GB for, and 8 TB.
         (b"\x80\x02]r\xff\xff\xff\xff.", "memoises object 4294967295 after 0"),
-        (b"\x80\x04\x95" + (2**43).to_bytes(8, "little") + b"].", "announces more data than it has"),
+        (b"\x80\x04\x95" + (2**43).to_bytes(8, "little") + b"].", "declares more data than it contains"),
         # 1 kB of text as bytes a thousand times
-        (MANY_TIMES, "makes more data than it has"),
+        (MANY_TIMES, "creates more data than it contains"),
         (b"PK\x03\x04 no pickle", "bad.pkl"),
         (b"", "exhausted before seeing STOP"),
     ],
@@ -105,7 +105,7 @@ def test_anything_else_is_refused(tmp_path, content, message):
     path = write(tmp_path / "bad.pkl", content)
     with pytest.raises(PlainPickleError, match=message) as error:
         load_plain_pickle(path)
-    assert "bad.pkl is not read" in str(error.value)
+    assert "bad.pkl cannot be read" in str(error.value)
     assert not marker.exists()
     assert not hasattr(_ArrayClass, "x")
 
@@ -171,10 +171,10 @@ def test_qwens_maps_become_a_data_set_and_know_their_padding(images):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda content: {"a": 1}, ValueError, "holds no list"),
+        (lambda content: {"a": 1}, ValueError, "does not contain a list"),
         (lambda content: [content[0], {"image": "x"}], ValueError, "Entry 1 of .* lacks prompt, text, sink_attn"),
         (lambda content: [{**content[0], "image": "gqa/c.png"}], FileNotFoundError, "There is no gqa/c.png"),
-        (lambda content: [{**content[0], "sink_attn": np.zeros(35)}], ValueError, "35 cells is no square"),
+        (lambda content: [{**content[0], "sink_attn": np.zeros(35)}], ValueError, "35 cells is not square"),
     ],
 )
 def test_other_plain_data(images, change, error, message):

@@ -94,7 +94,7 @@ def test_checkpoint_without_a_head():
 
 def test_left_over_and_missing_keys_are_named():
     weights = timm.models.shvit.SHViT(num_classes=5, **TINY).state_dict()
-    with pytest.raises(ConversionError, match="keys that shvit does not know: extra"):
+    with pytest.raises(ConversionError, match="keys that shvit does not use: extra"):
         from_official("shvit", {**weights, "extra.weight": torch.zeros(1)})
     del weights["stages.1.blocks.0.mixer.m.pre_norm.bias"]
     with pytest.raises(ConversionError, match=r"no weights for .*stages.1.layers.0.attention.norm.bias"):
@@ -105,5 +105,5 @@ def test_configuration_has_to_agree():
     weights = timm.models.shvit.SHViT(num_classes=5, **TINY).state_dict()
     with pytest.raises(ConversionError, match=r"depth=\[1, 1, 2\], but the configuration says \[1, 1, 1\]"):
         from_official("shvit", weights, config={"depth": [1, 1, 1]})
-    with pytest.raises(ConversionError, match="no SHViT checkpoint"):
+    with pytest.raises(ConversionError, match="not an SHViT checkpoint"):
         from_official("shvit", {"weight": torch.zeros(1)})

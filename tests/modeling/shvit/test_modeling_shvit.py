@@ -167,7 +167,7 @@ def test_fusing_is_for_inference():
 def test_a_part_of_a_model_is_not_fused_alone(tmp_path):
     model = randomize(SHViTForImageClassification(tiny_config()))
     for part in (model.shvit, model.shvit.encoder):
-        with pytest.raises(ValueError, match=r"part of a SHViT(ForImageClassification|Model): fuse that"):
+        with pytest.raises(ValueError, match=r"part of a SHViT(ForImageClassification|Model): fuse the whole model"):
             part.fuse()
     assert not model.config.fused
     model.save_pretrained(tmp_path)
@@ -180,7 +180,7 @@ def test_a_part_of_a_model_is_not_fused_alone(tmp_path):
 def test_a_fused_model_takes_no_adapters():
     peft = pytest.importorskip("peft")
     model = randomize(SHViTForImageClassification(tiny_config())).fuse()
-    message = r"takes no adapters.*before `fuse\(\)`"
+    message = r"does not support adapters.*before `fuse\(\)`"
     with pytest.raises(ValueError, match=message):
         peft.get_peft_model(model, peft.LoraConfig(r=2, inference_mode=True))
     config = peft.LoraConfig(r=2, target_modules=["embeddings.layers.0.conv"], inference_mode=True)

@@ -179,7 +179,10 @@ def test_attentions_are_recorded_on_request_and_do_not_change_the_output():
 @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention", "sigmoid_flash", "eager_paged"])
 def test_attention_of_another_kind_is_refused(name):
     config = tiny_config()
-    with pytest.raises(ValueError, match=rf"computes sigmoid attention; attn_implementation='{name}'.*sigmoid_eager"):
+    with pytest.raises(
+        ValueError,
+        match=rf"computes sigmoid attention and does not support attn_implementation='{name}'.*sigmoid_eager",
+    ):
         SigmoidAttentionForCausalLM._from_config(config, attn_implementation=name)
     model = SigmoidAttentionForCausalLM(tiny_config())
     with pytest.raises(ValueError, match="computes sigmoid attention"):

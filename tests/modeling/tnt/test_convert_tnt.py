@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_named():
         from_official("tnt", weights)
     with pytest.raises(ConversionError, match="legacy=False"):
         from_official("tnt", weights, config={**TINY, "legacy": True})
-    with pytest.raises(ConversionError, match="keys that tnt does not know: extra"):
+    with pytest.raises(ConversionError, match="keys that tnt does not use: extra"):
         from_official("tnt", {**weights, "extra.weight": torch.zeros(1)}, config=TINY)
     del weights["blocks.1.norm_in.bias"]
     with pytest.raises(ConversionError, match=r"no weights for tnt\.layers\.1\.inner_norm1\.bias"):

@@ -111,7 +111,7 @@ def test_conversion_takes_what_a_mixer_needs():
     ("call", "message"),
     [
         (lambda: TokenMixerConfig(mixer="sofmax"), "no token mixer 'sofmax'"),
-        (lambda: TokenMixerConfig(mixer="fourier"), "no causal form; classify with causal=False"),
+        (lambda: TokenMixerConfig(mixer="fourier"), "no causal form; use a classifier with causal=False"),
         (lambda: TokenMixerConfig(num_attention_heads=4), "one head, got num_attention_heads=4"),
         (lambda: TokenMixerConfig(mixer_window=-1), "mixer_window=-1 is out of range"),
         (lambda: TokenMixerConfig(mixer="spatial_gating", hidden_size=33), "hidden_size 33 is odd"),
@@ -120,7 +120,7 @@ def test_conversion_takes_what_a_mixer_needs():
         (lambda: make("softmax")(token_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4)), "mask for pairs of tokens"),
         (
             lambda: make("fourier", TokenMixerForSequenceClassification)(token_ids(1, 4), use_cache=True),
-            "takes no cache",
+            "does not support a cache",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_fitting_is_reproducible():
 
 def test_bad_input_is_refused():
     model = VitPatternAutoencoder(VitPatternAutoencoderConfig.from_variant("tiny"))
-    with pytest.raises(ValueError, match=r"must be \(heads, 12, 12\).*\(3, 13, 13\)"):
+    with pytest.raises(ValueError, match=r"of shape \(heads, 12, 12\).*\(3, 13, 13\)"):
         model(maps(3, 13))
     with pytest.raises(ValueError, match="at least 2 heads, got 1"):
         model.fit(maps(1))

@@ -209,14 +209,16 @@ def test_documents_come_in_pairs():
 
 def test_texts_that_do_not_fit_are_refused():
     model = tiny_model()
-    with pytest.raises(ValueError, match="has 65 tokens, but the model was made for max_position_embeddings=64"):
+    with pytest.raises(ValueError, match="has 65 tokens, but the model has max_position_embeddings=64"):
         model(some_ids(1, 65))
     assert model(some_ids(1, 64)).logits.shape == (1, 2)
     with pytest.raises(ValueError, match="no tokens"):
         model(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"padding in rows \[1\]"):
         model(torch.tensor([[3, 4], [0, 0]]))
-    with pytest.raises(ValueError, match=r"attention_mask must be \(batch, length\), here \(2, 13\), got \(2, 14\)"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must have the shape \(batch, length\) = \(2, 13\), got \(2, 14\)"
+    ):
         model(some_ids(), attention_mask=torch.ones(2, 14))
     with pytest.raises(ValueError, match="exactly one"):
         model()
@@ -238,13 +240,13 @@ def test_labels_out_of_range_are_named():
         ({"attention_type": "reformer"}, "reformer"),
         (
             {"attention_type": "local", "attention_kwargs": {"window": 3}},
-            "window, which it does not know. Known: block_size",
+            "unknown entries window. Supported: block_size",
         ),
         ({"attention_type": "local", "attention_kwargs": {"block_size": 0}}, "block_size"),
         ({"attention_type": "linformer", "attention_kwargs": {"rank": 2.5}}, "must be an integer, got 2.5"),
         ({"attention_type": "performer", "attention_kwargs": {"kernel": "cos"}}, "one of relu, softmax, got 'cos'"),
-        ({"attention_type": "sparse", "attention_kwargs": {"block_size": 8}}, "summary_size may not be larger"),
-        ({"num_key_value_heads": 2}, "no grouped heads"),
+        ({"attention_type": "sparse", "attention_kwargs": {"block_size": 8}}, "summary_size must be at most"),
+        ({"num_key_value_heads": 2}, "does not support grouped heads"),
         ({"pooling": "max"}, "max"),
         ({"head_dim": 0}, "head_dim"),
     ],

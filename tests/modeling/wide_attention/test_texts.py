@@ -40,7 +40,7 @@ def test_symbols():
     tokenizer = symbol_tokenizer(SYMBOLS)
     assert len(tokenizer) == 17
     assert tokenizer("[MAX 2 9 ] ?")["input_ids"] == [13, 4, 11, 16, 1]
-    with pytest.raises(ValueError, match="may not repeat"):
+    with pytest.raises(ValueError, match="must be unique"):
         symbol_tokenizer(["a", "a"])
 
 

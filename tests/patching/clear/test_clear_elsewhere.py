@@ -168,7 +168,7 @@ def test_averages_of_parameters(tmp_path):
             for tensor, other in zip(loaded.shadow_params, average.shadow_params, strict=True):
                 assert torch.equal(tensor, other)
         else:
-            with pytest.raises(ValueError, match=r"spatial weights are not part of it.*save_clear_weights"):
+            with pytest.raises(ValueError, match=r"does not include CLEAR's spatial weights.*save_clear_weights"):
                 average.save_pretrained(tmp_path)
 
 

@@ -141,12 +141,12 @@ def test_progress_says_which_stage_it_is(pipe, capsys):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sizes": [(8, 12), (15, 24)]}, ValueError, "multiples of 2 pixels here, and one is 15 x 24"),
+        ({"sizes": [(8, 12), (15, 24)]}, ValueError, "multiples of 2 pixels, got 15 x 24"),
         ({"sizes": [16, 8]}, ValueError, r"\(8, 8\) follows \(16, 16\)"),
-        ({"strength": 0.1}, ValueError, "leave at least one of 4 steps, got 0.1"),
+        ({"strength": 0.1}, ValueError, "large enough for at least one of 4 steps, got 0.1"),
         ({"start_stage": 3}, ValueError, "one of the 3 stages, counted from 0, got 3"),
         ({"start_stage": 1}, ValueError, "pass the `image` of stage 0 or the `folder`"),
-        ({"clear_weights": "clear_local_8"}, ValueError, "has CLEAR attention already"),
+        ({"clear_weights": "clear_local_8"}, ValueError, "already has CLEAR attention"),
     ],
 )
 def test_bad_input(pipe, change, error, message):
@@ -156,12 +156,12 @@ def test_bad_input(pipe, change, error, message):
 
 
 def test_more_bad_input(pipe, tmp_path):
-    with pytest.raises(ValueError, match="has full attention, which large images are too much for"):
+    with pytest.raises(ValueError, match="has full attention, which is too expensive for large images"):
         generate_high_resolution(pipe, "north", SIZES)
-    with pytest.raises(ValueError, match="multiples of 8 pixels here, and one is 8 x 12"):
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 8 x 12"):
         generate_high_resolution(pipe, "north", SIZES, clear_weights=weights_file(pipe, tmp_path, 4), **SHORT)
     apply_clear(pipe.transformer, radius=2)
     with pytest.raises(FileNotFoundError, match=r"stage_0_8x12\.png does not exist"):
         generate_high_resolution(pipe, "north", SIZES, folder=tmp_path, start_stage=1, **SHORT)
-    with pytest.raises(TypeError, match="for a FluxPipeline, and this is a FluxTransformer2DModel"):
+    with pytest.raises(TypeError, match="needs a FluxPipeline, got a FluxTransformer2DModel"):
         generate_high_resolution(pipe.transformer, "north", SIZES)

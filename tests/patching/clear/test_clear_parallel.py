@@ -165,10 +165,10 @@ def test_averaging_is_the_mean_over_processes_of_attention_to_text_and_strip(res
 def test_what_is_refused_when_called(results):
     for result in results:
         assert result["errors"] == {
-            "halo": "8 rows of tokens on 4 processes leave one with 2, and its neighbour needs 3 of them with a radius of 4. "
-            "Use fewer processes, or larger images.",
-            "rows": "3 rows of tokens are too few for 4 processes. Use fewer.",
-            "nested": "The transformer runs on several processes already: clear_parallel contexts cannot be nested.",
+            "halo": "8 rows of tokens on 4 processes leave one process with 2, but its neighbour needs 3 of them with "
+            "a radius of 4. Use fewer processes, or larger images.",
+            "rows": "3 rows of tokens are too few for 4 processes. Use fewer processes.",
+            "nested": "The transformer already runs on several processes: clear_parallel contexts cannot be nested.",
             "gradients": "CLEAR on several processes is for inference: call the model under `torch.no_grad()`.",
         }
 
@@ -179,9 +179,9 @@ def test_what_is_refused_at_once(monkeypatch):
             pass
 
     model = tiny_flux()
-    with pytest.raises(TypeError, match="this is a SD3Transformer2DModel"):
+    with pytest.raises(TypeError, match="got a SD3Transformer2DModel"):
         enter(tiny_sd3())
-    with pytest.raises(ValueError, match="one of exact, averaged, not 'fast'"):
+    with pytest.raises(ValueError, match="one of exact, averaged, got 'fast'"):
         enter(model, "fast")
     with pytest.raises(RuntimeError, match="no process group: start with `torchrun`"):
         enter(model)

@@ -36,7 +36,7 @@ from hf_attn.patching.sigma_reparam import (
 
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
-READ = "its weight is read by the model, which does not call it"
+READ = "the model reads its weight without calling it"
 
 
 def input_ids(seed: int = 0) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_layers_tied_later_are_not_folded():
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"})
     apply_sigma_reparam(model)
     model["b"].weight = model["a"].weight
-    with pytest.raises(ValueError, match="a and b share a weight and have a gamma each"):
+    with pytest.raises(ValueError, match="a and b share a weight but have different gammas"):
         fold_sigma_reparam(model)
 
 

@@ -82,7 +82,7 @@ def test_adapters_that_compute_with_the_weight_say_fold_first(name):
 
 def test_adapters_that_were_there_before():
     adapted = peft.get_peft_model(tiny_llama(), RIGHT["lora"]())
-    with pytest.raises(ValueError, match=r"q_proj has an adapter of PEFT.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"q_proj has a PEFT adapter.*merge_and_unload"):
         apply_sigma_reparam(adapted)
     assert not any(isinstance(layer, SigmaReparamLayer) for layer in adapted.modules())
     apply_sigma_reparam(adapted.merge_and_unload())

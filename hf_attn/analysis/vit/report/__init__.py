@@ -1,4 +1,4 @@
-"""One HTML page with linked views of an analysis; it holds its data and its pictures, and needs no network."""
+"""One HTML page with linked views of an analysis; it contains its data and images, and needs no network."""
 
 import base64
 import html
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..results import ViTAnalysis
 
 
-#: pictures of a page
+#: number of images on a page
 _SHOWN = 60
 #: their longest side in pixels
-_PICTURE_SIDE = 160
+_IMAGE_SIDE = 160
 
 
 def write_page(analysis: "ViTAnalysis", path: Path) -> Path:
@@ -62,7 +62,7 @@ def _data(analysis: "ViTAnalysis") -> dict[str, Any]:
         "metrics": list(analysis.metrics),
         "ranking": analysis.ranking_metric,
         "num_images": len(analysis.pictures),
-        "images": [_picture(picture) for picture in analysis.pictures[:shown]],
+        "images": [_encoded(image) for image in analysis.pictures[:shown]],
         "facts": _facts(analysis, shown),
         "changes": {name: _floats(values[..., :shown]) for name, values in analysis.leave_one_out.items()},
         "importance": {
@@ -133,11 +133,11 @@ def _facts(analysis: "ViTAnalysis", shown: int) -> list[str]:
     return facts
 
 
-def _picture(picture: np.ndarray) -> str:
+def _encoded(pixels: np.ndarray) -> str:
     from PIL import Image
 
-    image = Image.fromarray(picture)
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    image = Image.fromarray(pixels)
+    image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG" if max(image.size) <= 64 else "JPEG", quality=85)
     return f"data:image/{'png' if max(image.size) <= 64 else 'jpeg'};base64,{_text(buffer.getvalue())}"
