@@ -1,4 +1,4 @@
-"""Tests that every causal language model is subject to: empty batches, ONNX with free batch and length."""
+"""Tests of every causal language model: empty batches, ONNX with dynamic batch size and length."""
 
 import onnxruntime
 import pytest

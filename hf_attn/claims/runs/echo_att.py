@@ -200,5 +200,8 @@ def draw(data: dict, figure) -> None:
     image = left.imshow(data["similarity"], vmin=0, vmax=1, origin="lower")
     figure.colorbar(image, ax=left, shrink=0.8)
     left.set(xlabel="layer", ylabel="layer", title="similarity of attention maps\n(SmolLM2)")
-    losses = {name.replace(" ", "\n", 1): [run["test"] for run in runs] for name, runs in data["runs"].items()}
-    bars(right, losses, "bits/character", "small models: loss on\nheld-out text (lower is better)")
+    losses = {
+        name.replace(", ", ",\n").replace("layer ", "layer\n"): [run["test"] for run in runs]
+        for name, runs in data["runs"].items()
+    }
+    bars(right, losses, "bits/character", "small models: held-out loss\n(lower is better)")

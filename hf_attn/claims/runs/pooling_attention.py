@@ -219,5 +219,8 @@ def draw(data: dict, figure) -> None:
             axes.plot([index] * len(values), values, "o", color=COLORS[index], alpha=0.4, markersize=4)
             axes.plot([index - 0.35, index + 0.35], [fmean(values)] * 2, color="black", linewidth=3)
         axes.set_xticks(range(len(data["runs"])), list(data["runs"]))
-        axes.set(xlabel="design", title=kind)
+        axes.set_title(kind)
+    figure.supxlabel(
+        "design: 1 to 3 causal, last token; 4 and 5 bidirectional, all tokens; 3 and 5 all layers", fontsize=9
+    )
     figure.axes[0].set_ylabel("score (dot: a task, line: mean)")

@@ -12,7 +12,7 @@ from hf_attn.modeling.wide_attention.modeling_wide_attention import WideTransfor
 from tests.batteries.imaging import randomize
 
 
-#: sizes at which a short text shows what the type does
+#: sizes at which a short text tests the pattern of each type
 ARGUMENTS = {
     "linformer": {"rank": 4},
     "local": {"block_size": 4},
@@ -23,7 +23,7 @@ ARGUMENTS = {
     "bigbird": {"block_size": 4, "num_random_blocks": 1},
     "performer": {"num_features": 16},
 }
-#: the types whose weights are those of single keys
+#: types with weights for single keys
 WEIGHTED = ("softmax", "local", "sparse", "longformer", "synthesizer", "bigbird")
 BOTH = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 EVERY_TYPE = pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
