@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Pre-train a DeBERTa with its enhanced mask decoder, then fine-tune it with and without SiFT.
 
-A small model from random weights, on English prose that is part of Python, about ten minutes on one core:
+A small model from random weights, on English prose that is part of Python, about six minutes on one core:
 
     python scripts/run_deberta.py --output_dir out
 

@@ -46,8 +46,8 @@ class ScriptArguments:
         metadata={"help": "Decoder, or an embedder to train further. Default: SmolLM2-135M-Instruct."},
     )
     design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
-    num_latents: int = field(default=32, metadata={"help": "Number of latents of the head."})
-    num_pooling_heads: int = field(default=8, metadata={"help": "Number of attention heads of the pooling head."})
+    num_latents: int = field(default=8, metadata={"help": "Number of latents of the head."})
+    num_pooling_heads: int = field(default=9, metadata={"help": "Number of attention heads of the pooling head."})
     pooling_head_dim: int = field(
         default=64, metadata={"help": "Dimension of the attention heads of the pooling head."}
     )
@@ -91,7 +91,7 @@ class EmbeddingArguments(command_line.MachineArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per evaluation step."})
-    max_steps: int = field(default=40, metadata={"help": "Steps."})
+    max_steps: int = field(default=100, metadata={"help": "Steps."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
     )

@@ -95,7 +95,7 @@ def test_imports_point_down(part):
         for module in PATHS
         if part_of(module) == part
         for imported in imports(module)
-        # The package itself offers names of every level, each when it is asked for.
+        # The package itself exports names of every level, which are imported on access.
         if imported != "hf_attn" and LEVEL_OF[part_of(imported)] > LEVEL_OF[part]
     ]
     assert not upward, "\n".join(upward)

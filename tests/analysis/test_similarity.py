@@ -159,7 +159,7 @@ def test_ranking_and_number_of_shared_layers():
     result = AttentionSimilarity(similarity, 1)
     assert result.shared_layers(num_shared=0) == []
     assert result.shared_layers(num_shared=1) == [2]
-    # Layer 3 then uses the map of layer 1, which it resembles more than layer 2.
+    # Layer 3 then uses the map of layer 1, to which its own map is more similar than to that of layer 2.
     assert result.shared_layers(num_shared=2) == [2, 3]
     assert result.shared_layers(num_shared=4) == [1, 2, 3, 4]
     for arguments in ({}, {"block_size": 2, "num_shared": 1}):

@@ -1,4 +1,4 @@
-"""How exact an implementation has to be: measured against its specification, not picked."""
+"""Tolerances of implementations, measured from the reference implementation instead of chosen by hand."""
 
 import torch
 

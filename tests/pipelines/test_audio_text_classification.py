@@ -140,7 +140,7 @@ def test_an_array_needs_its_sampling_rate(pipe):
         pipe(speech(), text=TEXT)
 
 
-def test_the_picture_shows_where_each_word_goes(pipe):
+def test_the_plot_shows_the_transport_of_each_word(pipe):
     pytest.importorskip("matplotlib")
     figure = pipe.plot({"audio": {"array": speech(), "sampling_rate": RATE}, "text": TEXT})
     spectrogram, words = (axis.images[0].get_array() for axis in figure.axes[:2])

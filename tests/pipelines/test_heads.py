@@ -1,4 +1,4 @@
-"""A pipeline refuses weights that were saved without a head, and takes them with one."""
+"""A pipeline refuses weights that were saved without a head, and accepts weights with one."""
 
 import pytest
 from transformers import AutoModel, AutoModelForImageToImage, AutoModelForTimeSeriesPrediction, pipeline

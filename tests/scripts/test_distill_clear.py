@@ -1,12 +1,10 @@
 """scripts/distill_clear.py on its tiny FLUX."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,10 @@ from safetensors.torch import load_file
 from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
 from hf_attn.patching.clear.example import tiny_flux_pipeline
 from hf_attn.patching.clear.weights import load_clear_weights
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"
+SCRIPT = SCRIPTS / "distill_clear.py"
 SMALL = [
     "--num_samples",
     "10",
@@ -43,16 +42,13 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("distill_clear", SCRIPT)
-    # dataclasses look their module up
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("distill_clear") as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)
 def without_process_group():
-    """Accelerate keeps its state for the whole process."""
+    """Reset Accelerate's state, which is global to the process."""
     yield
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -138,7 +134,7 @@ def test_only_what_the_paper_trains_changes(script, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
-    # AdamW makes steps of the learning rate of any gradient, of rounding too.
+    # AdamW takes steps of the size of the learning rate for any gradient, even for rounding error.
     options = ["--max_steps", "2", "--checkpoint_steps", "2", "--learning_rate", "1e-4"]
     run(script, tmp_path / "one", "--batch_size", 6, *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]

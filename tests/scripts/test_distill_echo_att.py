@@ -1,9 +1,5 @@
 """scripts/distill_echo_att.py on a tiny teacher."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,19 +12,14 @@ from transformers import (
 
 from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from tests.batteries.scripts import loaded_script
 from tests.batteries.text import byte_tokenizer, llama
-
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_echo_att.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("distill_echo_att", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("distill_echo_att") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

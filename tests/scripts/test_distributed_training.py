@@ -1,30 +1,24 @@
 """scripts/train_long_context.py and scripts/train_zeppelin.py on a tiny base: one process, and two by torchrun and accelerate."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.batteries.text import byte_tokenizer, llama
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("train_long_context", "train_zeppelin")
 
 
 @pytest.fixture(params=NAMES)
 def script(request):
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location(request.param, SCRIPTS / f"{request.param}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script(request.param) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +120,5 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
 def test_what_does_not_fit_is_told(name, more, message, base, dataset, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit, match=message):
+    with loaded_script(name) as module, pytest.raises(SystemExit, match=message):
         module.main([*arguments(name, base, dataset, tmp_path / "out"), *more])
-    del sys.modules[name]

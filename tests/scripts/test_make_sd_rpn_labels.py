@@ -1,6 +1,5 @@
 """scripts/make_sd_rpn_labels.py on a tiny random LLaVA and a tiny random Qwen2.5-VL."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -16,20 +15,18 @@ import torch
 from hf_attn.modeling.sd_rpn.labels.answer_attention import AttentionRecipe, answer_attention
 from hf_attn.modeling.sd_rpn.labels.rule import llava_pseudo_labels, padded_cells
 from hf_attn.modeling.sd_rpn.training import labelling_inputs
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.modeling.sd_rpn.tiny import GRID, picture, tiny_base, tiny_processor
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_sd_rpn_labels.py"
+SCRIPT = SCRIPTS / "make_sd_rpn_labels.py"
 HEADS = ["--grounding_heads", "2:1", "--sink_heads", "1:all", "--rule", "llava", "--sink_threshold", "0.1"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_sd_rpn_labels", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("make_sd_rpn_labels") as module:
+        yield module
 
 
 def save_base(kind: str, folder: Path) -> Path:

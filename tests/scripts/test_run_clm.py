@@ -1,6 +1,5 @@
 """The training script of the causal language models: it learns, resumes, saves, pushes and refuses."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,29 +17,25 @@ from hf_attn.catalog import families
 from hf_attn.patching.sigma_reparam import SigmaReparamLinear
 from tests.batteries.families import tiny_config
 from tests.batteries.hub_server import HubServer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
 pytest.importorskip("datasets")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_clm.py"
+SCRIPT = SCRIPTS / "run_clm.py"
 CAUSAL = [family.model_type for family in families() if "AutoModelForCausalLM" in family.models]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def run_clm():
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_clm"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_clm"]
+    with loaded_script("run_clm") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    """Words in a fixed order: easy to predict for a model that looks back, and only for that."""
+    """Words in a fixed order: easy to predict for a model that uses the context, but not without it."""
     path = tmp_path_factory.mktemp("text") / "numbers.txt"
     path.write_text("one two three four five six seven " * 700, encoding="utf-8")
     return path
@@ -126,7 +121,7 @@ def test_published_variants_and_configuration_files_are_understood(run_clm, tmp_
     again = run_clm.make_config(model_args, data_args, tokenizer)
     assert (type(again), again.hidden_size, again.num_hidden_layers) == (type(config), 384, 3)
 
-    # A model from scratch is trained on sequences of this length, which is what its bias stands for.
+    # A model from scratch is trained on sequences of this length, from which its bias is derived.
     model_args = run_clm.ModelArguments(model_type="sigmoid_attention")
     assert run_clm.make_config(model_args, data_args, tokenizer).sigmoid_bias == -math.log(64)
     model_args = run_clm.ModelArguments(model_type="echo_att", config_overrides=["shared_layers=[2,3]"])

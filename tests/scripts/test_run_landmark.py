@@ -1,9 +1,6 @@
 """scripts/run_landmark.py on a tiny base."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +8,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn.modeling.landmark.modeling_landmark import LANDMARK_TOKEN, LandmarkForCausalLM
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.batteries.text import byte_tokenizer, llama
-
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("run_landmark", SCRIPTS / "run_landmark.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_landmark") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,21 @@
 """`run_scanpaths.py`: trains, evaluates, draws, goes on; and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hf_attn import AutoModelForScanpathPrediction
+from tests.batteries.scripts import loaded_script
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 QUIET = ["--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("run_scanpaths", SCRIPTS / "run_scanpaths.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_scanpaths") as module:
+        yield module
 
 
 def test_generated_scenes_end_to_end(script, tmp_path, capsys):

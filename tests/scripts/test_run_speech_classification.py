@@ -1,30 +1,22 @@
 """`run_speech_classification.py`: trains over seeds and modalities, measures, saves; and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import BertModel, DeiTModel, pipeline
 
 from hf_attn import DementiaFusionConfig
+from tests.batteries.scripts import loaded_script
 from tests.modeling.dementia_fusion.tiny import speech, tokenizer
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 QUIET = ["--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location(
-        "run_speech_classification", SCRIPTS / "run_speech_classification.py"
-    )
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_speech_classification") as module:
+        yield module
 
 
 def test_made_up_recordings_end_to_end(script, tmp_path, capsys):

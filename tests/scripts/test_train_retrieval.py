@@ -1,21 +1,16 @@
 """scripts/train_retrieval.py with models that learn nothing."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-
-PATH = Path(__file__).parents[2] / "scripts" / "train_retrieval.py"
+from tests.batteries.scripts import loaded_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_retrieval", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("train_retrieval") as module:
+        yield module
 
 
 def test_train_evaluate_and_continue(script, tmp_path, capsys):

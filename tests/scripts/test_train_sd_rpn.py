@@ -1,6 +1,5 @@
 """scripts/train_sd_rpn.py: its default task, data sets of labels, resuming, several processes, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,22 +16,19 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
 from hf_attn.modeling.sd_rpn.training import SdRpnTrainer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.modeling.sd_rpn.tiny import BRANCH, GRID, picture, tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train_sd_rpn.py"
+SCRIPT = SCRIPTS / "train_sd_rpn.py"
 QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("train_sd_rpn", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("train_sd_rpn") as module:
+        yield module
 
 
 def planted(output, *more) -> list[str]:
@@ -70,7 +66,7 @@ def weights(folder):
     return load_file(folder / "rpn" / "model.safetensors")
 
 
-def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path, capsys):
+def test_the_default_task_ends_in_a_base_a_network_and_overlays(script, tmp_path, capsys):
     metrics = script.main(planted(tmp_path / "out"))
     output = capsys.readouterr().out
     assert "8 images to train on, 4 held out" in output
@@ -79,9 +75,9 @@ def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path
         assert f"\n{name} " in output
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
     assert metrics["target_mean_iou"] > 0.6
-    pictures = sorted((tmp_path / "out" / "overlays").iterdir())
-    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
-    assert Image.open(pictures[0]).size[1] > 200
+    overlays = sorted((tmp_path / "out" / "overlays").iterdir())
+    assert [overlay.name for overlay in overlays] == ["00.png", "01.png"]
+    assert Image.open(overlays[0]).size[1] > 200
 
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "base")
     processor = AutoProcessor.from_pretrained(tmp_path / "out" / "base")

@@ -126,6 +126,11 @@ def find_sequences(call: CombinerCall) -> Sequences | Refusal:
         )
     found = Sequences(call.is_causal)
     if call.attention_mask is not None:
+        if torch.compiler.is_exporting():
+            return Refusal(
+                "a graph for torch.export or ONNX cannot read off the values of the mask where sequences begin; run the model in "
+                "PyTorch"
+            )
         found = _from_mask(call, batch, length)
     if isinstance(found, Refusal) or found.is_causal:
         return found

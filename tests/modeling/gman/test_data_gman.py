@@ -63,7 +63,7 @@ class TestTables:
     def test_no_file_and_no_table(self):
         with pytest.raises(FileNotFoundError, match=r"no file nothing\.csv"):
             read_table("nothing.csv")
-        with pytest.raises(TypeError, match="not as list"):
+        with pytest.raises(TypeError, match="got list"):
             read_table([1])
 
     @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ class TestTimeSteps:
         assert len(regular_grid(local, 288)) == 288
         grid = regular_grid(local, 288, "America/Los_Angeles")
         assert len(grid) == 276 and not grid.isna().any(axis=None)
-        # 01:55 is followed by 03:00, whose slot is that of three o'clock.
+        # 01:55 is followed by 03:00, which has the slot of three o'clock.
         assert time_features(grid.index[23:25], 288)[:, 1].tolist() == [23, 36]
 
     def test_an_hour_that_daylight_saving_repeats(self):
@@ -235,7 +235,7 @@ class TestErrors:
 
     def test_nothing_observed(self):
         assert np.isnan(forecast_errors(np.ones((1, 2, 3)), np.zeros((1, 2, 3)))["mae"]).all()
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="the same shape"):
             forecast_errors(np.ones((1, 2, 3)), np.ones((1, 2)))
 
 
@@ -252,7 +252,7 @@ def test_baselines():
 
 
 def test_the_best_forecast_of_the_synthetic_data_is_as_good_as_promised():
-    """Errors of the card, and those of the forecast that knows everything, on the data themselves."""
+    """Documented errors against those of the ideal forecast on the data."""
     data = synthetic_traffic(missing=0.0)
     promised = data.best_mae(6)
     np.testing.assert_allclose(promised, [1.20, 1.42, 1.55, 1.64, 1.71, 1.76], atol=0.005)

@@ -1,4 +1,4 @@
-"""What the paper's card says about the designs, and making embedders from pretrained decoders."""
+"""Properties of the designs from the paper, and embedders made from pretrained decoders."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_half_precision_stays_near_float32(design):
         expected = model(**padded("left")).pooler_output
         found = model.bfloat16()(**padded("left")).pooler_output
     assert found.dtype == torch.bfloat16
-    # Rounding to 8 bits of each of a dozen maps; a wrong form is off by the length of the vector.
+    # A dozen layers round to 8 bits; a wrong implementation would differ by the norm of the vector.
     assert (found.float() - expected).norm(dim=-1).max() < 12 * 2**-8
 
 
@@ -141,7 +141,7 @@ def test_a_head_can_start_as_the_mean_of_what_it_pools(design, head_dim):
     model.head.register_forward_pre_hook(lambda _, inputs: states.update(pooled=inputs[0]))
     embeddings = model(ids).pooler_output
     expected = torch.nn.functional.layer_norm(states["pooled"], [32], eps=1e-5).mean(dim=1)
-    if design != 2:  # one key has the weight 1; the weights of several are near each other
+    if design != 2:  # a single key has weight 1; the weights of several keys are nearly equal
         model.head.attention.query.weight.data.zero_()
         embeddings = model(ids).pooler_output
     torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected, dim=-1))

@@ -1,4 +1,4 @@
-"""CLEAR weights: official layouts, files of our own, and models that hold their weights elsewhere."""
+"""CLEAR weights: official layouts, our own files, and models whose weights are stored elsewhere."""
 
 import re
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ADAPTER = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], i
 
 
 def trained(radius=2, down_factor=1):
-    """A FLUX transformer with other attention weights than `tiny_flux`, and its official file as a dictionary."""
+    """A FLUX transformer with different attention weights from `tiny_flux`, and its official file as a dictionary."""
     model = tiny_flux()
     apply_clear(model, radius, down_factor)
     torch.manual_seed(3)
@@ -103,7 +103,7 @@ def test_saved_weights_have_a_model_card(tmp_path):
     assert (path.parent / "README.md").read_text() == "mine"
 
 
-def test_weights_for_a_while_only(tmp_path):
+def test_weights_are_loaded_temporarily(tmp_path):
     expected, path = official_file(tmp_path)
     for fused in (False, True):
         model, inputs = tiny_flux(), flux_inputs()
