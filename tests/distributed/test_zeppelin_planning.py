@@ -146,8 +146,9 @@ def test_the_shape_of_a_model_is_read_from_its_configuration():
     [
         (([], 1, 1, 5), "no sequences to plan"),
         (([3, 0, 2], 1, 1, 5), "sequence 1 has 0"),
-        (([3], 0, 1, 5), "nodes must be at least 1, got 0"),
-        (([3], 1, 1, 0), "capacity must be at least 1"),
+        (([3, 1.5], 1, 1, 5), r"list of whole numbers, got \[3, 1.5\]"),
+        (([3], 0, 1, 5), "nodes must be a whole number, at least 1, got 0"),
+        (([3], 1, 1, 2.5), "capacity must be a whole number, at least 1, got 2.5"),
         (
             ([9, 9], 1, 3, 5),
             "has 18 tokens, and 3 GPUs with a capacity of 5 take at most 15. A capacity of 6 would just do, 7 leaves",

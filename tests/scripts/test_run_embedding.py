@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -17,10 +16,15 @@ pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def main():
-    """The main function of the script, called in this process with arguments of any type."""
+def script():
     with loaded_script("run_embedding") as module:
-        yield lambda *arguments: module.main([*map(str, arguments)])
+        yield module
+
+
+@pytest.fixture(scope="module")
+def main(script):
+    """The main function of the script, called in this process with arguments of any type."""
+    return lambda *arguments: script.main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +71,13 @@ def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
 
 
-def test_lora_is_on_the_highest_layers(main):
+def test_lora_is_on_the_highest_layers(script):
     from hf_attn import PoolingAttentionModel
 
     base = llama(num_hidden_layers=3)
     for count, expected in ((2, {"1", "2"}), (9, {"0", "1", "2"})):
         model = PoolingAttentionModel.from_base(base, design=1)
-        names = [name for name, _ in sys.modules["run_embedding"].add_lora(model, 2, count).named_parameters()]
+        names = [name for name, _ in script.add_lora(model, 2, count).named_parameters()]
         assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == expected
 
 

@@ -37,7 +37,7 @@ def biformer(num_classes: int) -> BiFormerForImageClassification:
     )
 
 
-_contest = ImageContest({"BiFormer": biformer, "Swin of timm": lambda classes: swin(classes, width=28)}, steps=600)
+_contest = ImageContest({"BiFormer": biformer, "Swin of timm": lambda classes: swin(classes, width=28)})
 
 
 def measure(work) -> dict:

@@ -135,7 +135,7 @@ def conclude(data: dict) -> Conclusion:
     smooth, hard = (_values(data, side, "ece") for side in (OWN, HARD))
     calibrated = agreement(hard, smooth)
     figures = [
-        Figure.of("accuracy on held-back speakers", "%", accuracies[OWN], PEER_NAMES[peer], accuracies[peer])
+        Figure.of("accuracy on held-out speakers", "%", accuracies[OWN], PEER_NAMES[peer], accuracies[peer])
         for peer in PEERS
     ]
     figures.append(Figure.of("calibration error (ECE) of the fusion", "%", smooth, "without label smoothing", hard))

@@ -70,7 +70,7 @@ def conclude(data: dict) -> Conclusion:
     figures = (
         Figure.of(f"operations of a block for a token ({name})", "million", ours, "linear layers", theirs),
         Figure.of(
-            f"loss on held-back text, width {WIDTH}, {LAYERS} layers",
+            f"loss on held-out text, width {WIDTH}, {LAYERS} layers",
             "bits/character",
             memory,
             "GPT-NeoX of transformers",

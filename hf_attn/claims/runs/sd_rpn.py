@@ -297,15 +297,17 @@ def conclude(data: dict) -> Conclusion:
         Figure.of("overlap of region and square (IoU)", "%", after, "before training", untrained),
         Figure.of("time of the first pass", "CPU ms", first, "prefill", prefill),
     )
-    gain, order = fmean(second) - fmean(alone), agreement(second, alone)
+    gain, order, over_random = fmean(second) - fmean(alone), agreement(second, alone), agreement(second, anywhere)
     verdict = "not shown here"
-    if order == agreement(second, anywhere) == agreement(after, untrained) == 1 and first < prefill:
+    if order == over_random == agreement(after, untrained) == 1 and first < prefill:
         verdict = "shown in small"
     elif order == -1:
         verdict = "contradicted here"
+    words = {1: "more", 0: "not clearly more", -1: "less"}[over_random]
     why = (
-        f"The second look changes the share of correct answers by {gain:+.0f} points; chance is {100 / len(LINES):.0f} %. The regions overlap "
-        f"with the squares by {fmean(after):.0f} %, and the first pass takes {first / prefill:.0%} of the time of a prefill."
+        f"The second look changes the share of correct answers by {gain:+.0f} points (chance is {100 / len(LINES):.0f} %), and is {words} useful "
+        f"than a random region. The regions overlap with the squares by {fmean(after):.0f} %, and the first pass takes {first / prefill:.0%} of "
+        f"the time of a prefill."
     )
     return Conclusion(figures, verdict, why)
 
