@@ -121,7 +121,7 @@ def test_a_temperature_flattens_the_probabilities(pipe):
         ({"array": speech(), "sampling_rate": 0.5}, TEXT, "positive integer in Hz, got 0.5"),
         ({"array": speech(), "sampling_rate": "16k"}, TEXT, "positive integer in Hz, got '16k'"),
         ("nowhere.wav", TEXT, "no file"),
-        ({"bytes": b"not audio"}, TEXT, "no audio"),
+        ({"bytes": b"not audio"}, TEXT, "cannot be read as audio"),
         (speech(), " ", "Empty transcripts"),
         (speech(), "boy " * 100, "102 tokens"),
     ],

@@ -270,7 +270,7 @@ def test_contradictory_arguments_are_refused(run_clm, arguments, message, tmp_pa
         (["--config_overrides", "hiden_size=3"], "has no field 'hiden_size'; did you mean hidden_size?"),
         (["--config_overrides", "hidden_size"], "takes name=value, got 'hidden_size'"),
         (["--block_size", "40000"], "the train text has 0 sequences of 40000 tokens, but at least 2 are needed"),
-        (["--config_overrides", "max_position_embeddings=16"], "more than the 16 positions of the model"),
+        (["--config_overrides", "max_position_embeddings=16"], "exceeds the 16 positions of the model"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(run_clm, arguments, message, text_file, tmp_path):

@@ -70,7 +70,7 @@ class TestTables:
         ("name", "content", "message"),
         [
             ("t.csv", b"", r"t\.csv is not a CSV table"),
-            ("t.csv", bytes(range(256)), r"t\.csv is no table"),
+            ("t.csv", bytes(range(256)), r"t\.csv is not a CSV table"),
             ("t.csv", b"time,a,b\n", r"t\.csv has no rows"),
             ("t.h5", b"nothing", r"t\.h5 is not an HDF5 file written by pandas: .*"),
         ],
