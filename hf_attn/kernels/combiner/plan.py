@@ -89,7 +89,7 @@ def make_plan(
         sides = (in_row & (column < cell_column[:, None]), in_row & (column > cell_column[:, None]))
         spans = [vertical, *((side, seen(cell_row) & own_column) for side in sides)]
     else:
-        raise ValueError(f"kind must be one of {', '.join((*KINDS, ROWMAJOR))}.")
+        raise ValueError(f"kind must be one of {', '.join((*KINDS, ROWMAJOR))}, got {kind!r}.")
     members, uses = (torch.cat(masks, dim=dim) for masks, dim in zip(zip(*spans, strict=True), (0, 1), strict=True))
     return Plan((same_row | same_column) & earlier, members, uses)
 
