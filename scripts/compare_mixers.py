@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Quality and cost of token mixers against the length of the sequence (arXiv 2302.06218).
 
-Trains one small model a mixer and length on two tasks:
+Trains one small model per mixer and length on two tasks:
 
 - `recall`, associative recall at a growing distance: pairs of a key and a value, each a token, then filler, then one of the keys; the model
   names its value. It is a classifier, so all mixers can be compared.
@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="start a new run; an earlier one is kept under another name",
+        help="start a new run; an earlier run is kept under another name",
     )
     options = parser.parse_args(arguments)
     if min(options.lengths) <= PAIRS:

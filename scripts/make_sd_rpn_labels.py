@@ -12,8 +12,8 @@ One of the official files of attention maps (pickles), without a model; nothing 
     python scripts/make_sd_rpn_labels.py --model_name_or_path llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
         --output_dir labels/official
 
-Other sources: a data set of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
-images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a data set that
+Other sources: a dataset of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
+images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a dataset that
 `datasets.load_from_disk` reads and `scripts/train_sd_rpn.py` trains on. Started again with the same arguments it continues
 where it was. Several processes share the images.
 
@@ -212,7 +212,7 @@ def load_questions(args: Arguments) -> Questions:
 
 
 def load_rows(args: Arguments):
-    """Rows of a data set, saved by `save_to_disk`, in another folder or of the Hub."""
+    """Rows of a dataset, saved by `save_to_disk`, in another folder or of the Hub."""
     if Path(args.dataset_name, "state.json").is_file() or Path(args.dataset_name, "dataset_dict.json").is_file():
         rows = datasets.load_from_disk(args.dataset_name)
         rows = rows[args.dataset_split] if isinstance(rows, datasets.DatasetDict) else rows
@@ -280,7 +280,7 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
 
 
 def join_parts(parts: Path, count: int) -> datasets.Dataset:
-    """All parts as one data set."""
+    """All parts as one dataset."""
     labelled = datasets.concatenate_datasets([datasets.load_from_disk(part) for part in sorted(parts.glob("[0-9]*"))])
     if len(labelled) < count:
         print(

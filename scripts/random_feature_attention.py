@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="start a new run; an earlier one is kept under another name",
+        help="start a new run; an earlier run is kept under another name",
     )
     options = parser.parse_args(arguments)
     options.samples = sorted(set(options.samples or SIZES[options.size][1]))

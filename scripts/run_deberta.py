@@ -229,7 +229,7 @@ def make_topics(arguments: ScriptArguments, tokenizer: PreTrainedTokenizerBase) 
 def finetune(
     arguments: ScriptArguments, training: PretrainingArguments, sift_lambda: float, seed: int
 ) -> dict[str, float]:
-    """Fine-tune the encoder that :func:`pretrain` has saved; returns accuracy and seconds."""
+    """Fine-tune the encoder that [`pretrain`] has saved; returns accuracy and seconds."""
     tokenizer = AutoTokenizer.from_pretrained(training.output_dir)
     train, test = make_topics(arguments, tokenizer)
     fields = json.loads((Path(training.output_dir) / "config.json").read_text(encoding="utf-8"))

@@ -59,12 +59,12 @@ class ScriptArguments:
         },
     )
     num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Lowest layers of the decoder to use; all if not given."}
+        default=None, metadata={"help": "Number of decoder layers to use, from the bottom. Default: all."}
     )
     lora_rank: int = field(default=16, metadata={"help": "LoRA rank for the decoder; 0 to train all its weights."})
     lora_layers: int = field(
         default=10,
-        metadata={"help": "Number of layers with LoRA, from the highest down; the others are frozen, at less cost."},
+        metadata={"help": "Number of top layers with LoRA; the lower layers are frozen, which costs less."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a dataset, instead of Python's documentation."}

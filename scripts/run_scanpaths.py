@@ -6,7 +6,7 @@ A small model from scratch on generated shelves, against a random walk and a sal
 
     python scripts/run_scanpaths.py --output_dir out
 
-The published sizes on the published data (the STI data set of book covers, the authors' shelves), or on trials of your own:
+The published sizes on the published data (the STI dataset of book covers, the authors' shelves), or on trials of your own:
 
     python scripts/run_scanpaths.py --variant amazon --amazon_annotations Amazon.json --image_dir covers --output_dir amazon
     python scripts/run_scanpaths.py --variant yogurt --shelf_table yogurt.csv --image_dir Question --output_dir yogurt

@@ -308,7 +308,7 @@ def load_images(data_args: DataArguments) -> tuple[Images, Images]:
             train = load_photographs()
         except ImportError as error:
             raise stop(
-                f"without --train_dir and --dataset_name there are only photographs of packages. {error}"
+                f"without --train_dir and --dataset_name, photographs of installed packages are used. {error}"
             ) from error
     if data_args.validation_dir is not None:
         validation = image_files(data_args.validation_dir)

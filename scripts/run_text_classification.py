@@ -12,7 +12,7 @@ The standard difficulty of the Long Range Arena, at its sizes:
         --max_steps 5000 --warmup_steps 1000 --bf16
 
 Your own texts, byte by byte: a folder (`folder/train/<class>/*.txt`, `folder/validation/...`, or the classes alone), a file
-(.csv, .json, .jsonl with the columns `text` and `label`) or a data set of the Hub, the wide model only, pushed at the end:
+(.csv, .json, .jsonl with the columns `text` and `label`) or a dataset of the Hub, the wide model only, pushed at the end:
 
     python scripts/run_text_classification.py --output_dir out --dataset_name stanfordnlp/imdb --variant byte_imdb_4x4 \\
         --num_layers 1 --max_steps 20000 --push_to_hub

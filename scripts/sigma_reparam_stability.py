@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="Start a new run; an earlier one is kept under another name.",
+        help="Start a new run; an earlier run is kept under another name.",
     )
     options = parser.parse_args(arguments)
     settings = {

@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite_output_dir",
         action="store_true",
-        help="start a new run; an earlier one is kept under another name",
+        help="start a new run; an earlier run is kept under another name",
     )
     return parser.parse_args(arguments)
 

@@ -30,7 +30,7 @@ LEVELS = (
 )
 LEVEL_OF = {part: len(LEVELS) - level for level, parts in enumerate(LEVELS) for part in parts}
 
-#: registration fills the tables of transformers with what lies above it, when somebody asks for it
+#: registration fills the tables of transformers with classes of higher levels, which are imported on access
 REGISTERED_LAZILY = ("hf_attn.registration", "hf_attn.auto")
 
 

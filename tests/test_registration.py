@@ -45,7 +45,7 @@ def run(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def run_quickly():
-    """Like :func:`run`, in a process that has already imported third-party libraries other than transformers."""
+    """Like [`run`], in a process that has already imported third-party libraries other than transformers."""
     libraries = ("torch", "torchvision", "scipy.optimize", "sklearn.metrics", "accelerate", "PIL.Image", "tokenizers")
     with ForkServer(libraries, forget=("transformers",)) as server:
         yield server.run

@@ -79,7 +79,7 @@ class LanguageContest:
     """`measure` and `draw` of a claim about language models of one shape.
 
     Args:
-        sides: name of a model -> entry of :func:`hf_attn.comparison.entries.make_config`; the paper's model comes first.
+        sides: name of a model -> entry of [`hf_attn.comparison.entries.make_config`]; the paper's model comes first.
         steps: training steps of each run.
     """
 

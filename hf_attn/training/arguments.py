@@ -270,7 +270,7 @@ def prepare_run(command: str, training_args: RunArguments) -> None:
     """Train and evaluate unless --do_train or --do_eval is given, and resolve `--resume_from_checkpoint`.
 
     Raises:
-        SystemExit: with one line for the user, see :func:`resolve_resume`.
+        SystemExit: with one line for the user, see [`resolve_resume`].
     """
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
@@ -346,10 +346,10 @@ def training_folder(
     Args:
         command: name of the script.
         training_args: with `overwrite_output_dir`.
-        settings: see :func:`hf_attn.training.output_folder.claim_output_folder`.
+        settings: see [`hf_attn.training.output_folder.claim_output_folder`].
         continues: whether the same settings continue a run; else `--resume_from_checkpoint` does.
         adds: whether the run only adds files of its own to what is in the folder.
-        checkpoints: see :func:`hf_attn.training.output_folder.claim_output_folder`.
+        checkpoints: see [`hf_attn.training.output_folder.claim_output_folder`].
 
     Raises:
         SystemExit: with one line for the user, if the folder holds something else.

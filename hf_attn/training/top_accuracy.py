@@ -7,7 +7,7 @@ import torch
 
 
 class TopAccuracy(evaluate.Metric):
-    """Share of images whose class is the first, or among the first, of `predictions` `(images, classes)`, best first."""
+    """Fraction of images whose class is the first, or among the first, of `predictions` `(images, classes)`, best first."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}

@@ -33,7 +33,7 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
             f"{sampling_rate} Hz of the features."
         )
     if not isinstance(rate, Real) or rate < 1 or rate != int(rate):
-        raise ValueError(f"The sampling rate must be a whole number of Hz, at least 1, got {rate!r}.")
+        raise ValueError(f"The sampling rate must be a positive integer in Hz, got {rate!r}.")
     samples = _one_channel(samples, mix_channels)
     if not len(samples):
         raise ValueError("The recording is empty.")
@@ -55,7 +55,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def _decode(audio: Any) -> tuple[np.ndarray, int | None]:
-    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` gives if torchcodec is there
+    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` returns if torchcodec is installed
         decoded = audio.get_all_samples()
         return np.asarray(decoded.data), decoded.sample_rate
     if isinstance(audio, Mapping):
@@ -81,7 +81,7 @@ def _as_float(samples: Any) -> np.ndarray:
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     if samples.dtype.kind != "f":
-        raise ValueError(f"A recording must be of signed integers or floating-point numbers, got {samples.dtype}.")
+        raise ValueError(f"A recording must contain signed integers or floating-point numbers, got {samples.dtype}.")
     return samples.astype(np.float32)
 
 

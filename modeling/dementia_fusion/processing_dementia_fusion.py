@@ -88,7 +88,7 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         """Make images.
 
         Args:
-            raw_speech: a recording, see :func:`hf_attn.modeling.dementia_fusion.audio.read_speech`, or a list of them. A list of
+            raw_speech: a recording, see [`hf_attn.modeling.dementia_fusion.audio.read_speech`], or a list of them. A list of
                 numbers is a recording.
             sampling_rate: sampling rate of arrays, which do not say it.
             return_tensors: only `"pt"`.
@@ -211,7 +211,7 @@ class DementiaFusionProcessor(ProcessorMixin):
             texts = list(text) if isinstance(text, list | tuple) else [text]
             wrong = next((transcript for transcript in texts if not isinstance(transcript, str)), None)
             if wrong is not None:
-                raise ValueError(f"A transcript is a string, got a {type(wrong).__name__}: {wrong!r}.")
+                raise ValueError(f"A transcript must be a string, got a {type(wrong).__name__}: {wrong!r}.")
             empty = [index for index, transcript in enumerate(texts) if not transcript.strip()]
             if empty or not texts:
                 raise ValueError(f"Empty transcripts: {', '.join(map(str, empty)) if texts else 'all'}.")

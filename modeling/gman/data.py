@@ -48,12 +48,12 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
             except ImportError as error:
                 raise ImportError(f"Reading {name} needs tables: `pip install 'hf_attn[traffic]'`.") from error
             except Exception as error:  # of many kinds, with the whole trace of HDF5
-                raise ValueError(f"{name} is no HDF5 file of pandas: {_last_line(error)}") from error
+                raise ValueError(f"{name} is not an HDF5 file written by pandas: {_last_line(error)}") from error
         else:
             try:
                 table = pd.read_csv(path, index_col=0)
             except ValueError as error:
-                raise ValueError(f"{name} is no table of comma-separated values: {_last_line(error)}") from error
+                raise ValueError(f"{name} is not a CSV table: {_last_line(error)}") from error
     elif isinstance(source, pd.DataFrame):
         table = source
     else:
@@ -71,7 +71,9 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
         except (ValueError, TypeError) as error:
             reason = _last_line(error)
             if not pd.to_datetime(table.index, errors="coerce", utc=True).hasnans:
-                reason = "theirs are from several time zones; write all in UTC, or without a zone and pass time_zone."
+                reason = (
+                    "they have several time zones; convert all to UTC, or remove the time zones and pass time_zone."
+                )
             raise ValueError(f"{name} must have timestamps as its index (first column): {reason}") from error
     if table.index.hasnans:
         raise ValueError(f"{name} has rows without a timestamp.")
@@ -118,7 +120,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
     """Align the rows to equal time steps; steps without a row become missing values (NaN).
 
     Args:
-        table: as of :func:`read_table`.
+        table: as of [`read_table`].
         steps_per_day: time steps of a day.
         time_zone: zone of timestamps that do not say theirs, such as "America/Los_Angeles". With a zone an hour that
             daylight saving skips is not a gap, and one that it repeats is not a repetition.
@@ -138,13 +140,15 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
         try:
             index = index.tz_localize(time_zone, ambiguous="infer")
         except KeyError:
-            raise ValueError(f"There is no time zone {time_zone!r}; one is called 'America/Los_Angeles'.") from None
+            raise ValueError(
+                f"There is no time zone {time_zone!r}; use a name such as 'America/Los_Angeles'."
+            ) from None
         except ValueError as error:
             # The advice of pandas is about arguments of its own.
             reason = str(error).split(". ")[0].rstrip(".")
             raise ValueError(
-                f"The timestamps are not valid in the time zone {time_zone}: {reason}. Omit the time zone if they do not follow its daylight "
-                "saving time."
+                f"The timestamps are not valid in the time zone {time_zone}: {reason}. Leave time_zone out if they do "
+                "not follow its daylight saving time."
             ) from error
         table = table.set_axis(index, axis=0)
     distances = index[1:] - index[:-1]
@@ -204,7 +208,7 @@ class TrafficWindows(torch.utils.data.Dataset):
     """All windows of history and future steps in a table on a regular grid, as inputs of GMAN.
 
     Args:
-        table: as of :func:`regular_grid`.
+        table: as of [`regular_grid`].
         steps_per_day: time steps of a day.
         context_length: history steps.
         prediction_length: future steps.

@@ -11,7 +11,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text: {error}") from None
+        raise ValueError(f"{path.name} is not a text file: {error}") from None
 
 
 def _numbers(path: str | Path, columns: int | None, skip: int = 0) -> np.ndarray:

@@ -49,7 +49,7 @@ def landmark_options(kernel: str, target: str, head_dim: int, dtype: str, mask: 
 
 
 def compile_kernel(mechanism: str, kernel: str, target: str, head_dim: int, dtype: str, mask: str = "none", **options):
-    """Compile one kernel as its launch would; the result's ``metadata.shared`` is in bytes.
+    """Compile one kernel as its launch would; the result's `metadata.shared` is in bytes.
 
     Args:
         options: `has_alibi` of sigmoid attention, `block_size` of landmark attention.
@@ -78,7 +78,7 @@ def compile_kernel(mechanism: str, kernel: str, target: str, head_dim: int, dtyp
 
 
 def registers_and_spills(compiled) -> tuple[int, int] | None:
-    """Registers of a thread and bytes that it spills, from a CUDA binary; ``None`` for other targets."""
+    """Registers of a thread and bytes that it spills, from a CUDA binary; `None` for other targets."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if "cubin" not in compiled.asm or not tool.exists():
         return None

@@ -6,5 +6,5 @@ from hf_attn.attention.conformance import inexact
 
 
 def assert_as_exact(computed: torch.Tensor, specification: torch.Tensor, exact: torch.Tensor, what: str = "") -> None:
-    """See :func:`hf_attn.attention.conformance.inexact`."""
+    """See [`hf_attn.attention.conformance.inexact`]."""
     assert not (report := inexact(computed, [specification], exact, what)), report

@@ -48,7 +48,7 @@ def register_reference():
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
-    """Inputs of :func:`inputs_of`, with three padding tokens in the second row."""
+    """Inputs of [`inputs_of`], with three padding tokens in the second row."""
     input_ids = inputs_of("llama")["input_ids"]
     mask = torch.ones_like(input_ids)
     places = slice(0, 3) if side == "left" else slice(-3, None)

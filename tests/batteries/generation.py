@@ -24,7 +24,7 @@ def spread_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class GenerationTests:
-    """Mixin for :class:`tests.batteries.upstream.UpstreamCausalLMTests`."""
+    """Mixin for [`tests.batteries.upstream.UpstreamCausalLMTests`]."""
 
     def _generative_models(self, **attributes):
         """Yields models, in eval mode and never ending a sequence early, with token ids and their mask."""

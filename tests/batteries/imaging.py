@@ -1,4 +1,4 @@
-"""Tests that every image family inherits, beside transformers' own (:mod:`tests.batteries.upstream`)."""
+"""Tests that every image family inherits, beside transformers' own ([`tests.batteries.upstream`])."""
 
 import subprocess
 import sys

@@ -21,7 +21,7 @@ ARGUMENTS = {
 
 
 def official_state_dict() -> dict[str, torch.Tensor]:
-    """An official state dict with random weights that belongs to :data:`ARGUMENTS`."""
+    """An official state dict with random weights that belongs to [`ARGUMENTS`]."""
     config = EchoAttConfig(
         vocab_size=31,
         hidden_size=16,

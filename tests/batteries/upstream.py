@@ -221,7 +221,7 @@ class UpstreamTextTests(UpstreamModelTests):
 
 
 class UpstreamCausalLMTests(GenerationTests, UpstreamTextTests, common.GenerationTesterMixin):
-    """The battery for causal language models, with the generation tests of :mod:`tests.batteries.generation`."""
+    """The battery for causal language models, with the generation tests of [`tests.batteries.generation`]."""
 
 
 def image_inputs(test: FamilyTests, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -232,7 +232,7 @@ def image_inputs(test: FamilyTests, config: PreTrainedConfig) -> dict[str, torch
 
 
 class UpstreamImageTests(UpstreamModelTests):
-    """The battery for image models: `pixel_values`. Backbones of the family: :class:`UpstreamBackboneTests`."""
+    """The battery for image models: `pixel_values`. Backbones of the family: [`UpstreamBackboneTests`]."""
 
     skipped = dict.fromkeys(
         ("test_inputs_embeds*", "test_model_get_set_embeddings", "test_resize_*embeddings*"),

@@ -271,7 +271,7 @@ def test_a_file_of_another_kind(tmp_path, suffix):
 
 def test_a_bare_tensor(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ConversionError, match="holds a Tensor, not a dictionary"):
+    with pytest.raises(ConversionError, match="contains a Tensor, not a dictionary"):
         read_checkpoint(tmp_path / "tensor.pth")
 
 

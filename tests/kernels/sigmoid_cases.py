@@ -129,7 +129,7 @@ def assert_within_low_precision_budget(function, case: Case, dtype: torch.dtype)
 
 
 def _in_float64(case: Case, dtype: torch.dtype) -> Case:
-    """The values of ``case`` in ``dtype``, converted to float64."""
+    """The values of `case` in `dtype`, converted to float64."""
 
     class Rounded(Case):
         def inputs(self, _dtype):

@@ -95,7 +95,7 @@ def test_images_that_cannot_be_measured(arguments, message):
 
 def test_ssim_needs_a_window():
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="11 pixels a side"):
+    with pytest.raises(ValueError, match="at least 11x11 pixels"):
         ssim(image, image, crop_border=3)
 
 

@@ -263,7 +263,7 @@ def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
         ]
     )
     assert metrics["eval_accuracy"] > 0.9
-    # The maps of labels say the contrary of the folders, of both halves of the images.
+    # The label maps say the contrary of the folders, of both halves of the images.
     folder = tmp_path / "mapped"
     shutil.copytree(image_folder, folder)
     words = [
@@ -272,7 +272,7 @@ def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
         *("projection_dim=32", "--mix_tokens", "--label_maps", "--augmentation", "shift", "--max_steps", "30"),
         *("--per_device_train_batch_size", "8", *COMMON, "--output_dir"),
     ]
-    with pytest.raises(FileNotFoundError, match=r"\.png has no map of labels beside it: there is no \d+\.npy"):
+    with pytest.raises(FileNotFoundError, match=r"\.png has no label map: there is neither \d+\.npy"):
         script.main([*words, str(tmp_path / "missing")])
     for image in folder.glob("train/*/*.png"):
         np.save(image.with_suffix(".npy"), np.full((2, 3), image.parent.name == "left"))

@@ -1,4 +1,4 @@
-"""scripts/train_sd_rpn.py: its default task, data sets of labels, resuming, several processes, and what it refuses."""
+"""scripts/train_sd_rpn.py: its default task, datasets of labels, resuming, several processes, and what it refuses."""
 
 import json
 import os

@@ -77,7 +77,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan written by :meth:`save`."""
+        """Read a plan written by [`save`]."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         tuples = {name: tuple(content[name]) for name in ("lengths", "intra_thresholds", "zones")}
         shares = tuple(tuple((rank, count) for rank, count in shares) for shares in content["shares"])
@@ -143,7 +143,7 @@ def even_partition(lengths: Sequence[int], nodes: int, gpus_per_node: int) -> Pl
     """Every sequence shared by all ranks: plain context parallelism, for comparison.
 
     Raises:
-        PlanError: as :func:`partition`.
+        PlanError: as [`partition`].
     """
     lengths = _whole(lengths)
     ranks = nodes * gpus_per_node

@@ -23,7 +23,7 @@ class FastSelfAttention(nn.Module):
     """Fast attention of all versions; mixed into transformers' `DisentangledSelfAttention`.
 
     Attributes:
-        implementation: `"auto"` or a name of ``DISENTANGLED``.
+        implementation: `"auto"` or a name of `DISENTANGLED`.
         hf_compat: distances beyond the table as in transformers, not as in the official code.
         position_projections: cache of the projected positions.
     """

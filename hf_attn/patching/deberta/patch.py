@@ -24,7 +24,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) -> list[FastSelfAttention]:
-    """Turn the attention modules of one encoder of transformers into fast ones; see :func:`apply_fast_attention`."""
+    """Turn the attention modules of one encoder of transformers into fast ones; see [`apply_fast_attention`]."""
     found = []
     for name, module in encoder.named_modules():
         if type(module).__name__.endswith("SelfAttention"):
@@ -102,7 +102,7 @@ def _refuse_empty_texts(model: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def remove_fast_attention(model: nn.Module) -> tuple[str, ...]:
-    """Undo :func:`apply_fast_attention`, in place.
+    """Undo [`apply_fast_attention`], in place.
 
     Returns:
         Names of the attention modules that are transformers' own again.

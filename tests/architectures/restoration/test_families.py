@@ -387,7 +387,7 @@ def test_checkpoints_that_do_not_fit():
         from_official("hat", {name: tensor for name, tensor in state.items() if name != "norm.weight"})
     with pytest.raises(ConversionError, match="not a checkpoint of drct: it has no"):
         from_official("drct", state)
-    with pytest.raises(ConversionError, match="no argument windowsize"):
+    with pytest.raises(ConversionError, match="hat does not have the arguments windowsize"):
         from_official("hat", state, {"windowsize": 16})
     with pytest.raises(ConversionError, match="img_size=16 is not larger than the window of 16"):
         from_official("hat", state, {"img_size": 16})

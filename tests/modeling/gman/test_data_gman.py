@@ -48,7 +48,7 @@ class TestTables:
             (lambda t: t.set_axis(["x"] * len(t), axis=0), "must have timestamps"),
             (
                 lambda t: t[:2].set_axis(["2024-03-10 01:00-08:00", "2024-03-10 03:00-07:00"]),
-                "from several time zones",
+                "several time zones",
             ),
             (lambda t: t.assign(b="fast"), "column b is not numeric"),
             (lambda t: t.assign(b=np.inf), "sensor b has infinite values"),
@@ -69,10 +69,10 @@ class TestTables:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("t.csv", b"", r"t\.csv is no table of comma-separated values"),
+            ("t.csv", b"", r"t\.csv is not a CSV table"),
             ("t.csv", bytes(range(256)), r"t\.csv is no table"),
             ("t.csv", b"time,a,b\n", r"t\.csv has no rows"),
-            ("t.h5", b"nothing", r"t\.h5 is no HDF5 file of pandas: .*"),
+            ("t.h5", b"nothing", r"t\.h5 is not an HDF5 file written by pandas: .*"),
         ],
     )
     def test_bad_files(self, name, content, message, tmp_path):
@@ -123,7 +123,7 @@ class TestTimeSteps:
             regular_grid(local.sort_index(), 288)
         assert len(regular_grid(local, 288, "America/Los_Angeles")) == 300
         once = local[~local.index.duplicated()]
-        with pytest.raises(ValueError, match=r"2017-11-05 01:00:00 is an ambiguous time.*Omit the time zone"):
+        with pytest.raises(ValueError, match=r"2017-11-05 01:00:00 is an ambiguous time.*Leave time_zone out"):
             regular_grid(once, 288, "America/Los_Angeles")
         with pytest.raises(ValueError, match="no time zone 'Mars/Olympus'"):
             regular_grid(once, 288, "Mars/Olympus")

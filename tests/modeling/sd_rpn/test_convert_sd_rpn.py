@@ -1,4 +1,4 @@
-"""Official checkpoints: complete, padded and pruned ones, of LLaVA and Qwen2.5-VL."""
+"""Official checkpoints: complete, filled and pruned ones, of LLaVA and Qwen2.5-VL."""
 
 import json
 from pathlib import Path

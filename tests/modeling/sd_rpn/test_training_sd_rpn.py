@@ -127,7 +127,7 @@ def test_rows_and_networks_that_do_not_fit(tmp_path):
 
 
 def test_labels_of_a_box_follow_its_share_of_a_cell():
-    # 40x20 in a square of 40: 4 cells of 10 pixels a side, 10 pixels of padding above
+    # 40x20 in a square of 40: 4x4 cells of 10x10 pixels, 10 pixels of padding above
     labels = box_labels((5, 0, 26, 10), (40, 20), 4)
     assert labels[1].tolist() == [1, 1, 1, 0]
     assert (labels[[0, 2, 3]] == 0).all()
