@@ -86,7 +86,9 @@ def convert_official(official: StateDict, config: OfficialArguments) -> Converte
     attention_type = config.get("attention_type", "softmax")
     attention_type = _TYPES.get(attention_type, attention_type)
     if attention_type not in ATTENTION_TYPES:
-        raise ConversionError(f"attention_type must be one of {', '.join((*ATTENTION_TYPES, *_TYPES))}.")
+        raise ConversionError(
+            f"attention_type must be one of {', '.join((*ATTENTION_TYPES, *_TYPES))}, got {attention_type!r}."
+        )
     # Names that no rule matches are weights of an attention type.
     others = sorted(name for name in Renaming(*_NAMES).unknown(official) if ".attn." in name)
     own = {index: [name for name in others if name.startswith(f"layers.{index}.attn.")] for index in range(num_layers)}

@@ -38,7 +38,7 @@ def refusal(model: nn.Module) -> str | None:
         if type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}, not a plain linear layer; merge adapters first"
     if type(layer.input_layernorm) is not nn.LayerNorm:
-        return f"its norm is a {type(layer.input_layernorm).__name__} , not a LayerNorm"
+        return f"its norm is a {type(layer.input_layernorm).__name__}, not a LayerNorm"
     if config.qk_norm:
         return "qk_norm=True normalises each key"
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -93,11 +93,11 @@ def test_the_diagram_shows_the_bins(overconfident):
 @pytest.mark.parametrize(
     ("probabilities", "labels", "problem"),
     [
-        ([[0.5, 0.6]], [0], "sum 1"),
+        ([[0.5, 0.6]], [0], "sum to 1"),
         ([[-1.0, 2.0]], [0], "logits"),
         ([[0.5, 0.5]], [2], "between 0 and 1"),
         ([[0.5, 0.5]], [0, 1], "one label"),
-        ([[0.5, 0.5]], [0.5], "whole numbers"),
+        ([[0.5, 0.5]], [0.5], "must be integers"),
         ([0.5, 0.5], [0, 1], "two classes"),
         (np.zeros((0, 2)), np.zeros(0, dtype=int), "at least one"),
     ],

@@ -45,7 +45,7 @@ def test_what_is_no_batch_of_images_is_refused(model_type):
         (pixel_values[:0], r"pixel_values is empty: its shape is \(0, 3"),
         (pixel_values[0], "batch dimension"),
         (pixel_values[:, :2], "num_channels=3"),
-        ((100 * pixel_values).to(torch.uint8), r"floating-point numbers .* got torch\.uint8"),
+        ((100 * pixel_values).to(torch.uint8), r"floating-point numbers.* got torch\.uint8"),
     ):
         with pytest.raises(ValueError, match=message):
             model(wrong)

@@ -57,10 +57,10 @@ def test_one_process_trains_and_goes_on(script, base, dataset, tmp_path, capsys,
     if name == "train_long_context":
         assert results["loss"] == pytest.approx(results["one_process_loss"], abs=1e-5)
         assert results["bytes_sent"] == results["bytes_by_formula"] == [0]
-        assert "in one process" in printed
+        assert "in a single process" in printed
     else:
         assert results.keys() == {"Zeppelin", "even ring", "padding"}
-        assert "idle share of each process" in printed
+        assert "idle time of each process" in printed
     assert json.loads((output / "report.json").read_text()) == results
     start, trained = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (base, output))
     assert any(not start[key].equal(weight) for key, weight in trained.items())

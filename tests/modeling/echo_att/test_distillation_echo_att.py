@@ -250,9 +250,9 @@ def test_an_interrupted_stage_ends_with_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vocab_size": 50}, "vocab_size is 50 and 40"),
-        ({"num_hidden_layers": 4}, "num_hidden_layers is 4 and 5"),
-        ({"hidden_size": 32}, "hidden_size is 32 and 16"),
+        ({"vocab_size": 50}, "vocab_size is 50 in the teacher and 40 in the student"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers is 4 in the teacher and 5 in the student"),
+        ({"hidden_size": 32}, "hidden_size is 32 in the teacher and 16 in the student"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, overrides, message):

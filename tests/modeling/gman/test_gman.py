@@ -315,10 +315,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
-            ("past_values", torch.zeros(3, 5, 7), r"past_values must be \(batch, 5, 6\), got \(3, 5, 7\)"),
+            (
+                "past_values",
+                torch.zeros(3, 5, 7),
+                r"past_values must have the shape \(batch, 5, 6\) with batch size 3, got \(3, 5, 7\)",
+            ),
             ("past_values", None, "specify past_values"),
-            ("past_time_features", torch.zeros(3, 4, 2), "past_time_features must be"),
-            ("future_time_features", torch.zeros(2, 4, 2), "future_time_features must be"),
+            ("past_time_features", torch.zeros(3, 4, 2), "past_time_features must have"),
+            ("future_time_features", torch.zeros(2, 4, 2), "future_time_features must have"),
             ("future_time_features", None, "specify future_time_features"),
         ],
     )
@@ -326,7 +330,7 @@ class TestBadInput:
         model = tiny_model()
         with pytest.raises(ValueError, match=message):
             model(**{**inputs(model.config), name: value})
-        with pytest.raises(ValueError, match="true values must be"):
+        with pytest.raises(ValueError, match="true values must have the shape"):
             model(**inputs(model.config), labels=torch.zeros(3, 4, 1))
 
     @pytest.mark.parametrize(
@@ -349,5 +353,5 @@ class TestBadInput:
         model = GMANModel(GMANConfig.from_variant("tiny"))
         with pytest.raises(ValueError, match=r"\(6, 8\), got \(6, 4\)"):
             model.set_spatial_embedding(torch.zeros(6, 4))
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="NaN or infinity"):
             model.set_spatial_embedding(torch.full((6, 8), torch.nan))

@@ -136,7 +136,7 @@ def test_unsupported_bases_are_refused():
     base = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2))
     with pytest.raises(ValueError, match=r"from a 'gpt2' model. Supported bases: llama, mistral, qwen2, qwen3"):
         LandmarkForCausalLM.from_base(base)
-    with pytest.raises(ValueError, match="sliding windows"):
+    with pytest.raises(ValueError, match="sliding-window attention"):
         LandmarkForCausalLM.from_base(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)))
     with pytest.raises(ValueError, match="adds the landmark token itself"):
         LandmarkForCausalLM.from_base(make_base(), landmark_token_id=3)
@@ -167,7 +167,7 @@ def test_a_tokenizer_without_the_landmark_of_the_model_is_refused():
     check_landmark_token(tokenizer, model.config)
     smaller = make_tokenizer(36)
     add_landmark_token(smaller)
-    with pytest.raises(ValueError, match="<landmark> is token 36 of the tokenizer and 40 of the model"):
+    with pytest.raises(ValueError, match="<landmark> is token 36 of the tokenizer but 40 of the model"):
         check_landmark_token(smaller, model.config)
 
 

@@ -101,7 +101,7 @@ def test_the_command_recovers_a_folder(difference, capsys):
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(ConversionError, match="no official layout of landmark attention"):
+    with pytest.raises(ConversionError, match="not an official layout of landmark attention"):
         from_official("landmark", {"weight": torch.zeros(2)}, ARGUMENTS)
 
 

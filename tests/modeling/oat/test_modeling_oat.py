@@ -277,7 +277,7 @@ def test_bad_configurations(fields, message):
 
 
 def test_generate_refuses_other_ids(model, scenes):
-    with pytest.raises(ValueError, match="eos_token_id is 6"):
+    with pytest.raises(ValueError, match="eos_token_id must be 6"):
         model.generate(**scenes, eos_token_id=3)
     with pytest.raises(ValueError, match="pixel_values"):
         model.generate(target_index=torch.tensor([1]))

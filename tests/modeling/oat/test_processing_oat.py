@@ -132,7 +132,7 @@ def test_bad_arguments(image, arguments, message):
 
 
 def test_lists_of_different_length_and_the_image_that_is_wrong(image):
-    with pytest.raises(ValueError, match="2 images and 1 boxes"):
+    with pytest.raises(ValueError, match="2 images but 1 boxes"):
         OATImageProcessor()([image, image], [BOXES], [0, 0])
     with pytest.raises(ValueError, match="Image 1: target_index 9"):
         OATImageProcessor()([image, image], [BOXES, BOXES], [0, 9])

@@ -243,7 +243,7 @@ def test_input_without_tokens_is_refused():
     mask = torch.tensor([[1, 1], [0, 0]])
     with pytest.raises(ValueError, match=r"Rows \[1\] of attention_mask have no token"):
         model(torch.ones(2, 2, dtype=torch.long), attention_mask=mask)
-    with pytest.raises(ValueError, match=r"must be \(batch, length\)"):
+    with pytest.raises(ValueError, match=r"must have the shape \(batch, length\)"):
         model(torch.ones(2, 2, dtype=torch.long), attention_mask=torch.ones(2, 1, 2, 2))
 
 

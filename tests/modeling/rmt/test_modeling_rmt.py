@@ -288,7 +288,7 @@ def test_initial_weights():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"depths": [1, 1, 1]}, "one entry for each stage"),
+        ({"depths": [1, 1, 1]}, "one entry per stage"),
         ({"num_attention_heads": [1, 2, 2, 8]}, r"hidden_sizes\[3\] \(24\) must be a multiple of twice"),
         ({"hidden_sizes": [8.5, 16, 16, 24]}, "hidden_sizes"),
     ],

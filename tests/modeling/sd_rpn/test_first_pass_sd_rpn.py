@@ -159,7 +159,9 @@ def test_a_network_for_another_base_is_refused(fields):
     config = SdRpnConfig.from_dict(
         {**tiny_rpn("llava").config.to_dict(), "base_model_name_or_path": "the/base", **fields}
     )
-    with pytest.raises(ValueError, match=r"is for a llava.*the/base.*; the base is a llava with 7 layers of width 32"):
+    with pytest.raises(
+        ValueError, match=r"is for a llava.*the/base.*, but the base is a llava with 7 layers of width 32"
+    ):
         check_base(config, tiny_base("llava"))
 
 

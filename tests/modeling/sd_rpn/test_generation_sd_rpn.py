@@ -291,7 +291,7 @@ def test_a_network_in_another_dtype(kind):
 
 
 def test_a_network_for_another_base_is_refused():
-    with pytest.raises(ValueError, match=r"is for a llava .*; the base is a qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"is for a llava .*, but the base is a qwen2_5_vl"):
         SdRpnGenerator(tiny_base("qwen2_5_vl"), tiny_rpn("llava"), tiny_processor("qwen2_5_vl"))
 
 
@@ -448,9 +448,9 @@ def test_the_image_of_llava_is_padded_with_the_mean_colour():
 
 def test_images_and_prompts_that_do_not_fit(kind):
     generator = make_generator(kind)
-    with pytest.raises(ValueError, match="2 prompts and 1 entries of images"):
+    with pytest.raises(ValueError, match="2 prompts but 1 entries of images"):
         generator.prepare(["What?", "Who?"], [square()])
-    with pytest.raises(ValueError, match="2 prompts and 1 entries of images"):
+    with pytest.raises(ValueError, match="2 prompts but 1 entries of images"):
         generator.prepare(["What?", "Who?"], square())
     with pytest.raises(ValueError, match=r"0 image placeholders .* for 1 images"):
         generator.prepare([{"role": "user", "content": "What?"}], square())

@@ -222,7 +222,7 @@ def test_onnx_export(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"depths": [1, 1]}, "one entry for each stage"),
+        ({"depths": [1, 1]}, "one entry per stage"),
         ({"hidden_sizes": [12, 24, 32]}, "multiple of 8"),
         ({"partial_dims": [4, 24, 8]}, r"partial_dims\[1\] must be between 1 and .* 23, got 24"),
         ({"block_types": ["i", "s", "x"]}, "block_types"),

@@ -204,7 +204,7 @@ def test_incomplete_and_foreign_checkpoints_are_refused():
     missing = {name: tensor for name, tensor in official.items() if "scale_query" not in name}
     with pytest.raises(ConversionError, match="scale_query/norm/scale"):
         from_official("sigmoid_attention", missing, config=GALA)
-    with pytest.raises(ConversionError, match="no official layout of sigmoid attention"):
+    with pytest.raises(ConversionError, match="not an official layout of sigmoid attention"):
         from_official("sigmoid_attention", {"weight": torch.ones(1)}, config=GALA)
     with pytest.raises(ConversionError, match="position_encoding must be one of alibi, rope, got 'learned'"):
         from_official("sigmoid_attention", official, config={**GALA, "position_encoding": "learned"})

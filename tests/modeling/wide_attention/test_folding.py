@@ -134,7 +134,7 @@ def test_a_large_vocabulary_has_no_table_unless_it_is_asked_for():
         ({"pooling": "mean"}, "pooling='mean'"),
         ({"attention_type": "linear"}, "attention_type='linear'"),
         ({"qk_norm": True}, "qk_norm"),
-        ({"norm_type": "rms_norm"}, "no LayerNorm"),
+        ({"norm_type": "rms_norm"}, "not a LayerNorm"),
     ],
 )
 def test_models_that_cannot_be_folded_say_why(overrides, message):

@@ -230,7 +230,7 @@ def test_an_empty_batch_is_refused():
 
 
 def test_labels_out_of_range_are_named():
-    with pytest.raises(ValueError, match=r"from 0 to 1, got \[-1, 2\]"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, got \[-1, 2\]"):
         tiny_model()(some_ids(), labels=torch.tensor([2, -1]))
 
 

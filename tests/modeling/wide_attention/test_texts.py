@@ -75,7 +75,7 @@ def test_values(expression, value):
 
 @pytest.mark.parametrize("expression", ["", "[MAX 1 2", "1 2", "[MAX ]", "12", "] 1", "[AVG 1 2 ]"])
 def test_what_is_no_expression_is_refused(expression):
-    with pytest.raises(ValueError, match=r"not one complete expression|does not belong"):
+    with pytest.raises(ValueError, match=r"not one complete expression|is not allowed"):
         evaluate(expression)
 
 
@@ -99,7 +99,7 @@ def test_difficulties_that_cannot_be_met_are_refused():
         Difficulty(max_depth=1, max_arguments=6, min_length=9)
     with pytest.raises(ValueError, match="at most max_length"):
         Difficulty(min_length=30, max_length=20)
-    with pytest.raises(RuntimeError, match="of 1000 expressions"):
+    with pytest.raises(RuntimeError, match="of 1000 distinct expressions"):
         list(generate(1000, Difficulty(max_depth=1, max_arguments=2, min_length=1)))
 
 

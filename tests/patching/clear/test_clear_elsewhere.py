@@ -231,7 +231,7 @@ def test_chroma_with_full_attention_in_some_layers():
 def test_chroma_refuses():
     model, inputs = tiny_chroma(), chroma_inputs()
     apply_clear(model, 2)
-    with pytest.raises(ValueError, match="of zeros and ones"):
+    with pytest.raises(ValueError, match="only zeros and ones"):
         run(model, {**inputs, "attention_mask": torch.full((2, 53), 0.5)})
 
 
