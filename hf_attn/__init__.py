@@ -1,7 +1,7 @@
 """Attention research as Hugging Face components.
 
 Importing this package registers every family of the catalogue with transformers' Auto classes, every attention
-function with ``attn_implementation`` and every PEFT default, without importing any of them: a class is imported when
+function with `attn_implementation` and every PEFT default, without importing any of them: a class is imported when
 it is first needed. The classes of the families, and the functions of the papers, are attributes of the package:
 
     from hf_attn import EchoAttForCausalLM, apply_clear

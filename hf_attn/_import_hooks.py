@@ -38,7 +38,7 @@ class _PostImportFinder:
 
 
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Call ``callback(module)`` now if the module ``name`` is imported already, else right after its import."""
+    """Call `callback(module)` now if the module `name` is imported already, else right after its import."""
     module = sys.modules.get(name)
     if module is not None:
         callback(module)

@@ -7,7 +7,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 
-#: old name -> new name, both below ``hf_attn``
+#: old name -> new name, both below `hf_attn`
 MOVED = {
     "assets": "examples.assets",
     "base_transfer": "checkpoints.from_base",

@@ -1,7 +1,7 @@
 """Auto classes for the tasks of this package that transformers has none for.
 
-They work as transformers' own do (``from_pretrained``, ``from_config``), on the families that name them in the
-catalogue, and carry the same names here and in ``auto_map``.
+They work as transformers' own do (`from_pretrained`, `from_config`), on the families that name them in the
+catalogue, and carry the same names here and in `auto_map`.
 """
 
 from collections import OrderedDict

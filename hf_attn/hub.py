@@ -1,11 +1,11 @@
-"""Files of a saved model for the Hub: a stub for ``trust_remote_code`` and a model card.
+"""Files of a saved model for the Hub: a stub for `trust_remote_code` and a model card.
 
-Someone who has the package installed but did not import it loads such a folder with ``trust_remote_code=True``; someone
-who has not installed it is told by transformers which package to install. Both are written by ``save_pretrained``, so
-that every way to save or push a model (``push_to_hub``, ``Trainer``) includes them.
+Someone who has the package installed but did not import it loads such a folder with `trust_remote_code=True`; someone
+who has not installed it is told by transformers which package to install. Both are written by `save_pretrained`, so
+that every way to save or push a model (`push_to_hub`, `Trainer`) includes them.
 
-``save_pretrained`` and ``push_to_hub`` write a card where there is none; one that a folder or a repository has already is
-kept. For that :class:`HubModelMixin` extends ``PushToHubMixin._upload_modified_files``, a private name of transformers:
+`save_pretrained` and `push_to_hub` write a card where there is none; one that a folder or a repository has already is
+kept. For that [`HubModelMixin`] extends `PushToHubMixin._upload_modified_files`, a private name of transformers:
 the public ways to push put a generic card in the place of ours.
 """
 
@@ -57,7 +57,7 @@ _HEADLESS_TAGS = {"pixel_values": "image-feature-extraction"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-#: an example for a task that is no task of the Hub
+#: an example for a task that the Hub does not have
 _OTHER_TASK = re.compile(rf'pipeline\("({"|".join(task.name for task in TASKS)})"')
 
 #: fields of a configuration that say little about the model; the labels of a classifier can be thousands
@@ -65,7 +65,7 @@ _BOOKKEEPING = ("architectures", "auto_map", "dtype", "id2label", "label2id", "t
 
 
 def auto_map(family: Family) -> dict[str, str]:
-    """``auto_map`` of a family's ``config.json``: Auto class -> class in the stub."""
+    """`auto_map` of a family's `config.json`: Auto class -> class in the stub."""
     models = {auto_class: f"{STUB_NAME}.{model}" for auto_class, model in family.models.items()}
     return {"AutoConfig": f"{STUB_NAME}.{family.config}", **models}
 
@@ -100,14 +100,14 @@ def model_card(
     """Text of a model's card: the template of its paper, filled with what the model is.
 
     Args:
-        model: a model of one of the families; wrappers (``torch.compile``, distributed training, PEFT) are looked through.
+        model: a model of one of the families; wrappers (`torch.compile`, distributed training, PEFT) are looked through.
         repo_id: name of the repository or folder that users load it from.
         base_model: Hub id, or folder with a card, of the model that it was made from; the one that it was made or loaded
             from, if that is known.
         license: licence of the weights, as a key of the Hub. If it is not given, the card refers to the licence of the base
             model; without one it is `unknown`.
         language: ISO codes of the languages.
-        datasets: Hub ids of the data sets of training.
+        datasets: Hub ids of the datasets of training.
         tags: tags besides those of the template.
         evaluation: name of a metric -> value, as they should appear in the card.
         training: name of a hyperparameter -> value.
@@ -148,15 +148,15 @@ def model_card(
 
 
 def write_model_card(folder: str | Path, model: "nn.Module", repo_id: str | None = None, **facts) -> Path:
-    """Write a model's card into a folder, over one that is there.
+    """Write a model's card into a folder, and overwrite an existing card.
 
-    ``save_pretrained`` writes a card automatically; use this function to add facts that the model cannot know.
+    `save_pretrained` writes a card automatically; use this function to add facts that the model cannot know.
 
     Args:
         folder: where the model has been saved.
         model: the model.
         repo_id: name of the repository that users load it from.
-        facts: further facts, see :func:`model_card`.
+        facts: further facts, see [`model_card`].
 
     Returns:
         Path of the card.
@@ -312,7 +312,7 @@ def _family_of(config: "PreTrainedConfig") -> Family | None:
 
 
 class HubConfigMixin:
-    """Configuration that writes its Hub stub and names it in ``auto_map``."""
+    """Configuration that writes its Hub stub and names it in `auto_map`."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -372,7 +372,7 @@ class HubTrainerMixin:
 
         class Trainer(HubTrainerMixin, transformers.Trainer): ...
 
-    A plain Trainer works as well; it pushes its generic card, and during training (``hub_strategy="every_save"``) it
+    A plain Trainer works as well; it pushes its generic card, and during training (`hub_strategy="every_save"`) it
     pushes no stub.
     """
 

@@ -1,11 +1,11 @@
 """Turns the catalogue into registrations with transformers and PEFT, without importing either.
 
 Every registration waits until the module that it fills has been imported (or is done at once if it has been), so
-``import hf_attn`` costs next to nothing and works before or after ``import transformers`` and ``import peft``.
+`import hf_attn` costs next to nothing and works before or after `import transformers` and `import peft`.
 
-transformers' own ``register`` methods take classes, and so would import every model file. They fill the dictionary
-``_extra_content`` of a mapping; a :class:`LazyContent` is put in its place, which imports a class when it is looked
-up. ``_extra_content`` is the one private name of transformers that registration leans on.
+transformers' own `register` methods take classes, and so would import every model file. They fill the dictionary
+`_extra_content` of a mapping; a [`LazyContent`] is put in its place, which imports a class when it is looked
+up. `_extra_content` is the one private name of transformers that registration leans on.
 """
 
 from collections.abc import Callable, Hashable
@@ -18,7 +18,7 @@ from .catalog import DISTRIBUTED_ATTENTION, OWN_AUTO_CLASSES, TASKS, families
 
 
 def load(reference: str) -> type:
-    """Import ``package.module.Class``."""
+    """Import `package.module.Class`."""
     module, name = reference.rsplit(".", 1)
     return getattr(import_module(module), name)
 
@@ -32,7 +32,7 @@ class LazyContent(dict):
 
     Args:
         content: entries that exist already.
-        references: key -> ``package.module.Class``.
+        references: key -> `package.module.Class`.
         keys_are_classes: whether the keys are such references too (model mappings are keyed by config class).
         as_value: makes the value of an entry of its class; the class itself if not given.
     """
@@ -221,7 +221,7 @@ def _register_sigma_reparam_loading(module: ModuleType) -> None:
 
 @cache
 def register() -> None:
-    """Register everything in the catalogue, by ``import hf_attn``; a reload does not do it again."""
+    """Register everything in the catalogue, by `import hf_attn`; a reload does not do it again."""
     when_imported("transformers.models.auto.configuration_auto", _register_configs)
     when_imported("transformers.models.auto.modeling_auto", _register_models)
     auto = "transformers.models.auto"

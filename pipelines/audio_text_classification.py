@@ -33,7 +33,7 @@ class AudioTextClassificationPipeline(Pipeline):
         pipe.plot({"audio": "interview.wav", "text": "..."}).savefig("words.png")
 
     A recording is a path, an array with `sampling_rate`, or a dictionary `{"array": ..., "sampling_rate": ...}`, as `datasets.Audio`
-    gives it; recordings at other rates are resampled. Several are a list, data set or generator of dictionaries with `audio` and
+    gives it; recordings at other rates are resampled. Several are a list, dataset or generator of dictionaries with `audio` and
     `text`. The result of each is a dictionary:
 
     - `label`, `score`: the likeliest class and its probability;
@@ -47,7 +47,7 @@ class AudioTextClassificationPipeline(Pipeline):
     - **asr** (`str` or `Pipeline`): speech recognition that makes the transcripts that are missing: a pipeline, or the id of its model.
     - **sampling_rate** (`int`): sampling rate of recordings that are arrays.
     - **truncation** (`bool`, `False`): cut off the end of transcripts that are too long, which are refused otherwise.
-    - **temperature** (`float`, 1.0): divides the logits, see :func:`hf_attn.analysis.calibration.fit_temperature`.
+    - **temperature** (`float`, 1.0): divides the logits, see [`hf_attn.analysis.calibration.fit_temperature`].
     """
 
     _load_processor = True
@@ -97,8 +97,12 @@ class AudioTextClassificationPipeline(Pipeline):
                 )
             audio, text = inputs["audio"], inputs.get("text", text)
             sampling_rate = inputs.get("sampling_rate", sampling_rate)
+        if audio is None:
+            raise ValueError("There is no recording: pass {'audio': ..., 'text': ...}.")
         if text is None:
             text = self._transcribe(audio, asr, sampling_rate)
+        if not isinstance(text, str):
+            raise ValueError(f"The transcript of a recording must be a string, got {text!r}.")
         model_inputs = self.processor(audio=audio, text=text, sampling_rate=sampling_rate, truncation=truncation)
         return {**model_inputs, "transcript": text}
 

@@ -24,7 +24,7 @@ class FocusedImageTextToTextPipeline(Pipeline):
         answer["images"][0].overlay().save("where.png")
 
     `images` and `text` are those of transformers' `image-text-to-text`: an image with a text, or lists of both, or the
-    messages of one or more chats as `text`; or, as a first argument, a dictionary, list, data set or generator of
+    messages of one or more chats as `text`; or, as a first argument, a dictionary, list, dataset or generator of
     `{"images": ..., "text": ...}`. A text is a question, or what the base expects with its image placeholders. An entry of
     a list of images may be a list, or `None` for a text without an image. A model given as an object needs its `processor`
     given too.

@@ -24,7 +24,7 @@ class ImageRestorationPipeline(Pipeline):
         pipe("photo.jpg").save("large.png")
         pipe(["a.png", "b.webp"], max_memory="2GB", blend="feather")
 
-    An image is a Pillow image, a path, a URL or an array (see :func:`hf_attn.restoration.images.decode_image`), or a list of
+    An image is a Pillow image, a path, a URL or an array (see [`hf_attn.restoration.images.decode_image`]), or a list of
     them; sizes may differ and start at 1x1. The result is a Pillow image of exactly `scale` times the size. EXIF orientation
     is applied; grey images stay grey; an alpha channel is enlarged beside the image; depth is kept: grey 16-bit images come
     back as Pillow's `I;16`, and 16-bit colour and floating images, for which Pillow has no mode, as arrays. Colour profile,
@@ -38,7 +38,7 @@ class ImageRestorationPipeline(Pipeline):
     - **max_memory** (`str` or `int`): choose the largest tile for which model, image, result and activations fit, as an
       estimate: `"2GB"`, `"500MiB"` or bytes.
     - **tile_overlap** (`int`, 32): with `"cut"` each tile is extended this far into its neighbours; else what they share.
-    - **blend** (`str`, `"cut"`): `"cut"`, `"mean"` or `"feather"`; see :func:`hf_attn.restoration.tiling.restore_bands`.
+    - **blend** (`str`, `"cut"`): `"cut"`, `"mean"` or `"feather"`; see [`hf_attn.restoration.tiling.restore_bands`].
     - **padding** (`str`, `"reflect"`): how sides are padded to multiples of the window; `"symmetric"` as DRCT's inference
       script and Swin2SR's image processor do. The padding is cut off the result.
     - **batch_size** (`int`, 1): tiles that go through the model together.

@@ -25,7 +25,7 @@ class ScanpathPredictionPipeline(Pipeline):
         scanpaths = pipe("shelf.png", grid=(3, 9), target_index=5, num_scanpaths=100)
         pipe("shelf.png", boxes=boxes, target_index=5, draw=True)[0]["picture"].save("scanpath.png")
 
-    An image is a path, a URL, a Pillow image or an array. Several scenes are a list, data set or generator of dictionaries with
+    An image is a path, a URL, a Pillow image or an array. Several scenes are a list, dataset or generator of dictionaries with
     `image` and the first four parameters. The result of a scene is a list of dictionaries, a scanpath each:
 
     - `objects`: the objects in order, as places in `boxes`;
@@ -37,7 +37,8 @@ class ScanpathPredictionPipeline(Pipeline):
 
     Parameters, for the call or the constructor:
 
-    - **boxes**: `(objects, 4)`, x1, y1, x2, y2 in pixels.
+    - **boxes**: `(objects, 4)`, x1, y1, x2, y2 in pixels; as many as the scene has objects, also fewer or more than the model was
+      trained with.
     - **grid** (`tuple[int, int]`): rows and columns, if the objects fill a grid. Without boxes they are the cells of a grid over the
       whole image.
     - **target_index** (`int`): the object that is searched for, or

@@ -2,10 +2,10 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Quality and cost of token mixers against the length of the sequence (arXiv 2302.06218).
 
-Trains one small model a mixer and length on two tasks:
+Trains one small model per mixer and length on two tasks:
 
 - `recall`, associative recall at a growing distance: pairs of a key and a value, each a token, then filler, then one of the keys; the model
-  names its value. A classifier, so that all mixers can take part.
+  names its value. It is a classifier, so all mixers can be compared.
 - `text`, the next byte of the documentation that comes with Python; causal mixers only.
 
     python scripts/compare_mixers.py --output_dir mixers
@@ -60,10 +60,10 @@ class Text:
         from pydoc_data.topics import topics
 
         data = torch.tensor(list("\n\n".join(topics[name] for name in sorted(topics)).encode()))
-        self.train, self.held_back = data.split([len(data) - len(data) // 10, len(data) // 10])
+        self.train, self.held_out = data.split([len(data) - len(data) // 10, len(data) // 10])
 
-    def batch(self, length: int, size: int, generator: torch.Generator, held_back: bool) -> dict[str, torch.Tensor]:
-        data = self.held_back if held_back else self.train
+    def batch(self, length: int, size: int, generator: torch.Generator, held_out: bool) -> dict[str, torch.Tensor]:
+        data = self.held_out if held_out else self.train
         starts = torch.randint(len(data) - length, (size, 1), generator=generator)
         input_ids = data[starts + torch.arange(length)]
         return {"input_ids": input_ids, "labels": input_ids}
@@ -91,17 +91,17 @@ def run(task: str, mixer: str, length: int, options: argparse.Namespace) -> dict
     generator = torch.Generator().manual_seed(options.seed)
     text = Text() if task == "text" else None
 
-    def batch(held_back: bool) -> dict[str, torch.Tensor]:
+    def batch(held_out: bool) -> dict[str, torch.Tensor]:
         if text is None:
             return recall_batch(length, options.batch_size, generator)
-        return text.batch(length, options.batch_size, generator, held_back)
+        return text.batch(length, options.batch_size, generator, held_out)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
     seconds = []
     model.train()
     for _ in tqdm(range(options.steps), desc=f"{task} {mixer} {length}", leave=False):
-        inputs = batch(held_back=False)
+        inputs = batch(held_out=False)
         start = time.perf_counter()
         model(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,7 +113,7 @@ def run(task: str, mixer: str, length: int, options: argparse.Namespace) -> dict
     scores = []
     with torch.no_grad():
         for _ in range(EVALUATION_BATCHES):
-            inputs = batch(held_back=True)
+            inputs = batch(held_out=True)
             outputs = model(**inputs)
             if task == "text":
                 scores.append(outputs.loss.item() / torch.tensor(2.0).log().item())
@@ -141,7 +141,7 @@ def write_results(path: Path, rows: list[dict[str, object]]) -> None:
 def print_results(rows: list[dict[str, object]]) -> None:
     for task in dict.fromkeys(row["task"] for row in rows):
         lengths = sorted({row["length"] for row in rows if row["task"] == task})
-        print(f"{task}: {TASKS[task]} (ms a training step)")
+        print(f"{task}: {TASKS[task]} (ms per training step)")
         print("".join([f"{'mixer':<20}", *(f"{length:>18}" for length in lengths)]))
         for mixer in MIXERS:
             found = {row["length"]: row for row in rows if (row["task"], row["mixer"]) == (task, mixer)}
@@ -155,7 +155,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = new_figure(11, 4 * len(tasks))
     for index, task in enumerate(tasks):
-        for column, (value, label) in enumerate((("quality", TASKS[task]), ("step_ms", "ms a training step"))):
+        for column, (value, label) in enumerate((("quality", TASKS[task]), ("step_ms", "ms per training step"))):
             axes = figure.add_subplot(len(tasks), 2, 2 * index + column + 1)
             for number, mixer in enumerate(MIXERS):
                 points = sorted((r["length"], r[value]) for r in rows if (r["task"], r["mixer"]) == (task, mixer))
@@ -185,7 +185,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="start a new run; an earlier run is kept under another name",
+    )
     options = parser.parse_args(arguments)
     if min(options.lengths) <= PAIRS:
         parser.error(f"--lengths must be at least {PAIRS + 1}: {PAIRS} pairs and a key")

@@ -69,21 +69,29 @@ class DataArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The base, which is the teacher: folder or Hub id of a FLUX pipeline. Default: a tiny one, trained first."
+            "help": "Base model and teacher: folder or Hub id of a FLUX pipeline. Default: a tiny one, which is "
+            "trained first."
         },
     )
     prompts: Path | None = field(
-        default=None, metadata={"help": "Text file with a prompt a line; with --model_name_or_path."}
+        default=None, metadata={"help": "Text file with one prompt per line; required with --model_name_or_path."}
     )
-    num_samples: int = field(default=288, metadata={"help": "Images to generate; prompts are repeated as needed."})
-    num_held_back: int = field(default=32, metadata={"help": "Of these, images to measure the error on."})
-    resolution: int = field(default=24, metadata={"help": "Pixels to a side (paper: 1024)."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps of an image."})
-    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance of images and training."})
-    max_sequence_length: int = field(default=4, metadata={"help": "Tokens of text, padded (paper: 512)."})
+    num_samples: int = field(
+        default=288, metadata={"help": "Number of images to generate; prompts are repeated as needed."}
+    )
+    num_held_out: int = field(
+        default=32, metadata={"help": "Number of these images that are held out to measure the error."}
+    )
+    resolution: int = field(default=24, metadata={"help": "Side of the images in pixels (paper: 1024)."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Denoising steps per image."})
+    guidance_scale: float = field(default=3.5, metadata={"help": "Guidance scale of image generation and training."})
+    max_sequence_length: int = field(default=4, metadata={"help": "Number of text tokens, with padding (paper: 512)."})
     generation_batch_size: int = field(default=32, metadata={"help": "Images generated together."})
     data_dir: Path | None = field(
-        default=None, metadata={"help": "Folder that keeps the images, for several runs. Default: in output_dir."}
+        default=None,
+        metadata={
+            "help": "Folder for the generated images, which several runs can share. Default: a folder in output_dir."
+        },
     )
     teacher_steps: int = field(default=300, metadata={"help": "Training steps of the tiny teacher."})
 
@@ -92,24 +100,24 @@ class DataArguments:
 class DistillationArguments:
     """The student and its training; unless noted otherwise the defaults are those of the official code."""
 
-    output_dir: Path = field(metadata={"help": "Folder for everything; continued if it holds the same run."})
-    radius: int = field(default=2, metadata={"help": "Of the disc, in tokens (paper: 8, 16, 32)."})
-    down_factor: int = field(default=1, metadata={"help": "Side of the pooled cells, 1 for none (paper: 1, 4)."})
-    max_steps: int = field(default=300, metadata={"help": "Optimiser steps (paper: 10000)."})
-    batch_size: int = field(default=16, metadata={"help": "Images of a process at once (official: 2 on 4 GPUs)."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step (official: 4)."})
+    output_dir: Path = field(metadata={"help": "Output folder. A run with the same settings is continued."})
+    radius: int = field(default=2, metadata={"help": "Radius of the local window, in tokens (paper: 8, 16, 32)."})
+    down_factor: int = field(default=1, metadata={"help": "Side of the pooled cells; 1 for no pooling (paper: 1, 4)."})
+    max_steps: int = field(default=300, metadata={"help": "Optimizer steps (paper: 10000)."})
+    batch_size: int = field(default=16, metadata={"help": "Images per process and batch (official: 2 on 4 GPUs)."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step (official: 4)."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, or prodigy as in the official code."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Constant (official: 1, of Prodigy)."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Decoupled."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute blocks again in the backward pass."}
+    learning_rate: float = field(
+        default=3e-3, metadata={"help": "Constant learning rate (official: 1, with Prodigy)."}
     )
+    weight_decay: float = field(default=1e-4, metadata={"help": "Decoupled."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute blocks in the backward pass."})
     eval_steps: int = field(default=25, metadata={"help": "Steps between two measurements of the error."})
     checkpoint_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints to continue from."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -133,13 +141,13 @@ class Curve:
 def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, DistillationArguments]:
     data, options = command_line.parse_arguments(NAME, (DataArguments, DistillationArguments), arguments, __doc__)
     if (data.model_name_or_path is None) != (data.prompts is None):
-        raise stop("--model_name_or_path and --prompts go together: the example has its own")
+        raise stop("--model_name_or_path and --prompts must be used together: the example has its own")
     if data.prompts is not None and not data.prompts.is_file():
         raise stop(f"--prompts: there is no file {data.prompts}")
-    if not 0 < data.num_held_back < data.num_samples:
-        raise stop("--num_held_back must be at least 1 and less than --num_samples")
+    if not 0 < data.num_held_out < data.num_samples:
+        raise stop("--num_held_out must be at least 1 and less than --num_samples")
     if options.optimizer not in ("adamw", "prodigy"):
-        raise stop(f"--optimizer is adamw or prodigy, not {options.optimizer}")
+        raise stop(f"--optimizer must be adamw or prodigy, got {options.optimizer}")
     side = (PIXELS_OF_A_TOKEN if data.model_name_or_path is None else 16) * options.down_factor
     if data.resolution % side:
         raise stop(f"--resolution must be a multiple of {side} pixels, got {data.resolution}")
@@ -203,10 +211,8 @@ def claim_folders(
     stack.enter_context(output_folder(options.output_dir, settings, options.overwrite_output_dir, command=NAME))
     if data.data_dir is not None:
         if data.model_name_or_path is None:
-            raise OutputFolderError(
-                "--data_dir is for images of a --model_name_or_path: the tiny one belongs to its run."
-            )
-        names = [name for name in asdict(data) if name not in (*ignored, "num_held_back", "teacher_steps")]
+            raise OutputFolderError("--data_dir needs --model_name_or_path: the tiny teacher belongs to its run.")
+        names = [name for name in asdict(data) if name not in (*ignored, "num_held_out", "teacher_steps")]
         samples = {name: settings[name] for name in (*names, "seed")}
         claim_output_folder(data.data_dir, samples, command=f"{NAME} (samples)")
 
@@ -218,7 +224,7 @@ def make_optimizer(parameters: list[nn.Parameter], options: DistillationArgument
     try:
         from prodigyopt import Prodigy
     except ImportError as error:
-        raise stop("--optimizer prodigy needs a package: pip install prodigyopt") from error
+        raise stop("--optimizer prodigy needs the package prodigyopt: pip install prodigyopt") from error
     return Prodigy(parameters, **arguments, decouple=True, use_bias_correction=True, safeguard_warmup=True)
 
 
@@ -241,7 +247,7 @@ class Batches:
         seeds = [(2 * self.options.seed << 32) + position for position in positions]
         return noisy_batch(self.samples, indices, self.sigmas, seeds, self.device)
 
-    def held_back(self) -> list[dict[str, torch.Tensor]]:
+    def held_out(self) -> list[dict[str, torch.Tensor]]:
         indices = torch.arange(self.count, len(self.samples)).split(self.options.batch_size)
         first = (2 * self.options.seed + 1) << 32
         return [
@@ -340,12 +346,12 @@ def distil(
         accelerator.load_state(str(found))
         step = int(found.name.removeprefix("step_"))
 
-    count = data.num_samples - data.num_held_back
+    count = data.num_samples - data.num_held_out
     batches = Batches(samples, count, sigmas, options, accelerator)
-    held_back = batches.held_back()
+    held_out = batches.held_out()
     progress = tqdm(total=options.max_steps, initial=step, desc="distilling", disable=not accelerator.is_main_process)
     if not curve.rows:
-        curve.rows.append({"step": 0, **measure(model, held_back, data.guidance_scale)})
+        curve.rows.append({"step": 0, **measure(model, held_out, data.guidance_scale)})
         report(curve, progress, accelerator)
     while step < options.max_steps:
         for accumulated in range(options.gradient_accumulation_steps):
@@ -359,7 +365,7 @@ def distil(
         step += 1
         progress.update()
         if step % options.eval_steps == 0 or step == options.max_steps:
-            curve.rows.append({"step": step, **measure(model, held_back, data.guidance_scale)})
+            curve.rows.append({"step": step, **measure(model, held_out, data.guidance_scale)})
             report(curve, progress, accelerator)
         if step % options.checkpoint_steps == 0 or step == options.max_steps:
             save_checkpoint(accelerator, checkpoints, step)
@@ -388,11 +394,11 @@ def report(curve: Curve, progress: tqdm, accelerator: Accelerator) -> None:
 
 
 def plot(curve: Curve, path: Path) -> None:
-    """Draw the error against the steps, if matplotlib is there."""
+    """Plot the error against the steps, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path.name} is not drawn: pip install matplotlib")
+        print(f"{path.name} was not plotted: pip install matplotlib")
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -422,7 +428,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
         curve = distil(data, options, samples, sigmas, teacher_folder, accelerator)
         if accelerator.is_main_process:
             plot(curve, options.output_dir / "curve.png")
-            print(f"The weights are in {options.output_dir / 'clear.safetensors'}.")
+            print(f"The weights were saved to {options.output_dir / 'clear.safetensors'}.")
         # A process that exits with its group open can abort; ending the training also releases the prepared objects.
         accelerator.end_training()
     return curve.rows

@@ -58,7 +58,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The base model, which is the teacher: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. "
+            "help": "Base model and teacher: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. "
             "Default: SmolLM2-135M-Instruct."
         },
     )
@@ -70,10 +70,14 @@ class ModelArguments:
         default=None, metadata={"help": "Layers, counted from 0, that use the attention map of an earlier layer."}
     )
     num_shared: int | None = field(
-        default=None, metadata={"help": "Instead of --shared_layers: how many, chosen by measured similarity."}
+        default=None,
+        metadata={
+            "help": "Number of shared layers, chosen by measured similarity; an alternative to --shared_layers."
+        },
     )
     similarity_samples: int = field(
-        default=16, metadata={"help": "Training sequences to measure the similarity of attention maps on."}
+        default=16,
+        metadata={"help": "Number of training sequences on which the similarity of attention maps is measured."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
 
@@ -86,7 +90,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
-    block_size: int = field(default=512, metadata={"help": "Tokens in a sequence (paper: 2048)."})
+    block_size: int = field(default=512, metadata={"help": "Tokens per sequence (paper: 2048)."})
 
 
 @dataclass
@@ -96,23 +100,27 @@ class DistillationArguments(MachineArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs of stage 1."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of both stages."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Of both stages."})
-    warmup_steps: float = field(default=0.005, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    warmup_steps: float = field(
+        default=0.005, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     save_steps: float = field(default=50, metadata={"help": "Steps between two checkpoints to continue from."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     refinement_ratio: float = field(
-        default=0.25, metadata={"help": "Length of stage 2, next-token training, as a share of stage 1. 0: none."}
+        default=0.25,
+        metadata={"help": "Length of stage 2 (next-token training) as a fraction of stage 1; 0 for no stage 2."},
     )
     loss_weights: list[float] = field(
         default_factory=lambda: [0.25, 0.25, 0.5],
         metadata={"help": "Weights of the hidden-state, soft-label and hard-label losses."},
     )
     kl_direction: str = field(
-        default="student_teacher", metadata={"help": "student_teacher (as printed) or teacher_student."}
+        default="student_teacher",
+        metadata={"help": "Direction of the divergence: student_teacher (as in the paper) or teacher_student."},
     )
-    intermediate_reduction: str = field(default="mean", metadata={"help": "mean or sum of squared differences."})
+    intermediate_reduction: str = field(default="mean", metadata={"help": "Mean or sum of squared differences."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -127,11 +135,11 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     )
     choices = (model_args.student, model_args.shared_layers, model_args.num_shared)
     if sum(choice is not None for choice in choices) != 1:
-        raise stop("give exactly one of --num_shared, --shared_layers and --student")
+        raise stop("pass exactly one of --num_shared, --shared_layers and --student")
     if data_args.dataset_name is not None and data_args.train_file is not None:
-        raise stop("give either --dataset_name or --train_file")
+        raise stop("pass either --dataset_name or --train_file")
     if len(training_args.loss_weights) != 3:
-        raise stop(f"--loss_weights takes three numbers, got {training_args.loss_weights}")
+        raise stop(f"--loss_weights needs three numbers, got {training_args.loss_weights}")
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return model_args, data_args, training_args
 
@@ -157,7 +165,7 @@ def make_student(model_args: ModelArguments, teacher: PreTrainedModel, blocks: t
     is_main = PartialState().is_main_process
     similarity = attention_similarity(teacher, blocks[: model_args.similarity_samples], progress=is_main)
     PartialState().print(similarity)
-    # All processes have to build the same model, whatever rounding does to a tie.
+    # All processes have to build the same model, even if rounding breaks a tie differently.
     (shared_layers,) = broadcast_object_list([similarity.shared_layers(num_shared=model_args.num_shared)])
     return EchoAttForCausalLM.from_base(teacher, shared_layers=shared_layers)
 
@@ -231,7 +239,7 @@ def distil(model_args: ModelArguments, data_args: DataArguments, training_args: 
         )
         model_folder = train_stage(trainer, output / "refined")
     if training_args.process_index == 0:
-        print(f"The student is in {model_folder}.")
+        print(f"The student was saved to {model_folder}.")
         if training_args.push_to_hub:
             name = training_args.hub_model_id or output.name
             student = EchoAttForCausalLM.from_pretrained(model_folder)

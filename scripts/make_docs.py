@@ -50,7 +50,7 @@ def _between(text: str, markers: tuple[str, str], written: str, name: str) -> st
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"{name} must hold the lines {start} and {end}.")
+        raise ValueError(f"{name} must contain the lines {start} and {end}.")
     return f"{before}{start}\n{written}\n{end}{after}"
 
 
@@ -76,7 +76,7 @@ def _page(title: str, text: str, references) -> str:
 def _documented(reference: str) -> str:
     module, _, name = reference.rpartition(".")
     if module == "hf_attn.auto":  # made from the catalogue, which a static parser does not evaluate
-        return f"## `{name}`\n\nAuto class for {OWN_AUTO_CLASSES[name]}, used as those of transformers."
+        return f"## `{name}`\n\nAuto class for {OWN_AUTO_CLASSES[name]}, used like those of transformers."
     return f"::: {reference}"
 
 
@@ -89,7 +89,9 @@ def generated_pages() -> dict[str, str]:
         + "Everything here can be imported from `hf_attn`.\n\n"
         + "- [The package](package.md)\n"
         + "".join(f"- [`{paper.slug}`]({paper.slug}.md)\n" for paper in documented),
-        "reference/package.md": _page("The package", "What belongs to no paper.", PACKAGE_DOORS.values()),
+        "reference/package.md": _page(
+            "The package", "Functions and classes that do not belong to one paper.", PACKAGE_DOORS.values()
+        ),
     }
     pages["claims.md"] = claims_page(RESULTS)
     for paper in documented:
@@ -126,7 +128,7 @@ def build() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-build", action="store_true", help="write the pages, do not build the site")
+    parser.add_argument("--no-build", action="store_true", help="write the pages without building the site")
     options = parser.parse_args()
     write()
     return 0 if options.no_build else build()

@@ -12,8 +12,8 @@ One of the official files of attention maps (pickles), without a model; nothing 
     python scripts/make_sd_rpn_labels.py --model_name_or_path llava-hf/llava-1.5-7b-hf --official_file pseudo.pkl --image_folder data \\
         --output_dir labels/official
 
-Other sources: a data set of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
-images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a data set that
+Other sources: a dataset of the Hub or a folder of one (`--dataset_name`, with the columns `image` and `question`), or all
+images of a folder with one question (`--image_folder`, `--question`). The result, in `output_dir/labels`, is a dataset that
 `datasets.load_from_disk` reads and `scripts/train_sd_rpn.py` trains on. Started again with the same arguments it continues
 where it was. Several processes share the images.
 
@@ -63,47 +63,52 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 class Arguments:
     """Data to label, and the model whose attention is used."""
 
-    model_name_or_path: str = field(metadata={"help": "The base: folder or Hub id of a LLaVA or Qwen2.5-VL."})
-    output_dir: str = field(metadata={"help": "Folder for the labels."})
-    dtype: str = field(default="auto", metadata={"help": "Of the base: float32, bfloat16, float16, auto."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a data set."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    question_column: str = field(default="question", metadata={"help": "Column of the questions."})
+    model_name_or_path: str = field(metadata={"help": "Base model: folder or Hub id of a LLaVA or Qwen2.5-VL."})
+    output_dir: str = field(metadata={"help": "Output folder for the labels."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Dtype of the base model: float32, bfloat16, float16 or auto."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    question_column: str = field(default="question", metadata={"help": "Column with the questions."})
     json_file: str | None = field(
         default=None,
         metadata={
-            "help": "List of entries with `image`, a path in --image_folder, and `question` or `conversations` in the form of "
-            "LLaVA's instruction data, whose first question is used."
+            "help": "JSON file with a list of entries with `image` (a path in --image_folder) and either `question`, "
+            "or `conversations` in the format of LLaVA's instruction data, whose first question is used."
         },
     )
     official_file: str | None = field(
-        default=None, metadata={"help": "Attention maps that the official scripts have written, with --image_folder."}
+        default=None, metadata={"help": "Attention maps written by the official scripts; needs --image_folder."}
     )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the images."})
-    path_contains: str | None = field(default=None, metadata={"help": "Use only images with this in their path."})
-    question: str | None = field(default=None, metadata={"help": "Question about all images of --image_folder."})
-    max_samples: int | None = field(default=None, metadata={"help": "Use the first images only."})
+    path_contains: str | None = field(
+        default=None, metadata={"help": "Use only images whose path contains this string."}
+    )
+    question: str | None = field(default=None, metadata={"help": "One question for all images in --image_folder."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use only the first images."})
     image_kind: str = field(
         default="natural",
-        metadata={"help": "For Qwen2.5-VL: natural or text.", "choices": ["natural", "text"]},
+        metadata={"help": "Kind of images, for Qwen2.5-VL: natural or text.", "choices": ["natural", "text"]},
     )
     grounding_heads: list[str] | None = field(
-        default=None, metadata={"help": "Layers and heads that attend to the object, as in `14:13,24,26 15:2`."}
+        default=None, metadata={"help": "Layers and heads that attend to the object, such as `14:13,24,26 15:2`."}
     )
     sink_heads: list[str] | None = field(
-        default=None, metadata={"help": "Layers and heads that mark sinks, as in `16:17,22` or `2:all`."}
+        default=None, metadata={"help": "Layers and heads that identify sinks, such as `16:17,22` or `2:all`."}
     )
     rule: str | None = field(default=None, metadata={"help": "Labelling rule for --grounding_heads: llava or qwen."})
     sink_threshold: float | None = field(
-        default=None, metadata={"help": "Sink attention of a sink. Default: 1e-3 for llava, 1e-2 for qwen."}
+        default=None,
+        metadata={"help": "Attention above which a token is a sink. Default: 1e-3 for llava, 1e-2 for qwen."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Images in a batch."})
+    batch_size: int = field(default=8, metadata={"help": "Batch size."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
-    part_size: int = field(default=500, metadata={"help": "Images between two states to continue from."})
+    part_size: int = field(default=500, metadata={"help": "Number of images between two checkpoints."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -116,15 +121,15 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
     (args,) = command_line.parse_arguments(NAME, Arguments, arguments, __doc__)
     sources = (args.dataset_name, args.json_file, args.official_file, args.question)
     if sum(source is not None for source in sources) != 1:
-        raise stop("give exactly one of --dataset_name, --json_file, --official_file, --question")
+        raise stop("pass exactly one of --dataset_name, --json_file, --official_file, --question")
     if args.dataset_name is None and args.image_folder is None:
         raise stop("--json_file, --official_file and --question need --image_folder")
     if args.path_contains is not None and (args.dataset_name or args.official_file):
-        raise stop("--path_contains is for --json_file and --question")
+        raise stop("--path_contains needs --json_file or --question")
     if (args.grounding_heads is None) != (args.rule is None):
-        raise stop("--grounding_heads and --rule go together")
+        raise stop("--grounding_heads and --rule must be used together")
     if args.grounding_heads is None and (args.sink_heads is not None or args.sink_threshold is not None):
-        raise stop("--sink_heads and --sink_threshold are for --grounding_heads")
+        raise stop("--sink_heads and --sink_threshold need --grounding_heads")
     return args
 
 
@@ -135,7 +140,7 @@ def make_recipe(args: Arguments) -> AttentionRecipe:
             return attention_recipe(args.model_name_or_path, args.image_kind)
         grounding, sink = parse_heads(args.grounding_heads), parse_heads(args.sink_heads or [])
         if None in grounding.values():
-            raise ValueError("`all` is for --sink_heads.")
+            raise ValueError("`all` is only for --sink_heads.")
         threshold = args.sink_threshold or {"llava": 1e-3, "qwen": 1e-2}.get(args.rule, 0.0)
         return AttentionRecipe(grounding, sink, args.rule, threshold)
     except ValueError as error:
@@ -150,7 +155,7 @@ def parse_heads(texts: Sequence[str]) -> dict[int, tuple[int, ...] | None]:
         try:
             heads[int(layer)] = None if chosen == "all" else tuple(map(int, chosen.split(",")))
         except ValueError:
-            raise ValueError(f"{text!r} is no layer with heads; write 14:13,24,26.") from None
+            raise ValueError(f"{text!r} is not a layer with heads; write 14:13,24,26.") from None
     return heads
 
 
@@ -207,7 +212,7 @@ def load_questions(args: Arguments) -> Questions:
 
 
 def load_rows(args: Arguments):
-    """Rows of a data set, saved by `save_to_disk`, in another folder or of the Hub."""
+    """Rows of a dataset, saved by `save_to_disk`, in another folder or of the Hub."""
     if Path(args.dataset_name, "state.json").is_file() or Path(args.dataset_name, "dataset_dict.json").is_file():
         rows = datasets.load_from_disk(args.dataset_name)
         rows = rows[args.dataset_split] if isinstance(rows, datasets.DatasetDict) else rows
@@ -249,7 +254,7 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
     model = (
         AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, dtype=args.dtype).eval().to(state.device)
     )
-    # Photographs are labelled by the attention of Qwen2.5-VL while it is asked for boxes.
+    # Photographs are labelled by the attention of Qwen2.5-VL to a question about boxes.
     asks_for_boxes = recipe.rule == "qwen" and args.image_kind == "natural"
     starts = range(0, len(questions), args.part_size)
     own = starts[state.process_index :: state.num_processes]
@@ -275,11 +280,12 @@ def label_parts(args: Arguments, questions: Questions, parts: Path) -> None:
 
 
 def join_parts(parts: Path, count: int) -> datasets.Dataset:
-    """All parts as one data set."""
+    """All parts as one dataset."""
     labelled = datasets.concatenate_datasets([datasets.load_from_disk(part) for part in sorted(parts.glob("[0-9]*"))])
     if len(labelled) < count:
         print(
-            f"{count - len(labelled)} of {count} images are left out: the answer is a single token, without attention."
+            f"{count - len(labelled)} of {count} images are skipped: their answer is a single token, so there is no "
+            "attention map."
         )
     return labelled
 
@@ -353,7 +359,7 @@ def label(args: Arguments, questions: Questions | None, state: PartialState) -> 
     state.wait_for_everyone()
     labelled = datasets.load_from_disk(target)
     state.print(describe(labelled))
-    state.print(f"The labels are in {target}.")
+    state.print(f"The labels were saved to {target}.")
     return labelled
 
 

@@ -84,7 +84,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--samples", type=int, nargs="+", help="numbers of training samples")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="start a new run; an earlier run is kept under another name",
+    )
     options = parser.parse_args(arguments)
     options.samples = sorted(set(options.samples or SIZES[options.size][1]))
     if options.samples[0] < 2 or options.seeds < 1:

@@ -71,32 +71,35 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any causal model."}
+        default=None, metadata={"help": "Checkpoint to train further: folder or Hub id of any causal model."}
     )
     model_type: str | None = field(
         default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
     )
-    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Published variant of the family, which sets its sizes."}
+    )
     config_name: str | None = field(
-        default=None, metadata={"help": "Configuration to train from scratch: a JSON file, a folder or a Hub id."}
+        default=None, metadata={"help": "Configuration of a model to train from scratch: JSON file, folder or Hub id."}
     )
     config_overrides: list[str] = field(
         default_factory=list,
-        metadata={"help": "Fields of the configuration, as in `hidden_size=512 shared_layers=[2,3]`."},
+        metadata={"help": "Fields of the configuration, such as `hidden_size=512 shared_layers=[2,3]`."},
     )
     tokenizer_name: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id. Default: the checkpoint's; from scratch, one trained on the training text."
+            "help": "Folder or Hub id of the tokenizer. Default: that of the checkpoint or, from scratch, a new one "
+            "trained on the training text."
         },
     )
-    vocab_size: int = field(default=1024, metadata={"help": "Number of tokens of a tokenizer that is trained here."})
+    vocab_size: int = field(default=1024, metadata={"help": "Vocabulary size of a new tokenizer."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
     sigma_reparam: Literal["preserve", "unit"] | None = field(
         default=None,
         metadata={
-            "help": "Reparametrise the linear layers, starting with the function of the model (`preserve`) or with spectral "
-            "norms of 1 (`unit`); see `apply_sigma_reparam`."
+            "help": "Apply sigma-reparametrisation to the linear layers: keep the function of the model (`preserve`), "
+            "or start with spectral norms of 1 (`unit`); see `apply_sigma_reparam`."
         },
     )
 
@@ -111,13 +114,13 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "Text file to evaluate on."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training text to hold back if there is no validation text."}
+        default=5, metadata={"help": "Percentage of the training text to hold out if there is no validation text."}
     )
     block_size: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens in a sequence. Default: the longest that the model takes, at most 1024; "
-            f"{SMALL_BLOCK_SIZE} for a model from scratch of no published size."
+            "help": "Tokens per sequence. Default: the maximum length of the model, at most 1024; "
+            f"{SMALL_BLOCK_SIZE} for a model from scratch without a published size."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training sequences to use."})
@@ -130,9 +133,11 @@ class ScriptTrainingArguments(RunArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Default: 3e-3 from scratch, which suits small models, 5e-5 from a checkpoint."},
+        metadata={"help": "Default: 3e-3 from scratch, which is suitable for small models; 5e-5 from a checkpoint."},
     )
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
 
 
@@ -162,15 +167,15 @@ def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None
     """The error in the arguments, None if there is none."""
     sources = ("model_name_or_path", "model_type", "config_name")
     if sum(getattr(model_args, name) is not None for name in sources) != 1:
-        return f"give exactly one of {', '.join(f'--{name}' for name in sources)}"
+        return f"pass exactly one of {', '.join(f'--{name}' for name in sources)}"
     if model_args.model_type not in (None, *MODEL_TYPES):
         return f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}"
     if model_args.variant is not None and model_args.model_type is None:
-        return "--variant names a variant of a --model_type"
+        return "--variant needs --model_type"
     if model_args.config_overrides and model_args.model_name_or_path is not None:
-        return "--config_overrides would not fit the weights of --model_name_or_path"
+        return "--config_overrides cannot be used with the weights of --model_name_or_path"
     if data_args.dataset_name is not None and (data_args.train_file or data_args.validation_file):
-        return "give either --dataset_name or files"
+        return "pass either --dataset_name or files"
     if data_args.validation_file is not None and data_args.train_file is None:
         return "--validation_file needs a --train_file"
     for name in ("train_file", "validation_file"):
@@ -192,8 +197,8 @@ def load_documents(data_args: DataArguments) -> datasets.DatasetDict:
         columns = raw["train"].column_names
         if data_args.text_column not in columns:
             raise stop(
-                f"{data_args.dataset_name} has no column {data_args.text_column!r}; give one of "
-                f"{', '.join(columns)} as --text_column"
+                f"{data_args.dataset_name} has no column {data_args.text_column!r}; choose --text_column from "
+                f"{', '.join(columns)}"
             )
         splits = [split for split in ("train", "validation") if split in raw]
         raw = datasets.DatasetDict({split: raw[split].select_columns(data_args.text_column) for split in splits})
@@ -273,8 +278,8 @@ def make_blocks(
 def _check_enough(blocks: datasets.Dataset, split: str, block_size: int, at_least: int = 1) -> None:
     if len(blocks) < at_least:
         raise stop(
-            f"the {split} text has {len(blocks)} sequences of {block_size} tokens and needs {at_least}; give "
-            "more text or a smaller --block_size"
+            f"the {split} text has {len(blocks)} sequences of {block_size} tokens, but at least {at_least} are "
+            "needed; use more text or a smaller --block_size"
         )
 
 
@@ -328,8 +333,8 @@ def make_model(
         model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32, **attention)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise stop(
-                f"the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}; "
-                "give the tokenizer of the model."
+                f"the tokenizer has {len(tokenizer)} tokens, but the model only "
+                f"{model.get_input_embeddings().num_embeddings}; use the tokenizer of the model."
             )
     else:
         model = AutoModelForCausalLM.from_config(make_config(model_args, data_args, tokenizer), **attention)
@@ -349,7 +354,7 @@ def choose_block_size(data_args: DataArguments, config: PreTrainedConfig) -> int
     block_size = data_args.block_size or min(longest, 1024)
     if block_size > longest:
         raise stop(
-            f"--block_size {block_size} is more than the {longest} positions of the model (max_position_embeddings)."
+            f"--block_size {block_size} exceeds the {longest} positions of the model (max_position_embeddings)."
         )
     return block_size
 

@@ -2,7 +2,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Pre-train a DeBERTa with its enhanced mask decoder, then fine-tune it with and without SiFT.
 
-A small model from random weights, on English prose that is part of Python, about ten minutes on one core:
+A small model from random weights, on English prose that is part of Python, about six minutes on one core:
 
     python scripts/run_deberta.py --output_dir out
 
@@ -58,34 +58,39 @@ class ScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "A DebertaEMDForMaskedLM to continue; a small one from random weights if not given."},
+        metadata={
+            "help": "Checkpoint of a DebertaEMDForMaskedLM to train further. Default: a small model with random "
+            "weights."
+        },
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Text file, a document a line, in the place of the prose."}
+        default=None, metadata={"help": "Text file with one document per line, instead of Python's documentation."}
     )
-    vocab_size: int = field(
-        default=3000, metadata={"help": "Vocabulary of the tokenizer of a model from random weights."}
+    vocab_size: int = field(default=3000, metadata={"help": "Vocabulary size of a model with random weights."})
+    hidden_size: int = field(default=144, metadata={"help": "Hidden size of a model with random weights."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers of a model with random weights."})
+    block_size: int = field(default=80, metadata={"help": "Tokens per sequence."})
+    max_ngram: int = field(default=3, metadata={"help": "Maximum number of consecutive masked words."})
+    finetune_epochs: float = field(
+        default=6, metadata={"help": "Epochs of each fine-tuning run; 0 to skip fine-tuning."}
     )
-    hidden_size: int = field(default=144, metadata={"help": "Width of a model from random weights."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Layers of a model from random weights."})
-    block_size: int = field(default=80, metadata={"help": "Tokens of a sequence."})
-    max_ngram: int = field(default=3, metadata={"help": "Words of the longest masked run."})
-    finetune_epochs: float = field(default=6, metadata={"help": "Epochs of each fine-tuning; 0 for none."})
-    finetune_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of the fine-tunings."})
-    num_topics: int = field(default=10, metadata={"help": "Number of topics to classify, the longest ones."})
+    finetune_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of fine-tuning."})
+    num_topics: int = field(default=10, metadata={"help": "Number of topics to classify; the longest ones are used."})
     sift_lambda: float = field(default=5.0, metadata={"help": "Weight of SiFT's adversarial loss."})
-    seeds: int = field(default=2, metadata={"help": "Fine-tunings of each kind."})
+    seeds: int = field(default=2, metadata={"help": "Number of fine-tuning runs of each kind."})
 
 
 @dataclass
 class PretrainingArguments(RunArguments):
     """transformers' arguments with other defaults."""
 
-    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the pre-training."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences of a step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Sequences of an evaluation step."})
-    max_steps: int = field(default=1500, metadata={"help": "Steps of the pre-training."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of pre-training."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Sequences per step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Sequences per evaluation step."})
+    max_steps: int = field(default=1500, metadata={"help": "Steps of pre-training."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
 
@@ -104,9 +109,9 @@ def load_documents(arguments: ScriptArguments) -> tuple[list[str], list[str]]:
         return load_texts("train"), load_texts("test")
     lines = [line for line in Path(arguments.train_file).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < 20:
-        raise stop(f"{arguments.train_file} has {len(lines)} documents (lines) and needs 20")
-    held_back = max(1, len(lines) // 20)
-    return lines[held_back:], lines[:held_back]
+        raise stop(f"{arguments.train_file} has {len(lines)} documents (lines), but at least 20 are needed")
+    held_out = max(1, len(lines) // 20)
+    return lines[held_out:], lines[:held_out]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -152,17 +157,17 @@ def make_sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_s
     return sequences
 
 
-def unigram_entropy(train: list[dict], held_back: list[dict], vocab_size: int) -> float:
+def unigram_entropy(train: list[dict], held_out: list[dict], vocab_size: int) -> float:
     """Cross entropy in nats of held-out tokens under the token frequencies of the training text, smoothed by one."""
     counts = Counter(token for sequence in train for token in sequence["input_ids"][1:-1])
     total = counts.total() + vocab_size
-    tokens = [token for sequence in held_back for token in sequence["input_ids"][1:-1]]
+    tokens = [token for sequence in held_out for token in sequence["input_ids"][1:-1]]
     return -sum(math.log((counts[token] + 1) / total) for token in tokens) / len(tokens)
 
 
 def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict[str, float]:
     """Train the masked language model into `output_dir`; returns the metrics."""
-    documents, held_back = load_documents(arguments)
+    documents, held_out = load_documents(arguments)
     if arguments.model_name_or_path is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         model = AutoModelForMaskedLM.from_pretrained(arguments.model_name_or_path)
@@ -180,7 +185,7 @@ def pretrain(arguments: ScriptArguments, training: PretrainingArguments) -> dict
         )
         model = AutoModelForMaskedLM.from_config(config)
     train = make_sequences(documents, tokenizer, arguments.block_size)
-    test = make_sequences(held_back, tokenizer, arguments.block_size)
+    test = make_sequences(held_out, tokenizer, arguments.block_size)
     print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
     print(f"{len(train):,} sequences to train on, {len(test):,} held out")
     trainer = PretrainingTrainer(
@@ -224,7 +229,7 @@ def make_topics(arguments: ScriptArguments, tokenizer: PreTrainedTokenizerBase) 
 def finetune(
     arguments: ScriptArguments, training: PretrainingArguments, sift_lambda: float, seed: int
 ) -> dict[str, float]:
-    """Fine-tune the encoder that :func:`pretrain` has saved; returns accuracy and seconds."""
+    """Fine-tune the encoder that [`pretrain`] has saved; returns accuracy and seconds."""
     tokenizer = AutoTokenizer.from_pretrained(training.output_dir)
     train, test = make_topics(arguments, tokenizer)
     fields = json.loads((Path(training.output_dir) / "config.json").read_text(encoding="utf-8"))

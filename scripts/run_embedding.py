@@ -43,33 +43,45 @@ class ScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Decoder, or an embedder to train further; SmolLM2-135M-Instruct if not given."},
+        metadata={"help": "Decoder, or an embedder to train further. Default: SmolLM2-135M-Instruct."},
     )
     design: int = field(default=5, metadata={"help": "Design of the paper, 1 to 5."})
-    num_latents: int = field(default=32, metadata={"help": "Latents of the head."})
-    num_pooling_heads: int = field(default=8, metadata={"help": "Attention heads of the head."})
-    pooling_head_dim: int = field(default=64, metadata={"help": "Width of an attention head of the head."})
+    num_latents: int = field(default=8, metadata={"help": "Number of latents of the head."})
+    num_pooling_heads: int = field(default=9, metadata={"help": "Number of attention heads of the pooling head."})
+    pooling_head_dim: int = field(
+        default=64, metadata={"help": "Dimension of the attention heads of the pooling head."}
+    )
     pooling_init: str = field(
         default="mean",
         metadata={
-            "help": "Start of the head: as the mean of what it pools, or random as in the paper.",
+            "help": "Initialisation of the head: mean pooling, or random as in the paper.",
             "choices": ["mean", "random"],
         },
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of LoRA on the decoder; 0 to train it in full."})
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Number of decoder layers to use, from the bottom. Default: all."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "LoRA rank for the decoder; 0 to train all its weights."})
+    lora_layers: int = field(
+        default=10,
+        metadata={"help": "Number of top layers with LoRA; the lower layers are frozen, which costs less."},
+    )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a dataset, in the place of the documentation."}
+        default=None, metadata={"help": "Folder or Hub id of a dataset, instead of Python's documentation."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    held_back: int = field(default=200, metadata={"help": "Rows of the dataset that are held out for the retrieval."})
-    max_length: int = field(default=32, metadata={"help": "Tokens at which texts are cut."})
-    scale: float = field(default=20.0, metadata={"help": "Factor of the similarities in the loss."})
+    num_held_out: int = field(
+        default=200,
+        metadata={"help": "Number of rows of the dataset that are held out for the evaluation of retrieval."},
+    )
+    max_length: int = field(default=32, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
+    scale: float = field(default=20.0, metadata={"help": "Scale of the similarities in the loss."})
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of an embedder of sentence-transformers to measure beside it."},
+        metadata={"help": "Folder or Hub id of a sentence-transformers model to evaluate for comparison."},
     )
-    query_prompt: str = field(default="", metadata={"help": "Put before every query, and saved with the model."})
-    document_prompt: str = field(default="", metadata={"help": "Put before every document, and saved with the model."})
+    query_prompt: str = field(default="", metadata={"help": "Prefix of every query, saved with the model."})
+    document_prompt: str = field(default="", metadata={"help": "Prefix of every document, saved with the model."})
 
 
 @dataclass
@@ -77,16 +89,20 @@ class EmbeddingArguments(command_line.MachineArguments):
     """transformers' arguments with other defaults."""
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs of a step."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts of an evaluation step."})
-    max_steps: int = field(default=40, metadata={"help": "Steps."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Texts per evaluation step."})
+    max_steps: int = field(default=100, metadata={"help": "Steps."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     logging_steps: float = field(default=5, metadata={"help": "Steps between two log lines."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has to stay false: the rows are texts."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Negatives are gathered from equal batches."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false, because the rows are texts."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Must be true, because gathering negatives needs equal batch sizes."}
+    )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -114,18 +130,19 @@ def load_pairs(arguments: ScriptArguments) -> tuple[list[dict], list[dict]]:
     columns = ("query", "positive", "negative", "task")
     rows = rows.select_columns([name for name in columns if name in rows.column_names])
     rows = rows.shuffle(seed=0).to_list()
-    if len(rows) < 2 * arguments.held_back:
-        raise stop(f"{len(rows)} rows are too few to hold back {arguments.held_back} (--held_back)")
-    return rows[arguments.held_back :], rows[: arguments.held_back]
+    if len(rows) < 2 * arguments.num_held_out:
+        raise stop(f"{len(rows)} rows are too few to hold out {arguments.num_held_out} (--num_held_out)")
+    return rows[arguments.num_held_out :], rows[: arguments.num_held_out]
 
 
 @torch.no_grad()
 def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) -> torch.Tensor:
-    """Embeddings of texts, `(texts, width)`."""
+    """Embeddings of texts, `(texts, width)`; equal texts are computed once, beside texts of about their length."""
+    different = sorted(set(texts), key=lambda text: (len(text), text))
     embeddings = []
-    for start in range(0, len(texts), batch_size):
+    for start in range(0, len(different), batch_size):
         batch = tokenizer(
-            texts[start : start + batch_size],
+            different[start : start + batch_size],
             padding=True,
             truncation=True,
             max_length=max_length,
@@ -133,12 +150,13 @@ def embed(model, tokenizer, texts: list[str], batch_size: int, max_length: int) 
         )
         output = model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")})
         embeddings.append(output.pooler_output.float().cpu())
-    return torch.cat(embeddings)
+    places = {text: index for index, text in enumerate(different)}
+    return torch.cat(embeddings)[[places[text] for text in texts]]
 
 
 @dataclass
 class Retrieval:
-    """Retrieval of held-back rows: each query of a task looks for any of its positives among those of all rows.
+    """Retrieval of held-out rows: each query of a task looks for any of its positives among those of all rows.
 
     A query that is itself one of these documents does not find itself.
     """
@@ -150,16 +168,15 @@ class Retrieval:
         places = {document: index for index, document in enumerate(self.documents)}
         answers = {}
         for row in self.rows:
-            key = (row.get("task") or "held back", row["query"])
+            key = (row.get("task") or "held out", row["query"])
             answers.setdefault(key, set()).add(places[row["positive"]])
         self.tasks, self.queries = (list(values) for values in zip(*answers, strict=True))
         self.relevant = list(answers.values())
         self.ignored = [{places[query]} if query in places else () for query in self.queries]
 
-    def ranks(self, embed_queries, embed_documents) -> torch.Tensor:
-        """Rank of each query's first positive; the arguments turn lists of texts into embeddings."""
-        embedded = embed_queries(self.queries), embed_documents(self.documents)
-        return retrieval_ranks(*embedded, self.relevant, self.ignored)
+    def ranks(self, queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """Rank of each query's first positive, from the embeddings of all queries and documents."""
+        return retrieval_ranks(queries, documents, self.relevant, self.ignored)
 
     def scores_by_task(self, ranks: torch.Tensor) -> dict[str, dict[str, float]]:
         """Retrieval scores of the queries of each task."""
@@ -169,21 +186,17 @@ class Retrieval:
         }
 
 
-def held_back_ranks(
+def held_out_ranks(
     model, tokenizer, retrieval: Retrieval, arguments: ScriptArguments, batch_size: int
 ) -> torch.Tensor:
-    """Ranks of the held-back queries' positives."""
+    """Ranks of the positives of the held-out queries."""
     was_training = model.training
     model.eval()
-
-    def embed_with(prompt: str):
-        return lambda texts: embed(
-            model, tokenizer, [prompt + text for text in texts], batch_size, arguments.max_length
-        )
-
-    ranks = retrieval.ranks(embed_with(arguments.query_prompt), embed_with(arguments.document_prompt))
+    texts = [arguments.query_prompt + query for query in retrieval.queries]
+    texts += [arguments.document_prompt + document for document in retrieval.documents]
+    embeddings = embed(model, tokenizer, texts, batch_size, arguments.max_length)
     model.train(was_training)
-    return ranks
+    return retrieval.ranks(*embeddings.split([len(retrieval.queries), len(retrieval.documents)]))
 
 
 def reference_ranks(name_or_path: str, retrieval: Retrieval, arguments: ScriptArguments) -> torch.Tensor:
@@ -195,7 +208,8 @@ def reference_ranks(name_or_path: str, retrieval: Retrieval, arguments: ScriptAr
     encoder = SentenceTransformer(name_or_path, device="cpu")
     encoder.max_seq_length = arguments.max_length
     return retrieval.ranks(
-        *(partial(method, convert_to_tensor=True) for method in (encoder.encode_query, encoder.encode_document))
+        encoder.encode_query(retrieval.queries, convert_to_tensor=True),
+        encoder.encode_document(retrieval.documents, convert_to_tensor=True),
     )
 
 
@@ -220,19 +234,22 @@ def make_model(arguments: ScriptArguments) -> tuple[PreTrainedModel, transformer
             pooling_head_dim=arguments.pooling_head_dim,
             pooling_init=arguments.pooling_init,
             prompts=prompts,
+            **({} if arguments.num_hidden_layers is None else {"num_hidden_layers": arguments.num_hidden_layers}),
         )
     return model, tokenizer
 
 
-def add_lora(model: PoolingAttentionModel, rank: int):
-    """LoRA on all linear layers of the decoder, as the paper's; the head is trained in full."""
+def add_lora(model: PoolingAttentionModel, rank: int, num_layers: int):
+    """LoRA on all linear maps of the highest layers of the decoder; the head is trained in full."""
     from peft import LoraConfig, get_peft_model
 
+    count = model.config.num_hidden_layers
+    layers = "|".join(map(str, range(max(0, count - num_layers), count)))
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.1,
-        target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        target_modules=rf"model\.layers\.({layers})\.(self_attn|mlp)\.\w+_proj",
         modules_to_save=None if model.head is None else ["head"],
     )
     return get_peft_model(model, config)
@@ -251,21 +268,23 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     """Train, measure the retrieval before and after, and save."""
     output_dir = Path(training.output_dir)
     set_seed(training.seed)
-    train, held_back = load_pairs(script)
+    train, held_out = load_pairs(script)
     if len(train) < training.train_batch_size * training.world_size:
-        raise stop(f"{len(train)} pairs are fewer than one step needs")
+        raise stop(
+            f"{len(train)} pairs are too few for one step; use more pairs, or a smaller --per_device_train_batch_size"
+        )
     model, tokenizer = make_model(script)
     # Several processes train; the first one measures.
     measures = training.process_index == 0
     batch_size = training.per_device_eval_batch_size
     model.to(training.device)
-    retrieval, ranks = Retrieval(held_back), {}
+    retrieval, ranks = Retrieval(held_out), {}
     if measures:
         if script.reference_model is not None:
             ranks["reference"] = reference_ranks(script.reference_model, retrieval, script)
-        ranks["before"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
+        ranks["before"] = held_out_ranks(model, tokenizer, retrieval, script, batch_size)
     if script.lora_rank:
-        model = add_lora(model, script.lora_rank)
+        model = add_lora(model, script.lora_rank, script.lora_layers)
     trainer = EmbeddingTrainer(
         model,
         training,
@@ -278,7 +297,7 @@ def train_and_measure(script: ScriptArguments, training: EmbeddingArguments) -> 
     model = trainer.accelerator.unwrap_model(trainer.model)
     metrics = {}
     if measures:
-        ranks["after"] = held_back_ranks(model, tokenizer, retrieval, script, batch_size)
+        ranks["after"] = held_out_ranks(model, tokenizer, retrieval, script, batch_size)
         metrics = {
             f"{when}_{name}": value for when, those in ranks.items() for name, value in retrieval_scores(those).items()
         }

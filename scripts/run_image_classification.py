@@ -50,10 +50,10 @@ from hf_attn.training.evaluation import ExactEvaluationMixin
 
 try:
     import datasets
-    import evaluate
     from torchvision.transforms import v2
 
     from hf_attn.training.augmentation import Augmentation
+    from hf_attn.training.top_accuracy import TopAccuracy, first_classes
 except ImportError as error:
     raise SystemExit(
         "This script needs the extras `train` and `vision`: pip install 'hf_attn[train,vision]'"
@@ -145,15 +145,17 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id of any image classifier."}
+        default=None, metadata={"help": "Checkpoint to train further: folder or Hub id of any image classifier."}
     )
     model_type: str | None = field(
         default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
     )
-    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Published variant of the family, which sets its sizes."}
+    )
     config_overrides: list[str] = field(
         default_factory=list,
-        metadata={"help": "Fields of the configuration, as in `image_size=96 depths=[1,1,2]`."},
+        metadata={"help": "Fields of the configuration, such as `image_size=96 depths=[1,1,2]`."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
 
@@ -163,43 +165,48 @@ class DataArguments:
     """Arguments of the data; without a dataset, on the digits of scikit-learn."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Folder with a folder of images for each class, or Hub id of a dataset."}
+        default=None, metadata={"help": "Folder with one sub-folder of images per class, or Hub id of a dataset."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: the column that holds classes."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images. Default: detected by its type."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the classes. Default: detected by its type."}
+    )
     validation_split_percentage: int = field(
-        default=20, metadata={"help": "Share of the images to hold back if there is no validation or test split."}
+        default=20, metadata={"help": "Percentage of the images to hold out if there is no validation or test split."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training images to use."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation images to use."})
     augmentation: str | None = field(
         default=None,
         metadata={
-            "help": "Of training images: `none`; `shift`, by up to an eighth of their size; `photo`, a random part of them, "
-            "mirrored or not, and RandAugment. Default: `shift` for the digits, `photo` for other data.",
+            "help": "Augmentation of training images: `none`; `shift` (by up to an eighth of their size); `photo` "
+            "(random resized crop, horizontal flip, RandAugment). Default: `shift` for the digits, `photo` "
+            "for other data.",
             "choices": ["none", "shift", "photo"],
         },
     )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mix pairs of images (mixup) if positive."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "Paste parts of images (CutMix) if positive."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup alpha; 0 for no mixup."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix alpha; 0 for no CutMix."})
     mix_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Train an RMT with token_labeling as its authors did: two images share a map, whose positions have the "
-            "labels of their images. In place of CutMix."
+            "help": "Train an RMT with token_labeling like its authors: the tokens of two images are mixed in one "
+            "feature map, and each position has the label of its image. Replaces CutMix."
         },
     )
     label_maps: bool = field(
         default=False,
         metadata={
-            "help": "With --mix_tokens: a map of labels for each training image, as a teacher makes it, of which the positions take "
-            "the part that the augmentation cuts out: in the column `label_map`, or in a .npy or .pt file beside the image. "
-            "Shape (height, width), (classes, height, width) or (2, k, height, width)."
+            "help": "With --mix_tokens: use a label map for each training image, as made by a teacher, which is cropped like the "
+            "image: in the column `label_map`, or in a .npy or .pt file next to the image. Shape (height, width), "
+            "(classes, height, width) or (2, k, height, width)."
         },
     )
     mix_ground_truth: bool = field(
-        default=False, metadata={"help": "With --label_maps: mix the class of the image into what its map says of it."}
+        default=False, metadata={"help": "With --label_maps: mix the class of the image into its label map."}
     )
 
 
@@ -209,17 +216,19 @@ class ScriptTrainingArguments(RunArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Default: 2e-3 from scratch, which suits small models, 5e-5 from a checkpoint."},
+        metadata={"help": "Default: 2e-3 from scratch, which is suitable for small models; 5e-5 from a checkpoint."},
     )
-    num_train_epochs: float = field(default=30.0, metadata={"help": "Number of passes over the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a batch on each device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same in evaluation."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Number of epochs."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size per device in training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
     dataloader_drop_last: bool = field(
         default=True,
-        metadata={"help": "Leave the last batch of the training out if it is smaller; BatchNorm fails on one image."},
+        metadata={"help": "Drop the last training batch if it is smaller, because BatchNorm fails on a single image."},
     )
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
 
@@ -297,19 +306,19 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
 def _problem(model_args: ModelArguments, data_args: DataArguments) -> str | None:
     """The error in the arguments, None if there is none."""
     if (model_args.model_name_or_path is None) == (model_args.model_type is None):
-        return "give either --model_name_or_path or --model_type"
+        return "pass either --model_name_or_path or --model_type"
     if model_args.model_type not in (None, *MODEL_TYPES):
         return f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}"
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.config_overrides):
-        return "--variant and --config_overrides would not fit the weights of --model_name_or_path"
+        return "--variant and --config_overrides cannot be used with the weights of --model_name_or_path"
     if data_args.mix_tokens and data_args.cutmix_alpha > 0:
-        return "--mix_tokens and --cutmix_alpha both mix parts of images; give one of them"
+        return "--mix_tokens and --cutmix_alpha both mix parts of images; use only one of them"
     if data_args.label_maps and (not data_args.mix_tokens or data_args.mixup_alpha > 0):
-        return "--label_maps goes with --mix_tokens, and not with --mixup_alpha, which would mix other labels"
+        return "--label_maps needs --mix_tokens and cannot be used with --mixup_alpha, which mixes other labels"
     if data_args.label_maps and (data_args.dataset_name is None or data_args.augmentation == "none"):
-        return "--label_maps needs a --dataset_name, and --augmentation shift or photo, with which the maps are cut"
+        return "--label_maps needs --dataset_name, and --augmentation shift or photo, which also crops the maps"
     if data_args.mix_ground_truth and not data_args.label_maps:
-        return "--mix_ground_truth goes with --label_maps"
+        return "--mix_ground_truth needs --label_maps"
     return None
 
 
@@ -344,13 +353,13 @@ def load_images(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
         "image": _column(splits["train"], data_args.image_column, datasets.Image, "image_column"),
         "label": _column(splits["train"], data_args.label_column, datasets.ClassLabel, "label_column"),
     }
-    held_back = next((split for split in ("validation", "test") if split in splits), None)
-    if held_back is None:
+    held_out = next((split for split in ("validation", "test") if split in splits), None)
+    if held_out is None:
         share = data_args.validation_split_percentage / 100
         _check_classes(splits["train"], columns["label"], share)
         parts = splits["train"].train_test_split(share, seed=seed, stratify_by_column=columns["label"])
-        splits, held_back = parts, "test"
-    splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_back]})
+        splits, held_out = parts, "test"
+    splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_out]})
     kept = [*columns.values(), *(["label_map"] if data_args.label_maps else [])]
     splits = datasets.DatasetDict(
         {
@@ -372,14 +381,16 @@ def _check_classes(images: datasets.Dataset, column: str, share: float) -> None:
     few = [f"{name} ({count})" for name, count in zip(names, counts.tolist(), strict=True) if count < 2]
     if few:
         raise stop(
-            f"there is no validation split, and of a class with fewer than 2 images none can be held out: {', '.join(few)}. "
-            "Add images to these classes, leave them out, or give a folder with train/ and validation/."
+            "there is no validation split, and no image can be held out from classes with fewer than 2 images: "
+            f"{', '.join(few)}. Add images to these classes, leave them out, or use a folder with train/ and "
+            "validation/."
         )
-    held_back = int(np.ceil(share * len(images)))
-    if min(held_back, len(images) - held_back) < len(names):
+    held_out = int(np.ceil(share * len(images)))
+    if min(held_out, len(images) - held_out) < len(names):
         raise stop(
-            f"--validation_split_percentage {100 * share:g} of {len(images)} images does not give each of the {len(names)} "
-            "classes an image on both sides; change it, add images, or give a folder with train/ and validation/."
+            f"--validation_split_percentage {100 * share:g} of {len(images)} images does not leave an image of each "
+            f"of the {len(names)} classes in both splits; change it, add images, or use a folder with train/ and "
+            "validation/."
         )
 
 
@@ -392,7 +403,7 @@ def _column(images: datasets.Dataset, name: str | None, kind: type, argument: st
     found = (
         f"there are {', '.join(candidates)}" if candidates else f"there is none in {', '.join(images.column_names)}"
     )
-    raise stop(f"--{argument} must name a {kind.__name__} column; {found}")
+    raise stop(f"--{argument} must be a {kind.__name__} column; {found}")
 
 
 def training_transform(processor: BaseImageProcessor, config: PreTrainedConfig, augmentation: str):
@@ -412,8 +423,8 @@ def with_pixel_values(
 
     def apply(batch: dict) -> dict:
         # Decoded here for an error that names the file, and because `datasets` leaves images deeper than 8 bits to Pillow.
-        pictures = [as_rgb(image["bytes"] or image["path"], image["path"]) for image in batch["image"]]
-        results = [transform(picture.convert(mode)) for picture in pictures]
+        decoded = [as_rgb(image["bytes"] or image["path"], image["path"]) for image in batch["image"]]
+        results = [transform(image.convert(mode)) for image in decoded]
         inputs = {"pixel_values": [pixel_values for pixel_values, _ in results], "labels": batch["label"]}
         if token_targets is not None:
             maps = batch.get("label_map", [None] * len(results))
@@ -444,24 +455,6 @@ def make_collator(data_args: DataArguments, num_labels: int):
         return {"pixel_values": pixel_values, "labels": labels}
 
     return collate
-
-
-class TopAccuracy(evaluate.Metric):
-    """Share of images whose class is the first, or among the first, of `predictions` `(images, classes)`, best first."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(description=self.__doc__, citation="", features=datasets.Features(features))
-
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {"accuracy": hits[:, 0].mean().item(), "accuracy_top5": hits.any(axis=1).mean().item()}
-
-
-def first_classes(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """The five classes with the highest logits, best first: all that is kept of an evaluation."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.topk(min(5, logits.shape[-1])).indices
 
 
 # --- model ---------------------------------------------------------------------------------------------------------
@@ -542,8 +535,9 @@ def train_and_evaluate(
     batch = training_args.train_batch_size * training_args.world_size
     if training_args.do_train and training_args.dataloader_drop_last and len(images["train"]) < batch:
         raise stop(
-            f"there are {len(images['train'])} images to train on, fewer than a batch of {batch}, and the last batch is left "
-            f"out; give a --per_device_train_batch_size of at most {len(images['train']) // training_args.world_size}."
+            f"there are {len(images['train'])} training images, fewer than one batch of {batch}, and an incomplete "
+            "last batch is dropped; use a --per_device_train_batch_size of at most "
+            f"{len(images['train']) // training_args.world_size}."
         )
     metric = TopAccuracy(keep_in_memory=True)
     trainer = Trainer(

@@ -18,7 +18,7 @@ Several GPUs, the paper's schedule:
 
     accelerate launch --config_file scripts/configs/landmark_fsdp.yaml scripts/run_landmark.py --bf16 true \\
         --model_name_or_path huggyllama/llama-7b --mem_freq 50 --dataset_name togethercomputer/RedPajama-Data-1T-Sample \\
-        --validation_file held_back.txt --max_steps 15000 --per_device_train_batch_size 2 \\
+        --validation_file held_out.txt --max_steps 15000 --per_device_train_batch_size 2 \\
         --gradient_accumulation_steps 8 --output_dir outputs/llama-landmark
 
 See `--help` for the arguments of this script, and transformers' `TrainingArguments` for the others.
@@ -72,20 +72,23 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "The base model: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model. Default: "
-            "SmolLM2-135M-Instruct. Or a landmark model, to train it further or to evaluate it."
+            "help": "Base model: folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model (default: "
+            "SmolLM2-135M-Instruct), or a landmark model to train further or to evaluate."
         },
     )
     mem_freq: int | None = field(
-        default=None, metadata={"help": "Regular tokens of a block. Default: 63 (paper: 50), for kernels of 64."}
+        default=None,
+        metadata={"help": "Regular tokens per block. Default: 63 (paper: 50), for kernels with blocks of 64."},
     )
     train_context_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a training sequence, landmarks included. Default: 512."}
+        default=None, metadata={"help": "Tokens per training sequence, landmarks included. Default: 512."}
     )
     include_landmark_in_loss: bool | None = field(
-        default=None, metadata={"help": "Whether landmarks are targets. Default: true."}
+        default=None, metadata={"help": "Whether the loss includes landmarks as targets. Default: true."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Of the landmark model in training."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of the landmark model in training."}
+    )
 
 
 @dataclass
@@ -107,14 +110,18 @@ class EvaluationArguments:
 
     evaluate: list[str] | None = field(
         default=None,
-        metadata={"help": f"Models to evaluate: {BASE}, {LANDMARK}. Default: both; only {LANDMARK} if it is given."},
+        metadata={
+            "help": f"Models to evaluate: {BASE}, {LANDMARK}. Default: both, or only {LANDMARK} if "
+            "--model_name_or_path is a landmark model."
+        },
     )
     perplexity_lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048, 4096, 8192],
         metadata={"help": "Context lengths for the perplexity of the held-out text."},
     )
     passkey_lengths: list[int] = field(
-        default_factory=lambda: [1024, 2048, 4096, 8192], metadata={"help": "Tokens of the pass-key prompts."}
+        default_factory=lambda: [1024, 2048, 4096, 8192],
+        metadata={"help": "Lengths of the pass-key prompts in tokens."},
     )
     passkey_depths: list[float] = field(
         default_factory=lambda: [0.1, 0.5, 0.9],
@@ -122,10 +129,10 @@ class EvaluationArguments:
     )
     passkey_trials: list[int] = field(
         default_factory=lambda: [2],
-        metadata={"help": "Prompts for each length and depth: one number, or one a length."},
+        metadata={"help": "Number of prompts for each length and depth: one number, or one per length."},
     )
     cache_top_k: int = field(
-        default=4, metadata={"help": "Blocks that a token and head of the landmark model retrieves."}
+        default=4, metadata={"help": "Number of blocks that the landmark model retrieves per token and head."}
     )
     retrieval: str = field(
         default="per_token_and_head", metadata={"help": f"Granularity of retrieval: {', '.join(RETRIEVALS)}."}
@@ -137,16 +144,23 @@ class EvaluationArguments:
 class ScriptTrainingArguments(RunArguments):
     """transformers' arguments with the paper's defaults; trains and evaluates unless --do_train or --do_eval is given."""
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "The paper's, for 15,000 steps of LLaMA-7B."})
+    learning_rate: float = field(
+        default=2e-5, metadata={"help": "Default: the paper's, for 15,000 steps of LLaMA-7B."}
+    )
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or their share if below 1."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     lr_scheduler_kwargs: dict | str = field(
-        default_factory=lambda: {"num_cycles": 0.4}, metadata={"help": "The cosine ends near a tenth of its height."}
+        default_factory=lambda: {"num_cycles": 0.4},
+        metadata={
+            "help": "Arguments of the schedule. Default: the cosine ends at about a tenth of the learning rate."
+        },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     max_minutes: float | None = field(
-        default=None, metadata={"help": "Stop training after this time, wherever the schedule is."}
+        default=None, metadata={"help": "Stop training after this time, even if the schedule is not finished."}
     )
 
 
@@ -197,17 +211,17 @@ def _problem(
     if evaluation_args.evaluate is None:
         evaluation_args.evaluate = [LANDMARK] if is_landmark else [BASE, LANDMARK]
     if is_landmark and BASE in evaluation_args.evaluate:
-        return f"--model_name_or_path is a landmark model; its {BASE} is evaluated if that is given instead"
+        return f"--model_name_or_path is a landmark model; to evaluate its {BASE}, pass the {BASE} model instead"
     if is_landmark and blocks:
-        return f"--{', --'.join(blocks)}: the landmark model of --model_name_or_path has its own"
+        return f"--{', --'.join(blocks)}: the landmark model of --model_name_or_path has its own setting"
     mem_freq, context, _ = {**BLOCKS, **blocks}.values()
     if context < 2 * (mem_freq + 1):
         return (
-            f"--train_context_length {context} has no room for two blocks of {mem_freq + 1} tokens (--mem_freq {mem_freq} "
-            "and a landmark), so that no landmark would be learned"
+            f"--train_context_length {context} is too short for two blocks of {mem_freq + 1} tokens (--mem_freq "
+            f"{mem_freq} and a landmark), so no landmark would be trained"
         )
     if data_args.dataset_name is not None and data_args.train_file is not None:
-        return "give either --dataset_name or --train_file"
+        return "pass either --dataset_name or --train_file"
     if data_args.train_file is not None and data_args.validation_file is None:
         return "--train_file needs a --validation_file"
     for name in ("train_file", "validation_file"):
@@ -215,11 +229,11 @@ def _problem(
         if path is not None and not Path(path).is_file():
             return f"--{name} {path} does not exist"
     if unknown := set(evaluation_args.evaluate) - {BASE, LANDMARK}:
-        return f"--evaluate takes {BASE} and {LANDMARK}, got {', '.join(sorted(unknown))}"
+        return f"--evaluate must be {BASE} or {LANDMARK}, got {', '.join(sorted(unknown))}"
     if evaluation_args.retrieval not in RETRIEVALS:
         return f"--retrieval {evaluation_args.retrieval} is not one of {', '.join(RETRIEVALS)}"
     if len(evaluation_args.passkey_trials) not in (1, len(evaluation_args.passkey_lengths)):
-        return "--passkey_trials takes one number, or one for each of --passkey_lengths"
+        return "--passkey_trials must be one number, or one per value of --passkey_lengths"
     if not training_args.do_train and LANDMARK in evaluation_args.evaluate and not is_landmark:
         return "--do_eval without --do_train needs a landmark model as --model_name_or_path, or --evaluate base"
     return None
@@ -305,10 +319,10 @@ def evaluate(
         model = AutoModelForCausalLM.from_pretrained(source).to(training_args.device)
         if isinstance(model, LandmarkForCausalLM):
             check_landmark_token(tokenizer, model.config)
-        held_back = token_blocks(texts_of(data_args, "validation"), tokenizer, 1).flatten()
+        held_out = token_blocks(texts_of(data_args, "validation"), tokenizer, 1).flatten()
         print(f"Evaluating the {name} model")
         result = {
-            "perplexity": measure_perplexity(model, held_back, evaluation_args),
+            "perplexity": measure_perplexity(model, held_out, evaluation_args),
             "passkey": [asdict(answer) for answer in measure_passkey(model, tokenizer, evaluation_args).answers],
         }
         with written_whole(output / f"evaluation_{name}.json") as part:
@@ -317,16 +331,16 @@ def evaluate(
 
 
 def measure_perplexity(
-    model: PreTrainedModel, held_back: torch.Tensor, evaluation_args: EvaluationArguments
+    model: PreTrainedModel, held_out: torch.Tensor, evaluation_args: EvaluationArguments
 ) -> dict[int, float]:
     """Perplexity by context length, as far as the text is long enough."""
-    lengths = [length for length in evaluation_args.perplexity_lengths if length <= len(held_back)]
+    lengths = [length for length in evaluation_args.perplexity_lengths if length <= len(held_out)]
     if len(lengths) < len(evaluation_args.perplexity_lengths):
-        print(f"The held-out text has {len(held_back):,} tokens: no perplexity of longer contexts.")
+        print(f"The held-out text has {len(held_out):,} tokens, so perplexity is not measured for longer contexts.")
     if not lengths:
         return {}
     if not isinstance(model, LandmarkForCausalLM):
-        return perplexity_by_context(model, held_back, lengths)
+        return perplexity_by_context(model, held_out, lengths)
 
     def make_cache() -> LandmarkCache:
         return LandmarkCache(
@@ -336,7 +350,7 @@ def measure_perplexity(
             offload_to_cpu=evaluation_args.offload_cache_to_cpu,
         )
 
-    return perplexity_by_context(model, held_back, lengths, make_cache, insert_landmarks=True)
+    return perplexity_by_context(model, held_out, lengths, make_cache, insert_landmarks=True)
 
 
 def measure_passkey(
@@ -374,7 +388,7 @@ def report(output: Path) -> None:
         if result["passkey"]
     }
     for name, result in passkeys.items():
-        print(f"\nPass-key test of the {name} model, right answers by place of the pass key\n{result}")
+        print(f"\nPass-key test of the {name} model, correct answers by position of the pass key\n{result}")
     if passkeys:
         try:
             plot_passkey(passkeys, output / "passkey.png")

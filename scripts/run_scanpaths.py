@@ -6,7 +6,7 @@ A small model from scratch on generated shelves, against a random walk and a sal
 
     python scripts/run_scanpaths.py --output_dir out
 
-The published sizes on the published data (the STI data set of book covers, the authors' shelves), or on trials of your own:
+The published sizes on the published data (the STI dataset of book covers, the authors' shelves), or on trials of your own:
 
     python scripts/run_scanpaths.py --variant amazon --amazon_annotations Amazon.json --image_dir covers --output_dir amazon
     python scripts/run_scanpaths.py --variant yogurt --shelf_table yogurt.csv --image_dir Question --output_dir yogurt
@@ -14,10 +14,10 @@ The published sizes on the published data (the STI data set of book covers, the 
 
 A line of `my_trials.jsonl` is `{"image": "shelf.png", "boxes": [[x1, y1, x2, y2], ...], "target_index": 5, "fixations": [[x, y], ...]}`.
 
-Trials are split by image, 80/10/10, so that no image is in two parts. Training stops when the behavioural distance (delta) of greedy
+Trials are split by image, 80/10/10, so that the splits have no images in common. Training stops when the behavioural distance (delta) of greedy
 scanpaths on the validation images has not improved for `--patience` epochs, and the best checkpoint is kept. The test images give the
-table: the greedy scanpath, the mean of `--num_samples` sampled ones, and the baselines. Pictures of true and predicted scanpaths are in
-`output_dir/pictures`.
+table: the greedy scanpath, the mean of `--num_samples` sampled ones, and the baselines. Drawings of true and predicted
+scanpaths are in `output_dir/drawings`.
 """
 
 import json
@@ -75,7 +75,9 @@ SMALL = {
 class ModelArguments:
     """Arguments of the model."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further: folder or Hub id."}
+    )
     variant: str | None = field(
         default=None, metadata={"help": f"Published size for a model from scratch: {', '.join(OATConfig.variants)}."}
     )
@@ -85,36 +87,39 @@ class ModelArguments:
 class DataArguments:
     """Arguments of the data; generated shelves if no data is given."""
 
-    amazon_annotations: str | None = field(default=None, metadata={"help": "Amazon.json of the STI data set."})
+    amazon_annotations: str | None = field(default=None, metadata={"help": "Amazon.json of the STI dataset."})
     amazon_boxes: str | None = field(
-        default=None, metadata={"help": "JSON, image name -> boxes; a plain grid of 6 x 14 if not given."}
+        default=None, metadata={"help": "JSON file that maps image names to boxes. Default: a plain grid of 6 x 14."}
     )
     shelf_table: list[str] = field(
-        default_factory=list, metadata={"help": "Tables (CSV or Excel) of the authors' shelves, a row a fixation."}
+        default_factory=list,
+        metadata={"help": "Tables (CSV or Excel) of the authors' shelves, with one row per fixation."},
     )
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of the images of either data set."})
-    trials: str | None = field(default=None, metadata={"help": "JSON lines of your own, see above."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder with the images of the dataset."})
+    trials: str | None = field(default=None, metadata={"help": "JSON Lines file with your own trials, see above."})
     num_images: int = field(default=500, metadata={"help": "Number of generated shelves."})
-    searches: int = field(default=4, metadata={"help": "Simulated searches on each."})
-    num_samples: int = field(default=20, metadata={"help": "Sampled scanpaths a test image; the paper has 100."})
-    num_pictures: int = field(default=4, metadata={"help": "Test images to draw."})
+    searches: int = field(default=4, metadata={"help": "Simulated searches per shelf."})
+    num_samples: int = field(default=20, metadata={"help": "Sampled scanpaths per test image (paper: 100)."})
+    num_drawings: int = field(default=4, metadata={"help": "Number of test images for which scanpaths are drawn."})
 
 
 @dataclass
 class ScriptTrainingArguments(RunArguments):
-    """transformers' arguments with the paper's recipe for published sizes; trains and evaluates unless one is asked for."""
+    """transformers' arguments with the paper's recipe for published sizes; both trains and evaluates by default."""
 
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Default 1e-4 as published, 1e-3 for the small model."}
+        default=None, metadata={"help": "Default: 1e-4 as published, 1e-3 for the small model."}
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    per_device_train_batch_size: int = field(default=20, metadata={"help": "Scanpaths a device and step."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum gradient norm for clipping."})
+    per_device_train_batch_size: int = field(default=20, metadata={"help": "Scanpaths per device and step."})
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Default 500 as published, 14 for the small model."}
+        default=None, metadata={"help": "Default: 500 as published, 14 for the small model."}
     )
-    patience: int = field(default=30, metadata={"help": "Epochs without a better delta after which training stops."})
-    seed: int = field(default=1234, metadata={"help": "Of the split, the model and the generated shelves."})
+    patience: int = field(
+        default=30, metadata={"help": "Number of epochs without a better delta after which training stops."}
+    )
+    seed: int = field(default=1234, metadata={"help": "Seed of the split, the model and the generated shelves."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
 
 
@@ -128,16 +133,16 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
     )
     if model_args.model_name_or_path is not None and model_args.variant is not None:
-        raise stop("--variant is for models from scratch; leave it out with --model_name_or_path")
+        raise stop("--variant is for models from scratch and cannot be used with --model_name_or_path")
     if model_args.variant not in (None, *OATConfig.variants):
         raise stop(f"--variant {model_args.variant} is not one of {', '.join(OATConfig.variants)}")
     sources = [bool(source) for source in (data_args.amazon_annotations, data_args.shelf_table, data_args.trials)]
     if sum(sources) > 1:
-        raise stop("give one of --amazon_annotations, --shelf_table, --trials")
+        raise stop("pass one of --amazon_annotations, --shelf_table, --trials")
     if any(sources[:2]) and data_args.image_dir is None:
-        raise stop("--image_dir is missing, the folder of the images")
+        raise stop("--image_dir, the folder with the images, is missing")
     if any(sources) and model_args.variant is None and model_args.model_name_or_path is None:
-        raise stop("give --variant or --model_name_or_path")
+        raise stop("pass --variant or --model_name_or_path")
     published = model_args.variant is not None or model_args.model_name_or_path is not None
     if training_args.learning_rate is None:
         training_args.learning_rate = 1e-4 if published else 1e-3
@@ -228,7 +233,7 @@ def print_table(table: dict[str, dict[str, float]]) -> None:
         print(f"{name:24}" + "".join(f"{value:>{width + 2}}" for value in values))
 
 
-def draw_pictures(model: OATForScanpathPrediction, dataset: ScanpathDataset, folder: Path, number: int) -> None:
+def draw_scanpaths(model: OATForScanpathPrediction, dataset: ScanpathDataset, folder: Path, number: int) -> None:
     """Draw the scanpath of a person and the prediction side by side, enlarged to at least 600 pixels."""
     from PIL import Image
 
@@ -273,7 +278,8 @@ def train_and_evaluate(
     if training_args.should_log:
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters")
         print(
-            f"{len(train)} scanpaths to train on, {len(validation)} to validate, {len(test)} to test; no image is in two parts"
+            f"{len(train)} scanpaths to train on, {len(validation)} to validate, {len(test)} to test; the splits have "
+            "no images in common"
         )
 
     trainer = ScanpathTrainer(
@@ -301,7 +307,7 @@ def train_and_evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / "test_results.json") as part:
             part.write_text(json.dumps(table, indent=2), encoding="utf-8")
-        draw_pictures(model, test, folder / "pictures", data_args.num_pictures)
+        draw_scanpaths(model, test, folder / "drawings", data_args.num_drawings)
     card = {"finetuned_from": model_args.model_name_or_path}
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)

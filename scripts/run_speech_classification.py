@@ -78,11 +78,11 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from, with its processor."}
+        default=None, metadata={"help": "Checkpoint to train further, with its processor."}
     )
-    text_model: str | None = field(default=None, metadata={"help": "Pretrained encoder of transcripts."})
+    text_model: str | None = field(default=None, metadata={"help": "Pretrained encoder for transcripts."})
     vision_model: str | None = field(
-        default=None, metadata={"help": "Pretrained encoder of spectrograms, of the same width."}
+        default=None, metadata={"help": "Pretrained encoder for spectrograms, with the same hidden size."}
     )
     intra: str = field(
         default="context", metadata={"help": "Attention within a modality.", "choices": CHOICES["intra"]}
@@ -94,7 +94,7 @@ class ModelArguments:
     fusion: str = field(default="attention", metadata={"help": "Fusion of the streams.", "choices": CHOICES["fusion"]})
     loss_smoothing: float = field(default=0.1, metadata={"help": "Label smoothing of the model's own loss."})
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Train the encoders by LoRA of this rank; all their weights if not given."}
+        default=None, metadata={"help": "LoRA rank for the encoders. Default: all their weights are trained."}
     )
 
 
@@ -102,13 +102,18 @@ class ModelArguments:
 class DataArguments:
     """Arguments of the data; synthetic recordings if there is no table."""
 
-    table: str | None = field(default=None, metadata={"help": "CSV of recordings, see above."})
-    truncation: bool = field(default=False, metadata={"help": "Cut off the end of transcripts that are too long."})
-    mix_channels: bool = field(default=False, metadata={"help": "Average the channels of recordings with several."})
-    num_speakers: int = field(default=400, metadata={"help": "Made-up speakers, of two recordings each."})
+    table: str | None = field(default=None, metadata={"help": "CSV file with the recordings, see above."})
+    truncation: bool = field(default=False, metadata={"help": "Truncate transcripts that are too long."})
+    mix_channels: bool = field(default=False, metadata={"help": "Average the channels of multi-channel recordings."})
+    num_speakers: int = field(
+        default=400, metadata={"help": "Number of synthetic speakers, with two recordings each."}
+    )
     modalities: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Of {', '.join(MODALITIES)}; if not given both, and for made-up recordings all."},
+        metadata={
+            "help": f"Modalities to train on, out of {', '.join(MODALITIES)}. Default: both, or all for "
+            "synthetic recordings."
+        },
     )
 
 
@@ -118,20 +123,26 @@ class ScriptTrainingArguments(MachineArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Of the encoders: default 1e-5 if pretrained (1e-4 with LoRA), 1e-3 from scratch."},
+        metadata={
+            "help": "Learning rate of the encoders. Default: 1e-5 if pretrained (1e-4 with LoRA), 1e-3 from scratch."
+        },
     )
-    head_learning_rate: float = field(default=1e-3, metadata={"help": "Of the layers behind the encoders."})
+    head_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the layers after the encoders."}
+    )
     num_train_epochs: float = field(default=20, metadata={"help": "Epochs at most."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Recordings a device and step."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Recordings per device and step."})
     per_device_eval_batch_size: int = field(
-        default=32, metadata={"help": "Recordings a device and step of evaluation."}
+        default=32, metadata={"help": "Recordings per device and evaluation step."}
     )
-    num_seeds: int = field(default=5, metadata={"help": "Trainings, from `seed` on."})
+    num_seeds: int = field(
+        default=5, metadata={"help": "Number of training runs, with consecutive seeds starting at `seed`."}
+    )
     patience: int = field(
-        default=4, metadata={"help": "Epochs without a better validation loss after which training stops."}
+        default=4, metadata={"help": "Number of epochs without a better validation loss after which training stops."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -150,25 +161,28 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     )
     pretrained = (model_args.text_model, model_args.vision_model)
     if any(pretrained) != all(pretrained):
-        raise stop("give both --text_model and --vision_model, of the same width")
+        raise stop("pass both --text_model and --vision_model, with the same hidden size")
     if all(pretrained) and model_args.model_name_or_path:
-        raise stop("give either --model_name_or_path or --text_model and --vision_model")
+        raise stop("pass either --model_name_or_path, or --text_model and --vision_model")
     starts = bool(model_args.model_name_or_path) or all(pretrained)
     if starts != bool(data_args.table):
-        raise stop("pretrained models and --table go together; without both, a small model learns made-up recordings")
+        raise stop(
+            "pretrained models and --table must be used together; without both, a small model is trained on "
+            "synthetic recordings"
+        )
     unknown = set(data_args.modalities) - set(MODALITIES)
     if unknown:
-        raise stop(f"--modalities are of {', '.join(MODALITIES)}, got {', '.join(data_args.modalities)}")
+        raise stop(f"--modalities must be out of {', '.join(MODALITIES)}, got {', '.join(data_args.modalities)}")
     if not data_args.modalities:
         data_args.modalities = ["both"] if data_args.table else list(MODALITIES)
     if training_args.resume_from_checkpoint:
-        raise stop("trainings of several seeds are not resumed; --overwrite_output_dir starts anew")
+        raise stop("runs with several seeds cannot be resumed; use --overwrite_output_dir to start a new run")
     if training_args.num_seeds < 1:
         raise stop(f"--num_seeds must be at least 1, got {training_args.num_seeds}")
     if model_args.lora_rank and not is_peft_available():
         raise stop("--lora_rank needs peft: pip install 'hf_attn[peft]'")
     if training_args.label_smoothing_factor:
-        raise stop("the model smooths labels itself: set --loss_smoothing, not --label_smoothing_factor")
+        raise stop("the model has its own label smoothing: use --loss_smoothing instead of --label_smoothing_factor")
     if training_args.learning_rate is None:
         training_args.learning_rate = (1e-4 if model_args.lora_rank else 1e-5) if starts else 1e-3
     training_args.eval_strategy = training_args.save_strategy = "epoch"
@@ -216,7 +230,8 @@ def make_model(model_args: ModelArguments, processor: DementiaFusionProcessor, c
         model = DementiaFusionForClassification.from_pretrained(model_args.model_name_or_path, dtype=torch.float32)
         if list(model.config.label2id) != classes:
             raise stop(
-                f"the checkpoint has the classes {', '.join(model.config.label2id)}, the table {', '.join(classes)}"
+                f"the checkpoint has the classes {', '.join(model.config.label2id)}, but the table has "
+                f"{', '.join(classes)}"
             )
     elif model_args.text_model:
         model = DementiaFusionForClassification.from_text_vision_pretrained(
@@ -329,7 +344,8 @@ def train_and_evaluate(
     if training_args.should_log:
         train_size, validation_size, test_size = map(len, parts)
         print(
-            f"{train_size} recordings to train on, {validation_size} to validate, {test_size} to test; no speaker is in two parts"
+            f"{train_size} recordings to train on, {validation_size} to validate, {test_size} to test; the splits "
+            "have no speakers in common"
         )
 
     table, best = {}, None

@@ -108,26 +108,30 @@ DISCRIMINATOR_MULTIPLE = 8
 class ModelArguments:
     """Arguments of the model."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further: folder or Hub id."}
+    )
     model_type: str | None = field(
         default=None, metadata={"help": f"Family to train from scratch: {', '.join(MODEL_TYPES)}."}
     )
-    variant: str | None = field(default=None, metadata={"help": "Published variant of the family, for its sizes."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Published variant of the family, which sets its sizes."}
+    )
     config_overrides: list[str] = field(
-        default_factory=list, metadata={"help": "Fields of the configuration, as in `embed_dim=48 depths=[2,2]`."}
+        default_factory=list, metadata={"help": "Fields of the configuration, such as `embed_dim=48 depths=[2,2]`."}
     )
     scale: int | None = field(
         default=None,
         metadata={
-            "help": "Scale. Default: that of the checkpoint or variant, else 2. A checkpoint of another scale gives its "
-            "weights as far as they fit."
+            "help": "Scale. Default: that of the checkpoint or variant, otherwise 2. From a checkpoint of another "
+            "scale, all weights with the same shape are used."
         },
     )
     start: str | None = field(
         default=None,
         metadata={
-            "help": "Start of a model from scratch: `interpolation` of the image, or `random` as in the papers; default "
-            "interpolation, with a recipe random."
+            "help": "Initialisation of a model from scratch: `interpolation` of the image, or `random` as in the "
+            "papers. Default: interpolation, or random with a recipe."
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
@@ -146,24 +150,25 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     image_column: str = field(default="image", metadata={"help": "Column of the dataset that holds the images."})
     patch_size: int = field(
-        default=0, metadata={"help": "Side of low-resolution patches; default 64; 16 without a published size."}
+        default=0, metadata={"help": "Side of low-resolution patches. Default: 64, or 16 without a published size."}
     )
     degradation: str | None = field(
         default=None,
         metadata={
-            "help": f"{' or '.join(DEGRADATIONS)}; default bicubic, second_order with the recipes real, real_gan."
+            "help": f"{' or '.join(DEGRADATIONS)}. Default: bicubic, or second_order with the recipes real and "
+            "real_gan."
         },
     )
     sharpen_targets: bool | None = field(
         default=None,
         metadata={
-            "help": "Unsharp masking of the training targets (not of the discriminator's input); default only with the "
-            "recipe real. With real_gan it makes the published `sharper` model."
+            "help": "Unsharp masking of the training targets (not of the discriminator's input). Default: only with "
+            "the recipe real. With real_gan it gives the published `sharper` model."
         },
     )
     max_eval_side: int | None = field(
         default=256,
-        metadata={"help": "Evaluate on the central crop of this side of larger images; 0 for all of them."},
+        metadata={"help": "Evaluate on centre crops of this size; 0 for whole images."},
     )
 
 
@@ -173,26 +178,31 @@ class ScriptTrainingArguments(RunArguments):
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": f"Published schedule: {', '.join(RECIPES)}. Sets steps and learning rate, with no warm-up."},
+        metadata={"help": f"Published recipe: {', '.join(RECIPES)}. Sets steps and learning rate, without warm-up."},
     )
     adversarial: bool | None = field(
-        default=None, metadata={"help": "Train against a discriminator; default only with the recipe real_gan."}
+        default=None, metadata={"help": "Train against a discriminator. Default: only with the recipe real_gan."}
     )
     perceptual_weights: str | None = field(
         default=None,
-        metadata={"help": "File of torchvision's VGG19 weights, for a perceptual loss in the adversarial training."},
+        metadata={"help": "File with torchvision's VGG19 weights, for a perceptual loss in adversarial training."},
     )
     discriminator_features: int = field(default=64, metadata={"help": "Width of the discriminator's first level."})
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: the recipe's, else 1e-3."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of warm-up without a recipe, or their share if below 1."}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: that of the recipe, otherwise 1e-3."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule without a recipe."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Second beta of Adam."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches a device and step."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Only 1 works if images differ in size."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps without a recipe, or their fraction of all steps if below 1."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule without a recipe."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Adam's beta2."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Patches per device and step."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Must be 1 if images differ in size."})
     ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of the average of the weights; default 0.999, without a recipe 0.99."}
+        default=None,
+        metadata={
+            "help": "Decay of the exponential moving average of the weights. Default: 0.999, or 0.99 without a recipe."
+        },
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
 
@@ -207,7 +217,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
         NAME, (ModelArguments, DataArguments, ScriptTrainingArguments), arguments, __doc__
     )
     if (model_args.model_name_or_path is None) == (model_args.model_type is None):
-        raise stop("give exactly one of --model_name_or_path, --model_type")
+        raise stop("pass exactly one of --model_name_or_path, --model_type")
     if model_args.model_type not in (None, *MODEL_TYPES):
         raise stop(f"--model_type {model_args.model_type} is not one of {', '.join(MODEL_TYPES)}")
     scratch = (model_args.variant, model_args.config_overrides, model_args.start)
@@ -216,7 +226,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ModelArguments, DataAr
     if model_args.start not in (None, "interpolation", "random"):
         raise stop(f"--start {model_args.start} is not one of interpolation, random")
     if data_args.dataset_name is not None and data_args.train_dir is not None:
-        raise stop("give either --dataset_name or --train_dir")
+        raise stop("pass either --dataset_name or --train_dir")
     if training_args.recipe not in (None, *RECIPES):
         raise stop(f"--recipe {training_args.recipe} is not one of {', '.join(RECIPES)}")
     small = model_args.model_type is not None and model_args.variant is None
@@ -249,7 +259,7 @@ def _set_up_real_photographs(data_args: DataArguments, training_args: ScriptTrai
         raise stop(f"--degradation {data_args.degradation} is not one of {', '.join(DEGRADATIONS)}")
     if training_args.perceptual_weights is not None:
         if not training_args.adversarial:
-            raise stop("--perceptual_weights are for the adversarial training (--adversarial true)")
+            raise stop("--perceptual_weights need adversarial training (--adversarial true)")
         if not Path(training_args.perceptual_weights).is_file():
             raise stop(f"--perceptual_weights {training_args.perceptual_weights} is not a file")
 
@@ -287,7 +297,7 @@ def load_images(data_args: DataArguments) -> tuple[Images, Images]:
             raise stop("--dataset_name needs the extra `train`: pip install 'hf_attn[train]'") from error
         raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
         if "train" not in raw or data_args.image_column not in raw["train"].column_names:
-            raise stop(f"{data_args.dataset_name} has no column {data_args.image_column!r} in a split 'train'")
+            raise stop(f"{data_args.dataset_name} has no split 'train' with a column {data_args.image_column!r}")
         train = DatasetColumn(raw["train"], data_args.image_column)
         if "validation" in raw:
             validation = DatasetColumn(raw["validation"], data_args.image_column)
@@ -298,7 +308,7 @@ def load_images(data_args: DataArguments) -> tuple[Images, Images]:
             train = load_photographs()
         except ImportError as error:
             raise stop(
-                f"without --train_dir and --dataset_name there are only photographs of packages. {error}"
+                f"without --train_dir and --dataset_name, photographs of installed packages are used. {error}"
             ) from error
     if data_args.validation_dir is not None:
         validation = image_files(data_args.validation_dir)
@@ -447,12 +457,12 @@ def make_adversary(training_args: ScriptTrainingArguments, output_side: int) -> 
     """Additional arguments of `AdversarialTrainer`."""
     if output_side % DISCRIMINATOR_MULTIPLE:
         raise stop(
-            f"the discriminator takes patches whose sides, {output_side}, are multiples of {DISCRIMINATOR_MULTIPLE}; change "
-            "--patch_size"
+            f"the discriminator needs output patches whose side ({output_side}) is a multiple of "
+            f"{DISCRIMINATOR_MULTIPLE}; change --patch_size"
         )
     adversary = {"discriminator": UNetDiscriminator(num_features=training_args.discriminator_features)}
     if training_args.perceptual_weights is None:
-        logger.warning("No --perceptual_weights: the perceptual loss is left out of the adversarial training.")
+        logger.warning("No --perceptual_weights: adversarial training runs without the perceptual loss.")
     else:
         adversary["perceptual_loss"] = PerceptualLoss(training_args.perceptual_weights)
     return adversary

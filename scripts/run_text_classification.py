@@ -12,7 +12,7 @@ The standard difficulty of the Long Range Arena, at its sizes:
         --max_steps 5000 --warmup_steps 1000 --bf16
 
 Your own texts, byte by byte: a folder (`folder/train/<class>/*.txt`, `folder/validation/...`, or the classes alone), a file
-(.csv, .json, .jsonl with the columns `text` and `label`) or a data set of the Hub, the wide model only, pushed at the end:
+(.csv, .json, .jsonl with the columns `text` and `label`) or a dataset of the Hub, the wide model only, pushed at the end:
 
     python scripts/run_text_classification.py --output_dir out --dataset_name stanfordnlp/imdb --variant byte_imdb_4x4 \\
         --num_layers 1 --max_steps 20000 --push_to_hub
@@ -87,15 +87,15 @@ class ModelArguments:
     """Arguments of the model."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to train further: a folder or a Hub id."}
+        default=None, metadata={"help": "Checkpoint to train further: folder or Hub id."}
     )
     variant: str | None = field(
-        default=None, metadata={"help": f"Variant, for its sizes: {', '.join(WideTransformerConfig.variants)}."}
+        default=None, metadata={"help": f"Variant, which sets the sizes: {', '.join(WideTransformerConfig.variants)}."}
     )
     num_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Models to train, by their number of layers; all have equally many heads. Default: 4 and 1."
+            "help": "Numbers of layers; one model is trained for each, all with the same total number of heads. Default: 4 and 1."
         },
     )
     attention_type: str = field(default="softmax", metadata={"help": f"One of {', '.join(ATTENTION_TYPES)}."})
@@ -105,15 +105,16 @@ class ModelArguments:
 class DataArguments:
     """Arguments of the data; without a dataset, on ListOps."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Folder, file or Hub id."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Folder, file or Hub id of a dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     text_column: str = field(default="text", metadata={"help": "Column with the texts."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
     validation_split_percentage: int = field(
-        default=10, metadata={"help": "Share of the texts to hold back if there is no validation or test split."}
+        default=10, metadata={"help": "Percentage of the texts to hold out if there is no validation or test split."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest text in tokens. Default: that of the model; longer ones are cut."}
+        default=None,
+        metadata={"help": "Maximum length in tokens; longer texts are truncated. Default: that of the model."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Number of training texts to use."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Number of evaluation texts to use."})
@@ -129,15 +130,17 @@ class ScriptTrainingArguments(MachineArguments):
 
     learning_rate: float = field(default=2e-3, metadata={"help": "Largest learning rate."})
     max_steps: int = field(default=800, metadata={"help": "Steps of training."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Texts in a batch on each device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same in evaluation."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or their share if below 1."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Batch size per device in training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device in evaluation."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two log lines."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints during training."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "`last` continues each model from its last checkpoint in output_dir."}
@@ -169,7 +172,7 @@ def _problem(
 ) -> str | None:
     """The error in the arguments, None if there is none."""
     if model_args.model_name_or_path is not None and (model_args.variant or model_args.num_layers):
-        return "--variant and --num_layers would not fit the weights of --model_name_or_path"
+        return "--variant and --num_layers cannot be used with the weights of --model_name_or_path"
     if model_args.variant not in (None, *WideTransformerConfig.variants):
         return f"--variant {model_args.variant} is not one of {', '.join(WideTransformerConfig.variants)}"
     if model_args.attention_type not in ATTENTION_TYPES:
@@ -177,12 +180,15 @@ def _problem(
     if data_args.listops_samples < 10:
         return f"--listops_samples {data_args.listops_samples} is less than 10"
     if training_args.push_to_hub and len(model_args.num_layers or [4, 1]) > 1 and not model_args.model_name_or_path:
-        return "--push_to_hub needs one model: give one --num_layers"
+        return "--push_to_hub needs a single model: pass one value for --num_layers"
     if training_args.resume_from_checkpoint not in (None, "last"):
-        return f"--resume_from_checkpoint takes `last`, got {training_args.resume_from_checkpoint}"
+        return f"--resume_from_checkpoint must be `last`, got {training_args.resume_from_checkpoint}"
     if training_args.resume_from_checkpoint is not None:
         if training_args.overwrite_output_dir:
-            return "--resume_from_checkpoint continues and --overwrite_output_dir starts anew; give one of them"
+            return (
+                "--resume_from_checkpoint continues a run, but --overwrite_output_dir starts a new one; pass only one of "
+                "them"
+            )
         if not any(Path(training_args.output_dir).glob(CHECKPOINTS)):
             return f"there is no checkpoint in {training_args.output_dir} to resume from"
     return None
@@ -233,11 +239,11 @@ def load_texts(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
             if column not in splits["train"].column_names:
                 found = ", ".join(splits["train"].column_names)
                 raise stop(f"{data_args.dataset_name} has no column {column!r}, only {found}")
-        held_back = next((name for name in ("validation", "test") if name in splits), None)
-        if held_back is None:
+        held_out = next((name for name in ("validation", "test") if name in splits), None)
+        if held_out is None:
             share = data_args.validation_split_percentage / 100
-            splits, held_back = splits["train"].train_test_split(share, seed=seed), "test"
-        splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_back]})
+            splits, held_out = splits["train"].train_test_split(share, seed=seed), "test"
+        splits = datasets.DatasetDict({"train": splits["train"], "validation": splits[held_out]})
         splits = splits.select_columns([data_args.text_column, data_args.label_column])
         renamed = {data_args.text_column: "text", data_args.label_column: "label"}
         splits = splits.rename_columns({old: new for old, new in renamed.items() if old != new})
@@ -248,7 +254,7 @@ def load_texts(data_args: DataArguments, seed: int) -> datasets.DatasetDict:
             splits[split] = splits[split].shuffle(seed=seed).select(range(min(limit, len(splits[split]))))
     empty = [split for split, rows in splits.items() if any(not text for text in rows["text"])]
     if empty:
-        raise stop(f"there are empty texts among those of {' and '.join(empty)}; leave them out")
+        raise stop(f"there are empty texts in {' and '.join(empty)}; leave them out")
     return splits
 
 
@@ -258,7 +264,7 @@ def _load(data_args: DataArguments) -> datasets.DatasetDict:
         return read_folder(path)
     if path.is_file():
         if path.suffix not in kinds:
-            raise stop(f"{path} is no {', '.join(kinds)} file")
+            raise stop(f"{path} is not a {', '.join(kinds)} file")
         return datasets.load_dataset(kinds[path.suffix], data_files={"train": str(path)})
     return datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name)
 
@@ -283,7 +289,7 @@ def tokenize(
     for split, rows in tokens.items():
         cut = sum(length > max_length for length in rows["whole"])
         if cut:
-            print(f"{split}: {cut:,} of {len(rows):,} texts are longer than {max_length} tokens and were cut")
+            print(f"{split}: {cut:,} of {len(rows):,} texts are longer than {max_length} tokens and were truncated")
     return tokens.remove_columns("whole")
 
 

@@ -63,21 +63,24 @@ class DataArguments:
     )
     adjacency_file: str | None = field(
         default=None,
-        metadata={"help": "Road graph: lines `from to weight`, a matrix, or .npy; indices are those of the columns."},
+        metadata={
+            "help": "Road graph: text file with lines `from to weight` or with a matrix, or .npy file; nodes "
+            "are indices of the columns."
+        },
     )
     spatial_embedding_file: str | None = field(
         default=None,
-        metadata={"help": "Vectors of the sensors, as node2vec writes them, instead of those of the graph."},
+        metadata={"help": "Sensor embeddings in the format of node2vec, instead of those computed from the graph."},
     )
     steps_per_day: int | None = field(
-        default=None, metadata={"help": "Time steps of a day. Default: from the distance of the rows."}
+        default=None, metadata={"help": "Time steps per day. Default: derived from the distance of the rows."}
     )
-    time_zone: str | None = field(default=None, metadata={"help": "Zone of timestamps that do not say theirs."})
+    time_zone: str | None = field(default=None, metadata={"help": "Time zone of timestamps without one."})
     zeros_are_values: bool = field(
-        default=False, metadata={"help": "Zeros are measurements (volumes at night), not missing values."}
+        default=False, metadata={"help": "Treat zeros as measurements (volumes at night), not as missing values."}
     )
     horizons: list[int] = field(
-        default_factory=list, metadata={"help": "Steps to print. Default: a quarter, a half and all of them."}
+        default_factory=list, metadata={"help": "Forecast steps to print. Default: a quarter, a half and all of them."}
     )
 
 
@@ -85,19 +88,23 @@ class DataArguments:
 class ModelArguments:
     """Arguments of the model; by default, for the synthetic data, one block of 4 heads of width 4."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Model to train further or to evaluate."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further or to evaluate: folder or Hub id."}
+    )
     variant: str | None = field(
         default=None, metadata={"help": f"Published size: {', '.join(VARIANTS)}.", "choices": VARIANTS}
     )
-    context_length: int | None = field(default=None, metadata={"help": "History steps. Default: 12; 6 if synthetic."})
-    prediction_length: int | None = field(
-        default=None, metadata={"help": "Future steps. Default: 12; 6 if synthetic."}
+    context_length: int | None = field(
+        default=None, metadata={"help": "Past time steps. Default: 12; 6 for the synthetic data."}
     )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks of encoder and decoder."})
+    prediction_length: int | None = field(
+        default=None, metadata={"help": "Future time steps. Default: 12; 6 for the synthetic data."}
+    )
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of blocks of encoder and decoder."})
     num_attention_heads: int | None = field(default=None, metadata={"help": "Heads."})
-    head_dim: int | None = field(default=None, metadata={"help": "Width of a head."})
+    head_dim: int | None = field(default=None, metadata={"help": "Dimension of each head."})
     causal: bool | None = field(default=None, metadata={"help": "Mask later steps in the temporal attention."})
-    group_size: int | None = field(default=None, metadata={"help": "Sensors in a group of the group attention."})
+    group_size: int | None = field(default=None, metadata={"help": "Sensors per group in group attention."})
 
 
 @dataclass
@@ -106,18 +113,21 @@ class ScriptTrainingArguments(RunArguments):
 
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 1e-3; 3e-3 for the synthetic data."})
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Default: up to 1000, stopped early; 5 for the synthetic data."}
+        default=None,
+        metadata={"help": "Maximum number of epochs. Default: 1000 with early stopping; 5 for the synthetic data."},
     )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Windows in a batch on each device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same in evaluation."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device in training."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Batch size per device in evaluation."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on the validation data."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints."})
     save_total_limit: int | None = field(
         default=1, metadata={"help": "Checkpoints to keep in addition to the best one."}
     )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Load the best checkpoint at the end."})
     metric_for_best_model: str = field(default="loss", metadata={"help": "Metric that selects the best epoch."})
-    patience: int = field(default=10, metadata={"help": "Epochs without a better validation loss before stopping."})
+    patience: int = field(
+        default=10, metadata={"help": "Number of epochs without a better validation loss after which training stops."}
+    )
 
 
 class Trainer(ExactEvaluationMixin, HubTrainerMixin, transformers.Trainer):
@@ -157,15 +167,15 @@ def parse_arguments(arguments: list[str] | None) -> tuple[DataArguments, ModelAr
         if others:
             raise stop(f"--model_name_or_path has its own {', '.join(others)}; leave them out")
         if data_args.adjacency_file or data_args.spatial_embedding_file:
-            raise stop("--model_name_or_path has its own vectors of the sensors; leave the files of the graph out")
+            raise stop("--model_name_or_path has its own sensor embeddings; leave the files of the graph out")
     elif data_args.data_file is not None and (data_args.adjacency_file is None) == (
         data_args.spatial_embedding_file is None
     ):
         raise stop(
-            "give one of --adjacency_file and --spatial_embedding_file, which describe the positions of the sensors"
+            "pass either --adjacency_file or --spatial_embedding_file, which describe the positions of the sensors"
         )
     if data_args.data_file is None and (data_args.adjacency_file or data_args.spatial_embedding_file):
-        raise stop("the synthetic data have a graph of their own; files of a graph need a --data_file")
+        raise stop("the synthetic data have their own graph; files of a graph need --data_file")
     return data_args, model_args, training_args
 
 
@@ -271,7 +281,7 @@ def train_and_evaluate(
         if config.sensor_ids is not None:
             table = order_sensors(table, config.sensor_ids)
         if steps_per_day != config.steps_per_day:
-            raise ValueError(f"The model has {config.steps_per_day} steps a day, the data have {steps_per_day}.")
+            raise ValueError(f"The model has {config.steps_per_day} steps per day, but the data have {steps_per_day}.")
         parts = split_by_time(table)
         windows = {
             name: TrafficWindows(part, steps_per_day, config.context_length, config.prediction_length)
@@ -329,13 +339,13 @@ def train_and_evaluate(
 
 
 def draw(model: GMANForPrediction, table, test, folder: Path) -> None:
-    """Save a picture of a forecast in the middle of the test part, with the sensors that it looked at."""
+    """Save a plot of a forecast in the middle of the test set, with the sensors to which it attends most."""
     pipe = pipeline("traffic-forecasting", model=model.eval())
     start = test.index[len(test) // 2]
     try:
         figure = pipe.plot(table, start=start, show_attention=model.config.group_size is None)
     except (ImportError, ValueError) as error:
-        print(f"There is no picture of a forecast: {error}")
+        print(f"No forecast was plotted: {error}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "forecast.png")

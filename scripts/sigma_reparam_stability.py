@@ -43,7 +43,7 @@ def positive(text: str) -> int:
 def print_table(runs: list[Run]) -> None:
     """One line for each run: loss and accuracy at the end, mean entropy at the end, lowest of a layer at any time."""
     print(
-        f"Uniform attention has an entropy of {math.log(16):.2f} nats, a guess a loss of {math.log(NUM_CLASSES):.2f}."
+        f"Uniform attention has an entropy of {math.log(16):.2f} nats, and guessing has a loss of {math.log(NUM_CLASSES):.2f}."
     )
     header = ("model", "lr", "seed", "", "loss", "accuracy", "entropy", "lowest")
     line = "{:>8} {:>6} {:>4}  {:<13} {:>8} {:>8} {:>8} {:>7}"
@@ -77,7 +77,11 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     parser.add_argument(
         "--entropy_every", type=positive, default=10, help="Steps between two measurements of the entropy."
     )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Start anew; an earlier run is kept.")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Start a new run; an earlier run is kept under another name.",
+    )
     options = parser.parse_args(arguments)
     settings = {
         name: value for name, value in vars(options).items() if name not in ("output_dir", "overwrite_output_dir")

@@ -45,9 +45,11 @@ stop = partial(command_line.stop, NAME)
 class LongContextArguments(DecoderArguments):
     """What to train, on what, and how the processes share it."""
 
-    layout: str = field(default="ring", metadata={"help": f"Who computes what: {', '.join(LAYOUTS)}."})
-    split: str = field(default="zigzag", metadata={"help": "How tokens are dealt out: zigzag or contiguous."})
-    block_size: int = field(default=2048, metadata={"help": "Tokens of a sequence, of all processes together."})
+    layout: str = field(default="ring", metadata={"help": f"Layout of distributed attention: {', '.join(LAYOUTS)}."})
+    split: str = field(
+        default="zigzag", metadata={"help": "Split of the tokens over processes: zigzag or contiguous."}
+    )
+    block_size: int = field(default=2048, metadata={"help": "Tokens per sequence, over all processes."})
     train_file: str | None = field(default=None, metadata={"help": "Text file to train on."})
 
 
@@ -55,9 +57,7 @@ class LongContextArguments(DecoderArguments):
 class ScriptTrainingArguments(SharedTrainingArguments):
     """transformers' arguments with other defaults."""
 
-    per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Sequences of a step, of all processes together."}
-    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Sequences per step, over all processes."})
 
 
 class Trainer(SequenceParallelTrainerMixin, HubTrainerMixin, transformers.Trainer):
@@ -126,7 +126,7 @@ def report(trainer: Trainer, batch: dict[str, torch.Tensor], implementation: str
     )
     if peers.rank == 0:
         print(f"First batch on {peers.size} processes, layout {context.layout}, split {context.split}:")
-        print(f"  loss {loss:.6f}; in one process {own:.6f}; difference {abs(loss - own):.1e}")
+        print(f"  loss {loss:.6f}; in a single process {own:.6f}; difference {abs(loss - own):.1e}")
         print(f"  {'rank':>4} {'tokens':>8} {'bytes sent':>14} {'by the formula':>15} {'peak of a step, MiB':>20}")
         for rank, row in enumerate(facts):
             tokens, total, formula, peak = (f"{value:,}" if value >= 0 else "-" for value in row)
@@ -154,13 +154,13 @@ def parse_arguments(arguments: list[str] | None) -> tuple[LongContextArguments, 
     if script_args.layout not in LAYOUTS:
         problem = f"--layout {script_args.layout} is not one of {', '.join(LAYOUTS)}"
     elif script_args.split not in ("zigzag", "contiguous"):
-        problem = f"--split {script_args.split} is neither zigzag nor contiguous"
+        problem = f"--split must be zigzag or contiguous, got {script_args.split}"
     elif script_args.dataset_name and script_args.train_file:
-        problem = "give either --dataset_name or --train_file"
+        problem = "pass either --dataset_name or --train_file"
     elif script_args.train_file and not Path(script_args.train_file).is_file():
         problem = f"--train_file {script_args.train_file} does not exist"
     elif script_args.block_size < 2:
-        problem = f"--block_size {script_args.block_size} is too short to predict anything"
+        problem = f"--block_size {script_args.block_size} is too short: there must be at least one token to predict"
     if problem:
         raise stop(f"{problem}")
     command_line.resolve_resume(NAME, training_args)
@@ -181,7 +181,7 @@ def train(script_args: LongContextArguments, training_args: ScriptTrainingArgume
     model, tokenizer = load_decoder(script_args, training_args, implementation, stop)
     longest = model.config.max_position_embeddings
     if script_args.block_size > longest:
-        raise stop(f"--block_size {script_args.block_size} is more than the {longest} positions of the model.")
+        raise stop(f"--block_size {script_args.block_size} exceeds the {longest} positions of the model.")
     try:
         texts = read_texts(
             "train",

@@ -38,13 +38,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the texts that are evaluated"
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="lengths of the evaluated texts in tokens"
     )
-    parser.add_argument("--texts", type=int, default=8, help="texts of each length, with 8 questions each")
-    parser.add_argument("--top_k", type=int, default=TOP_K, help="blocks that a query of the landmark model reads")
+    parser.add_argument("--texts", type=int, default=8, help="number of texts per length, with 8 questions each")
+    parser.add_argument(
+        "--top_k", type=int, default=TOP_K, help="number of blocks that the landmark model retrieves per query"
+    )
     for field in fields(Settings):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="start anew; an earlier run is kept")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="start a new run; an earlier run is kept under another name",
+    )
     return parser.parse_args(arguments)
 
 
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[int, list[dict]]]:
 
 def report(found: dict[str, dict[int, list[dict]]]) -> None:
     for name, lengths in found.items():
-        print(f"\n{name}: right answers by length, and what the answers are")
+        print(f"\n{name}: correct answers by length, and kinds of answers")
         for length, results in lengths.items():
             shares = [result["right"] for result in results]
             spread = f" ± {stdev(shares):.1%}" if len(shares) > 1 else ""

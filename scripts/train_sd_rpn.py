@@ -78,15 +78,19 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a LLaVA, LLaVA-Next or Qwen2.5-VL. Default: a tiny random LLaVA."},
+        metadata={
+            "help": "Base model: folder or Hub id of a LLaVA, LLaVA-Next or Qwen2.5-VL. Default: a tiny random LLaVA."
+        },
     )
     rpn: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a network to train further, instead of a new one."}
+        default=None,
+        metadata={"help": "Folder or Hub id of a region proposal network to train further, instead of a new one."},
     )
     branch_layer: int | None = field(
-        default=None, metadata={"help": "Layers of the base before the network. Default: the paper's for this base."}
+        default=None,
+        metadata={"help": "Number of base layers before the network. Default: that of the paper for this base."},
     )
-    num_rpn_layers: int = field(default=3, metadata={"help": "Layers of the network."})
+    num_rpn_layers: int = field(default=3, metadata={"help": "Number of layers of the network."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in `from_pretrained`."})
 
 
@@ -96,29 +100,36 @@ class DataArguments:
 
     labels: list[str] | None = field(
         default=None,
-        metadata={"help": "Data sets of pseudo-labels: folders or Hub ids, joined. Needed with --model_name_or_path."},
+        metadata={
+            "help": "Datasets of pseudo-labels: folders or Hub ids, which are concatenated. Required with "
+            "--model_name_or_path."
+        },
     )
-    validation_size: int = field(default=64, metadata={"help": "Images to hold back."})
-    num_overlays: int = field(default=8, metadata={"help": "Held-out images to draw maps and boxes over."})
-    num_planted: int = field(default=4800, metadata={"help": "Images of the task without data."})
+    validation_size: int = field(default=64, metadata={"help": "Number of images to hold out."})
+    num_overlays: int = field(
+        default=8, metadata={"help": "Number of held-out images on which maps and boxes are drawn."}
+    )
+    num_planted: int = field(default=4800, metadata={"help": "Number of images of the synthetic task."})
 
 
 @dataclass
 class ScriptTrainingArguments(MachineArguments):
     """transformers' arguments with the paper's defaults; those that depend on the base are in `RECIPES`."""
 
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the images."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Second beta of Adam."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up, or their share if below 1."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Adam's beta2."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up steps, or their fraction of all steps if below 1."}
+    )
     logging_steps: float = field(default=50, metadata={"help": "Steps between two log lines."})
-    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints to continue from."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "All parameters that are trained are used in each step."}
+        default=False, metadata={"help": "Default: false, because every step uses all trained parameters."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is renamed."}
+        default=False, metadata={"help": "Start a new run; an earlier run in output_dir is kept under another name."}
     )
 
 
@@ -139,11 +150,13 @@ def parse_arguments(arguments: list[str] | None) -> Arguments:
         lambda arguments: RECIPES[_kind_of_base(arguments)],
     )
     if (model_args.model_name_or_path is None) != (data_args.labels is None):
-        raise stop("--model_name_or_path and --labels go together; without both, the task without data is trained")
+        raise stop(
+            "--model_name_or_path and --labels must be used together; without both, the synthetic task is trained"
+        )
     if model_args.rpn is not None and model_args.branch_layer is not None:
-        raise stop("--branch_layer is for a new network; that of --rpn has its own")
+        raise stop("--branch_layer is for a new network; the network of --rpn has its own")
     if data_args.validation_size < data_args.num_overlays:
-        raise stop("--num_overlays is larger than --validation_size")
+        raise stop("--num_overlays must be at most --validation_size")
     training_args.dataloader_pin_memory &= torch.accelerator.is_available()
     return model_args, data_args, training_args
 
@@ -161,7 +174,7 @@ def _kind_of_base(arguments: list[str]) -> str:
         raise stop(f"--model_name_or_path {base} cannot be loaded: {error}") from error
     if kind not in RECIPES:
         raise stop(
-            f"--model_name_or_path {base} is a {kind!r}; SD-RPN is for {', '.join(sorted(set(RECIPES) - {'planted'}))}"
+            f"--model_name_or_path {base} is a {kind!r}, but SD-RPN supports only {', '.join(sorted(set(RECIPES) - {'planted'}))}"
         )
     return kind
 
@@ -218,12 +231,14 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[Sequence, Sequence]:
         missing = {"image", "question", "roi_labels"} - set(part.column_names)
         if missing:
             raise stop(
-                f"--labels {name} has no {', '.join(sorted(missing))}; scripts/make_sd_rpn_labels.py makes labels"
+                f"--labels {name} has no {', '.join(sorted(missing))}; create labels by scripts/make_sd_rpn_labels.py"
             )
         parts.append(part.select_columns(["image", "question", "roi_labels"]))
     rows = datasets.concatenate_datasets(parts)
     if len(rows) <= data_args.validation_size:
-        raise stop(f"--labels have {len(rows)} images, not more than --validation_size {data_args.validation_size}")
+        raise stop(
+            f"--labels have {len(rows)} images, but must have more than --validation_size {data_args.validation_size}"
+        )
     split = rows.train_test_split(data_args.validation_size, seed=seed)
     return split["train"], split["test"]
 
@@ -263,11 +278,11 @@ def draw(found: FocusedImage, row: dict, side: int = 400) -> Image.Image:
         ImageDraw.Draw(veiled).rectangle((left, top, right - 1, bottom - 1), outline="white")
     scale = side / max(image.size)
     size = round(image.width * scale), round(image.height * scale)
-    picture = Image.new("RGB", (2 * size[0] + 10, size[1] + 24), "white")
+    overlay = Image.new("RGB", (2 * size[0] + 10, size[1] + 24), "white")
     for i, part in enumerate((image, veiled)):
-        picture.paste(part.resize(size, Image.Resampling.NEAREST), (i * (size[0] + 10), 0))
-    ImageDraw.Draw(picture).text((4, size[1] + 6), row["question"].replace("\n", " "), fill="black")
-    return picture
+        overlay.paste(part.resize(size, Image.Resampling.NEAREST), (i * (size[0] + 10), 0))
+    ImageDraw.Draw(overlay).text((4, size[1] + 6), row["question"].replace("\n", " "), fill="black")
+    return overlay
 
 
 def evaluate(
@@ -275,20 +290,20 @@ def evaluate(
     rpn: SdRpnModel,
     untrained: SdRpnModel,
     processor: ProcessorMixin,
-    held_back: Sequence,
+    held_out: Sequence,
     args: Arguments,
 ) -> dict[str, float]:
     """Evaluate on the held-out images and draw some of them; the untrained network is evaluated as well."""
     model_args, data_args, training_args = args
-    shown = held_back if model_args.model_name_or_path is None else held_back.select(range(data_args.num_overlays))
+    shown = held_out if model_args.model_name_or_path is None else held_out.select(range(data_args.num_overlays))
     found = look(SdRpnGenerator(base, rpn.eval(), processor), shown)
     metrics = {}
     if model_args.model_name_or_path is None:
-        before = look(SdRpnGenerator(base, untrained.eval(), processor), held_back)
+        before = look(SdRpnGenerator(base, untrained.eval(), processor), held_out)
         metrics = {
-            "mean_iou": mean_iou([image.boxes for image in found], held_back),
-            "untrained_mean_iou": mean_iou([image.boxes for image in before], held_back),
-            "target_mean_iou": mean_iou([target_boxes(row) for row in held_back], held_back),
+            "mean_iou": mean_iou([image.boxes for image in found], held_out),
+            "untrained_mean_iou": mean_iou([image.boxes for image in before], held_out),
+            "target_mean_iou": mean_iou([target_boxes(row) for row in held_out], held_out),
         }
     folder = Path(training_args.output_dir, "overlays")
     folder.mkdir(exist_ok=True)
@@ -314,10 +329,10 @@ def train_and_evaluate(
 
     base, processor = load_base(model_args, training_args)
     rpn, untrained = make_rpn(model_args, base), make_rpn(model_args, base)
-    train_rows, held_back = load_data(data_args, training_args.seed)
+    train_rows, held_out = load_data(data_args, training_args.seed)
     trained = sum(parameter.numel() for parameter in rpn.parameters() if parameter.requires_grad)
     PartialState().print(
-        f"{trained:,} parameters with gradient, {len(train_rows)} images to train on, {len(held_back)} held out"
+        f"{trained:,} trainable parameters, {len(train_rows)} images to train on, {len(held_out)} held out"
     )
     training_args.output_dir = str(output / "checkpoints")
     training_args.push_to_hub, push = False, training_args.push_to_hub
@@ -326,7 +341,7 @@ def train_and_evaluate(
         args=training_args,
         base=base,
         train_dataset=train_rows,
-        eval_dataset=held_back,
+        eval_dataset=held_out,
         data_collator=RoiCollator(processor, base.config),
     )
     folder = train_stage(trainer, output / "rpn")
@@ -336,7 +351,7 @@ def train_and_evaluate(
     trainer.model.load_state_dict(rpn.state_dict())
     metrics = {"eval_loss": trainer.evaluate()["eval_loss"]}
     if training_args.process_index == 0:
-        metrics |= evaluate(base, rpn, untrained.to(training_args.device), processor, held_back, args)
+        metrics |= evaluate(base, rpn, untrained.to(training_args.device), processor, held_out, args)
         report(metrics, output, model_args, rpn, training_args)
         if push:
             name = training_args.hub_model_id or output.name
@@ -364,7 +379,7 @@ def report(
     write_model_card(
         output / "rpn", rpn, base_model=model_args.model_name_or_path, evaluation=metrics, training=training
     )
-    print(f"The network is in {output / 'rpn'}, pictures of where it looks are in {output / 'overlays'}.")
+    print(f"The network was saved to {output / 'rpn'}, and overlays of its maps and boxes to {output / 'overlays'}.")
 
 
 if __name__ == "__main__":

@@ -44,10 +44,13 @@ stop = partial(command_line.stop, NAME)
 class ZeppelinArguments(DecoderArguments):
     """What to train, on what, and where."""
 
-    max_length: int = field(default=1024, metadata={"help": "Longer documents are cut into pieces of this length."})
-    num_nodes: int = field(default=1, metadata={"help": "Nodes that the processes are on, equally many on each."})
+    max_length: int = field(default=1024, metadata={"help": "Longer documents are split into pieces of this length."})
+    num_nodes: int = field(
+        default=1, metadata={"help": "Number of nodes; each must have the same number of processes."}
+    )
     capacity: int | None = field(
-        default=None, metadata={"help": "Tokens that a process takes. Default: what a batch needs and 15%% more."}
+        default=None,
+        metadata={"help": "Maximum number of tokens per process. Default: 15%% more than the batch needs."},
     )
 
 
@@ -55,10 +58,10 @@ class ZeppelinArguments(DecoderArguments):
 class ScriptTrainingArguments(SharedTrainingArguments):
     """transformers' arguments with other defaults."""
 
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Documents of a step, of all processes together."}
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Documents per step, over all processes."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false, because the documents contain only tokens."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it; documents have tokens only."})
 
 
 class Trainer(ZeppelinTrainerMixin, HubTrainerMixin, transformers.Trainer):
@@ -133,7 +136,7 @@ def print_report(results: dict[str, dict], trainer: Trainer, tokens: int) -> Non
     plan = trainer.last_plan
     zones = ", ".join(f"{plan.zones.count(zone)} {zone}" for zone in dict.fromkeys(plan.zones))
     print(f"First batch: {len(plan.lengths)} documents of {min(plan.lengths)} to {max(plan.lengths)} tokens; {zones}")
-    print(f"  {'method':<12}{'tokens/s':>10}{'longest CPU s':>15}  idle share of each process: step | attention")
+    print(f"  {'method':<12}{'tokens/s':>10}{'longest CPU s':>15}  idle time of each process: step | attention")
     for name, found in results.items():
         shares = " | ".join(
             " ".join(f"{share:4.0%}" for share in idle_shares(found[part])) if any(found[part]) else "not measured"
@@ -153,7 +156,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[ZeppelinArguments, Scr
     )
     problem = None
     if script_args.max_length < 2:
-        problem = f"--max_length {script_args.max_length} is too short to predict anything"
+        problem = f"--max_length {script_args.max_length} is too short: there must be at least one token to predict"
     if problem:
         raise stop(f"{problem}")
     command_line.resolve_resume(NAME, training_args)

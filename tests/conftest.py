@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-#: marks that transformers' tests carry
+#: markers of transformers' tests
 UPSTREAM_MARKERS = (
     "accelerate_tests",
     "flash_attn_3_test",
@@ -21,7 +21,7 @@ UPSTREAM_MARKERS = (
     "torch_compile_test",
 )
 
-#: key of the property by which a report says whose upstream test it is about
+#: key of the report property that names the family of an upstream test
 FAMILY = "upstream_family"
 
 
@@ -33,13 +33,13 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        # The same classes inherit tests of our own.
+        # The same classes also inherit tests of this package.
         if item.get_closest_marker("upstream") and item.function.__module__ != "tests.batteries.generation":
             item.user_properties.append((FAMILY, item.cls.model_type))
 
 
 def pytest_runtest_setup(item):
-    """Let no test meet the graphs of others: torch refuses to compile a function again and again."""
+    """Reset compiled graphs between tests, because torch limits the number of recompilations of a function."""
     if "compil" in item.name and "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 
@@ -50,9 +50,9 @@ def _family(report) -> str | None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
-    """Say for each family how many of the upstream tests ran, and why the others did not.
+    """Report for each family how many upstream tests ran, and why the others were skipped.
 
-    pytest's own list of skipped tests is left to those that are not upstream's, which would bury them.
+    pytest's list of skipped tests contains only tests of this package, which upstream's would hide.
     """
     stats = terminalreporter.stats
     skipped = stats.get("skipped", [])

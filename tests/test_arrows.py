@@ -30,7 +30,7 @@ LEVELS = (
 )
 LEVEL_OF = {part: len(LEVELS) - level for level, parts in enumerate(LEVELS) for part in parts}
 
-#: registration fills the tables of transformers with what lies above it, when somebody asks for it
+#: registration fills the tables of transformers with classes of higher levels, which are imported on access
 REGISTERED_LAZILY = ("hf_attn.registration", "hf_attn.auto")
 
 
@@ -95,7 +95,7 @@ def test_imports_point_down(part):
         for module in PATHS
         if part_of(module) == part
         for imported in imports(module)
-        # The package itself offers names of every level, each when it is asked for.
+        # The package itself exports names of every level, which are imported on access.
         if imported != "hf_attn" and LEVEL_OF[part_of(imported)] > LEVEL_OF[part]
     ]
     assert not upward, "\n".join(upward)

@@ -24,36 +24,15 @@ from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
 from hf_attn.modeling.sigmoid_attention.modeling_sigmoid_attention import SigmoidCrossAttention
 from hf_attn.training.output_folder import OutputFolderError
-
-
-ARGUMENTS = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_layers": 3,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "shared_layers": [1],
-}
+from tests.batteries.official import ARGUMENTS, official_state_dict
 
 
 @pytest.fixture
 def official(tmp_path):
     """A folder with an official checkpoint of EchoAtt and its arguments."""
-    config = EchoAttConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        shared_layers=[1],
-    )
     folder = tmp_path / "official"
     folder.mkdir()
-    save_file(EchoAttForCausalLM(config).state_dict(), folder / "echo.safetensors")
+    save_file(official_state_dict(), folder / "echo.safetensors")
     (folder / "echo.json").write_text(json.dumps(ARGUMENTS))
     (folder / "echo.yaml").write_text(yaml.safe_dump(ARGUMENTS))
     return folder

@@ -1,7 +1,6 @@
-"""The documentation is true: its code runs as it is printed, its table is the catalogue's, its commands exist."""
+"""The documentation is correct: its code runs as printed, its table matches the catalogue, its commands exist."""
 
 import copy
-import importlib.util
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from hf_attn.catalog import OWN_AUTO_CLASSES, PAPERS, find_family
 from tests.batteries.families import tiny_model
 from tests.batteries.fork_server import ForkServer
 from tests.batteries.hub_server import HubServer
+from tests.batteries.scripts import loaded_script
 from tests.modeling.sd_rpn.tiny import tiny_base, tiny_processor
 
 
@@ -45,10 +45,8 @@ PAGES_WITH_CODE = [name for name, text in PAGES.items() if code_blocks(text, "py
 
 @pytest.fixture
 def docs_script():
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("make_docs") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", [*PAGES, *map(str, sorted((ROOT / "model_cards").glob("*.md")))])
@@ -85,7 +83,7 @@ def test_readme_can_be_read_in_one_go():
 
 
 def test_a_readme_without_markers_is_refused(docs_script):
-    with pytest.raises(ValueError, match=r"README\.md must hold the lines"):
+    with pytest.raises(ValueError, match=r"README\.md must contain the lines"):
         docs_script.generated_readme("# hf_attn\n")
 
 
@@ -111,7 +109,7 @@ def test_the_facts_that_a_card_may_use_are_documented():
 
 
 def small_llama(folder: Path) -> None:
-    """Save what stands for SmolLM2-135M: as many layers, and little else."""
+    """Save a tiny model in the place of SmolLM2-135M, with the same number of layers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -132,13 +130,13 @@ def small_llama(folder: Path) -> None:
 
 
 def small_vit(folder: Path) -> None:
-    """Save what stands for a ViT of 224 pixels."""
+    """Save a tiny model in the place of a ViT for 224 pixels."""
     config = ViTConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=3, num_labels=10)
     ViTForImageClassification(config).save_pretrained(folder)
 
 
 def small_llava(folder: Path) -> None:
-    """Save what stands for LLaVA-1.5-7B: enough layers for the branch of SD-RPN, and its processor."""
+    """Save a tiny model in the place of LLaVA-1.5-7B, with enough layers for the branch of SD-RPN, and its processor."""
     config = copy.deepcopy(tiny_base("llava").config)
     config.text_config.num_hidden_layers = 19
     LlavaForConditionalGeneration(config).save_pretrained(folder)
@@ -150,7 +148,7 @@ STAND_INS = {
     "google/vit-base-patch16-224": small_vit,
     "llava-hf/llava-1.5-7b-hf": small_llava,
 }
-#: what the pages import again and again
+#: modules that most pages import
 LIBRARIES = ("torch", "torchvision", "transformers", "hf_attn", "peft", "datasets", "matplotlib.figure")
 
 

@@ -1,4 +1,4 @@
-"""Cards, stubs, saving and pushing; what is pushed goes to a Hub in this process and is loaded from there."""
+"""Cards, stubs, saving and pushing; models are pushed to a Hub in this process and loaded from it."""
 
 import json
 import os
@@ -160,7 +160,7 @@ def test_base_and_licence_stay_with_the_model(echo_att, tmp_path):
     for name in ("made", "merged"):
         assert origin(tmp_path / name) == ("someone/base", "other")
 
-    # A folder as the base: what its card says; a folder without one is nothing to name.
+    # If the base is a folder, its card names the base model; a folder without a card is not named.
     base.save_pretrained(tmp_path / "base")
     facts = "license: llama3\nbase_model: someone/original"
     (tmp_path / "base" / "README.md").write_text(f"---\n{facts}\n---\n")
@@ -481,7 +481,7 @@ class TestPushing:
         family = FAMILIES[model_type]
         files = hub.repositories[f"tester/{model_type}"]
         can_generate = load(family.model_reference(main_auto_class(family))).can_generate()
-        # An embedder brings what sentence-transformers reads.
+        # An embedder includes the files of sentence-transformers.
         of_embedders = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
         assert set(files) - of_embedders == {
             "README.md",
@@ -544,10 +544,10 @@ class TestPushing:
                 (snapshots / model_type).mkdir(parents=True, exist_ok=True)
                 (snapshots / model_type / path).write_bytes(content)
             main = main_auto_class(family)
-            # Auto classes of the package import it, so there is nothing to show of them.
+            # Auto classes of this package import it, so they cannot be tested without it.
             if main not in OWN_AUTO_CLASSES:
                 jobs.append((f"tester/{model_type}", main, str(folder / "again" / model_type)))
-            # transformers 5.23 cannot load a backbone from a folder by AutoBackbone, whoever wrote it.
+            # transformers 5.23 cannot load any backbone from a folder by AutoBackbone.
             left_out = {"AutoBackbone", *OWN_AUTO_CLASSES}
             for auto_class in ("AutoConfig", *(name for name in family.models if name not in left_out)):
                 jobs.append((str(snapshots / model_type), auto_class, None))
@@ -559,7 +559,7 @@ class TestPushing:
         assert [json.loads(line) for line in result.stdout.splitlines()] == expected
         assert hub.unknown == []
 
-        # Saved again after it came through the stub, the folder is what it was.
+        # Saving the model that was loaded through the stub gives the same folder.
         for model_type in (
             name for name, family in FAMILIES.items() if main_auto_class(family) not in OWN_AUTO_CLASSES
         ):

@@ -1,4 +1,4 @@
-"""The wheel: everything that is needed is in it, nothing else, and it works where the checkout is not."""
+"""The wheel: it contains everything that is needed and nothing else, and works without the checkout."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Folder of an environment with nothing but the wheel, which sees the dependencies of the running one."""
+    """Folder of an environment that contains only the wheel, and uses the dependencies of the running environment."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -116,7 +116,7 @@ def test_make_installs_once_and_again_when_the_requirements_change(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     dry_run = ("make", "--dry-run", "install")
     first = [line for line in run(*dry_run, cwd=tmp_path).splitlines() if "pip install" in line]
-    # torch by itself and first: a resolver that is free to choose may move it.
+    # torch is installed first and alone, because the resolver may replace it.
     assert [line.split("pip install ")[1].split()[0] for line in first] == ["torch==2.14.1", "-e"]
 
     (tmp_path / ".venv").mkdir()

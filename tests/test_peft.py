@@ -20,7 +20,7 @@ CAUSAL = [
 
 
 def causal_model(family: Family):
-    """A small model of a family with the same weights every time, in eval mode."""
+    """A small model of a family, always with the same weights, in eval mode."""
     set_seed(0)
     return tiny_model(family, "AutoModelForCausalLM")
 
@@ -30,7 +30,7 @@ def token_ids(*shape: int) -> torch.Tensor:
 
 
 def perturbed(model):
-    """Adapters start as the identity; random weights make them count."""
+    """Adapters start as the identity; random weights make them affect the output."""
     set_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What `import hf_attn` registers, and what it does not import; fresh processes, in every order that users import in."""
+"""What `import hf_attn` registers, and what it does not import; in fresh processes and in every order of imports."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from tests.batteries.fork_server import ForkServer
 
 
 FAMILIES = families()
-#: modules that cost a user time who may never need them
+#: modules whose import takes time and that many users do not need
 HEAVY = (
     "accelerate",
     "datasets",
@@ -45,7 +45,7 @@ def run(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def run_quickly():
-    """Like :func:`run`, in a process that has imported what neither we nor transformers own."""
+    """Like [`run`], in a process that has already imported third-party libraries other than transformers."""
     libraries = ("torch", "torchvision", "scipy.optimize", "sklearn.metrics", "accelerate", "PIL.Image", "tokenizers")
     with ForkServer(libraries, forget=("transformers",)) as server:
         yield server.run
@@ -70,7 +70,7 @@ def test_import_alone_imports_neither_torch_nor_transformers():
 
 
 def test_import_with_the_auto_classes_adds_nothing_to_theirs():
-    """Beside `from transformers import AutoConfig, AutoModelForCausalLM`, importing us imports our three modules."""
+    """After `from transformers import AutoConfig, AutoModelForCausalLM`, importing hf_attn adds only three modules."""
     auto = "from transformers import AutoConfig, AutoModelForCausalLM"
     without = set(run(f"import sys; {auto}; print(*sys.modules)").split())
     both = set(run(f"import sys, hf_attn; {auto}; print(*sys.modules)").split())
@@ -181,7 +181,7 @@ def test_peft_tables_are_filled_in_both_orders(imports, run_quickly):
 
 
 def test_a_failed_import_can_be_tried_again(run_quickly):
-    """The registration waits for the import that succeeds."""
+    """Registration happens at the first import that succeeds."""
     run_quickly(
         """
         import sys, types
@@ -223,7 +223,7 @@ def test_auto_classes_resolve_the_family(family):
 
 
 def test_a_folder_loads_and_generates_through_the_pipeline(tmp_path, run_quickly):
-    """Written here, read by a process that imported the package and names no class of it."""
+    """Saved here, loaded by a process that imported the package but names none of its classes."""
     config = AutoConfig.for_model(
         "sigmoid_attention",
         hidden_size=16,
@@ -325,7 +325,7 @@ def test_a_user_can_still_register_classes(tmp_path):
 
 
 def test_transformers_keeps_registered_classes_where_we_put_ours():
-    """The one private name we lean on. If this fails, transformers has moved it: see `hf_attn.registration._fill`."""
+    """The only private name that we use. If this fails, transformers has moved it: see `hf_attn.registration._fill`."""
     message = (
         "transformers no longer keeps registered classes in `_extra_content`; find their new place, adapt "
         "hf_attn/registration.py and raise the lower bound of the transformers requirement."

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_family_has_its_upstream_tests():
-    """What a new family has to bring: a test class with its model type."""
+    """Every new family needs a test class with its model type."""
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "modeling").rglob("test_*.py"))
     for family in families():
         assert f'model_type = "{family.model_type}"' in sources, (
@@ -90,7 +90,7 @@ def test_without_the_sources_a_desk_skips_and_ci_fails(ci, monkeypatch):
     monkeypatch.setenv("CI", ci)
     transformers_sources.try_to_fetch.cache_clear()
     try:
-        for _ in range(2):  # as two test files import it
+        for _ in range(2):  # as in the imports of two test files
             spec = importlib.util.spec_from_file_location(
                 "tests.batteries.upstream_again", ROOT / "tests" / "batteries" / "upstream.py"
             )
@@ -138,7 +138,7 @@ def test_a_skip_by_pattern_tells_its_reason():
 
 
 def test_report_tells_what_ran_and_why_not(tmp_path):
-    """With two workers, whose reports travel to the process that prints."""
+    """With two workers, whose reports are sent to the printing process."""
     source = """
         import unittest
 

@@ -46,7 +46,7 @@ class AttentionEntropyCallback(TrainerCallback):
 
     Attributes:
         history: one dictionary a measurement: `step`, `entropy` (layers x heads nested lists, in nats), `bound` (one
-            number a layer; None where it is not known), `uniform` (entropy of uniform attention).
+            number per layer; None where it is not known), `uniform` (entropy of uniform attention).
     """
 
     def __init__(self, batch: Mapping[str, torch.Tensor], every_steps: int = 50, collapse_below: float = 0.05):

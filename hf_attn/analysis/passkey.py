@@ -50,7 +50,7 @@ class PasskeyAnswer:
 
 @dataclass(frozen=True)
 class PasskeyResult:
-    """Answers to prompts of several lengths and depths; printed, a table of accuracies with a line a length."""
+    """Answers to prompts of several lengths and depths; printed as a table of accuracies with one line per length."""
 
     answers: tuple[PasskeyAnswer, ...]
 

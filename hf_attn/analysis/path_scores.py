@@ -88,7 +88,7 @@ class PathScores:
 def path_scores(
     model: PreTrainedModel, dataset: Iterable[Mapping[str, Any]], batch_size: int = 32, progress: bool = True
 ) -> PathScores:
-    """Score each path of a path ensemble on a data set.
+    """Score each path of a path ensemble on a dataset.
 
     Runs one forward pass for each batch, in eval mode; the mode of the model is restored afterwards.
 
@@ -100,7 +100,7 @@ def path_scores(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if the model has no paths, if the data set is empty or has no labels, or if a label is no class.
+        ValueError: if the model has no paths, if the dataset is empty or has no labels, or if a label is not a class.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

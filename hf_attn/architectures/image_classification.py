@@ -47,7 +47,7 @@ class ImageClassifierMixin:
     def classification_loss(
         self, labels: torch.Tensor, logits: torch.Tensor, **parts: torch.Tensor | None
     ) -> torch.Tensor:
-        """Loss of what :meth:`classify` returned."""
+        """Loss of what [`classify`] returned."""
         return self.loss_function(labels, logits, self.config)
 
     @can_return_tuple

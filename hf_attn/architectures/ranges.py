@@ -142,7 +142,7 @@ class RangesMixin:
         ranges = {"compress_ratio": SIZE, "conv_scale": FINITE}
     """
 
-    #: field -> range, beside :data:`COMMON_RANGES` and the ranges of the classes that a class derives from
+    #: field -> range, beside [`COMMON_RANGES`] and the ranges of the classes that a class derives from
     ranges: ClassVar[dict[str, Range | Activation]] = {}
 
     def __init_subclass__(cls, **kwargs):

@@ -14,5 +14,5 @@ def half_split(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def interleaved(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Inverse of :func:`half_split`."""
+    """Inverse of [`half_split`]."""
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -22,7 +22,7 @@ class VariantsMixin(RangesMixin):
         """Build the configuration of a variant.
 
         Args:
-            name: key of :attr:`variants`, or `"tiny"`.
+            name: key of [`variants`], or `"tiny"`.
             overrides: fields to set differently.
 
         Raises:

@@ -5,8 +5,8 @@ text, or both are image tokens whose squared distance on the token grid is below
 variant adds keys at the end, each a weighted sum of a cell of image keys: image queries attend to all of them, text
 queries to none. It is softmax attention otherwise.
 
-:func:`clear_attention` takes the fastest of several implementations, or the one that is named. All compute
-what :func:`clear_attention_eager` computes.
+[`clear_attention`] takes the fastest of several implementations, or the one that is named. All compute
+what [`clear_attention_eager`] computes.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     A_i = sum over direct j of p(j | i) v_j + sum over spans S of p(S | i) v_S,   v_S = sum over j in S of p(j | S) v_j
 
-The direct tokens and the spans of ``i`` share one softmax, of ``q_i . k_j`` and ``q_i . k_S``. Inside of a span the
-weights are a softmax of ``q_S . k_j``, the same for every query that attends to it; ``q_S`` and ``k_S`` are maxima over the span.
+The direct tokens and the spans of `i` share one softmax, of `q_i . k_j` and `q_i . k_S`. Inside of a span the
+weights are a softmax of `q_S . k_j`, the same for every query that attends to it; `q_S` and `k_S` are maxima over the span.
 """
 
 import functools
@@ -32,12 +32,12 @@ def pool_spans(states: torch.Tensor, members: torch.Tensor, pool: str) -> torch.
     """Pool the tokens of spans.
 
     Args:
-        states: ``(batch, heads, length, head_dim)``.
-        members: boolean ``(batch or 1, 1, spans, length)``.
-        pool: ``"max"`` (of equal values the first gets the gradient), ``"mean"`` or ``"sum"``.
+        states: `(batch, heads, length, head_dim)`.
+        members: boolean `(batch or 1, 1, spans, length)`.
+        pool: `"max"` (of equal values the first gets the gradient), `"mean"` or `"sum"`.
 
     Returns:
-        ``(batch, heads, spans, head_dim)``; zeros for an empty span.
+        `(batch, heads, spans, head_dim)`; zeros for an empty span.
     """
     if pool != "max":
         total = members.to(states.dtype) @ states
@@ -58,11 +58,11 @@ def combiner_probabilities(
 
     Args:
         call: as many heads of keys as of queries, and a sequence in each row.
-        valid: boolean ``(batch, length)``, false where a sequence is over.
+        valid: boolean `(batch, length)`, false where a sequence is over.
 
     Returns:
-        Of queries over direct tokens ``(batch, heads, length, length)`` and over spans ``(batch, heads, length, spans)``,
-        which sum to 1 together; and inside of spans ``(batch, heads, spans, length)``.
+        Of queries over direct tokens `(batch, heads, length, length)` and over spans `(batch, heads, length, spans)`,
+        which sum to 1 together; and inside of spans `(batch, heads, spans, length)`.
     """
     query, key = call.query, call.key
     length = query.shape[2]
@@ -98,7 +98,7 @@ def combiner_attention_eager(call: CombinerCall, sequences: Sequences) -> tuple[
     rows and columns, and nowhere in the mixture.
 
     Returns:
-        Output ``(batch, heads, length, head_dim)``, and the weight of each token ``(batch, heads, length, length)``.
+        Output `(batch, heads, length, head_dim)`, and the weight of each token `(batch, heads, length, length)`.
     """
     batch, length = call.query.shape[0], call.query.shape[2]
     call = by_sequences(call, sequences)

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Shape:
-    """Shapes and mask of a call; see :func:`make_mask` for the kinds of masks."""
+    """Shapes and mask of a call; see [`make_mask`] for the kinds of masks."""
 
     q_len: int
     kv_len: int
@@ -67,7 +67,7 @@ class Case:
     Attributes:
         name: of the case.
         dtype: that the inputs are rounded to.
-        make: ``(precision) -> call``; the same numbers in another dtype.
+        make: `(precision) -> call`; the same numbers in another dtype.
     """
 
     name: str

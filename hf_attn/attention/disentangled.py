@@ -1,4 +1,4 @@
-"""Disentangled attention of DeBERTa (arXiv 2006.03654), see :mod:`hf_attn.kernels.disentangled.eager` for the equation."""
+"""Disentangled attention of DeBERTa (arXiv 2006.03654), see [`hf_attn.kernels.disentangled.eager`] for the equation."""
 
 import torch
 

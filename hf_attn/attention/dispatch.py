@@ -19,12 +19,12 @@ class Implementation:
     """One way to compute an attention function.
 
     Attributes:
-        name: last part of the registered name (``eager``, ``torch``, ``triton``, ``flex``).
-        compute: ``(call, found) -> (output, weights | None)``; output ``(batch, heads, q_len, value_dim)``, weights
-            ``(batch, heads, q_len, kv_len)``.
-        check: ``(call) -> found``: a :class:`Refusal`, or the result of the check, which is passed to `compute`.
+        name: last part of the registered name (`eager`, `torch`, `triton`, `flex`).
+        compute: `(call, found) -> (output, weights | None)`; output `(batch, heads, q_len, value_dim)`, weights
+            `(batch, heads, q_len, kv_len)`.
+        check: `(call) -> found`: a [`Refusal`], or the result of the check, which is passed to `compute`.
         gpu_kernel: a kernel for GPUs. Automatic names use it only if it has passed `hf-attn check-gpu` on this GPU,
-            see :mod:`hf_attn.kernels.gpu_record`.
+            see [`hf_attn.kernels.gpu_record`].
     """
 
     name: str
@@ -60,14 +60,14 @@ class AttentionFunction:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Valid values of ``attn_implementation``."""
+        """Valid values of `attn_implementation`."""
         return tuple(dict.fromkeys((self.automatic, *map(self.name_of, self.implementations))))
 
     def implementation(self, name: str) -> Implementation | None:
         """The implementation that a name pins, None for the automatic one.
 
         Raises:
-            ValueError: for a name that is none of :attr:`names`.
+            ValueError: for a name that is none of [`names`].
         """
         if name == self.automatic:
             return None
@@ -88,7 +88,7 @@ class AttentionFunction:
 
         Args:
             call: of the function.
-            name: one of :attr:`names`; the automatic one by default.
+            name: one of [`names`]; the automatic one by default.
 
         Raises:
             ValueError: for an unknown name, and if the pinned implementation does not support the call.
@@ -115,10 +115,10 @@ class AttentionFunction:
 
         Args:
             call: of the function.
-            attn_implementation: one of :attr:`names`; the automatic one by default.
+            attn_implementation: one of [`names`]; the automatic one by default.
 
         Returns:
-            Output ``(batch, heads, q_len, value_dim)``, and weights ``(batch, heads, q_len, kv_len)`` if the implementation
+            Output `(batch, heads, q_len, value_dim)`, and weights `(batch, heads, q_len, kv_len)` if the implementation
             has them.
 
         Raises:

@@ -8,9 +8,9 @@ from .interface import Mechanism
 class OwnAttentionMixin:
     """Ties the models of a family to one mechanism.
 
-    transformers accepts any registered name as ``attn_implementation``; for a family that computes something else than
+    transformers accepts any registered name as `attn_implementation`; for a family that computes something else than
     softmax most of them would silently change the function. Without a choice the family runs the mechanism's automatic
-    implementation; ``"eager"`` is its readable specification.
+    implementation; `"eager"` is its readable specification.
     """
 
     attention_mechanism: ClassVar[Mechanism]
@@ -20,7 +20,7 @@ class OwnAttentionMixin:
     _supports_attention_backend = True
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Resolve ``attn_implementation`` of this family.
+        """Resolve `attn_implementation` of this family.
 
         Raises:
             ValueError: for a name that is not one of the mechanism's.

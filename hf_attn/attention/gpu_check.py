@@ -169,7 +169,7 @@ def _alternating(functions, leaves, device: torch.device, repeats: int) -> dict[
 
 
 def record_of(results: Iterable[Result]) -> dict[str, list[str]]:
-    """Kernel -> dtypes in which it passed, for :func:`hf_attn.kernels.gpu_record.write_record`."""
+    """Kernel -> dtypes in which it passed, for [`hf_attn.kernels.gpu_record.write_record`]."""
     record: dict[str, list[str]] = {}
     for result in results:
         record.setdefault(result.kernel, [])

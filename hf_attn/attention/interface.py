@@ -1,7 +1,7 @@
 """Attention functions with several implementations as functions of transformers' attention interface.
 
-A :class:`Mechanism` is registered as ``"<mechanism>"``, which takes the first implementation that supports the call, and as
-``"<mechanism>_<implementation>"``, which pins one and raises if it does not support the call. What a name means never depends on
+A [`Mechanism`] is registered as `"<mechanism>"`, which takes the first implementation that supports the call, and as
+`"<mechanism>_<implementation>"`, which pins one and raises if it does not support the call. What a name means never depends on
 which implementation computes it.
 """
 
@@ -23,7 +23,7 @@ RESULT_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def no_arguments(module: nn.Module, kwargs: dict) -> dict:
-    """For a mechanism that takes nothing beyond an :class:`AttentionCall`."""
+    """For a mechanism that takes nothing beyond an [`AttentionCall`]."""
     return {}
 
 
@@ -37,11 +37,11 @@ class Mechanism(AttentionFunction):
     """An attention mechanism that models use by name.
 
     Attributes:
-        arguments: ``(module, keyword arguments of the call) -> further fields of the call``. Takes what it supports out of
+        arguments: `(module, keyword arguments of the call) -> further fields of the call`. Takes what it supports out of
             the keyword arguments, and so decides what is refused.
         mask_function: creates the mask in the form that the implementations take.
-        examples: name -> ``(heads, kv_len) -> further fields of a call`` with two rows; what
-            :mod:`hf_attn.attention.conformance` compares the implementations on.
+        examples: name -> `(heads, kv_len) -> further fields of a call` with two rows; what
+            [`hf_attn.attention.conformance`] compares the implementations on.
     """
 
     arguments: Callable[[nn.Module, dict], dict] = no_arguments
@@ -56,7 +56,7 @@ class Mechanism(AttentionFunction):
         return f"{self.name}_{implementation.name}"
 
     def attention_function(self, name: str) -> Callable:
-        """The function registered under ``name`` (one of :attr:`names`), with transformers' attention signature."""
+        """The function registered under `name` (one of [`names`]), with transformers' attention signature."""
         self.implementation(name)
 
         def attention_forward(
@@ -163,13 +163,13 @@ def _within_sequences(query, key, cu_seq_lens_q, cu_seq_lens_k, attention_mask, 
 
 
 def uses_attention(model: nn.Module, name: str) -> None:
-    """Check that ``model`` really calls the attention function that its configuration names.
+    """Check that `model` really calls the attention function that its configuration names.
 
-    Many models of transformers accept any registered ``attn_implementation`` and ignore it.
+    Many models of transformers accept any registered `attn_implementation` and ignore it.
 
     Args:
         model: a transformers model.
-        name: the name passed as ``attn_implementation``.
+        name: the name passed as `attn_implementation`.
 
     Raises:
         ValueError: if the configuration holds another name, or if no module of the model goes through transformers'

@@ -61,11 +61,11 @@ def grouped_softmax(
     """Attention weights from scores, as the equations read.
 
     Args:
-        scores: ``(batch, heads, q_len, kv_len)``.
-        is_landmark: boolean ``(batch, kv_len)``; landmarks may be anywhere, and there may be any number of them.
+        scores: `(batch, heads, q_len, kv_len)`.
+        is_landmark: boolean `(batch, kv_len)`; landmarks may be anywhere, and there may be any number of them.
         allowed: boolean, broadcastable to the scores: the pairs that may attend. That a landmark does not see itself needs
             not be in it.
-        query_block: ``(batch, q_len)``, the block of each query; if not given, the queries are the last ``q_len`` tokens.
+        query_block: `(batch, q_len)`, the block of each query; if not given, the queries are the last `q_len` tokens.
 
     Returns:
         Weights in the dtype of the scores; zeros for a query that may see nothing.
@@ -95,14 +95,14 @@ def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def landmark_attention_eager(call: LandmarkCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Landmark attention with the weights of :func:`grouped_softmax`; the specification of the other implementations.
+    """Landmark attention with the weights of [`grouped_softmax`]; the specification of the other implementations.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)`` and weights ``(batch, heads, q_len, kv_len)``, both in the dtype of
+        Output `(batch, heads, q_len, value_dim)` and weights `(batch, heads, q_len, kv_len)`, both in the dtype of
         the query. The softmax is computed in float32 (or in float64 for float64 input).
 
     Raises:
-        ValueError: if ``is_landmark`` does not cover the keys.
+        ValueError: if `is_landmark` does not cover the keys.
     """
     query, mask = call.query, call.attention_mask
     key, value = call.repeated_heads()

@@ -2,8 +2,8 @@
 
     P_ij = sigmoid(scaling * q_i . k_j - slope * |i - j| + b)  for allowed pairs, exactly 0 for masked ones;  O = P V
 
-Nothing is normalised: rows of P do not sum to one, and a query that may see no key gets zeros. The bias ``b`` is a
-constant of training, ``-log(n)`` for training sequences of length ``n``; it depends neither on the length at hand, nor
+Nothing is normalised: rows of P do not sum to one, and a query that may see no key gets zeros. The bias `b` is a
+constant of training, `-log(n)` for training sequences of length `n`; it depends neither on the length at hand, nor
 on padding, nor on the step of decoding.
 """
 
@@ -23,13 +23,13 @@ logger = logging.get_logger(__name__)
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """Slopes of ALiBi, one for each head: geometric with ratio ``2 ** (-8 / num_heads)``.
+    """Slopes of ALiBi, one for each head: geometric with ratio `2 ** (-8 / num_heads)`.
 
-    If ``num_heads`` is not a power of two, the slopes of the lower power of two are followed by every second one of twice
+    If `num_heads` is not a power of two, the slopes of the lower power of two are followed by every second one of twice
     that power.
 
     Returns:
-        float32 tensor of shape ``(num_heads,)``.
+        float32 tensor of shape `(num_heads,)`.
     """
 
     def geometric(n: int) -> list[float]:
@@ -44,16 +44,16 @@ def sigmoid_weights(logits: torch.Tensor, normalization: str | None = None) -> t
     """Attention weights from final logits (scaled, masked and biased).
 
     Args:
-        logits: ``(..., q_len, kv_len)``.
-        normalization: ``None``; ``"row"`` divides row ``i`` (counted from 1) by ``i``, its number of causal keys;
-            ``"sqrt_row"`` by ``sqrt(i)``. The two alternatives are for causal attention without a cache, where
-            ``q_len == kv_len``.
+        logits: `(..., q_len, kv_len)`.
+        normalization: `None`; `"row"` divides row `i` (counted from 1) by `i`, its number of causal keys;
+            `"sqrt_row"` by `sqrt(i)`. The two alternatives are for causal attention without a cache, where
+            `q_len == kv_len`.
 
     Returns:
         Weights of the same shape.
 
     Raises:
-        ValueError: for another ``normalization``, or if the logits are not square where they have to be.
+        ValueError: for another `normalization`, or if the logits are not square where they have to be.
     """
     if torch.compiler.is_exporting():
         # The Sigmoid of onnxruntime is absolutely exact only: half a percent off at -12, zero below -18. A bias of -log(n)
@@ -79,7 +79,7 @@ def sigmoid_attention_eager(call: SigmoidCall) -> tuple[torch.Tensor, torch.Tens
     """Sigmoid attention as the equation reads; the specification of the other implementations.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)`` and weights ``(batch, heads, q_len, kv_len)``, both in the dtype of
+        Output `(batch, heads, q_len, value_dim)` and weights `(batch, heads, q_len, kv_len)`, both in the dtype of
         the query. Logits and sigmoid are computed in float32 (or in float64 for float64 input).
     """
     query, mask, bias = call.query, call.attention_mask, call.bias
@@ -125,10 +125,10 @@ def _triton(call: SigmoidCall, found: None):
 
 
 def default_sigmoid_bias(config) -> float:
-    """The bias that the paper recommends, ``-log(n)`` for the longest sequence ``n`` that a model is trained on.
+    """The bias that the paper recommends, `-log(n)` for the longest sequence `n` that a model is trained on.
 
     Args:
-        config: configuration of any transformers model. ``n`` is its ``max_position_embeddings`` or, for images, the
+        config: configuration of any transformers model. `n` is its `max_position_embeddings` or, for images, the
             number of patches.
 
     Raises:

@@ -1,8 +1,8 @@
 """The catalogue: one declarative entry for each paper, plain data, imported by everything and importing nothing heavy.
 
 Registration, conversion, Hub stubs, PEFT defaults, the command line, the documentation and the test battery are all
-driven by it. A class is named by the convention of the package: ``hf_attn.modeling.<folder>.<kind>_<folder>.<Class>``,
-where the kind is ``configuration``, ``modeling`` or ``processing``. It is imported only when it is needed.
+driven by it. A class is named by the convention of the package: `hf_attn.modeling.<folder>.<kind>_<folder>.<Class>`,
+where the kind is `configuration`, `modeling` or `processing`. It is imported only when it is needed.
 """
 
 from . import domains, images, text
@@ -63,14 +63,14 @@ TASKS = (
     ),
 )
 
-#: Auto class of this package (see :mod:`hf_attn.auto`) -> name of its task
+#: Auto class of this package (see [`hf_attn.auto`]) -> name of its task
 OWN_AUTO_CLASSES: dict[str, str] = {
     "AutoModelForDocumentMatching": "document matching",
     "AutoModelForAudioTextClassification": "classification of audio with a transcript",
     "AutoModelForScanpathPrediction": "scanpath prediction",
 }
 
-#: public names that belong to no paper -> ``package.module.name``
+#: public names that belong to no paper -> `package.module.name`
 PACKAGE_DOORS: dict[str, str] = {
     "PAPERS": "hf_attn.catalog.PAPERS",
     "from_official": "hf_attn.checkpoints.official.from_official",
@@ -103,7 +103,7 @@ def families() -> tuple[Family, ...]:
 
 
 def paper_references(paper: Paper) -> dict[str, str]:
-    """Name of each class of the families, and of each door of a paper -> ``package.module.name``."""
+    """Name of each class of the families, and of each door of a paper -> `package.module.name`."""
     references = {}
     for family in paper.families:
         references[family.config] = family.config_reference
@@ -114,7 +114,7 @@ def paper_references(paper: Paper) -> dict[str, str]:
 
 
 def public_names() -> dict[str, str]:
-    """Everything that can be imported from ``hf_attn`` -> ``package.module.name``."""
+    """Everything that can be imported from `hf_attn` -> `package.module.name`."""
     names = dict(PACKAGE_DOORS)
     for paper in _PAPERS:
         names.update(paper_references(paper))

@@ -8,18 +8,18 @@ class Family:
     """A configuration class with its models.
 
     Attributes:
-        model_type: the key in ``config.json``.
+        model_type: the key in `config.json`.
         config: name of the configuration class.
         models: name of the Auto class -> name of the model class. A name that transformers does not have
-            (``AutoModelForScanpathPrediction``) becomes an Auto class of this package.
-        folder: folder in ``modeling/``; defaults to the model type.
+            (`AutoModelForScanpathPrediction`) becomes an Auto class of this package.
+        folder: folder in `modeling/`; defaults to the model type.
         peft: PEFT defaults: the transformers model type whose target modules fit this family as well, or the names
             of the linear layers to adapt.
-        processors: name of the Auto class (``AutoProcessor``, ``AutoImageProcessor``, ``AutoFeatureExtractor``,
-            ``AutoTokenizer``) -> name of the class in ``processing_<folder>``.
+        processors: name of the Auto class (`AutoProcessor`, `AutoImageProcessor`, `AutoFeatureExtractor`,
+            `AutoTokenizer`) -> name of the class in `processing_<folder>`.
         pipeline_tag: task of the Hub, where the Auto class does not say it.
-        compares: fields that switch the mechanism of a causal language model on in ``hf-attn compare``; none, and it does
-            not take part.
+        compares: fields that switch the mechanism of a causal language model on in `hf-attn compare`; none, and it does
+            not be compared.
     """
 
     model_type: str
@@ -51,7 +51,7 @@ class Paper:
     """A paper and its implementation.
 
     Attributes:
-        slug: short name, also of the paper's folder in ``modeling/`` and of its model card.
+        slug: short name, also of the paper's folder in `modeling/` and of its model card.
         title: title of the paper.
         arxiv: arXiv identifier.
         becomes: the components made from the paper, in a few words.
@@ -59,9 +59,9 @@ class Paper:
         code: repository of the official code, empty if there is none.
         available: whether it can be used; everything else in the entry is empty until it can.
         families: configuration/model pairs.
-        attention: attention functions, by the name for ``attn_implementation`` that leaves the implementation open.
-        converter: whether :func:`hf_attn.from_official` reads the official checkpoints.
-        doors: public functions and classes of the paper, beside its families: name -> module below ``hf_attn``.
+        attention: attention functions, by the name for `attn_implementation` that leaves the implementation open.
+        converter: whether [`hf_attn.from_official`] reads the official checkpoints.
+        doors: public functions and classes of the paper, beside its families: name -> module below `hf_attn`.
         extra: extra of the package that the paper needs.
         note: important facts about the paper itself, such as a withdrawal.
     """

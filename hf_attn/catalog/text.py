@@ -6,7 +6,7 @@ from .entries import Family, Paper
 _LAYOUTS = tuple(f"distributed_{layout}" for layout in ("ring", "query", "key", "head", "ulysses", "grid"))
 _PLANNED = ("distributed_zeppelin",)
 
-#: names for ``attn_implementation`` that split a sequence over processes
+#: names for `attn_implementation` that split a sequence over processes
 DISTRIBUTED_ATTENTION = (*_LAYOUTS, *_PLANNED)
 
 PAPERS = (

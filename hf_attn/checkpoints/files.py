@@ -26,11 +26,11 @@ class ConversionError(ValueError):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.safetensors`` or a PyTorch file (``.pth``, ``.pt``, ``.bin``) without running any code from it.
+    """Read a `.safetensors` or a PyTorch file (`.pth`, `.pt`, `.bin`) without running any code from it.
 
     Returns:
         What the file holds: a state dict, or what training code has put around it (see
-        :func:`hf_attn.checkpoints.official.select_state_dict`).
+        [`hf_attn.checkpoints.official.select_state_dict`]).
 
     Raises:
         ConversionError: if the file is corrupt, truncated or of another kind, or if its pickle needs more than tensors
@@ -58,14 +58,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """Open a checkpoint: a file as of :func:`read_checkpoint`, the index of a sharded one, or a folder with either.
+    """Open a checkpoint: a file as of [`read_checkpoint`], the index of a sharded one, or a folder with either.
 
     Returns:
         What the checkpoint holds. From safetensors a tensor is read on access; of PyTorch shards, the shard that
         it is in.
 
     Raises:
-        ConversionError: as :func:`read_checkpoint`, also for a folder without a checkpoint and an index that makes no sense;
+        ConversionError: as [`read_checkpoint`], also for a folder without a checkpoint and an index that makes no sense;
             and, on access to a tensor, if its shard does not exist.
     """
     path = _existing(_found_in_folder(Path(path)))
@@ -104,7 +104,7 @@ def _found_in_folder(path: Path) -> Path:
     found = next((path / name for name in CHECKPOINT_NAMES if (path / name).is_file()), None)
     if found is None:
         raise ConversionError(
-            f"There is no checkpoint file in {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Pass the "
+            f"There is no checkpoint file at {path}: the folder has none of {', '.join(CHECKPOINT_NAMES)}. Pass the "
             "path of the file."
         )
     return found

@@ -47,10 +47,10 @@ class BaseReport:
 
 
 class FromBaseMixin:
-    """Gives a family ``from_base``: the weights of a pretrained model, another mechanism.
+    """Gives a family `from_base`: the weights of a pretrained model, another mechanism.
 
-    A family says which bases it understands (:meth:`config_from_base`), what their tensors are called here
-    (:meth:`state_from_base`), and which of them it drops (:meth:`dropped_from_base`) or adds (:meth:`new_to_base`); every
+    A family says which bases it understands ([`config_from_base`]), what their tensors are called here
+    ([`state_from_base`]), and which of them it drops ([`dropped_from_base`]) or adds ([`new_to_base`]); every
     other tensor has to be taken over, and every other tensor of the new model filled.
     """
 
@@ -61,7 +61,7 @@ class FromBaseMixin:
 
     @classmethod
     def config_from_base(cls, base_config: PreTrainedConfig, **overrides) -> PreTrainedConfig:
-        """The family's configuration for a base; raises ``ValueError`` for an architecture that is not supported."""
+        """The family's configuration for a base; raises `ValueError` for an architecture that is not supported."""
         raise NotImplementedError(f"{cls.__name__} does not define how to derive its configuration from a base.")
 
     @classmethod
@@ -71,12 +71,12 @@ class FromBaseMixin:
 
     @classmethod
     def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
-        """Whether the base tensor ``name`` has no place in a model of this configuration, by design."""
+        """Whether the base tensor `name` has no place in a model of this configuration, by design."""
         return False
 
     @classmethod
     def new_to_base(cls, name: str, config: PreTrainedConfig) -> bool:
-        """Whether the family's tensor ``name`` is its own addition, which no base has."""
+        """Whether the family's tensor `name` is its own addition, which no base has."""
         return False
 
     @classmethod
@@ -89,7 +89,7 @@ class FromBaseMixin:
             overrides: fields of the family's configuration.
 
         Returns:
-            The model, in eval mode, with ``base_report`` telling which tensors were kept, dropped and new.
+            The model, in eval mode, with `base_report` telling which tensors were kept, dropped and new.
 
         Raises:
             ValueError: if the architecture of the base is not supported, or if a tensor is unaccounted for.

@@ -36,12 +36,12 @@ _BASE_MODEL = "model."
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a family's ``convert_official``.
+    """Result of a family's `convert_official`.
 
     Attributes:
         model_class: class to build.
         config: its configuration, or the keyword arguments of a plain module.
-        state_dict: the weights under the names of ``model_class``.
+        state_dict: the weights under the names of `model_class`.
         dropped: official keys that hold nothing the model needs, each known by name to the converter.
     """
 
@@ -81,7 +81,7 @@ class StateDict(Mapping):
 class OfficialArguments(Mapping):
     """Official constructor arguments, with a record of those that a converter has read.
 
-    One that is needed and not there is a :class:`ConversionError`, and so is one that nobody has read: it is misspelt,
+    One that is needed and not there is a [`ConversionError`], and so is one that nobody has read: it is misspelt,
     or it changes the model in a way that is not supported.
     """
 
@@ -127,7 +127,7 @@ class OfficialArguments(Mapping):
         self._known.update(self._arguments)
 
     def check(self, slug: str) -> None:
-        """Raise :class:`ConversionError` for arguments that were not read."""
+        """Raise [`ConversionError`] for arguments that were not read."""
         unread = sorted(set(self._arguments) - self._known, key=str)
         if not unread:
             return
@@ -153,13 +153,13 @@ def select_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Find the state dict in a checkpoint of training code: the weights, or a dictionary that contains them.
 
-    Of a dictionary the first entry of :data:`STATE_DICT_ENTRIES` is taken, averaged weights before others, or the only
+    Of a dictionary the first entry of [`STATE_DICT_ENTRIES`] is taken, averaged weights before others, or the only
     one that is a dictionary of tensors; the rest (optimizer, epoch, arguments) belongs to the training. In a state dict
     itself plain values such as an epoch counter are not weights and are ignored. What wrappers put before every name
-    (``module.``, ``_orig_mod.``) is removed.
+    (`module.`, `_orig_mod.`) is removed.
 
     Args:
-        checkpoint: what :func:`~hf_attn.checkpoints.files.read_checkpoint` or ``torch.load`` returned.
+        checkpoint: what [`~hf_attn.checkpoints.files.read_checkpoint`] or `torch.load` returned.
         source: what it is, for error messages.
         entry: name of the entry to take.
 
@@ -254,7 +254,7 @@ def load_strict(
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
-    """``config.json`` in a folder, or beside an index of shards; empty if there is none."""
+    """`config.json` in a folder, or beside an index of shards; empty if there is none."""
     file = (path.parent if path.name.endswith(INDEX_SUFFIX) else path) / "config.json"
     if not file.is_file():
         return {}
@@ -277,14 +277,14 @@ def from_official(
 
     Args:
         slug: the paper, as in the catalogue.
-        state_dict_or_path: official state dict, or a ``.safetensors`` or PyTorch file. A dictionary that holds the state
-            dict among other things will do, see :func:`select_state_dict`. Of a checkpoint in shards the folder or the
-            index (``*.index.json``); only the tensors that are needed are read, and files without any need not be there.
+        state_dict_or_path: official state dict, or a `.safetensors` or PyTorch file. A dictionary that holds the state
+            dict among other things will do, see [`select_state_dict`]. Of a checkpoint in shards the folder or the
+            index (`*.index.json`); only the tensors that are needed are read, and files without any need not be there.
         config: official constructor arguments, or the official configuration file's; families that can read them off
-            the shapes of the weights need none. If it is not given, ``config.json`` in the folder of shards is
+            the shapes of the weights need none. If it is not given, `config.json` in the folder of shards is
             read.
-        entry: which entry of a dictionary around several state dicts holds the weights, such as ``model`` where there is
-            a ``model_ema`` too. If it is not given, averaged weights are taken first.
+        entry: which entry of a dictionary around several state dicts holds the weights, such as `model` where there is
+            a `model_ema` too. If it is not given, averaged weights are taken first.
 
     Returns:
         The model in eval mode.

@@ -1,6 +1,6 @@
 """Names of one layout -> names of another, by ordered rules.
 
-transformers' ``WeightRenaming`` has one group per pattern and cannot compute an index, which official layouts need.
+transformers' `WeightRenaming` has one group per pattern and cannot compute an index, which official layouts need.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 from .files import ConversionError
 
 
-#: a regular expression and its replacement, as in :func:`re.sub`; a replacement of ``None`` drops the tensor
+#: a regular expression and its replacement, as in [`re.sub`]; a replacement of `None` drops the tensor
 Rule = tuple[str, str | Callable[[re.Match], str] | None]
 
 #: takes every name and leaves it as it is; the last rule for a layout most of whose names are ours already
@@ -21,8 +21,8 @@ KEEP: Rule = (r"^", "")
 class Renaming:
     """Ordered rules for names; each rule is applied to the result of the rules before it.
 
-    A name that no rule matches is unknown. :meth:`state_dict` leaves its tensor unread, and
-    :func:`~hf_attn.checkpoints.official.from_official` reports it.
+    A name that no rule matches is unknown. [`state_dict`] leaves its tensor unread, and
+    [`~hf_attn.checkpoints.official.from_official`] reports it.
 
     Args:
         rules: the rules.
@@ -74,11 +74,11 @@ class Renaming:
 def split_fused(
     state: Mapping[str, torch.Tensor], fused: str, parts: Sequence[str] = ("q_proj", "k_proj", "v_proj")
 ) -> dict[str, torch.Tensor]:
-    """Split every tensor of the module ``fused``, whose rows are those of several projections, one after the other.
+    """Split every tensor of the module `fused`, whose rows are those of several projections, one after the other.
 
     Args:
         state: names -> tensors.
-        fused: name of the module, such as ``qkv``.
+        fused: name of the module, such as `qkv`.
         parts: names of the projections in the order of their rows.
 
     Returns:

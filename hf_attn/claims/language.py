@@ -35,11 +35,19 @@ def bits_a_character(model: nn.Module, split: str, length: int = LENGTH, limit: 
     """Mean over the first `limit` stretches of a part, of the predictions of all but the first character."""
     codes = characters(split)
     stretches = codes[: min(limit, len(codes) // length) * length].view(-1, length)
-    loss = sum(_loss(model, part).item() * len(part) for part in stretches.split(BATCH_SIZE)) / len(stretches)
+    loss = sum(causal_loss(model, part).item() * len(part) for part in stretches.split(BATCH_SIZE)) / len(stretches)
     return loss / math.log(2)
 
 
-def _loss(model: nn.Module, stretches: torch.Tensor) -> torch.Tensor:
+def random_stretches(generator: torch.Generator, length: int = LENGTH) -> torch.Tensor:
+    """A batch of the training part, `(BATCH_SIZE, length)`."""
+    codes = characters("train")
+    starts = torch.randint(len(codes) - length, (BATCH_SIZE, 1), generator=generator)
+    return codes[starts + torch.arange(length)]
+
+
+def causal_loss(model: nn.Module, stretches: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of all but the first character."""
     logits = logits_of(model(stretches))[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
 
@@ -54,12 +62,11 @@ def train_language_model(
         training loss in nats at about fifty steps (`losses`).
     """
     torch.manual_seed(seed)
-    model, codes = make_model(), characters("train")
+    model = make_model()
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> torch.Tensor:
-        starts = torch.randint(len(codes) - length, (BATCH_SIZE, 1), generator=generator)
-        return _loss(model, codes[starts + torch.arange(length)])
+        return causal_loss(model, random_stretches(generator, length))
 
     losses = optimise(model, loss, steps, rate)
     width = max(1, steps // 50)
@@ -72,7 +79,7 @@ class LanguageContest:
     """`measure` and `draw` of a claim about language models of one shape.
 
     Args:
-        sides: name of a model -> entry of :func:`hf_attn.comparison.entries.make_config`; the paper's model comes first.
+        sides: name of a model -> entry of [`hf_attn.comparison.entries.make_config`]; the paper's model comes first.
         steps: training steps of each run.
     """
 
@@ -114,7 +121,7 @@ class LanguageContest:
         left.set(xlabel="steps", title="training loss in nats")
         left.legend(fontsize=8)
         losses = {str(index + 1): test_losses(runs) for index, runs in enumerate(data["runs"].values())}
-        bars(right, losses, "bits/character (lower is better)", "held-back text")
+        bars(right, losses, "bits/character (lower is better)", "held-out text")
         names = [name.split(" (")[0].replace(", ", ",\n").replace(" of ", "\nof ") for name in data["runs"]]
         right.set_xticks(range(len(losses)), names, fontsize=8)
 

@@ -58,7 +58,7 @@ def paper_section(slug: str, results: str | Path, path_to_results: str) -> str:
 
 
 def featured_section(results: str | Path, path_to_results: str) -> str:
-    """The picture of the featured paper with its figures, for the README.
+    """The figure of the featured paper with its measurements, for the README.
 
     Args:
         results: folder with the results.

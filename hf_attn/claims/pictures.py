@@ -105,7 +105,7 @@ def train_classifier(
 
     Args:
         make_model: makes a model with random weights for a number of classes.
-        dataset: one of :data:`DATASETS`.
+        dataset: one of [`DATASETS`].
         steps: number of steps of `BATCH_SIZE` images.
         seed: of the weights and of the order of the images.
         rate: highest learning rate.

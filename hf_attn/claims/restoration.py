@@ -209,7 +209,7 @@ class EnlargementContest:
     def bars(self, axes, data: dict[str, Any]) -> None:
         """Draw the PSNR of both."""
         qualities = zip(map(short, self.sides), self.values(data, "psnr"), strict=True)
-        bars(axes, dict(qualities), "PSNR in dB", "held-back pictures")
+        bars(axes, dict(qualities), "PSNR in dB", "held-out images")
 
 
 def short(side: str) -> str:

@@ -24,7 +24,7 @@ class Figure:
 
     Attributes:
         name: what was measured.
-        unit: its unit, such as ``"%"``; empty for a plain number.
+        unit: its unit, such as `"%"`; empty for a plain number.
         value: the figure, or its mean over seeds.
         spread: standard deviation over seeds, if there are several.
         peer: what it is compared with; empty if there is no comparison.
@@ -65,7 +65,7 @@ class Conclusion:
 
     Attributes:
         figures: the most important one first.
-        verdict: one of :data:`VERDICTS`.
+        verdict: one of [`VERDICTS`].
         why: one sentence that states what decided.
     """
 
@@ -138,7 +138,7 @@ def figures_of(record: dict[str, Any]) -> tuple[Figure, ...]:
 
 
 def machine_class() -> str:
-    """The class of this machine, such as ``2 cores of x86-64 (1 used), no GPU``."""
+    """The class of this machine, such as `2 cores of x86-64 (1 used), no GPU`."""
     cores, processor = os.cpu_count() or 1, platform.machine().replace("_", "-")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{cores} {'core' if cores == 1 else 'cores'} of {processor} ({torch.get_num_threads()} used), {gpu}"

@@ -171,14 +171,14 @@ def measure(job: dict) -> dict:
         "peak_memory": peak,
     }
     for times in (1, 2, 4):
-        loss = _mean_loss(model, corpus.held_back(times * length, TEST_SEQUENCES), batch_size)
+        loss = _mean_loss(model, corpus.held_out(times * length, TEST_SEQUENCES), batch_size)
         result[f"loss_{times}x"] = loss
         result[f"perplexity_{times}x"] = math.exp(loss) if loss < 700 else math.inf
     for times in (1, 2):
         for task in ("recall", "copying"):
             batch = getattr(corpus, task)(TEST_SEQUENCES, times * length, generator)
             result[f"{task}_{times}x"] = _accuracy(model, batch)
-    prompt = corpus.held_back(2 * length, 1)
+    prompt = corpus.held_out(2 * length, 1)
     result["cache_bytes_a_token"] = _cache_bytes_a_token(model, prompt)
     result["decode_tokens_a_second"] = _decode_speed(model, prompt)
     return result

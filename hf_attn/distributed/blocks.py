@@ -1,6 +1,6 @@
 """Allowed pairs of a rank's queries and a set of keys, as rectangles and triangles instead of an L x L mask.
 
-Tokens are identified by their index in the whole sequence. A :class:`Run` is a piece of consecutive tokens of one document that
+Tokens are identified by their index in the whole sequence. A [`Run`] is a piece of consecutive tokens of one document that
 a rank stores contiguously. For two runs of the same document there are two cases: all queries see all keys, or (causal) a
 corner of the rectangle is cut off along the diagonal.
 """

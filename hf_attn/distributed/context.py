@@ -33,7 +33,7 @@ _OTHER_ATTENTION = {
 
 
 class SequenceParallel:
-    """The state of :func:`sequence_parallel`.
+    """The state of [`sequence_parallel`].
 
     Attributes:
         peers: the ranks.
@@ -62,7 +62,7 @@ class SequenceParallel:
         self.schedule = None if self.replicated else Schedule(self.peers, sharding, self.layout, self.split, self.grid)
 
     def attend(self, query, key, value, causal: bool, scaling: float) -> torch.Tensor:
-        """Attention of a layer; for the arguments see :func:`~hf_attn.distributed.functional.distributed_attention`."""
+        """Attention of a layer; for the arguments see [`~hf_attn.distributed.functional.distributed_attention`]."""
         if self.decoding is not None and self.decoding.started:
             return self.decoding.attend(query, key, value, scaling)
         if self.sharding is None:
@@ -80,7 +80,7 @@ class SequenceParallel:
         return self.schedule.attend(query, key, value, causal, scaling)[0]
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """See :func:`shard`."""
+        """See [`shard`]."""
         states = batch.get("input_ids", batch.get("inputs_embeds"))
         if states is None:
             raise ValueError("A batch needs `input_ids` or `inputs_embeds`.")
@@ -159,7 +159,7 @@ _active: list[SequenceParallel] = []
 
 
 def active() -> SequenceParallel:
-    """The innermost :func:`sequence_parallel`.
+    """The innermost [`sequence_parallel`].
 
     Raises:
         RuntimeError: outside of it.
@@ -183,7 +183,7 @@ def activated(context: SequenceParallel) -> Iterator[SequenceParallel]:
 
 
 def shard(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a batch for this rank; all ranks pass the same batch, within :func:`sequence_parallel`.
+    """The part of a batch for this rank; all ranks pass the same batch, within [`sequence_parallel`].
 
     Args:
         batch: arguments of a causal model of transformers: `input_ids` (or `inputs_embeds`) `(batch, length, ...)`, and if
@@ -312,7 +312,7 @@ def sequence_parallel(
     Args:
         model: decoder of transformers, with or without PEFT adapters, with
             `attn_implementation="distributed_<layout>"`. It must not be wrapped in DDP, which would reduce the gradients again;
-            for training with DDP use :class:`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin`.
+            for training with DDP use [`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin`].
         group: of processes; all by default.
         split: `"zigzag"`, with equal work in causal attention, or `"contiguous"`.
         grid: query blocks and key blocks of the layout `"grid"`.
@@ -358,7 +358,7 @@ def make_context(
     nodes: int = 1,
     capacity: int | None = None,
 ) -> SequenceParallel:
-    """The state of :func:`sequence_parallel`; see there for the arguments."""
+    """The state of [`sequence_parallel`]; see there for the arguments."""
     if layout != "zeppelin":
         return SequenceParallel(peers, layout, split, grid)
     parallel = import_module(f"{__package__}.zeppelin.parallel")

@@ -237,7 +237,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(peers: Peers, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
-    """Differentiable :meth:`Peers.exchange`: the gradients of received tensors are sent back."""
+    """Differentiable [`Peers.exchange`]: the gradients of received tensors are sent back."""
     if peers.size == 1:
         return tuple(parts)
     return _Exchange.apply(peers, shapes, *parts)

@@ -49,7 +49,7 @@ def distributed_attention(
         group: of processes; all by default.
         causal: a token attends to itself and earlier tokens, by their positions in the whole sequence.
         split: how the sequence is split: `"contiguous"`, parts of any length; `"zigzag"`, see
-            :func:`~hf_attn.distributed.sharding.split_spans`, with equal work for all ranks if causal.
+            [`~hf_attn.distributed.sharding.split_spans`], with equal work for all ranks if causal.
         grid: query blocks and key blocks of the layout `"grid"`.
         attention_mask: `(batch, length)` of the whole sequence, False or 0 for padding; the same in all ranks.
         cu_seqlens: bounds of the documents of a packed sequence, from 0 to its length; tokens attend only to their own document.
@@ -114,7 +114,7 @@ class Schedule:
     Args:
         peers: the ranks.
         sharding: of the sequence.
-        layout: one of :data:`LAYOUTS` but `"head"`.
+        layout: one of [`LAYOUTS`] but `"head"`.
         split: of the blocks of a grid.
         grid: query blocks and key blocks.
     """
@@ -137,7 +137,7 @@ class Schedule:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp as in :func:`distributed_attention`, without its checks."""
+        """Output and log-sum-exp as in [`distributed_attention`], without its checks."""
         if self.layout == "ring":
             return ring_attention(query, key, value, self.peers, self.rings, causal, scaling)
         if self.layout == "ulysses":
@@ -186,7 +186,7 @@ def layout_spans(
 ) -> list[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]]:
     """Queries and keys on which each rank of a layout computes, as spans of the sequence.
 
-    For the layouts `"head"` and `"ulysses"` that is everything, of :func:`~hf_attn.distributed.heads.head_spans`.
+    For the layouts `"head"` and `"ulysses"` that is everything, of [`~hf_attn.distributed.heads.head_spans`].
     """
     if layout == "grid":
         rows, columns = grid if grid is not None else grid_shape(ranks, None)

@@ -216,5 +216,5 @@ def gathered_attention(
     causal: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention in the layouts of this module; for arguments and results see :func:`.ring.ring_attention`."""
+    """Exact attention in the layouts of this module; for arguments and results see [`.ring.ring_attention`]."""
     return _GatheredAttention.apply(query, key, value, peers, gathering, causal, scaling)

@@ -39,7 +39,7 @@ def distributed_generate(
     own tokens. A new token is computed on all ranks; each attends to its own keys, and the partial results are merged.
 
     Args:
-        model: see :func:`~hf_attn.distributed.context.sequence_parallel`.
+        model: see [`~hf_attn.distributed.context.sequence_parallel`].
         input_ids: `(batch, length)`, the same on all ranks.
         attention_mask: `(batch, length)`, padding on the left.
         group: of processes; all by default.

@@ -65,7 +65,7 @@ def ulysses_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All-to-all from a part of the tokens with all heads to all tokens with a part of the heads, and back for the output.
 
-    For arguments and results see :func:`~hf_attn.distributed.ring.ring_attention`.
+    For arguments and results see [`~hf_attn.distributed.ring.ring_attention`].
     """
     kv_spans = head_spans(key.shape[1], peers.size)
     groups = query.shape[1] // key.shape[1]

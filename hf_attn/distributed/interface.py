@@ -22,7 +22,7 @@ def attention_forward(
 
     Raises:
         ValueError: for arguments that change the result: masks, dropout, a window, a soft cap.
-        RuntimeError: outside of :func:`~hf_attn.distributed.context.sequence_parallel`.
+        RuntimeError: outside of [`~hf_attn.distributed.context.sequence_parallel`].
     """
     context = active()
     name = f"distributed_{context.layout}"

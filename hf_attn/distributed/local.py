@@ -34,7 +34,7 @@ def add_work_listener(listener: Callable[[float], None]) -> None:
 
 
 def remove_work_listener(listener: Callable[[float], None]) -> None:
-    """Undo :func:`add_work_listener`."""
+    """Undo [`add_work_listener`]."""
     _listeners.remove(listener)
 
 

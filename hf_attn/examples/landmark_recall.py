@@ -282,7 +282,7 @@ def _facts_read(config: LandmarkConfig, text: RecallText, retrieved: Sequence[to
 
 
 def evaluate(model: PreTrainedModel, length: int, count: int, top_k: int | None = TOP_K) -> dict[str, Any]:
-    """Outcomes of the questions of `count` texts, see :func:`answer`.
+    """Outcomes of the questions of `count` texts, see [`answer`].
 
     Returns:
         `right`, the share of right answers, and `outcomes`, the number of each outcome.
@@ -318,7 +318,7 @@ def draw_recall(found: Mapping[str, Mapping[int, Sequence[Mapping]]], axes) -> N
     """Draw the share of right answers over the length of the text, with the range over seeds.
 
     Args:
-        found: for each model and length, the result of :func:`evaluate` for each seed.
+        found: for each model and length, the result of [`evaluate`] for each seed.
         axes: of matplotlib.
     """
     for name, lengths in found.items():

@@ -1,4 +1,4 @@
-"""Photographs that scikit-learn and scikit-image carry."""
+"""Photographs from scikit-learn and scikit-image."""
 
 import numpy as np
 

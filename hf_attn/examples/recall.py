@@ -97,7 +97,7 @@ class Stage:
 
     Attributes:
         start: share of the steps after which they begin.
-        length, num_facts, questions: see :meth:`RecallTask.text`.
+        length, num_facts, questions: see [`RecallTask.text`].
     """
 
     start: float

@@ -28,7 +28,7 @@ class TextPair:
 
 
 def text_pairs(split: str = "train") -> list[TextPair]:
-    """Pairs from the topics of :func:`~hf_attn.examples.assets.load_texts`; no positive appears twice in a task.
+    """Pairs from the topics of [`~hf_attn.examples.assets.load_texts`]; no positive appears twice in a task.
 
     Args:
         split: `"train"` or `"test"`, which share no topic.

@@ -12,13 +12,13 @@ class AttentionCall:
     A mechanism with further arguments has a subclass with further fields.
 
     Attributes:
-        query: ``(batch, heads, q_len, head_dim)``.
-        key: ``(batch, kv_heads, kv_len, head_dim)``; head ``h`` uses key/value head ``h // (heads // kv_heads)``.
-        value: ``(batch, kv_heads, kv_len, value_dim)``.
-        scaling: factor of the logits, ``head_dim ** -0.5`` if not given.
-        attention_mask: broadcastable to ``(batch, heads, q_len, kv_len)``; boolean (``True``: may attend) or additive,
+        query: `(batch, heads, q_len, head_dim)`.
+        key: `(batch, kv_heads, kv_len, head_dim)`; head `h` uses key/value head `h // (heads // kv_heads)`.
+        value: `(batch, kv_heads, kv_len, value_dim)`.
+        scaling: factor of the logits, `head_dim ** -0.5` if not given.
+        attention_mask: broadcastable to `(batch, heads, q_len, kv_len)`; boolean (`True`: may attend) or additive,
             where entries at half of the dtype's minimum or below mean masked.
-        is_causal: a query attends to the keys up to its own position; the queries are the last ``q_len`` tokens.
+        is_causal: a query attends to the keys up to its own position; the queries are the last `q_len` tokens.
         sliding_window: a query attends only to keys at a smaller distance than this.
         dropout: probability of dropping a weight.
         output_weights: whether the weights are requested.

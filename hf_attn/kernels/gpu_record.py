@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 
 def record_file() -> Path:
-    """Where the record is: in ``$HF_ATTN_CACHE``, else in ``hf_attn`` in the cache of Hugging Face."""
+    """Where the record is: in `$HF_ATTN_CACHE`, else in `hf_attn` in the cache of Hugging Face."""
     folder = os.environ.get("HF_ATTN_CACHE") or Path(constants.HF_HOME, "hf_attn")
     return Path(folder, "gpu_kernels.json").expanduser()
 
@@ -34,7 +34,7 @@ def write_record(device_name: str, passed: dict[str, list[str]]) -> Path:
 
     Args:
         device_name: as `torch.cuda.get_device_name` has it.
-        passed: kernel (``"sigmoid_triton"``) -> dtypes (``"float16"``) in which all of its checks passed.
+        passed: kernel (`"sigmoid_triton"`) -> dtypes (`"float16"`) in which all of its checks passed.
 
     Returns:
         The file that was written.

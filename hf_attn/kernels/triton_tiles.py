@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(pointer, index, stride, length, dims, DIM: tl.constexpr, EDGE: tl.constexpr):
-    """Rows ``index`` of a matrix whose last dimension is contiguous; zeros beyond its bounds."""
+    """Rows `index` of a matrix whose last dimension is contiguous; zeros beyond its bounds."""
     mask = dims[None, :] < DIM
     if EDGE:
         mask = mask & (index[:, None] >= 0) & (index[:, None] < length)
@@ -26,7 +26,7 @@ def with_contiguous_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """In memory ``(batch, q_len, heads, value_dim)``, which is how models go on with it."""
+    """In memory `(batch, q_len, heads, value_dim)`, which is how models go on with it."""
     batch, heads, q_len, _ = query.shape
     return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 

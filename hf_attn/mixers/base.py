@@ -145,7 +145,8 @@ class TokenMixer(nn.Module):
             `(batch, length - start, out_features)`.
 
         Raises:
-            ValueError: if the input has another width or too many tokens, or the mask another shape.
+            ValueError: if the input has another width or too many tokens, or the mask another shape, or in `torch.export` if
+                there is a mask.
         """
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
@@ -159,6 +160,11 @@ class TokenMixer(nn.Module):
             )
         if 0 in hidden_states.shape[:2]:
             return hidden_states.new_zeros(len(hidden_states), hidden_states.shape[1] - start, self.out_features)
+        if attention_mask is not None and torch.compiler.is_exporting():
+            raise ValueError(
+                "Token mixers cannot be exported with an attention_mask, because each row is mixed without its padding. Export "
+                "the model without a mask, for texts of one length."
+            )
         if attention_mask is None or bool(attention_mask.all()):
             self._check_length(hidden_states.shape[1])
             return self.mix(hidden_states, start)

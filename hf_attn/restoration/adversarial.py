@@ -99,7 +99,7 @@ class PerceptualLoss(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of RGB images in [0, 1], `(batch, 3, height, width)`, of at least 16 pixels a side."""
+        """Loss of RGB images in [0, 1], `(batch, 3, height, width)`, of at least 16x16 pixels."""
         loss = images.new_zeros(())
         with torch.no_grad():
             targets = self._extract(targets)

@@ -77,7 +77,7 @@ def decode_frames(
 ) -> list[DecodedImage]:
     """Read an image, and all frames of an animation or pages of a file.
 
-    Arguments and errors as for :func:`decode_image`; `only_first` leaves out what comes after the first, with a warning.
+    Arguments and errors as for [`decode_image`]; `only_first` leaves out what comes after the first, with a warning.
     """
     if isinstance(image, np.ndarray):
         return [_from_array(image)]
@@ -100,7 +100,7 @@ def decode_frames(
 def as_rgb(image: ImageLike, name: str | None = None) -> Image.Image:
     """An RGB image of 8 bits without alpha; deeper images are scaled, where `Image.convert` would clip them.
 
-    Arguments and errors as for :func:`decode_image`.
+    Arguments and errors as for [`decode_image`].
     """
     decoded = decode_image(image, name=name)
     colour = decoded.colour
@@ -117,7 +117,7 @@ def encode_image(
     Args:
         colour: `(height, width, 1 or 3)`.
         alpha: `(height, width, 1)` or None.
-        peak: as in :class:`DecodedImage`.
+        peak: as in [`DecodedImage`].
         info: what Pillow's `info` is to hold.
     """
     array = (colour if alpha is None else torch.cat((colour, alpha), dim=-1)).numpy()

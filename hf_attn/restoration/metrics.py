@@ -45,7 +45,7 @@ def ssim(
 ) -> float:
     """Structural similarity: 11x11 Gaussian windows (sigma 1.5) inside the image, mean over pixels and channels.
 
-    Arguments and errors as for :func:`psnr`; the images must have 11 pixels a side without their border.
+    Arguments and errors as for [`psnr`]; the images must have at least 11x11 pixels without their border.
     """
     prediction, reference = _prepared(prediction, reference, crop_border, channel)
     if min(prediction.shape[-2:]) < 11:
@@ -93,15 +93,15 @@ def _prepared(prediction, reference, crop_border, channel) -> tuple[torch.Tensor
 
 
 class RestorationMetrics:
-    """PSNR and SSIM over a data set, the mean over its images, with the interface of an `evaluate` module.
+    """PSNR and SSIM over a dataset, the mean over its images, with the interface of an `evaluate` module.
 
         metrics = RestorationMetrics(crop_border=4)
         metrics.compute(predictions=restored, references=originals)     # {"psnr": ..., "ssim": ...}
         Trainer(..., compute_metrics=metrics)                           # also with batch_eval_metrics=True
 
     Args:
-        crop_border: as in :func:`psnr`; papers take the scale.
-        channel: as in :func:`psnr`.
+        crop_border: as in [`psnr`]; papers take the scale.
+        channel: as in [`psnr`].
     """
 
     name = "restoration"
@@ -124,7 +124,7 @@ class RestorationMetrics:
         )
 
     def add(self, prediction, reference) -> None:
-        """Measure one image, see :meth:`scores`."""
+        """Measure one image, see [`scores`]."""
         self._scores.append(self.scores(prediction, reference))
 
     def add_batch(self, predictions: Sequence, references: Sequence) -> None:

@@ -45,7 +45,7 @@ class Patches(torch.utils.data.Dataset):
         images: images to cut from.
         scale: factor between the two.
         patch_size: side of the low-resolution patch.
-        degradation: how the low resolution is made, one of :data:`DEGRADATIONS`.
+        degradation: how the low resolution is made, one of [`DEGRADATIONS`].
         sharpen_targets: sharpen the labels; the low resolution is still made of the photograph.
         keep_originals: also return the photograph if labels are sharpened.
     """

@@ -31,7 +31,7 @@ def bicubic_downscale(images: torch.Tensor, scale: int) -> torch.Tensor:
     """The low-resolution counterpart of images whose sides are multiples of `scale`.
 
     Raises:
-        ValueError: if the sides are not multiples; :func:`crop_to_multiple` makes them so.
+        ValueError: if the sides are not multiples; [`crop_to_multiple`] makes them so.
     """
     if any(side % scale for side in images.shape[-2:]):
         raise ValueError(

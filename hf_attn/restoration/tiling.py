@@ -50,7 +50,7 @@ def spans(size: int, tile: int | None, overlap: int, blend: str) -> list[Span]:
         size: length of the axis.
         tile: with `"cut"` the step between tiles, else their length; None for one tile.
         overlap: with `"cut"` how far a tile is extended into its neighbours, else what neighbours share.
-        blend: one of :data:`BLENDS`.
+        blend: one of [`BLENDS`].
     """
     if tile is None or tile >= size:
         return [Span(0, size, 0, size)]
@@ -118,11 +118,11 @@ def restore_bands(
         image: `(1, channels, height, width)`.
         scale: scale of the network.
         multiple: the image is padded to multiples of it.
-        tile: side of the tiles (see :func:`spans`), a multiple of `multiple`; None for the whole image at once.
+        tile: side of the tiles (see [`spans`]), a multiple of `multiple`; None for the whole image at once.
         tile_overlap: overlap of the tiles.
         blend: `"cut"` extends each tile and cuts the extension off the result, `"mean"` averages overlapping tiles,
             `"feather"` averages them with weights that fall linearly towards the borders of a tile.
-        padding: mode of :func:`~hf_attn.architectures.restoration.layers.pad_to_multiple`.
+        padding: mode of [`~hf_attn.architectures.restoration.layers.pad_to_multiple`].
         batch_size: how many neighbouring tiles of one shape go through the network at once.
         prepare: turns a batch of tiles into what `restore` takes.
         on_tile: called with the number of tiles that have just been done.
@@ -179,14 +179,14 @@ def restore_bands(
 
 
 def restore_image(restore: Restore, image: torch.Tensor, scale: int, multiple: int, **options) -> torch.Tensor:
-    """Restore an image at once; see :func:`restore_bands`. Returns `(1, channels, scale * height, scale * width)`."""
+    """Restore an image at once; see [`restore_bands`]. Returns `(1, channels, scale * height, scale * width)`."""
     return torch.cat([band for _, band in restore_bands(restore, image, scale, multiple, **options)], dim=1)[None]
 
 
 def count_tiles(
     height: int, width: int, multiple: int, tile: int | None, overlap: int, blend: str, padding: str
 ) -> int:
-    """Number of tiles of :func:`restore_bands` for an image."""
+    """Number of tiles of [`restore_bands`] for an image."""
     padded = [
         size + (-size % multiple if padding == "reflect" else multiple - size % multiple) for size in (height, width)
     ]

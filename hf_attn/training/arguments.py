@@ -22,7 +22,13 @@ from .output_folder import CHECKPOINTS, OutputFolderError, output_folder
 logger = logging.get_logger(__name__)
 
 #: earlier names of arguments
-RENAMED = {"--base": "--model_name_or_path", "--teacher": "--model_name_or_path"}
+RENAMED = {
+    "--base": "--model_name_or_path",
+    "--teacher": "--model_name_or_path",
+    "--held_back": "--num_held_out",
+    "--num_held_back": "--num_held_out",
+    "--num_pictures": "--num_drawings",
+}
 
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
@@ -40,7 +46,9 @@ RANGES = {
             "eval_steps",
             "generation_batch_size",
             "capacity",
-            "lora_rank",
+            "lora_layers",
+            "num_held_out",
+            "num_hidden_layers",
             "num_nodes",
             "gradient_accumulation_steps",
             "max_eval_samples",
@@ -73,6 +81,7 @@ RANGES = {
             "cutmix_alpha",
             "guidance_scale",
             "learning_rate",
+            "lora_rank",
             "loss_weights",
             "max_eval_side",
             "max_grad_norm",
@@ -261,7 +270,7 @@ def prepare_run(command: str, training_args: RunArguments) -> None:
     """Train and evaluate unless --do_train or --do_eval is given, and resolve `--resume_from_checkpoint`.
 
     Raises:
-        SystemExit: with one line for the user, see :func:`resolve_resume`.
+        SystemExit: with one line for the user, see [`resolve_resume`].
     """
     if not (training_args.do_train or training_args.do_eval):
         training_args.do_train = training_args.do_eval = True
@@ -337,10 +346,10 @@ def training_folder(
     Args:
         command: name of the script.
         training_args: with `overwrite_output_dir`.
-        settings: see :func:`hf_attn.training.output_folder.claim_output_folder`.
+        settings: see [`hf_attn.training.output_folder.claim_output_folder`].
         continues: whether the same settings continue a run; else `--resume_from_checkpoint` does.
         adds: whether the run only adds files of its own to what is in the folder.
-        checkpoints: see :func:`hf_attn.training.output_folder.claim_output_folder`.
+        checkpoints: see [`hf_attn.training.output_folder.claim_output_folder`].
 
     Raises:
         SystemExit: with one line for the user, if the folder holds something else.

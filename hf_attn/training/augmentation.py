@@ -1,4 +1,4 @@
-"""Augmentation of training images that says which part of its image a result shows, so that maps of labels can be cut alike."""
+"""Augmentation of training images that also returns the cropped region, so that label maps can be cropped alike."""
 
 from typing import NamedTuple
 

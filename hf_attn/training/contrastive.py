@@ -106,7 +106,7 @@ class ContrastiveCollator:
 
 
 class ContrastiveTrainerMixin:
-    """Trains an embedder on batches of :class:`ContrastiveCollator`.
+    """Trains an embedder on batches of [`ContrastiveCollator`].
 
         class EmbeddingTrainer(ContrastiveTrainerMixin, transformers.Trainer): ...
 
@@ -114,7 +114,7 @@ class ContrastiveTrainerMixin:
     negatives are those of each micro-batch.
 
     Args:
-        scale: see :func:`contrastive_loss`.
+        scale: see [`contrastive_loss`].
     """
 
     def __init__(self, *args, scale: float = SCALE, **kwargs):

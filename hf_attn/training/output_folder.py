@@ -98,7 +98,7 @@ def output_folder(
     """Claim a folder and hold it as long as the run takes: a second run in it is refused.
 
     Args:
-        folder, settings, overwrite, options: see :func:`claim_output_folder`.
+        folder, settings, overwrite, options: see [`claim_output_folder`].
 
     Yields:
         Whether an earlier run is continued.

@@ -43,7 +43,7 @@ _INNER_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 
 @dataclass
 class SiFTStep:
-    """Results of one step of :func:`sift_loss`.
+    """Results of one step of [`sift_loss`].
 
     Attributes:
         loss: task loss plus weighted adversarial loss.

@@ -15,7 +15,7 @@ def _remove(path: Path) -> None:
 
 
 def part_of(path: str | Path) -> Path:
-    """Where :func:`written_whole` has a file or folder until it is complete, for processes that write it together."""
+    """Where [`written_whole`] has a file or folder until it is complete, for processes that write it together."""
     path = Path(path)
     return path.with_name(f".{path.name}.part")
 

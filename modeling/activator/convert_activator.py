@@ -18,7 +18,7 @@ _NAMES = Renaming(
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: official state dict of either class; its keys tell whether the blocks have an MLP.

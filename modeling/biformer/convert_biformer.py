@@ -59,7 +59,7 @@ _REFUSED = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: official state dict, or a training checkpoint that holds it under `model`. With `extra_norms` it is that

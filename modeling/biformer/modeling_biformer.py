@@ -53,7 +53,7 @@ def to_regions(hidden_states: torch.Tensor, region_size: tuple[int, int]) -> tor
 
 
 def from_regions(regions: torch.Tensor, region_size: tuple[int, int], map_size: tuple[int, int]) -> torch.Tensor:
-    """Inverse of :func:`to_regions`: `(batch * regions, tokens, channels)` -> `(batch, height, width, channels)`."""
+    """Inverse of [`to_regions`]: `(batch * regions, tokens, channels)` -> `(batch, height, width, channels)`."""
     (rows, columns), (height, width) = region_size, map_size
     hidden_states = regions.reshape(-1, height // rows, width // columns, rows, columns, regions.shape[-1])
     return hidden_states.transpose(2, 3).reshape(-1, height, width, regions.shape[-1])

@@ -43,8 +43,8 @@ class CombinerCacheLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self.unread_from == self.state.seen_tokens:
             raise ValueError(
-                "Keys of an earlier call were not read from this cache: it is for models whose attn_implementation is one of "
-                "combiner_..., and other attention functions would see the newest tokens only. Use transformers' DynamicCache."
+                "This cache is for models whose attn_implementation is one of combiner_...: other attention functions "
+                "would see only the newest tokens. Use transformers' DynamicCache."
             )
         self.unread_from = self.state.seen_tokens if key_states.shape[-2] > 0 else None
         self.is_initialized = True

@@ -62,7 +62,7 @@ _FROM_HEADS = ("o_proj.weight", "row_keys.output_proj.weight")
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: the parameter tree, flattened with `/`.

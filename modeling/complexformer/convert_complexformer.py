@@ -13,7 +13,7 @@ OUR_NAMES = Renaming((r"(^|\.)g$", None), (r"\bW_([qkvo])\.", r"\1_proj."), KEEP
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of the official attention module, or of a decoder with such modules.

@@ -83,11 +83,11 @@ _V1_NAMES = Renaming(
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.from_official`.
+    """Convert; see [`hf_attn.from_official`].
 
     Args:
         official: weights of `MaskedLanguageModel` or `SequenceClassificationModel`. A masked language model becomes a
-            :class:`DebertaEMDForMaskedLM`, a classifier a model of transformers.
+            [`DebertaEMDForMaskedLM`], a classifier a model of transformers.
         config: official arguments, or `config.json` of the Hub.
     """
     if any(name.startswith("mask_predictions.") for name in official):

@@ -195,7 +195,7 @@ class DebertaLMPredictions(nn.Module):
 
 @dataclass
 class DebertaEMDMaskedLMOutput(MaskedLMOutput):
-    """Output of :class:`DebertaEMDForMaskedLM`.
+    """Output of [`DebertaEMDForMaskedLM`].
 
     Attributes:
         loss: mean cross entropy of the masked positions.
@@ -324,8 +324,8 @@ class DebertaEMDForMaskedLM(DebertaEMDPreTrainedModel):
 
         Args:
             hidden_states: states before the last layer, `(batch, length, hidden_size)`.
-            attention_mask: as of :meth:`forward`.
-            masked_positions: as of :meth:`forward`.
+            attention_mask: as of [`forward`].
+            masked_positions: as of [`forward`].
             output_steps: return q_1 and q_2 instead of only q_2.
 
         Returns:

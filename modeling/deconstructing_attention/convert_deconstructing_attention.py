@@ -14,7 +14,7 @@ _NAMES = Renaming((r"^model\.static_(embeds|ids)$", r"model.static_input.\1"), K
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: Qwen2 key names; `self_attn.{gate,up,down}_proj` in layers of kind `mlp`; `model.static_embeds` and

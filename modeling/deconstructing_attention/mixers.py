@@ -33,7 +33,8 @@ class MLPMixer(Mixer):
 
 
 class _RecurrentMixer(DecoderAttention):
-    """Base class of the mixers with a state of constant size. `eager` computes the map if all tokens are in the input."""
+    """Base class of the mixers with a state of constant size. `eager` computes the map if all tokens are in the input; so does
+    an exported graph, whose length may be free, and the number of chunks could not be."""
 
     cache_kind = StateLayer
     #: names of what it keeps
@@ -57,7 +58,7 @@ class _RecurrentMixer(DecoderAttention):
         return states
 
     def is_readable(self, states: dict[str, torch.Tensor] | None) -> bool:
-        return self.config._attn_implementation == "eager" and not states
+        return (self.config._attn_implementation == "eager" or torch.compiler.is_exporting()) and not states
 
     def result(self, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.output(output.to(dtype).transpose(1, 2))

@@ -169,6 +169,11 @@ class DeconstructedModel(DeconstructedPreTrainedModel, DecoderModel):
             position_ids: `(batch, length)`. In a model with constant sequences they say which row of a map a token has; if
                 they are not given, padding is not counted there.
         """
+        if self.config.static_kinds and torch.compiler.is_exporting():
+            raise ValueError(
+                f"Models with {', '.join(self.config.static_kinds)} cannot be exported: a graph cannot look up rows of their maps "
+                "by the values of positions. Run the model in PyTorch."
+            )
         if self.config.static_kinds and position_ids is None and _is_padded(attention_mask):
             inputs = kwargs.get("inputs_embeds") if input_ids is None else input_ids
             position_ids = _positions(attention_mask)[:, -inputs.shape[1] :]

@@ -99,9 +99,9 @@ class StaticMapLayer(ValueLayer):
         """
         if int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"The cache holds keys and values of {int(layer.get_seq_length())} tokens in a layer whose attention map is that "
-                "of a constant sequence. A cache that was filled by another model, or with a learned prefix (prefix tuning), "
-                "cannot be continued here."
+                f"The cache contains keys and values of {int(layer.get_seq_length())} tokens in a layer whose "
+                "attention map is that of a constant sequence. A cache that was filled by another model, or with a "
+                "learned prefix (prefix tuning), cannot be used here."
             )
         layer = super().in_place_of(layer)
         # Positions are read off the mask of the caller, which `generate` turns into another for compiled caches.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from io import BytesIO
 from math import gcd
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ def read_speech(audio: Any, sampling_rate: int, own_rate: int | None = None, mix
             "The sampling rate of an array is unknown. Pass sampling_rate; other rates are resampled to the "
             f"{sampling_rate} Hz of the features."
         )
-    if rate <= 0:
-        raise ValueError(f"The sampling rate must be positive, got {rate}.")
+    if not isinstance(rate, Real) or rate < 1 or rate != int(rate):
+        raise ValueError(f"The sampling rate must be a positive integer in Hz, got {rate!r}.")
     samples = _one_channel(samples, mix_channels)
     if not len(samples):
         raise ValueError("The recording is empty.")
@@ -54,7 +55,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def _decode(audio: Any) -> tuple[np.ndarray, int | None]:
-    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` gives if torchcodec is there
+    if hasattr(audio, "get_all_samples"):  # a decoder, which `datasets` returns if torchcodec is installed
         decoded = audio.get_all_samples()
         return np.asarray(decoded.data), decoded.sample_rate
     if isinstance(audio, Mapping):
@@ -80,7 +81,7 @@ def _as_float(samples: Any) -> np.ndarray:
     if samples.dtype.kind == "i":
         return samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min)
     if samples.dtype.kind != "f":
-        raise ValueError(f"A recording must have a numeric dtype, got {samples.dtype}.")
+        raise ValueError(f"A recording must contain signed integers or floating-point numbers, got {samples.dtype}.")
     return samples.astype(np.float32)
 
 

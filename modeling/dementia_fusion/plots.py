@@ -36,7 +36,7 @@ def plot_transport(levels: np.ndarray, seconds: float, tokens: Sequence[str], mo
         levels: `(bands, frames)` in decibels.
         seconds: length of the recording.
         tokens: the tokens.
-        moments: `(tokens, columns)`, see :func:`words_over_time`.
+        moments: `(tokens, columns)`, see [`words_over_time`].
 
     Returns:
         A matplotlib figure.

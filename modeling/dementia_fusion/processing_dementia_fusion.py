@@ -88,7 +88,7 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         """Make images.
 
         Args:
-            raw_speech: a recording, see :func:`hf_attn.modeling.dementia_fusion.audio.read_speech`, or a list of them. A list of
+            raw_speech: a recording, see [`hf_attn.modeling.dementia_fusion.audio.read_speech`], or a list of them. A list of
                 numbers is a recording.
             sampling_rate: sampling rate of arrays, which do not say it.
             return_tensors: only `"pt"`.
@@ -133,7 +133,13 @@ class SpeechImageFeatureExtractor(SequenceFeatureExtractor):
         return deltas(decibels(power, dynamic_range=self.top_db), self.delta_width)
 
     def image(self, channels: np.ndarray) -> torch.Tensor:
-        """Channels `(3, feature_size, frames)` as a normalised image `(3, height, width)`."""
+        """Channels `(3, feature_size, frames)` as a normalised image `(3, height, width)`.
+
+        Raises:
+            ValueError: if all of them are equal, as they are of a recording that is almost silent.
+        """
+        if channels.max() == channels.min():
+            raise ValueError("The recording is silent: it is too quiet for a spectrogram.")
         size = (self.size["height"], self.size["width"])
         image = torch.from_numpy(channels).float()[None]
         image = torch.nn.functional.interpolate(image, size, mode="bilinear", antialias=True)[0]
@@ -202,7 +208,10 @@ class DementiaFusionProcessor(ProcessorMixin):
             raise ValueError("Pass audio, text or both.")
         inputs = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = list(text) if isinstance(text, list | tuple) else [text]
+            wrong = next((transcript for transcript in texts if not isinstance(transcript, str)), None)
+            if wrong is not None:
+                raise ValueError(f"A transcript must be a string, got a {type(wrong).__name__}: {wrong!r}.")
             empty = [index for index, transcript in enumerate(texts) if not transcript.strip()]
             if empty or not texts:
                 raise ValueError(f"Empty transcripts: {', '.join(map(str, empty)) if texts else 'all'}.")

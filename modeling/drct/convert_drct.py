@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = ("compress_ratio", "squeeze_factor", "conv_scale", "overlap_ra
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of the generator (`params_ema` or `params` of a checkpoint file).

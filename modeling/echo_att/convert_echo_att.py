@@ -15,7 +15,7 @@ _NAMES = Renaming((r"^teacher_only\.", None), KEEP)
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: Llama key names, with or without a `model.` prefix of the head-less part as transformers writes them.

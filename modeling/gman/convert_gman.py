@@ -58,7 +58,7 @@ _FROM_PORT = Renaming((r"^spatial_embedding$", "gman.embeddings.spatial_embeddin
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert either layout; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: weights `(out, in)` under the names of the card of the layers (`encoder.0.spatial.q.weight`...), or those of

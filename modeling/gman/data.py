@@ -31,7 +31,8 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
         Floats with timestamps as index and names of sensors, as strings, as columns.
 
     Raises:
-        ValueError: if the rows have no timestamps or a column is not numeric.
+        ValueError: if the file cannot be read, there are no rows, rows have no timestamps, or a column is not numeric or has
+            infinite values.
         FileNotFoundError: if there is no such file.
     """
     pd = _pandas()
@@ -46,13 +47,20 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
                 table = pd.read_hdf(path)
             except ImportError as error:
                 raise ImportError(f"Reading {name} needs tables: `pip install 'hf_attn[traffic]'`.") from error
+            except Exception as error:  # of many kinds, with the whole trace of HDF5
+                raise ValueError(f"{name} is not an HDF5 file written by pandas: {_last_line(error)}") from error
         else:
-            table = pd.read_csv(path, index_col=0)
+            try:
+                table = pd.read_csv(path, index_col=0)
+            except ValueError as error:
+                raise ValueError(f"{name} is not a CSV table: {_last_line(error)}") from error
     elif isinstance(source, pd.DataFrame):
         table = source
     else:
         raise TypeError(f"Measurements must be a DataFrame or the path of a file, got {type(source).__name__}.")
 
+    if not len(table):
+        raise ValueError(f"{name} has no rows.")
     if not isinstance(table.index, pd.DatetimeIndex):
         if pd.api.types.is_numeric_dtype(table.index):
             raise ValueError(
@@ -61,7 +69,12 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
         try:
             table = table.set_axis(pd.to_datetime(table.index), axis=0)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{name} must have timestamps as its index (first column): {error}") from error
+            reason = _last_line(error)
+            if not pd.to_datetime(table.index, errors="coerce", utc=True).hasnans:
+                reason = (
+                    "they have several time zones; convert all to UTC, or remove the time zones and pass time_zone."
+                )
+            raise ValueError(f"{name} must have timestamps as its index (first column): {reason}") from error
     if table.index.hasnans:
         raise ValueError(f"{name} has rows without a timestamp.")
     table = table.set_axis(table.columns.astype(str), axis=1)
@@ -71,7 +84,15 @@ def read_table(source: "pd.DataFrame | str | Path") -> "pd.DataFrame":
     for column in table.columns:
         if not pd.api.types.is_numeric_dtype(table[column]):
             raise ValueError(f"{name}: column {column} is not numeric ({table[column].dtype}).")
-    return table.astype(np.float64)
+    table = table.astype(np.float64)
+    infinite = np.isinf(table.to_numpy()).any(axis=0)
+    if infinite.any():
+        raise ValueError(f"{name}: sensor {table.columns[infinite][0]} has infinite values; a missing one is NaN.")
+    return table
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def step_of(steps_per_day: int) -> "pd.Timedelta":
@@ -99,7 +120,7 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
     """Align the rows to equal time steps; steps without a row become missing values (NaN).
 
     Args:
-        table: as of :func:`read_table`.
+        table: as of [`read_table`].
         steps_per_day: time steps of a day.
         time_zone: zone of timestamps that do not say theirs, such as "America/Los_Angeles". With a zone an hour that
             daylight saving skips is not a gap, and one that it repeats is not a repetition.
@@ -118,8 +139,17 @@ def regular_grid(table: "pd.DataFrame", steps_per_day: int, time_zone: str | Non
             )
         try:
             index = index.tz_localize(time_zone, ambiguous="infer")
+        except KeyError:
+            raise ValueError(
+                f"There is no time zone {time_zone!r}; use a name such as 'America/Los_Angeles'."
+            ) from None
         except ValueError as error:
-            raise ValueError(f"The timestamps are not valid in the time zone {time_zone}: {error}") from error
+            # The advice of pandas is about arguments of its own.
+            reason = str(error).split(". ")[0].rstrip(".")
+            raise ValueError(
+                f"The timestamps are not valid in the time zone {time_zone}: {reason}. Leave time_zone out if they do "
+                "not follow its daylight saving time."
+            ) from error
         table = table.set_axis(index, axis=0)
     distances = index[1:] - index[:-1]
     for problem, where in (("repeated", distances == pd.Timedelta(0)), ("unsorted", distances < pd.Timedelta(0))):
@@ -178,7 +208,7 @@ class TrafficWindows(torch.utils.data.Dataset):
     """All windows of history and future steps in a table on a regular grid, as inputs of GMAN.
 
     Args:
-        table: as of :func:`regular_grid`.
+        table: as of [`regular_grid`].
         steps_per_day: time steps of a day.
         context_length: history steps.
         prediction_length: future steps.

@@ -7,13 +7,20 @@ import numpy as np
 import torch
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not a text file: {error}") from None
+
+
 def _numbers(path: str | Path, columns: int | None, skip: int = 0) -> np.ndarray:
     """Rows of numbers, separated by blanks or commas."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         words = line.replace(",", " ").split()
         if number <= skip or not words:
             continue
@@ -43,13 +50,12 @@ def read_spatial_embedding(path: str | Path) -> torch.Tensor:
         `(N, D)`, in the order of the nodes.
 
     Raises:
-        ValueError: if a node is missing or repeated, or a line has another number of numbers.
+        ValueError: if a node is missing or repeated, or a line has another number of numbers or one that is not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    with path.open(encoding="utf-8") as file:
-        header = file.readline().split()
+    header = _text(path).partition("\n")[0].split()
     if len(header) != 2 or not all(word.isdigit() for word in header):
         raise ValueError(f"{path.name}: the first line must be 'nodes width', got {' '.join(header)[:40]!r}.")
     nodes, width = map(int, header)
@@ -60,6 +66,9 @@ def read_spatial_embedding(path: str | Path) -> torch.Tensor:
     if len(set(indices)) != nodes:
         repeated = next(index for index in indices if (indices == index).sum() > 1)
         raise ValueError(f"{path.name} has node {repeated} more than once.")
+    if not np.isfinite(numbers).all():
+        wrong = numbers[~np.isfinite(numbers).all(axis=1)][0, 0]
+        raise ValueError(f"{path.name}: the vector of node {wrong:g} is not finite.")
     embedding = np.empty((nodes, width))
     embedding[indices] = numbers[:, 1:]
     return torch.from_numpy(embedding).float()

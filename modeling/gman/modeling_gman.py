@@ -358,7 +358,7 @@ class GMANModel(GMANPreTrainedModel):
         self.post_init()
 
     def set_spatial_embedding(self, spatial_embedding: torch.Tensor) -> None:
-        """Set the vectors of the sensors, such as those of node2vec or of :func:`~hf_attn.modeling.gman.graph.spectral_embedding`.
+        """Set the vectors of the sensors, such as those of node2vec or of [`~hf_attn.modeling.gman.graph.spectral_embedding`].
 
         Raises:
             ValueError: if the shape is not `(num_nodes, spatial_embedding_dim)` or a value is not finite.

@@ -33,7 +33,7 @@ _OWN = {name: name for name in ("compress_ratio", "squeeze_factor", "conv_scale"
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of the generator (`params_ema` or `params` of a checkpoint file).

@@ -105,8 +105,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
         """
         if not isinstance(destination, Destination):
             raise ValueError(
-                "A LandmarkCache is for landmark models, which say which tokens are landmarks. Use the model's own cache, or "
-                "transformers' DynamicCache."
+                "A LandmarkCache is only for landmark models, which pass the positions of the landmarks. Use "
+                "transformers' DynamicCache, or the cache of the model."
             )
         block = self.cache.block_size
         if not self.is_initialized:

@@ -23,7 +23,7 @@ from .modeling_landmark import LandmarkForCausalLM
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either of the official layouts; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert either of the official layouts; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: official weights.

@@ -42,7 +42,7 @@ _TRAINING = ("train_iters", "optimizer", "data_path", "seq_length")
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: official weights, of a model or of one memory layer.

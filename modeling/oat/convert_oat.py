@@ -35,14 +35,14 @@ _POINTER_HEAD = (
     (r"^cross_attentions\.(\d+)\.decode_fc\.", r"head.\1.query_proj."),
     (r"^cross_attentions\.(\d+)\.encode_fc\.", r"head.\1.key_proj."),
 )
-#: classes of a published data set -> its grid
+#: classes of a published dataset -> its grid
 _GRIDS = {86: (6, 14), 29: (3, 9), 24: (2, 11)}
 #: inputs of the projection after the pooling -> levels of the pyramid
 _PYRAMIDS = {160: 2, 672: 3, 2720: 4}
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of a Lightning checkpoint, keys with or without `model.`.

@@ -61,7 +61,7 @@ def evaluate_predictions(trials: Sequence[Trial], predictions: Sequence[Sequence
     """Metrics of predicted scanpaths, several of each trial; all but NSS, which has one map of them, are means over them.
 
     Returns:
-        What :class:`hf_attn.analysis.scanpaths.ScanpathMetrics` returns, the four similarities of MultiMatch, and NSS of the
+        What [`hf_attn.analysis.scanpaths.ScanpathMetrics`] returns, the four similarities of MultiMatch, and NSS of the
         fixations that are on the image (not a number if the predictions have none).
     """
     targets = [trial.target_index for trial in trials]

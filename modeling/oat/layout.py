@@ -75,7 +75,7 @@ def grid_positions(boxes: torch.Tensor, grid: tuple[int, int] | None = None, row
         grid: rows and columns of a full grid, whose objects are counted in reading order. If not given, rows are boxes whose
             centres are at about one height, and columns those at about one distance from the left; an irregular row is
             numbered from left to right where two of its objects would share a column.
-        row_height: pixels by which the top edges of a row of a full grid may differ, see :func:`reading_order`.
+        row_height: pixels by which the top edges of a row of a full grid may differ, see [`reading_order`].
 
     Returns:
         `(objects, 2)`.

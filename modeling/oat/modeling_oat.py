@@ -84,7 +84,7 @@ class OATObjectEncoder(nn.Module):
 class OATPositionCode(nn.Module):
     """Row, column and flag as half a token: `concat(W[row], W[column], W[flag])`, cut to `hidden_size / 2`.
 
-    `W` is a fixed table, see :mod:`hf_attn.modeling.oat.position_table`.
+    `W` is a fixed table, see [`hf_attn.modeling.oat.position_table`].
     """
 
     def __init__(self, config: OATConfig):
@@ -535,7 +535,7 @@ class OATForScanpathPrediction(OATPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ):
-        # The encoded scenes stay one row a scene: the decoder knows that several scanpaths are of one.
+        # The encoded scenes keep one row per scene: the decoder supports several scanpaths per scene.
         scenes = {"encoder_outputs": model_kwargs.pop("encoder_outputs")}
         for name in ("pixel_values", "target_index", "object_positions", "object_mask"):
             model_kwargs.pop(name, None)

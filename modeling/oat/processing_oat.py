@@ -25,7 +25,7 @@ class OATImageProcessor(BaseImageProcessor):
 
     Args:
         size (`dict`): `height` and `width` of the images of the objects. They are resized bilinearly, without antialiasing.
-        row_height (`int`): see :func:`hf_attn.modeling.oat.layout.reading_order`.
+        row_height (`int`): see [`hf_attn.modeling.oat.layout.reading_order`].
     """
 
     model_input_names = ["pixel_values", "target_index", "object_positions", "object_mask"]
@@ -59,7 +59,7 @@ class OATImageProcessor(BaseImageProcessor):
         """Prepare one scene or several.
 
         Args:
-            images: an image, as :func:`hf_attn.restoration.images.decode_image` takes it, or a list of them.
+            images: an image, as [`hf_attn.restoration.images.decode_image`] takes it, or a list of them.
             boxes: boxes of the objects, x1, y1, x2, y2 in pixels: `(objects, 4)`, for a list of images a list of them.
             target_index: which of the objects is searched for; for a list of images one each.
             target_boxes: instead of the index a box, which means the object that shares most with it.

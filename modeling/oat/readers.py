@@ -10,7 +10,7 @@ from .layout import check_boxes, grid_boxes, object_of_box
 from .trials import Trial
 
 
-#: grid of the book covers of the STI data set
+#: grid of the book covers of the STI dataset
 AMAZON_GRID = (6, 14)
 
 #: first letters of `Question` -> rows, columns, height and width of a cell on a screen of 1680 x 1050 whose lower edge the shelf
@@ -20,7 +20,7 @@ SHELF_SCREEN = (1680, 1050)
 
 
 def read_amazon(annotations: str | Path, image_dir: str | Path, boxes: str | Path | None = None) -> list[Trial]:
-    """Read the STI data set of book covers (`Amazon.json`), six people an image.
+    """Read the STI dataset of book covers (`Amazon.json`), with the scanpaths of six people per image.
 
     Args:
         annotations: the JSON file: image name -> `fixations` (person -> points), `ground_truth` (a box), `size`.

@@ -63,7 +63,7 @@ class Trial:
 
 
 class ScanpathDataset(Dataset):
-    """Trials as inputs of the model; make batches with :func:`hf_attn.modeling.oat.processing_oat.collate_scenes`.
+    """Trials as inputs of the model; make batches with [`hf_attn.modeling.oat.processing_oat.collate_scenes`].
 
     Args:
         trials: the trials.

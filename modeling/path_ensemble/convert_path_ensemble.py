@@ -27,7 +27,7 @@ _TIMM_ARGUMENTS = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of a ViT or DeiT of transformers, under the names that it has in memory, or of timm's

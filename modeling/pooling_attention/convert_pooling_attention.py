@@ -29,7 +29,7 @@ _NO_FIELDS = ("architectures", "model_type", "transformers_version", "dtype", "u
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert either layout; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: a head (`latents`, `cross_attend_blocks...`), which becomes a `PoolingHead`, or a decoder (`llm.`) with the

@@ -62,7 +62,7 @@ class LatentAttention(nn.Module):
         """
         states = self.states_norm(states)
         if states.shape[1] == 1:
-            # The only key, which is there: a text has a token.
+            # With a single key the softmax is 1, because every text has a token.
             attended = self.dense(self.value(states))
             return attended + self._zero() if torch.is_grad_enabled() else attended
         latents = self.latents_norm(latents)
@@ -167,7 +167,7 @@ class PoolingHead(nn.Module):
             else:
                 channels = torch.arange(inner, device=value.device) % hidden_size
                 init.copy_(value, nn.functional.one_hot(channels, hidden_size))
-            # Columns of channels that are there several times add up.
+            # Columns of repeated channels are summed.
             init.copy_(self.attention.dense.weight, value.t() / value.square().sum(dim=0).clamp(min=1)[:, None])
             init.zeros_(self.feed_forward.contract.weight)
             init.zeros_(self.feed_forward.contract.bias)

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf_attn authors. Licensed under the Apache License, Version 2.0.
 """Text embedders made from decoders, in the five designs of "Pooling And Attention" (arXiv 2409.02727)."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 #: number of parameters from which on `from_base` warns about the cost of a head
 _LARGE_HEAD = 100_000_000
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 class PoolingAttentionPreTrainedModel(DecoderPreTrainedModel):
@@ -225,6 +227,8 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
         design = overrides.get("design", getattr(base_config, "design", 5))
         if design in (4, 5):
             overrides = {"sliding_window": None, "layer_types": None, **overrides}
+        elif "num_hidden_layers" in overrides and getattr(base_config, "layer_types", None) is not None:
+            overrides = {"layer_types": base_config.layer_types[: overrides["num_hidden_layers"]], **overrides}
         overrides.setdefault("use_cache", False)
         return super().config_from_base(base_config, **overrides)
 
@@ -237,7 +241,10 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
     @classmethod
     def dropped_from_base(cls, name: str, config: PreTrainedConfig) -> bool:
-        """The language modelling head, and parts of a base of this family that the design does not have."""
+        """The language modelling head, layers above `num_hidden_layers`, and a head that the design does not have."""
+        layer = _LAYER.match(name)
+        if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+            return True
         return name == "lm_head.weight" or (name.startswith("head.") and not config.has_head)
 
     @classmethod
@@ -251,7 +258,8 @@ class PoolingAttentionModel(FromLlamaMixin, PoolingAttentionPreTrainedModel):
 
             model = PoolingAttentionModel.from_base("HuggingFaceTB/SmolLM2-135M", design=5, num_latents=64, pooling_head_dim=64)
 
-        The official sizes of the head are the defaults; a warning gives their cost.
+        The official sizes of the head are the defaults; a warning gives their cost. `num_hidden_layers` keeps the lowest
+        layers only.
         """
         model = super().from_base(base, dtype=dtype, **overrides)
         if model.head is not None:

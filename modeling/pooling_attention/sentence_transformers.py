@@ -7,7 +7,7 @@ from .configuration_pooling_attention import PoolingAttentionConfig
 
 
 def write_modules(folder: str | Path, config: PoolingAttentionConfig) -> None:
-    """Write `modules.json`, `sentence_bert_config.json` and `config_sentence_transformers.json`, each unless it is there."""
+    """Write `modules.json`, `sentence_bert_config.json` and `config_sentence_transformers.json`, each unless it exists."""
     text = {"method": "forward", "method_output_name": "pooler_output"}
     files = {
         "modules.json": [

@@ -45,7 +45,7 @@ _ATTENTION_NAMES = Renaming(*_ATTENTION, (r"^[qkv]_proj\.", r"\g<0>"))
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert any of the layouts; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert any of the layouts; see [`hf_attn.checkpoints.official.from_official`].
 
     The released files hold two sets of weights, `model` and `model_ema`. The numbers that the authors report for S, B and L
     are those of `model_ema`, for T those of `model`: pass `torch.load(file)["model_ema"]`.

@@ -1,4 +1,4 @@
-"""Maps of labels for token labelling: what a teacher says of each part of an image (arXiv 2104.10858).
+"""Label maps for token labelling: what a teacher says of each part of an image (arXiv 2104.10858).
 
 A map is an array, in a file beside its image (`cat/1.jpg` and `cat/1.npy` or `cat/1.pt`) or in a column `label_map`, in one
 of three forms; height and width are free, and the map covers the whole image:
@@ -33,7 +33,7 @@ def read_label_map(path: str | Path) -> torch.Tensor:
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"{path} has no map of labels beside it: there is no {files[0].name} or {files[1].name}."
+            f"{path} has no label map: there is neither {files[0].name} nor {files[1].name} next to it."
         )
     try:
         if found.suffix == ".npy":
@@ -49,7 +49,7 @@ def label_targets(
     grid: tuple[int, int],
     part: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
     mirrored: bool = False,
-    name: str = "The map of labels",
+    name: str = "The label map",
 ) -> torch.Tensor:
     """Soft targets for a part of an image: the mean of the map over the part, and over each position of the model.
 
@@ -66,7 +66,7 @@ def label_targets(
         `(num_labels, 1 + positions)`; each column sums to 1.
 
     Raises:
-        ValueError: if the map has another shape, or has numbers that are no shares or no classes.
+        ValueError: if the map has another shape, or contains numbers that are neither probabilities nor classes.
     """
     shares, classes = _shares(torch.as_tensor(label_map), num_labels, name)
     top, left, bottom, right = part
@@ -108,15 +108,15 @@ class TokenTargets:
         """Args:
             label_map: the map; it is read from the file beside the image if there is none.
             path: of the image, if it has one.
-            part, mirrored: what the training image shows, see :func:`label_targets`.
+            part, mirrored: what the training image shows, see [`label_targets`].
 
         Returns:
             `(num_labels, 1 + positions)`.
         """
         if label_map is None and path is None:
-            raise ValueError("Images that are not in files need their maps of labels in a column `label_map`.")
+            raise ValueError("Images that are not in files need their label maps in a column `label_map`.")
         label_map = read_label_map(path) if label_map is None else torch.as_tensor(label_map)
-        name = f"The map of labels of {path or 'an image'}"
+        name = f"The label map of {path or 'an image'}"
         return label_targets(label_map, self.num_labels, self.grid, part, mirrored, name)
 
 
@@ -136,15 +136,16 @@ def _shares(label_map: torch.Tensor, num_labels: int, name: str) -> tuple[torch.
         weights, numbers = label_map
     if not (weights.isfinite().all() and (weights >= 0).all() and (weights.sum(0) > 0).all()):
         raise ValueError(
-            f"{name} must hold numbers from 0 on, and in each cell one above 0; apply a softmax to scores."
+            f"{name} must contain non-negative numbers, at least one of them positive in each cell. If these are "
+            "logits, apply a softmax first."
         )
     weights = weights / weights.sum(0)
     if dense:
         return weights.float(), torch.arange(num_labels)
     if (numbers != numbers.round()).any() or numbers.min() < 0 or numbers.max() >= num_labels:
         raise ValueError(
-            f"{name} has classes from {numbers.min().item():g} to {numbers.max().item():g}; they must be whole numbers from 0 to "
-            f"{num_labels - 1}."
+            f"{name} has classes from {numbers.min().item():g} to {numbers.max().item():g}; they must be integers "
+            f"between 0 and {num_labels - 1}."
         )
     classes = numbers.unique()
     shares = torch.stack([(weights * (numbers == number)).sum(0) for number in classes])

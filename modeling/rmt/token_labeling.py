@@ -79,7 +79,7 @@ def unmix_token_logits(token_logits: torch.Tensor, box: Box, width: int) -> torc
     """Give the scores of positions, `(batch, positions, labels)`, back to their images.
 
     Args:
-        token_logits: of a call under :func:`mixed_tokens`.
+        token_logits: of a call under [`mixed_tokens`].
         box: the same box.
         width: of the last feature map.
     """
@@ -154,7 +154,7 @@ def mixed_token_labeling(
         labels: classes `(batch,)`, or soft targets `(batch, labels)`.
         token_targets: what a teacher says of each image and of each position, `(batch, labels, 1 + positions)`.
         label_smoothing: share of the targets that is spread over all labels.
-        with_ground_truth: see :func:`token_labeling_loss`.
+        with_ground_truth: see [`token_labeling_loss`].
 
     Returns:
         The loss, and the outputs, whose `token_logits` are mixed.

@@ -28,7 +28,7 @@ _PUBLISHED_OPTIONS = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict of a LLaVA or Qwen2.5-VL fork: `model.twig_layers.*` and `model.twig_norm`, with any part of the

@@ -1,6 +1,6 @@
-"""Predictions for the tasks of the paper's evaluation, from data sets in the form that lmms-eval takes them from.
+"""Predictions for the tasks of the paper's evaluation, from datasets in the form that lmms-eval takes them from.
 
-The scores are those tasks' own and not computed here. Tested on made-up rows of the same columns; the real data sets have
+The scores are those tasks' own and not computed here. Tested on made-up rows of the same columns; the real datasets have
 not been run.
 """
 
@@ -65,7 +65,7 @@ class Prediction:
     Attributes:
         identifier: of the row.
         text: the answer.
-        reference: what the data set holds as right: answers, or the letter of one; `None` in a split without.
+        reference: what the dataset holds as right: answers, or the letter of one; `None` in a split without.
         image: where the model looked.
     """
 
@@ -93,7 +93,7 @@ def predictions(
 
     Args:
         generator: base, network and processor.
-        dataset: a split with the task's columns, see :data:`TASKS`; a part of one is `dataset.select(range(100))`.
+        dataset: a split with the task's columns, see [`TASKS`]; a part of one is `dataset.select(range(100))`.
         task: `textvqa`, `docvqa` or `vstar`.
         batch_size: rows to answer at once.
         progress: show a bar.
@@ -101,7 +101,7 @@ def predictions(
             `threshold` takes the place of the task's.
 
     Raises:
-        ValueError: if the task is not known or the data set lacks a column, before anything is computed.
+        ValueError: if the task is not known or the dataset lacks a column, before anything is computed.
     """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}. Tasks: {', '.join(TASKS)}.")

@@ -94,7 +94,7 @@ class SdRpnGenerator:
     The first pass runs the base's layers up to the branch and the network; the second answers with the tokens of the crop
     behind those of the image. Without a region the answer is that of the base alone. With one, Qwen2.5-VL reads of a large image
     only those tokens again that the question looks at, see
-    :func:`~hf_attn.modeling.sd_rpn.regions.asked_tokens`.
+    [`~hf_attn.modeling.sd_rpn.regions.asked_tokens`].
 
     Several threads may use one generator.
 
@@ -130,7 +130,7 @@ class SdRpnGenerator:
             prompts: a prompt or several: a question, a text with image placeholders, or the messages of a chat.
             images: for one prompt an image or a list of them; for several one entry each, which may be none, an image or a
                 list. An image is a Pillow image, a path, a URL or base64, of any size.
-            task, threshold, masked: see :meth:`prepare`.
+            task, threshold, masked: see [`prepare`].
             generate_kwargs: for the base's `generate`: `max_new_tokens`, `streamer`, `num_beams`...
 
         Returns:
@@ -157,14 +157,14 @@ class SdRpnGenerator:
         threshold: float | None = None,
         masked: bool = True,
     ) -> FocusedInputs:
-        """The first pass: prompts and images as in :meth:`generate`, made into inputs of the base's `generate`.
+        """The first pass: prompts and images as in [`generate`], made into inputs of the base's `generate`.
 
         Args:
-            prompts, images: see :meth:`generate`.
+            prompts, images: see [`generate`].
             task: take the threshold of the paper's evaluation on this task: `textvqa`, `docvqa`, `vstar`...
             threshold: of the blurred RoI map; a negative one is a fraction of its maximum. That of the configuration's
                 `default` if neither is given.
-            masked: see :func:`~hf_attn.modeling.sd_rpn.regions.llava_regions`.
+            masked: see [`~hf_attn.modeling.sd_rpn.regions.llava_regions`].
 
         Raises:
             ValueError: if prompts and images do not fit, if both `task` and `threshold` are given, or if either is unknown
@@ -194,7 +194,7 @@ class SdRpnGenerator:
             inputs: `input_ids` and `attention_mask`, `(batch, sequence)`, and what the base takes beside them:
                 `pixel_values`, `image_sizes`, `image_grid_thw`, `mm_token_type_ids`.
             images: the original images of each prompt, from which crops are cut.
-            threshold, masked: see :meth:`prepare`.
+            threshold, masked: see [`prepare`].
         """
         base = self.base
         device = execution_device(base)

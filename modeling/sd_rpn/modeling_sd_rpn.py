@@ -187,7 +187,7 @@ class SdRpnModel(FromBaseMixin, SdRpnPreTrainedModel):
         """Logits `(batch, queries, cells)`, `-inf` where a prompt has no such cell.
 
         Args:
-            hidden_states, position_embeddings: see :meth:`forward`.
+            hidden_states, position_embeddings: see [`forward`].
             query_positions: `(batch, queries)`.
             rows, positions, cells: `(image tokens of the batch,)`: token `positions[i]` of prompt `rows[i]` is cell
                 `cells[i]` of its map.

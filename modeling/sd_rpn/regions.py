@@ -92,7 +92,7 @@ def region_boxes(binary: torch.Tensor, min_area: int = MIN_AREA, max_area: int |
     Args:
         binary: `(rows, columns)`.
         min_area: a region of fewer cells is widened to at least 3x3, and dropped if it is a single cell.
-        max_area: a region of more cells is dropped; :data:`MAX_AREA_FRACTION` of the map if not given.
+        max_area: a region of more cells is dropped; [`MAX_AREA_FRACTION`] of the map if not given.
     """
     if max_area is None:
         max_area = round(MAX_AREA_FRACTION * binary.numel())
@@ -139,7 +139,7 @@ def padded_to_image(box: Box, grid: tuple[int, int], image_size: tuple[int, int]
 
 
 def scaled_to_image(box: Box, grid: tuple[int, int], image_size: tuple[int, int]) -> Box:
-    """From cells to pixels of an image that was resized as a whole; arguments as of :func:`padded_to_image`."""
+    """From cells to pixels of an image that was resized as a whole; arguments as of [`padded_to_image`]."""
     width, height = image_size
     rows, columns = grid
     x0, y0, x1, y1 = box
@@ -187,7 +187,7 @@ def llava_regions(
 
 
 def qwen_regions(roi_map: torch.Tensor, threshold: float, image_size: tuple[int, int]) -> list[Region]:
-    """The extent of all cells above the threshold, if there are any: Qwen2.5-VL; arguments as of :func:`llava_regions`."""
+    """The extent of all cells above the threshold, if there are any: Qwen2.5-VL; arguments as of [`llava_regions`]."""
     roi_map = roi_map.float().clone()
     rows, columns = roi_map.shape
     if roi_map.numel() > BORDER_ARTEFACTS_ABOVE:

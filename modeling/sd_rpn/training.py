@@ -40,7 +40,7 @@ def labelling_inputs(
         processor: of the base.
         config: of the base.
         images: RGB images.
-        questions: one for each image, in the form of :func:`~hf_attn.modeling.sd_rpn.prompts.read_prompt`.
+        questions: one for each image, in the form of [`~hf_attn.modeling.sd_rpn.prompts.read_prompt`].
     """
     if config.model_type == "qwen2_5_vl":
         images = [pad_to_square(image.convert("RGB"), QWEN_PADDING) for image in images]
@@ -54,7 +54,7 @@ def labelling_inputs(
 
 
 class RoiCollator:
-    """Makes batches for :class:`SdRpnTrainer` of rows with `image`, `question` and `roi_labels`.
+    """Makes batches for [`SdRpnTrainer`] of rows with `image`, `question` and `roi_labels`.
 
     Args:
         processor: of the base.
@@ -92,8 +92,8 @@ class SdRpnTrainer(ExactEvaluationMixin, HubTrainerMixin, Trainer):
     gradients over small batches equals one large batch.
 
     Args:
-        args, kwargs: arguments of [`~transformers.Trainer`]; the model is an :class:`SdRpnModel`, the collator a
-            :class:`RoiCollator`.
+        args, kwargs: arguments of [`~transformers.Trainer`]; the model is an [`SdRpnModel`], the collator a
+            [`RoiCollator`].
         base: the model that the network branches off; it is moved to the device and put in eval mode.
 
     Raises:

@@ -54,7 +54,7 @@ OUR_NAMES, _FOLDED = Renaming(*_TO_TIMM, *_TO_OURS), Renaming(*_UNFOLDED, *_TO_T
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert either layout; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: weights in either layout, also folded for inference (`fuse`), with a classifier, with two or with none.

@@ -20,7 +20,7 @@ from .modeling_sigmoid_attention import SigmoidAttentionForCausalLM, SigmoidCros
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert any of the official layouts; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert any of the official layouts; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: official weights.
@@ -161,7 +161,7 @@ _SIMULATOR_POSITIONS = {"rope": "rope", "alibi": "alibi", "sincos": "sincos", "n
 
 
 def _constant(official: StateDict, names: list[str], default: float) -> float:
-    """The value that the buffers ``names`` share."""
+    """The value that the buffers `names` share."""
     values = {official[name].item() for name in names if name in official}
     if len(values) > 1:
         raise ConversionError(

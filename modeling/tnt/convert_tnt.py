@@ -64,7 +64,7 @@ _TIMM_ARGUMENTS = {
 
 
 def convert_official(official: StateDict, config: dict) -> Converted:
-    """Convert either layout; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert either layout; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: weights in either layout. `outer_tokens`, which the official code has and never uses, is dropped.

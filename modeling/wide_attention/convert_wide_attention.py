@@ -49,7 +49,7 @@ _OWN_WEIGHTS = {
 
 
 def convert_official(official: StateDict, config: OfficialArguments) -> Converted:
-    """Convert; see :func:`hf_attn.checkpoints.official.from_official`.
+    """Convert; see [`hf_attn.checkpoints.official.from_official`].
 
     Args:
         official: state dict with `embed`, `cls`, `layers.<i>.{norm1,attn.{q,k,v,out},norm2,mlp.{fc1,fc2}}`, `final_norm` and

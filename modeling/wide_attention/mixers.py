@@ -125,7 +125,8 @@ class SinkhornAttention(_PaddingMaskedAttention):
 
     def mix(self, query, key, value, mask):
         length = query.shape[-2]
-        blocks = -(-length // self.block_size)
+        # Not -(-length // block_size): ONNX divides towards zero.
+        blocks = (length + self.block_size - 1) // self.block_size
         if blocks > self.max_blocks:
             raise ValueError(
                 f"{length} tokens are {blocks} blocks of {self.block_size}, but attention_kwargs['max_blocks'] is "
@@ -140,8 +141,9 @@ class SinkhornAttention(_PaddingMaskedAttention):
         key, value, mask = sinkhorn_blocks(key, value, mask, permutation)
         heads = query.shape[1]
         mask = mask.transpose(-2, -1).expand(-1, heads, -1, -1, -1)
-        flat = (states.flatten(0, 2) for states in (query, key, value, mask))
-        output = self.softmax_attention(*flat).unflatten(0, query.shape[:3])
+        # Blocks in the place of heads: ONNX has attention for four dimensions only.
+        flat = (states.flatten(0, 1) for states in (query, key, value, mask))
+        output = self.softmax_attention(*flat).unflatten(0, query.shape[:2])
         return output.flatten(2, 3)[:, :, :length]
 
 

@@ -17,7 +17,7 @@ from hf_attn.architectures.encoder import EncoderModel
 from .configuration_wide_attention import WideTransformerConfig
 from .folding import MAX_TABLE, FoldedClassToken, refusal
 from .mixers import LinformerAttention, PerformerAttention, SynthesizerAttention, make_mixer
-from .patterns import mask_function
+from .patterns import draw_random_blocks, mask_function
 from .positions import sinusoids
 
 
@@ -102,6 +102,8 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         super().__init__(config)
         self.cls_token = ClassToken(config.hidden_size) if config.pooling == "cls" else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # No buffer, because the seed is saved; and not drawn in `forward`, because an exported graph would draw others.
+        self.random_blocks = draw_random_blocks(config)
         self.post_init()
 
     def make_embedding(self, config: WideTransformerConfig) -> nn.Embedding:
@@ -114,7 +116,7 @@ class WideTransformerModel(WideTransformerPreTrainedModel, EncoderModel):
         return self.dropout(inputs_embeds + sinusoids(position_ids, self.config.hidden_size, inputs_embeds.dtype))
 
     def mask_arguments(self, input_ids, attention_mask, past_length) -> dict:
-        pattern = mask_function(self.config, attention_mask)
+        pattern = mask_function(self.config, attention_mask, self.random_blocks)
         return {} if pattern is None else {"and_mask_function": pattern}
 
     def forward(

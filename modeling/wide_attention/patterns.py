@@ -48,22 +48,31 @@ def bigbird(
     return near | ends | (drawn == key[..., None]).any(-1)
 
 
-def mask_function(config: WideTransformerConfig, mask: torch.Tensor) -> Callable | None:
+def draw_random_blocks(config: WideTransformerConfig) -> torch.Tensor | None:
+    """The random blocks of a configuration with `"bigbird"`, see [`bigbird`], `None` for others."""
+    if config.attention_type != "bigbird":
+        return None
+    block_size, count, seed = (config.attention_kwargs[name] for name in ("block_size", "num_random_blocks", "seed"))
+    # For the longest input, so that the pattern of shorter ones is the same.
+    blocks = -(-(config.max_position_embeddings + 1) // block_size)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(blocks, count, generator=generator, device="cpu")
+
+
+def mask_function(
+    config: WideTransformerConfig, mask: torch.Tensor, random_blocks: torch.Tensor | None = None
+) -> Callable | None:
     """The pattern of a configuration in the form of transformers' mask functions, `None` if every query attends to every key.
 
     Args:
         config: configuration of the model.
         mask: `(batch, length)`, false for padding.
+        random_blocks: of [`draw_random_blocks`].
     """
     arguments = dict(config.attention_kwargs)
     if config.attention_type == "bigbird":
-        block_size, count, seed = (arguments.pop(name) for name in ("block_size", "num_random_blocks", "seed"))
-        length = mask.shape[1]
-        # For the longest input, so that the pattern of shorter ones is the same.
-        blocks = -(-max(config.max_position_embeddings + 1, length) // block_size)
-        generator = torch.Generator().manual_seed(seed)
-        random_blocks = torch.rand(blocks, count, generator=generator, device="cpu").to(mask.device)
-        last = torch.where(mask, torch.arange(length, device=mask.device), 0).amax(-1) // block_size
+        block_size, random_blocks = arguments["block_size"], random_blocks.to(mask.device)
+        last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), 0).amax(-1) // block_size
         return lambda batch, head, query, key: bigbird(query, key, random_blocks, last[batch], block_size)
     pattern = {"local": local, "sparse": sparse, "longformer": longformer}.get(config.attention_type)
     if pattern is None:

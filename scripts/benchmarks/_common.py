@@ -13,7 +13,7 @@ from pathlib import Path
 def alternating_medians(
     callables: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each callable, see :func:`alternating_times`."""
+    """Median seconds of each callable, see [`alternating_times`]."""
     return {name: statistics.median(values) for name, values in alternating_times(callables, repeats, warmup).items()}
 
 
@@ -40,7 +40,7 @@ def alternating_times(
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes by which the resident set of this process rises at most while ``function`` runs (Linux)."""
+    """Bytes by which the resident set of this process rises at most while `function` runs (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, such as that of the imports
     before = _status("VmRSS")
     function()

@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

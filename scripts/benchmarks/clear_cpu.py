@@ -72,7 +72,7 @@ class FullAttentionLimit:
             return True
         expected = self.seconds * (tokens / self.tokens) ** 2
         if expected > self.limit:
-            print(f"Full attention to {tokens} tokens is left out: a call would take about {expected:.0f} s.")
+            print(f"Full attention with {tokens} tokens is skipped: a call would take about {expected:.0f} s.")
         return expected <= self.limit
 
     def note(self, tokens: int, seconds: float) -> None:
@@ -214,14 +214,14 @@ def main():
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="memory is measured with one")
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--full-limit", type=float, default=60, help="seconds")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", choices=ATTENTION, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_peak:
         peak_beyond_inputs(arguments)
         return
     if any(math.isqrt(tokens) ** 2 != tokens for tokens in arguments.tokens):
-        parser.error("--tokens takes square numbers")
+        parser.error("--tokens must be square numbers")
 
     check()
     measure = {"attention": attention_rows, "memory": memory_rows, "transformer": transformer_rows}

@@ -125,10 +125,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--kinds", nargs="+", choices=("fixed", "logsparse", "vertical", "horizontal", "mixture"))
-    parser.add_argument("--decoding", type=int, default=65536, help="context of the step of decoding")
+    parser.add_argument("--decoding", type=int, default=65536, help="context length of the decoding step")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.kinds = arguments.kinds or ["fixed", "logsparse"]

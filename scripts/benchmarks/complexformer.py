@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models, rows = make_models(arguments), []

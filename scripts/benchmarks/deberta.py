@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=12, help="layers of the whole model")
+    parser.add_argument("--layers", type=int, default=12, help="number of layers of the whole model")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak-of", choices=("transformers", "fast"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

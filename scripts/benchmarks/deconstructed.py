@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 8192, 32768])
     parser.add_argument("--kinds", nargs="*", default=list(LAYER_KINDS), choices=LAYER_KINDS)
     parser.add_argument(
-        "--hybrid", default="non_approximate", choices=LAYER_KINDS[1:], help="kind of every other layer"
+        "--hybrid", default="non_approximate", choices=LAYER_KINDS[1:], help="kind of every second layer"
     )
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=2)

@@ -36,7 +36,9 @@ def peer_module():
     """The module of torch-geometric-temporal that holds its GMAN."""
     package = importlib.util.find_spec("torch_geometric_temporal")
     if package is None:
-        raise SystemExit("This benchmark needs the peer: pip install --no-deps torch-geometric-temporal==0.56.2")
+        raise SystemExit(
+            "This benchmark needs the reference implementation: pip install --no-deps torch-geometric-temporal==0.56.2"
+        )
     path = Path(package.origin).parent / "nn" / "attention" / "gman.py"
     spec = importlib.util.spec_from_file_location("torch_geometric_temporal_gman", path)
     module = importlib.util.module_from_spec(spec)
@@ -145,7 +147,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable_progress_bar()

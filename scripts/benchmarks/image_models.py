@@ -2,10 +2,10 @@
 
     python scripts/benchmarks/image_models.py --json image_models.json
 
-For each family: parameters, multiply-accumulates of one image, images a second in the forward pass and in training, peak
+For each family: parameters, multiply-accumulates per image, images per second in the forward pass and in training, peak
 memory of a fresh process beyond the loaded model, and how time grows from 224 to 512 pixels (the pixels grow by 5.2). The
 peer is the ViT of timm (`vit_*`, `deit_*`) with the nearest number of multiply-accumulates at the size of the family;
-`speed` is the family's images a second over the peer's at equal work: a speed of 1 means as many multiply-accumulates a
+`speed` is the family's images per second relative to the peer's at equal work: a speed of 1 means as many multiply-accumulates a
 second as the peer. `vs_eager` is the time of the forward pass with the attention written out, as in the papers' own code,
 over that of the default. Medians of alternating calls, float32, random weights.
 """
@@ -140,8 +140,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a short run: batch 2, three repeats")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--quick", action="store_true", help="a short run: batch size 2, three repeats")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", choices=FAMILIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -38,8 +38,8 @@ def measure(name: str) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=9, help="processes for each statement (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--repeats", type=int, default=9, help="processes per statement (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure", choices=STATEMENTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

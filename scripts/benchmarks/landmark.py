@@ -3,13 +3,13 @@
 
     python scripts/benchmarks/landmark.py --json landmark.json
 
-Batch 1, float32. `decode`: seconds a token after a context, whose keys and values are random numbers: what is in them does
+Batch 1, float32. `decode`: seconds per token after a context, whose keys and values are random numbers: what is in them does
 not change the time. The landmark model decodes a whole block, so that the step which adds a landmark has its share; the
 models take turns. The slope is the growth between the shortest context beyond 4096 tokens (or 4096) and the longest.
 `prefill`: seconds for a prompt, once, each in a fresh process. `memory`: the most that a fresh process holds beyond the
 model while the cache is filled, in the pieces in which a prompt is, and 4 tokens are decoded, in MiB; `working` is what of
 it is not the stored keys and values, and `offloaded` a landmark cache with `offload_to_cpu`, whose working set is the part
-that would be on a GPU (its landmark keys, which are there too, are counted with the working set).
+that would be on a GPU (its landmark keys, which would be there too, are counted as part of the working set).
 One row again:
 
     python scripts/benchmarks/landmark.py --tasks decode --contexts 4096 32768 --threads 1
@@ -200,12 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--top_k", type=int, default=4, help="blocks that a token and head retrieves")
-    parser.add_argument("--mem_freq", type=int, default=63, help="regular tokens of a block")
-    parser.add_argument("--new_tokens", type=int, default=8, help="tokens that full attention decodes in a repeat")
+    parser.add_argument("--top_k", type=int, default=4, help="blocks retrieved per token and head")
+    parser.add_argument("--mem_freq", type=int, default=63, help="regular tokens per block")
+    parser.add_argument("--new_tokens", type=int, default=8, help="tokens that full attention decodes per repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--worker", choices=(FULL, LANDMARK, OFFLOADED), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

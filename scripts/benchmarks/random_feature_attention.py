@@ -63,7 +63,12 @@ def measure_peak(side: str, samples: int) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--gram_samples", type=int, default=1024, help="rows of the features of the Gram matrix")
+    parser.add_argument(
+        "--gram_samples",
+        type=int,
+        default=1024,
+        help="number of rows of the feature matrix in the Gram matrix benchmark",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

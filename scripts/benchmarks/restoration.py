@@ -74,7 +74,7 @@ def check(name: str, dtype: str) -> float:
     allowed = 1e-5 if dtype == "fp32" else 2 * errors["spandrel"] + torch.finfo(torch.bfloat16).eps
     if errors["ours"] > allowed:
         raise SystemExit(
-            f"{name} in {dtype} differs from spandrel's network by {errors['ours']}; allowed is {allowed}."
+            f"{name} in {dtype} differs from spandrel's network by {errors['ours']}, but only {allowed} is allowed."
         )
     return errors["ours"]
 
@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable_progress_bar()

@@ -149,10 +149,10 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512, help="hidden size of the decoder, a multiple of 256")
-    parser.add_argument("--new_tokens", type=int, default=16, help="length of the answers")
+    parser.add_argument("--new_tokens", type=int, default=16, help="length of the answers in tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the result here as well")
+    parser.add_argument("--json", type=Path, help="output file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

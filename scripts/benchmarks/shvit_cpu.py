@@ -56,9 +56,9 @@ def main():
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=20.0, help="aim for this long in each row")
-    parser.add_argument("--quick", action="store_true", help="a short run: batch 1, one thread, 5 seconds")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--seconds", type=float, default=20.0, help="approximate duration of each row")
+    parser.add_argument("--quick", action="store_true", help="a short run: batch size 1, one thread, 5 seconds")
+    parser.add_argument("--json", type=Path, help="output file")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.batch_sizes, arguments.threads, arguments.seconds = [1], [1], 5.0

@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="a short run: lengths 512 and 1024, one thread")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--json", type=Path, help="output file")
     parser.add_argument("--measure-peak", choices=ATTENTION, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

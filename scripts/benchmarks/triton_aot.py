@@ -29,7 +29,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block may use
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes per block
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OPERANDS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 STATISTICS = ("head_bias", "slopes", "normalisers", "corrections")
@@ -49,7 +49,7 @@ def landmark_options(kernel: str, target: str, head_dim: int, dtype: str, mask: 
 
 
 def compile_kernel(mechanism: str, kernel: str, target: str, head_dim: int, dtype: str, mask: str = "none", **options):
-    """Compile one kernel as its launch would; the result's ``metadata.shared`` is in bytes.
+    """Compile one kernel as its launch would; the result's `metadata.shared` is in bytes.
 
     Args:
         options: `has_alibi` of sigmoid attention, `block_size` of landmark attention.
@@ -78,7 +78,7 @@ def compile_kernel(mechanism: str, kernel: str, target: str, head_dim: int, dtyp
 
 
 def registers_and_spills(compiled) -> tuple[int, int] | None:
-    """Registers of a thread and bytes that it spills, from a CUDA binary; ``None`` for other targets."""
+    """Registers of a thread and bytes that it spills, from a CUDA binary; `None` for other targets."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if "cubin" not in compiled.asm or not tool.exists():
         return None
@@ -99,10 +99,10 @@ def main():
     parser.add_argument("--mask", choices=("none", "boolean", "additive"), default="none")
     parser.add_argument("--alibi", action="store_true", help="of sigmoid attention")
     parser.add_argument("--block-size", type=int, default=64, help="of landmark attention")
-    parser.add_argument("--json", type=Path, help="file to write the table to")
+    parser.add_argument("--json", type=Path, help="output file")
     arguments = parser.parse_args()
     if arguments.mechanism == "landmark" and arguments.mask == "additive":
-        parser.error("the kernels of landmark attention take boolean masks")
+        parser.error("the kernels of landmark attention support only boolean masks")
 
     options = {"sigmoid": {"has_alibi": arguments.alibi}, "landmark": {"block_size": arguments.block_size}}
     rows = []

@@ -84,9 +84,9 @@ def memory(layout: ViTLayout, num_images: int, keep: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=384, help="width; ViT-B/16 has 768")
-    parser.add_argument("--batch_size", type=int, default=4, help="images of the batch that is timed")
-    parser.add_argument("--images", type=int, default=64, help="images whose memory is measured")
+    parser.add_argument("--hidden_size", type=int, default=384, help="hidden size (ViT-B/16: 768)")
+    parser.add_argument("--batch_size", type=int, default=4, help="batch size for the timing")
+    parser.add_argument("--images", type=int, default=64, help="batch size for the memory measurement")
     parser.add_argument("--only_memory", choices=["keep", "reduce"], help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)

@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=7, help="at batch 1; a third of it for larger batches")
+    parser.add_argument("--repeats", type=int, default=7, help="at batch size 1; a third of it for larger batches")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

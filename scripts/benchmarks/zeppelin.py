@@ -55,8 +55,8 @@ def engine(options: argparse.Namespace) -> list[dict]:
         {
             "method": name,
             "tokens/s": found.tokens_a_second,
-            "CPU s of the busiest": max(found.busy),
-            "CPU s of all": sum(found.busy),
+            "CPU s, busiest": max(found.busy),
+            "CPU s, total": sum(found.busy),
             "idle, mean": statistics.mean(found.idle),
             "idle of each": " ".join(f"{share:.0%}" for share in found.idle),
         }
@@ -84,13 +84,13 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="write the result as JSON")
+    parser.add_argument("--json", type=Path, help="JSON output file")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = {}
     for task in options.tasks:
         results[task] = {"planning": planning, "engine": engine, "simulator": simulator}[task](options)
-        print(f"\n{task}" + (" (predicted under these constants: speed-up over te_cp)" if task == "simulator" else ""))
+        print(f"\n{task}" + (" (predicted with these constants: speed-up over te_cp)" if task == "simulator" else ""))
         print_table(results[task])
     write_json(options.json, results)
 

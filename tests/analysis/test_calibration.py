@@ -1,4 +1,4 @@
-"""Calibration: what the measures have to be, and a Trainer's way to call them."""
+"""Calibration: the values of the metrics, and their use in Trainer."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ LABELS = np.array([0, 1, 1, 0, 1])
 
 @pytest.fixture
 def overconfident():
-    """Logits that are three times too large for their labels."""
+    """Logits that are three times too large for the accuracy of their labels."""
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(4000, 3))
     labels = np.array([generator.choice(3, p=row) for row in softmax(logits)])
@@ -55,7 +55,7 @@ def test_metrics_of_a_trainer():
     assert swapped["recall"] == metrics["specificity"]
 
 
-def test_one_class_only_is_said():
+def test_a_single_class_gives_a_warning():
     with pytest.warns(UserWarning, match="specificity"):
         metrics = ClassificationMetrics().compute(np.full((3, 2), [0.4, 0.6]), np.ones(3, dtype=int))
     assert np.isnan(metrics["specificity"]) and metrics["recall"] == 1
@@ -102,6 +102,6 @@ def test_the_diagram_shows_the_bins(overconfident):
         (np.zeros((0, 2)), np.zeros(0, dtype=int), "at least one"),
     ],
 )
-def test_what_makes_no_sense_is_refused(probabilities, labels, problem):
+def test_bad_input(probabilities, labels, problem):
     with pytest.raises(ValueError, match=problem):
         expected_calibration_error(probabilities, labels)

@@ -1,4 +1,4 @@
-"""The callback that watches the entropy of attention."""
+"""The callback that monitors the attention entropy."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def test_watching_does_not_change_a_reparametrised_model(input_ids):
     model = llama()
     apply_sigma_reparam(model)
     for module in model.modules():
-        if isinstance(module, SigmaReparamLayer):  # far from converged, where an iteration shows
+        if isinstance(module, SigmaReparamLayer):  # far from convergence, where a power iteration makes a difference
             torch.nn.init.normal_(module.u)
     before = copy.deepcopy(model.state_dict())
     entry = AttentionEntropyCallback({"input_ids": input_ids}).measure(model.train(), step=0)
@@ -141,7 +141,7 @@ def test_an_encoder_decoder_has_layers_of_three_kinds(key):
     entry = AttentionEntropyCallback({"input_ids": ids, key: ids[:, :4]}).measure(t5(), 0)
     assert [len(heads) for heads in entry["entropy"]] == [2] * 6
     assert entry["bound"] == [None] * 6
-    # No row can see more keys than there are; the first row of the decoder sees one.
+    # A row sees at most all keys; the first row of the decoder sees one.
     assert all(head <= math.log(6) + 1e-5 for layer in entry["entropy"] for head in layer)
     with pytest.raises(ValueError, match="needs decoder_input_ids or labels"):
         AttentionEntropyCallback({"input_ids": ids}).measure(t5(), 0)

@@ -1,4 +1,4 @@
-"""Attention indicators: by hand, on models of transformers, as a table and a picture."""
+"""Attention indicators: computed by hand, on models of transformers, as a table and a plot."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The signed-rank test between systems and Holm's correction, by numbers worked out by hand."""
+"""The signed-rank test between systems and Holm's correction, against values calculated by hand."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_holm_multiplies_by_the_number_of_hypotheses_that_are_left():
 def test_pairs_of_systems():
     scores = {"a": [6, 7, 8, 9, 10, 11], "b": [5, 5, 5, 5, 5, 5], "c": [5, 5, 5, 5, 5, 5]}
     a_b, a_c, b_c = paired_tests(scores)
-    # All six differences have one sign: 2 of the 2**6 equally likely signs are as extreme.
+    # All six differences have the same sign: 2 of the 2**6 equally likely sign patterns are as extreme.
     assert (a_b.first, a_b.second, a_b.difference) == ("a", "b", 3.5)
     assert a_b.p == pytest.approx(2 / 2**6)
     assert a_b.holm_p == a_c.holm_p == pytest.approx(3 * 2 / 2**6)

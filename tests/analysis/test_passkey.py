@@ -1,4 +1,4 @@
-"""The pass-key test: prompts, scores, tables, on models whose answers are known."""
+"""The pass-key test: prompts, scores and tables, on models with known answers."""
 
 import re
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from tests.batteries.text import byte_tokenizer
 
 
 class Reader:
-    """Finds the number in the last `window` tokens of its prompt, as a perfect model of that context would."""
+    """Finds the number in the last `window` tokens of its prompt, like a perfect model with that context length."""
 
     device = torch.device("cpu")
 

@@ -92,7 +92,7 @@ def test_ignored_labels_are_left_out(model, dataset):
         (4, "Label 4 is out of range: the model has classes 0 to 3"),
         (-1, "is out of range"),
         (1.5, r"must be the integer index of one class; got torch\.float32"),
-        ([0, 1], "the index of one class"),
+        ([0, 1], "the integer index of one class"),
     ],
 )
 def test_labels_that_are_no_class_are_refused(model, dataset, label, message):

@@ -1,4 +1,4 @@
-"""Measures of scanpaths: their definitions, and other implementations where these meet."""
+"""Scanpath metrics, against their definitions and against other implementations where the definitions agree."""
 
 from types import SimpleNamespace
 
@@ -69,7 +69,7 @@ def test_behavioural_distance():
 
 
 def test_multimatch_is_the_packages_where_definitions_meet():
-    """multimatch-gaze without its simplification; a random pair has one best alignment."""
+    """Against multimatch-gaze without its simplification step; random scanpaths have a unique best alignment."""
     reference = pytest.importorskip("multimatch_gaze", reason="the extra `test` has multimatch-gaze")
     for seed in range(5):
         a, b = random_points(seed, 6 + seed), random_points(seed + 50, 8)
@@ -89,7 +89,7 @@ def test_maps():
     assert saliency.tolist() == [[0, 1, 0], [0, 0, 0]]
     deviation = np.sqrt(1 / 6 * 5 / 6)
     assert normalized_scanpath_saliency(saliency, [[1, 0]]) == pytest.approx((1 - 1 / 6) / deviation)
-    with pytest.raises(ValueError, match="not on the screen"):
+    with pytest.raises(ValueError, match="outside the screen"):
         fixation_map(np.array([[3, 0]]), (3, 2))
     with pytest.raises(ValueError, match="a constant map"):
         normalized_scanpath_saliency(np.ones((2, 3)), [[1, 0]])

@@ -159,7 +159,7 @@ def test_ranking_and_number_of_shared_layers():
     result = AttentionSimilarity(similarity, 1)
     assert result.shared_layers(num_shared=0) == []
     assert result.shared_layers(num_shared=1) == [2]
-    # Layer 3 then uses the map of layer 1, which it resembles more than layer 2.
+    # Layer 3 then uses the map of layer 1, to which its own map is more similar than to that of layer 2.
     assert result.shared_layers(num_shared=2) == [2, 3]
     assert result.shared_layers(num_shared=4) == [1, 2, 3, 4]
     for arguments in ({}, {"block_size": 2, "num_shared": 1}):
@@ -253,5 +253,5 @@ def test_what_has_no_similarity_is_refused(llama, token_ids):
         attention_similarity(broken, token_ids, progress=False)
     with pytest.raises(ValueError, match="A sample is empty"):
         attention_similarity(llama, [[]], progress=False)
-    with pytest.raises(ValueError, match="its shape is"):
+    with pytest.raises(ValueError, match="An attention map is empty"):
         AttentionSimilarity.from_maps([torch.rand(2, 1, 2, 0, 0)])

@@ -1,4 +1,4 @@
-"""A toy family on the decoder body: attention, values only, a running mean and nothing, mixed."""
+"""A toy family on the decoder body, which mixes attention, values only, a running mean, and layers without a cache."""
 
 import pytest
 import torch
@@ -213,7 +213,7 @@ def test_caches_of_the_caller(kinds):
     quantised = QuantizedCache("fp8", model.config)
     steps = [model(piece, **{CACHE: quantised}).logits for piece in ids.split([4, 1, 4], dim=1)]
     close(steps[0], full[:, :4])
-    # the rest within the error of eight bits
+    # the rest within the error of eight-bit quantisation
     assert (torch.cat(steps, 1) - full).abs().mean() < 0.1 * full.abs().mean()
 
 
@@ -232,7 +232,7 @@ def test_states_refuse_what_they_cannot_serve():
     prefix = DynamicCache(tuple((layer[0], layer[1]) for layer in torch.randn(2, 2, 2, 2, 3, 4)))
     with pytest.raises(ValueError, match="learned prefix"):
         model(ids, **{CACHE: prefix})
-    with pytest.raises(ValueError, match="pairs of tokens"):
+    with pytest.raises(ValueError, match="token pairs"):
         model(ids, attention_mask=torch.zeros(2, 1, 6, 6))
     with pytest.raises(ValueError, match="restart within a row"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2))

@@ -27,7 +27,7 @@ def numeric_fields(config_class: type) -> dict[str, dataclasses.Field]:
 
 
 def bad_values(permitted: Range, takes_floats: bool) -> list[float]:
-    """Numbers outside of a range: just beyond its limits, far away, and what is no number."""
+    """Numbers outside of a range: just beyond its limits, far away, and not a number."""
     values = [math.nan, math.inf, -math.inf] if takes_floats else []
     if permitted.at_least is not None:
         values += [permitted.at_least - 1, -(10**9)]
@@ -90,7 +90,7 @@ def test_heads_that_do_not_divide_are_refused(model_type):
         pytest.skip("heads of stages or none: a test of the family looks at them")
     names = {"hidden_size", "num_key_value_heads"} & set(type(config).__dataclass_fields__)
     if "head_dim" in type(config).tiny:
-        names.discard("hidden_size")  # The heads have a width of their own.
+        names.discard("hidden_size")  # The head dimension is set independently.
     for name in names:
         value = getattr(config, name) + 1
         with pytest.raises((StrictDataclassError, ValueError), match=rf"\b{value}\b"):

@@ -6,7 +6,7 @@ from hf_attn.architectures.rotary import half_split, interleaved
 
 
 def test_half_split_pairs_what_the_official_rotation_pairs():
-    """Scores of interleaved rotation with official rows are those of half-split rotation with our rows."""
+    """Scores of interleaved rotation with the official rows equal those of half-split rotation with our rows."""
     torch.manual_seed(0)
     head_dim, width = 8, 16
     projections = torch.randn(2, 3 * head_dim, width, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Optimal transport: what plans have to be, POT's numbers, and gradients."""
+"""Optimal transport: properties of the plans, comparison with POT, and gradients."""
 
 import sys
 
@@ -60,7 +60,7 @@ def test_entropic_plans_are_those_of_pot(cost, reg):
         a, b = (np.full(size, 1 / size) for size in part.shape)
         # POT updates the columns first.
         expected = ot.bregman.sinkhorn_log(b, a, part.T.copy(), reg, numItermax=20, stopThr=0, warn=False).T
-        # The cost is rounded to float32, which the regularisation magnifies.
+        # The cost is rounded to float32, and the regularisation amplifies the error.
         np.testing.assert_allclose(plan[rows][:, columns].numpy(), expected, atol=1e-7 / reg)
 
 
@@ -116,7 +116,7 @@ def test_both_solvers_find_the_same_cost(shape):
     assert pot.item() == pytest.approx(scipy.item(), abs=1e-9)
 
 
-def test_the_error_says_which_solver_is_there(cost, monkeypatch):
+def test_the_error_names_the_installed_solvers(cost, monkeypatch):
     monkeypatch.setattr("hf_attn.architectures.transport.exact.find_spec", lambda name: None if name == "ot" else sys)
     assert exact_plan(cost).isfinite().all()
     with pytest.raises(ImportError, match=r"Installed: scipy, requested: pot"):

@@ -1,4 +1,4 @@
-"""Which of the registered names can be run on this machine."""
+"""Registered names that can run on this machine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tiny models that are not ours, for `attn_implementation` to be tried on."""
+"""Tiny models of transformers, to test `attn_implementation`."""
 
 from collections.abc import Callable
 
@@ -76,7 +76,7 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {"bert": _bert, "vit": _vit
 
 
 def make(kind: str, attn_implementation: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model in eval mode, the same at every call, with weights so large that attention matters."""
+    """A model in eval mode, the same at every call, with weights large enough for attention to affect the output."""
     model = spread_weights((DECODERS | ENCODERS)[kind]()).eval().to(dtype)
     model.set_attn_implementation(attn_implementation)
     return model

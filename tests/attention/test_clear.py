@@ -1,4 +1,4 @@
-"""CLEAR attention: facts about the mask, and every implementation against the definition."""
+"""CLEAR attention: properties of the mask, and every implementation against the definition."""
 
 import math
 
@@ -153,7 +153,7 @@ def test_flex_agrees_where_the_cpu_has_it(shape):
 
 @pytest.mark.parametrize("shape", [*SHAPES, (48, 64, 300, 20, 4), (40, 64, 0, 9, 1)], ids=str)
 def test_the_blocks_of_flex_hold_what_the_mask_allows(shape):
-    """The uncompiled function looks at no blocks, so they are checked against the mask in the order of tiles."""
+    """The uncompiled function ignores the block mask, so it is compared with the mask in tile order."""
     height, width, text_length, radius, down_factor = shape
     image_length, device = height * width, torch.device("cpu")
     allowed = clear_mask(height, width, text_length, radius, down_factor)
@@ -172,7 +172,7 @@ def test_the_blocks_of_flex_hold_what_the_mask_allows(shape):
     assert not (partial & full).any()
     needed, exact = partial | full, blocks.any(dim=3).any(dim=1)
     assert not (exact & ~needed).any()
-    pure = image_length // 128  # the block after these may hold both image and text
+    pure = image_length // 128  # the next block may contain both image and text tokens
     assert torch.equal(needed[:pure, :pure], exact[:pure, :pure])
     assert not (full & ~blocks.all(dim=3).all(dim=1))[:pure].any()
 
@@ -186,7 +186,7 @@ def listed(number, indices, columns):
 
 @pytest.mark.slow
 def test_compiled_flex_agrees():
-    # The compiled function is the one that runs on GPUs; it knows blocks.
+    # The compiled function, which runs on GPUs, uses the block mask.
     from hf_attn.kernels.clear import flex
 
     torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_tiles_after_a_first_call_in_inference_mode():
         ({"text_mask": torch.ones(1, 3, dtype=torch.bool)}, r"\(1, 3\) instead of .* \(1, 15\)"),
         (
             {"text_mask": torch.ones(1, 15, dtype=torch.bool), "attn_implementation": "flex"},
-            "'flex' does not support this call: .* text padding .* Use attn_implementation='auto'",
+            "'flex' does not support this call: .* text padding.* Use attn_implementation='auto'",
         ),
     ],
 )

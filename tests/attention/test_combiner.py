@@ -1,4 +1,4 @@
-"""Combiner attention: the paper's facts, sequences in masks, and what is refused."""
+"""Combiner attention: properties from the paper, sequences in masks, and unsupported calls."""
 
 import pytest
 import torch

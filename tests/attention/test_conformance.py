@@ -1,6 +1,6 @@
 """Every implementation of every attention function against its specification: outputs and gradients.
 
-The automatic names are not among them: which implementation they take is tested in `test_dispatch.py`.
+The automatic names are not included: `test_dispatch.py` tests which implementation they choose.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Which implementation computes a call, and which GPU kernels count as proven."""
+"""Choice of the implementation of a call, and the record of verified GPU kernels."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hf_attn.kernels.landmark import call as landmark_call
 
 @dataclass
 class Stub:
-    """All that the dispatcher asks of a tensor; no GPU is needed."""
+    """The attributes of a tensor that the dispatcher uses; no GPU is needed."""
 
     device: torch.device
     dtype: torch.dtype = torch.float16

@@ -1,6 +1,6 @@
-"""`hf-attn check-gpu` as far as it goes without a GPU: what passes, what is recorded, what is printed.
+"""`hf-attn check-gpu` without a GPU: results, record and output.
 
-Nothing of this has run on a GPU.
+None of these tests has run on a GPU.
 """
 
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_the_command_prints_the_table_and_writes_the_record(capsys, monkeypatch)
 
 @pytest.mark.parametrize("kernel", ["sigmoid_triton", "landmark_triton", "clear_flex", "window_flex_attention"])
 def test_the_speed_of_every_kernel_can_be_measured(kernel, monkeypatch):
-    """With the specification in the place of the kernel."""
+    """With the reference implementation in the place of the kernel."""
     from hf_attn.attention import gpu_check
 
     functions = []

@@ -15,7 +15,7 @@ ON_ANY_MODEL = [mechanism for mechanism in MECHANISMS if mechanism.name != "comb
 
 
 class SelfAttention(nn.Module):
-    """The least that an attention function may ask of the module that calls it."""
+    """The minimal module that calls an attention function."""
 
     def __init__(self, is_causal: bool):
         super().__init__()
@@ -46,7 +46,7 @@ class TestContract:
         assert ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[name] is mechanism.mask_function
 
     def test_name_is_not_read_as_something_else(self, mechanism, name):
-        """Models look for these words inside a name, and for a repository or a paged cache behind these signs."""
+        """Models look for these words in a name, and interpret these characters as a repository or a paged cache."""
         assert not [word for word in ("flash", "sdpa", "flex_attention", "/", "|", "paged") if word in name]
 
     @pytest.mark.parametrize("argument", RESULT_CHANGING_ARGUMENTS)
@@ -55,7 +55,7 @@ class TestContract:
             self.call(mechanism, name, **{argument: torch.ones(2)})
 
     def test_the_call_decides_on_causality(self, mechanism, name):
-        """`is_causal` of the call goes before that of the module."""
+        """`is_causal` of the call takes precedence over that of the module."""
         causal, full = (self.call(mechanism, name, is_causal=is_causal)[0] for is_causal in (None, False))
         torch.testing.assert_close(causal[:, -1], full[:, -1])
         assert not torch.allclose(causal[:, 0], full[:, 0])
@@ -72,7 +72,7 @@ class TestContract:
 
     @pytest.mark.parametrize("form", ["none", "boolean", "additive", "segments"])
     def test_sequences_of_a_flattened_batch_do_not_see_each_other(self, mechanism, name, form):
-        """Whether the mask keeps them apart already (`segments`), or is causal only, or is not there."""
+        """With a mask that already separates them (`segments`), a causal mask, or no mask."""
         mask = None if form == "none" else torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
         if form == "segments":
             mask = mask & (torch.arange(5)[:, None] // 3 == torch.arange(5) // 3)
@@ -95,8 +95,8 @@ class TestContract:
 
 
 @pytest.mark.parametrize("mechanism", ON_ANY_MODEL, ids=lambda mechanism: mechanism.name)
-def test_weights_are_returned_when_asked_for(mechanism):
-    """Also by the automatic name, whichever implementation it would take otherwise; with GQA the heads are the query's."""
+def test_weights_are_returned_on_request(mechanism):
+    """Also by the automatic name, independent of its choice without weights; with GQA, there is one map per query head."""
     module = SelfAttention(is_causal=True)
     query, key = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 6, 16)
     for name in (mechanism.name, f"{mechanism.name}_eager"):

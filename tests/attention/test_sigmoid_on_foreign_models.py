@@ -1,4 +1,4 @@
-"""`attn_implementation="sigmoid"` on models that are not ours."""
+"""`attn_implementation="sigmoid"` on models of transformers."""
 
 import math
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ all_decoders = pytest.mark.parametrize("kind", DECODERS)
 
 
 def reference(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Sigmoid attention as a foreign model needs it, for 64 positions or 12 patches, with transformers' additive masks."""
+    """Sigmoid attention for a model of transformers with 64 positions or 12 patches, with additive masks."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = query @ key.transpose(-1, -2) * scaling - math.log(12 if hasattr(module.config, "patch_size") else 64)
@@ -48,7 +48,7 @@ def register_reference():
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
-    """Inputs of :func:`inputs_of` where the second row has three places of padding."""
+    """Inputs of [`inputs_of`], with three padding tokens in the second row."""
     input_ids = inputs_of("llama")["input_ids"]
     mask = torch.ones_like(input_ids)
     places = slice(0, 3) if side == "left" else slice(-3, None)
@@ -88,7 +88,7 @@ def run(kind: str, name: str, dtype: torch.dtype, weights_dtype: torch.dtype) ->
 def test_specification_computes_the_equation(kind):
     computed, expected = (run(kind, name, torch.float64, torch.float64) for name in ("sigmoid_eager", "reference"))
     assert len(expected) > 10
-    # the rotary embedding and the norms of some of these models are float32 whatever the dtype
+    # the rotary embedding and the norms of some of these models are always float32
     torch.testing.assert_close(computed, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_generate(kind, cache_implementation, sigmoid_name):
 @all_decoders
 @pytest.mark.parametrize("form", ["boolean", "additive"])
 def test_4d_masks_of_the_user(kind, form, sigmoid_name):
-    """Two sequences packed in a row, kept apart by the mask alone, give what they give in rows of their own."""
+    """Two sequences in one row, separated only by the mask, give the same result as in separate rows."""
     model = make(kind, sigmoid_name)
     input_ids = inputs_of(kind)["input_ids"]
     first, second = input_ids[:1, :4], input_ids[1:, :5]
@@ -219,7 +219,7 @@ def test_compiles_without_graph_breaks(kind, sigmoid_name):
 
 
 def test_bias_is_minus_log_of_the_positions_and_can_be_set():
-    """By default what the reference has; `config.sigmoid_bias` replaces it, and saving keeps that number."""
+    """The default is that of the reference; `config.sigmoid_bias` overrides it, and is saved."""
     model = make("llama", "sigmoid")
     inputs = inputs_of("llama")
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_model_that_gives_no_length_needs_a_bias():
     assert torch.isfinite(model(sound).last_hidden_state).all()
 
 
-# --- what a user is told ------------------------------------------------------------------------------------------
+# --- warnings and errors ------------------------------------------------------------------------------------------
 
 
 def test_saving_loses_the_choice_and_the_user_is_warned(tmp_path, caplog):
@@ -292,7 +292,7 @@ def test_pinned_implementation_says_why_it_cannot_serve():
         model(**inputs_of("llama"), output_attentions=True)
 
 
-def test_automatic_name_returns_weights_when_asked():
+def test_automatic_name_returns_weights_on_request():
     inputs = inputs_of("llama")
     with torch.no_grad():
         attentions = make("llama", "sigmoid")(**inputs, output_attentions=True).attentions

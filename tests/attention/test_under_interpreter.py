@@ -1,4 +1,4 @@
-"""The Triton kernels in a process where triton's interpreter serves them; it is slow, hence the few calls of a model."""
+"""The Triton kernels under triton's interpreter in a separate process. It is slow, so models are called only a few times."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Small models of every family in the catalogue, for tests that hold for all of them."""
+"""Small models of every family in the catalogue, for tests that apply to all of them."""
 
 from hf_attn.architectures.variants import TINY
 from hf_attn.catalog import Family, find_family
@@ -12,7 +12,7 @@ def tiny_config(model_type: str, **overrides):
 
 
 def main_auto_class(family: Family) -> str:
-    """The Auto class of the model that people use: one with a head, if there is any."""
+    """The Auto class of the family's main model: one with a head, if there is any."""
     return next((name for name in family.models if name not in ("AutoModel", "AutoBackbone")), "AutoModel")
 
 

@@ -1,4 +1,4 @@
-"""Fresh processes that need not import the heavy libraries again: forks of one that has."""
+"""Fresh processes that do not import the heavy libraries again: forks of a process that has imported them."""
 
 import json
 import os
@@ -45,9 +45,9 @@ class ForkServer:
     """Context manager that runs Python code in forks of a process.
 
     Args:
-        preload: modules that the process imports first, if they are there.
-        forget: packages that these imported and that the code has to import itself.
-        environment: environment variables beside those of this process.
+        preload: modules that the process imports first, if they are installed.
+        forget: packages imported by these modules that the code has to import itself.
+        environment: environment variables in addition to those of this process.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What `generate` and its caches have to satisfy in every causal language model of the catalogue.
+"""Requirements on `generate` and caches for every causal language model of the catalogue.
 
-transformers' own mixin for this is not in its source distribution. These tests ask for equalities that hold for any
+transformers' own mixin for this is not in its source distribution. These tests check equalities that hold for any
 causal model: decoding with a cache, in chunks, with padding or from embeddings computes what one full forward computes.
 """
 
@@ -13,7 +13,7 @@ NEW_TOKENS = 5
 
 
 def spread_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Redraw the matrices so large that attention matters; freshly initialised, many models hardly depend on it."""
+    """Redraw the matrices with larger values, so that attention affects the output; at initialisation it hardly does."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -24,7 +24,7 @@ def spread_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class GenerationTests:
-    """Mixin for :class:`tests.batteries.upstream.UpstreamCausalLMTests`."""
+    """Mixin for [`tests.batteries.upstream.UpstreamCausalLMTests`]."""
 
     def _generative_models(self, **attributes):
         """Yields models, in eval mode and never ending a sequence early, with token ids and their mask."""
@@ -105,7 +105,7 @@ class GenerationTests:
             torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), **TOLERANCE)
 
     def test_decoding_step_compiles_without_graph_breaks(self):
-        """What `_can_compile_fullgraph` claims: a step with a static cache is one graph."""
+        """`_can_compile_fullgraph` implies that a step with a static cache is one graph."""
         for model, input_ids, _ in self._generative_models():
             if not model._can_compile_fullgraph:
                 self.skipTest(f"{type(model).__name__} does not claim to compile as one graph")
@@ -171,7 +171,7 @@ class GenerationTests:
             from_embeddings = self._generate(model, inputs_embeds=embeddings, attention_mask=mask)
             torch.testing.assert_close(torch.stack(from_embeddings.logits), torch.stack(from_ids.logits), **TOLERANCE)
 
-    def test_generation_returns_what_is_asked_for(self):
+    def test_generation_returns_requested_outputs(self):
         for model, input_ids, mask in self._generative_models(_attn_implementation="eager"):
             generated = self._generate(
                 model, input_ids, attention_mask=mask, output_attentions=True, output_hidden_states=True
@@ -202,7 +202,7 @@ class GenerationTests:
                 )
 
     def test_packed_sequences_under_a_4d_mask(self):
-        """Two sequences in one row, kept apart by a mask of the user's, give what each gives alone."""
+        """Two sequences in one row, separated by a user-defined mask, give the same result as each alone."""
         for model, input_ids, _ in self._generative_models():
             first, second = input_ids[:1, :3], input_ids[1:2, :4]
             segments = torch.tensor([0] * 3 + [1] * 4)

@@ -1,7 +1,7 @@
-"""A Hub in this process: as much of its HTTP interface as huggingface_hub uses to push and to load a model.
+"""A Hub in this process, with the part of its HTTP interface that huggingface_hub uses to push and load a model.
 
 Large files go by Git LFS (`HF_HUB_DISABLE_XET=1`), small ones in the commit, as on the Hub. An unknown endpoint answers
-501 and is remembered, so that a test cannot pass because a client swallowed the error.
+501 and is recorded, so that a test cannot pass because a client ignored the error.
 """
 
 import base64
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
-        """Be quiet."""
+        """Do not log requests."""
 
     def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _revision(files: dict[str, bytes]) -> str:
-    """Commit hash: that of the content."""
+    """Commit hash, computed from the content."""
     digest = hashlib.sha1()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + files[name])

@@ -1,4 +1,4 @@
-"""Tests that every image family inherits, beside transformers' own (:mod:`tests.batteries.upstream`)."""
+"""Tests that every image family inherits, beside transformers' own ([`tests.batteries.upstream`])."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ save_file(outputs, f"{folder}/outputs.safetensors")
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every tensor a random value of ordinary size, so that nothing is hidden by zeros; eval mode."""
+    """Set every tensor to random values of ordinary size, so that zeros hide nothing, and switch to eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -57,12 +57,12 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 class ImageFamilyTests:
-    """What holds for each image family.
+    """Tests for every image family.
 
     Class attributes:
         parameters: published variant -> number of its parameters.
         processors: published variant -> (resized edge, crop, mean, std) of its images.
-        fullgraph: whether `torch.compile(fullgraph=True)` serves the family.
+        fullgraph: whether the family supports `torch.compile(fullgraph=True)`.
     """
 
     parameters: ClassVar[dict[str, int]] = {}
@@ -161,7 +161,7 @@ class ImageFamilyTests:
 
     def test_sdpa_agrees_with_eager(self):
         model, pixel_values = self.get_model(), self.get_pixel_values().requires_grad_()
-        # A bias of all keys shifts the scores of a query by a constant: its gradient is nothing but rounding.
+        # The bias of the keys shifts all scores of a query by a constant, so its gradient is only rounding error.
         parameters = [x for name, x in model.named_parameters() if not name.endswith("k_proj.bias")]
         results = []
         for implementation in ("eager", "sdpa"):
@@ -177,7 +177,7 @@ class ImageFamilyTests:
         expected = model.double()(pixel_values.double()).logits
         logits = model.bfloat16()(pixel_values.bfloat16()).logits
         assert logits.dtype == torch.bfloat16
-        # 8 bits of precision, and errors that add up like a random walk over a few dozen roundings
+        # 8 bits of precision; the errors of a few dozen roundings accumulate like a random walk
         assert (logits - expected).abs().max() < 8 * 2**-8 * expected.abs().max()
 
     def test_gradient_checkpointing_keeps_the_gradients(self):
@@ -191,7 +191,7 @@ class ImageFamilyTests:
         plain = gradients()
         model.gradient_checkpointing_enable()
         for module in model.modules():
-            # Checkpointing works in training only; statistics and stochastic depth stay those of evaluation.
+            # Checkpointing is active in training mode only; batch statistics and stochastic depth stay in evaluation mode.
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True
         checkpointed = gradients()
@@ -208,7 +208,7 @@ class ImageFamilyTests:
         steps = []
         for batch_size, accumulation in ((4, 1), (1, 4)):
             model = self.get_model()
-            # Dropout and the statistics of a batch would differ between the two.
+            # Dropout and batch statistics would differ between the two.
             model.train = lambda mode=True, model=model: torch.nn.Module.train(model, False)
             arguments = TrainingArguments(
                 output_dir=str(tmp_path),
@@ -270,7 +270,7 @@ class ImageFamilyTests:
 
 
 class ImageBackboneTests:
-    """What holds for the backbone of an image family.
+    """Tests for the backbone of an image family.
 
     Class attributes:
         strides: stage -> pixels of the image for one position of its feature map.

@@ -1,4 +1,4 @@
-"""Brings in transformers' own common model tests, which the installed package does not carry.
+"""Provide transformers' own common model tests, which the installed package does not contain.
 
 They are in the source distribution of the installed version, fetched by pip into the user's cache and never committed.
 """
@@ -28,11 +28,11 @@ STUBS = {
 
 
 class CannotFetch(RuntimeError):
-    """The source distribution of transformers could not be had."""
+    """The source distribution of transformers could not be fetched."""
 
 
 def cache_folder() -> Path:
-    """Folder that holds the package, one for each version of transformers."""
+    """Folder of the package; there is one per version of transformers."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "hf_attn" / f"transformers-{transformers.__version__}-tests"
 
@@ -41,7 +41,7 @@ def fetch(folder: Path) -> None:
     """Download the source distribution and unpack its tests as a package; safe under several processes.
 
     Raises:
-        CannotFetch: with pip's last words.
+        CannotFetch: with the last lines of pip's output.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -78,7 +78,7 @@ def _unpack(archive: Path, package: Path) -> None:
 
 @cache
 def try_to_fetch(folder: Path) -> str:
-    """Why the package cannot be had, if it cannot; tried once in a process, whichever test files ask."""
+    """The reason why the package cannot be fetched, if any; fetching is tried once per process."""
     try:
         fetch(folder)
     except CannotFetch as error:

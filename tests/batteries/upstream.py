@@ -1,6 +1,6 @@
 """transformers' own common model tests for the families of the catalogue.
 
-A family inherits the whole battery by one class that says how a tiny configuration looks:
+A family inherits the whole battery by one class that defines a tiny configuration:
 
     class EchoAttUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
         model_type = "echo_att"
@@ -8,8 +8,8 @@ A family inherits the whole battery by one class that says how a tiny configurat
         def get_config(self):
             return EchoAttConfig(vocab_size=99, hidden_size=32, ...)
 
-Its models are those of the catalogue. Upstream's answer to a test that does not fit a model is to override it in the
-model's test class; here `skipped` does that, and asks for the reason.
+Its models are those of the catalogue. Upstream overrides tests that do not apply to a model in the
+model's test class; here `skipped` does this, and requires a reason.
 """
 
 import fnmatch
@@ -41,7 +41,7 @@ except transformers_sources.CannotFetch as error:
 
 
 def _introduce_families() -> None:
-    """Enter our classes where upstream looks up, by class name, what kind of model it has."""
+    """Register our classes where upstream looks up the task of a model by its class name."""
     for auto_class in sorted({name for family in families() for name in family.models} - set(OWN_AUTO_CLASSES)):
         names = getattr(transformers, auto_class)._model_mapping._model_mapping
         ours = {family.model_type: family.models[auto_class] for family in families() if auto_class in family.models}
@@ -55,7 +55,7 @@ _introduce_families()
 
 
 class ModelTester:
-    """What upstream asks of a `model_tester`: a configuration, inputs and, by name, facts about them.
+    """Upstream's `model_tester`: a configuration, inputs and, by name, facts about them.
 
     A fact is looked for in the test's `facts`, in its attributes (`batch_size`, `seq_length`) and in the configuration.
     """
@@ -127,7 +127,7 @@ def _skip(cls: type, pattern: str, reason: str) -> None:
 
 
 class FamilyTests:
-    """What ties one of upstream's mixins to a family of the catalogue.
+    """Connects one of upstream's mixins with a family of the catalogue.
 
     Class attributes:
         model_type: the family.
@@ -156,7 +156,7 @@ class FamilyTests:
             _keep(cls, TESTS_OF_THE_CONFIGURATION)
 
     def get_config(self) -> PreTrainedConfig:
-        """A configuration that is small enough for a test of a second."""
+        """A configuration small enough for tests that take a second."""
         raise NotImplementedError(f"{type(self).__name__} has no get_config.")
 
     def get_inputs(self, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ class UpstreamModelTests(FamilyTests, common.ModelTesterMixin):
     test_can_init_all_missing_weights_before_2023 = True
 
     def get_labels(self, model_class: type, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Labels of a model class whose task upstream has none for."""
+        """Labels for a model class with a task that upstream does not support."""
         return {}
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -221,7 +221,7 @@ class UpstreamTextTests(UpstreamModelTests):
 
 
 class UpstreamCausalLMTests(GenerationTests, UpstreamTextTests, common.GenerationTesterMixin):
-    """The battery for causal language models, with the generation tests of :mod:`tests.batteries.generation`."""
+    """The battery for causal language models, with the generation tests of [`tests.batteries.generation`]."""
 
 
 def image_inputs(test: FamilyTests, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -232,7 +232,7 @@ def image_inputs(test: FamilyTests, config: PreTrainedConfig) -> dict[str, torch
 
 
 class UpstreamImageTests(UpstreamModelTests):
-    """The battery for image models: `pixel_values`. Backbones of the family: :class:`UpstreamBackboneTests`."""
+    """The battery for image models: `pixel_values`. Backbones of the family: [`UpstreamBackboneTests`]."""
 
     skipped = dict.fromkeys(
         ("test_inputs_embeds*", "test_model_get_set_embeddings", "test_resize_*embeddings*"),

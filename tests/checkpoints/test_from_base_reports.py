@@ -1,4 +1,4 @@
-"""What making a model from a base prints: tensors that are accounted for are no news."""
+"""The load report of `from_base`: tensors that are accounted for are not reported."""
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification

@@ -1,4 +1,4 @@
-"""Conversion of official checkpoints: nothing left over, nothing unfilled, nothing run, and files as they come."""
+"""Conversion of official checkpoints: all tensors are used, all parameters are set, no code is run, all file layouts."""
 
 import json
 import os
@@ -18,41 +18,16 @@ from hf_attn.checkpoints.official import (
     load_strict,
     select_state_dict,
 )
-from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
-
-
-CONFIG = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_layers": 3,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "shared_layers": [1],
-}
+from tests.batteries.official import ARGUMENTS, official_state_dict
 
 
 @pytest.fixture
 def state():
-    """An official state dict of EchoAtt with random weights."""
-    from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
-
-    config = EchoAttConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        shared_layers=[1],
-    )
-    return {name: tensor.clone() for name, tensor in EchoAttForCausalLM(config).state_dict().items()}
+    return official_state_dict()
 
 
 def convert(state_dict_or_path):
-    return from_official("echo_att", state_dict_or_path, CONFIG)
+    return from_official("echo_att", state_dict_or_path, ARGUMENTS)
 
 
 def assert_holds(model, state):
@@ -129,7 +104,7 @@ def test_averaged_weights_are_preferred(state):
     assert_holds(convert({"params": raw, "params_ema": state}), state)
 
 
-def test_the_only_dictionary_of_tensors_is_taken_whatever_its_name(state):
+def test_the_only_dictionary_of_tensors_is_used_under_any_name(state):
     assert_holds(convert({"net": state, "args": {"lr": 0.1}, "step": 7}), state)
 
 
@@ -219,7 +194,7 @@ def test_a_long_list_of_keys_is_cut(state):
 
 def test_an_official_argument_that_is_missing_is_named(state):
     with pytest.raises(ConversionError, match="has no 'num_heads'"):
-        from_official("echo_att", state, {name: value for name, value in CONFIG.items() if name != "num_heads"})
+        from_official("echo_att", state, {name: value for name, value in ARGUMENTS.items() if name != "num_heads"})
 
 
 @pytest.mark.parametrize(
@@ -249,7 +224,7 @@ def test_an_unknown_paper_and_a_paper_without_converter(state):
         from_official(without, state)
 
 
-# --- files that are broken, or that want more than to be read ------------------------------------------------------
+# --- files that are broken, or that contain code ------------------------------------------------------
 
 
 class Attack:
@@ -296,7 +271,7 @@ def test_a_file_of_another_kind(tmp_path, suffix):
 
 def test_a_bare_tensor(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(ConversionError, match="holds a Tensor, not a dictionary"):
+    with pytest.raises(ConversionError, match="contains a Tensor, not a dictionary"):
         read_checkpoint(tmp_path / "tensor.pth")
 
 
@@ -321,7 +296,7 @@ def write_shards(state, folder: Path, suffix: str) -> Path:
             {name: state[name] for name in of_shard}, folder / shard
         )
         weight_map |= dict.fromkeys(of_shard, shard)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(ARGUMENTS))
     index = folder / INDICES[suffix]
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return index
@@ -392,8 +367,8 @@ def test_a_configuration_beside_the_shards_that_is_broken(state, tmp_path):
     assert_holds(convert(tmp_path), state)
 
 
-def test_a_tensor_is_read_when_it_is_asked_for(state, tmp_path):
-    """The other file need not even be there."""
+def test_a_tensor_is_read_on_access(state, tmp_path):
+    """The other file need not exist."""
     index = write_shards(state, tmp_path, ".safetensors")
     (tmp_path / "part-2.safetensors").unlink()
     tensors = open_checkpoint(index)

@@ -1,4 +1,4 @@
-"""Official arguments that are misspelt or impossible are told in one line, in every converter."""
+"""Misspelt or impossible official arguments give an error of one line, in every converter."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def model_case(request):
 
 def test_misspelt_names_are_refused(model_case):
     slug, state, config = model_case
-    # A whole config.json names much that a converter has no use for.
+    # A complete config.json contains many fields that a converter does not use.
     if slug in ("landmark", "sd_rpn"):
         pytest.skip("its official configuration is that of a larger model")
     with pytest.raises(ConversionError, match="depht"):

@@ -1,4 +1,4 @@
-"""Names of official checkpoints -> ours: order of rules, dropped and unknown names, collisions, fused projections."""
+"""Renaming of official tensors: order of rules, dropped and unknown names, collisions, fused projections."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from hf_attn.cli import main
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The run of CLEAR in no time; returns how often it has measured."""
+    """A run of CLEAR without computation; returns the number of measurements."""
     calls = []
 
     def measured():
@@ -32,7 +32,7 @@ def quick(monkeypatch):
     return calls
 
 
-def test_a_stopped_run_goes_on_and_is_stored_when_asked(quick, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_is_resumed_and_stored_on_request(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["claim", "clear"]) == 130
     assert "first ..." in capsys.readouterr().out

@@ -22,8 +22,8 @@ def test_a_figure_summarises_its_seeds():
     [
         ([3, 4, 5], [1, 2, 2], 1),
         ([1, 2, 2], [3, 4, 5], -1),
-        ([3, 4, 1], [1, 2, 2], 0),  # one seed says otherwise
-        ([11, 1.1, 1.1], [1, 1, 1], 0),  # nearly all of it is one seed
+        ([3, 4, 1], [1, 2, 2], 0),  # one seed disagrees
+        ([11, 1.1, 1.1], [1, 1, 1], 0),  # nearly all of the difference is due to one seed
         ([2], [1], 1),
         ([1, 1, 1], [1, 1, 1], 0),
     ],

@@ -1,4 +1,4 @@
-"""A miniature of each claim, and the stored results: what they say follows from what was measured."""
+"""A miniature of each claim, and the stored results, whose conclusions follow from their measurements."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_miniature(slug, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / f"{slug}.json").read_text()) == record
     with Image.open(tmp_path / "run" / f"{slug}.png") as picture:
         assert picture.width > 100
-    # The second time everything is there.
+    # The second run reuses all parts.
     again = run_claim(slug, tmp_path / "run", seeds=(0, 1), miniature=True)
     assert again == record
 

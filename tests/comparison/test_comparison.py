@@ -1,4 +1,4 @@
-"""`hf-attn compare` in miniature: what is compared, what is asked, what is written."""
+"""`hf-attn compare` in miniature: entries, tasks and output files."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_every_model_begins_near_the_loss_of_a_uniform_guess(entry):
     assert loss < 1.25 * math.log(SHAPE.vocab_size)
 
 
-def test_a_family_takes_part_with_its_mechanism():
+def test_a_family_is_compared_with_its_mechanism():
     kinds = make_config("deconstructing_attention", SHAPE)[0].layer_kinds
     assert list(kinds) == ["taylor_joint", "standard"] * 2
     assert make_config("token_mixer", SHAPE)[0].mixer != "softmax"
@@ -74,13 +74,13 @@ def test_entries_that_make_no_sense(entry, message):
 
 
 @pytest.mark.parametrize("task", ["recall", "copying"])
-def test_a_task_asks_for_what_the_sequence_holds(corpus, task):
+def test_answers_of_a_task_are_in_the_sequence(corpus, task):
     batch = getattr(corpus, task)(3, 64, torch.Generator().manual_seed(0))
     asked = batch["labels"] != IGNORED
     assert asked.sum() == 3 * (NUM_PAIRS if task == "recall" else COPIED)
     for ids, row in zip(batch["input_ids"], asked, strict=True):
         for place in row.nonzero().flatten():
-            # The answer stands there for teacher forcing, and earlier in the sequence after the same token.
+            # The answer follows for teacher forcing, and occurs earlier in the sequence after the same token.
             earlier = ids[: place - 1] if task == "recall" else ids[: COPIED + 1]
             assert ids[place] in earlier
 
@@ -114,7 +114,7 @@ def test_the_command_continues_and_survives_a_family_that_fails(tmp_path, monkey
     text.write_text("the quick brown fox jumps over the lazy dog and runs away. " * 2000)
     monkeypatch.setattr(comparison, "LENGTH", 32)
     output = tmp_path / "out"
-    # A layer that is not there is seen only when the model is made.
+    # A layer that does not exist is detected only when the model is created.
     families = ["llama", "llama+no_such_attention"]
     arguments = ["compare", "--families", *families, "--minutes", "0.001", "--seeds", "1", "--data", str(text)]
     assert main([*arguments, "--output", str(output)]) == 0
@@ -126,13 +126,13 @@ def test_the_command_continues_and_survives_a_family_that_fails(tmp_path, monkey
     rows = list(csv.DictReader((output / "comparison.csv").open()))
     assert [row["entry"] for row in rows] == families and rows[1]["error"]
     assert json.loads((output / "comparison.json").read_text())["rows"][0]["entry"] == "llama"
-    for picture in ("losses.png", "quality.png"):
-        assert min(Image.open(output / picture).size) > 300
+    for plot in ("losses.png", "quality.png"):
+        assert min(Image.open(output / plot).size) > 300
 
 
 def test_wrong_arguments_are_one_line(tmp_path, capsys):
     assert main(["compare", "--families", "mamba", "--output", str(tmp_path / "out")]) == 2
-    assert "cannot be compared" in capsys.readouterr().err
+    assert "There is no entry 'mamba'" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert main(["compare", "--output", str(tmp_path / "full")]) == 2
@@ -148,5 +148,5 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
     ):
         assert main(["compare", *arguments, "--families", "llama", "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
-    # What failed at once is not in the way of another try.
+    # An immediate failure does not prevent another attempt.
     assert not (tmp_path / "out" / "_hf_attn_run.json").exists()

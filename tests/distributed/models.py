@@ -45,7 +45,7 @@ def batch_of(rows=2, length=37, padding=0):
 
 
 def packed_batch(lengths=(5, 1, 20, 14)):
-    """Documents one after the other, with positions that start again."""
+    """Documents one after the other, with positions that restart."""
     batch = batch_of(1, sum(lengths))
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]

@@ -1,4 +1,4 @@
-"""Gloo processes for tests: a function runs in each, and what it returns comes back."""
+"""Run a function in several gloo processes and return the results."""
 
 import os
 import socket
@@ -33,19 +33,19 @@ def in_processes(function: Callable, size: int, *arguments, timeout: float = 120
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Variables of this process, with one thread."""
+    """Environment variables of this process, with one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
 def set_launcher_variables(rank: int, size: int, port: int) -> None:
-    """What torchrun tells a process, so that Trainer and accelerate find the others."""
+    """Set the variables of torchrun, with which Trainer and accelerate find the other processes."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,4 +1,4 @@
-"""Models of transformers whose sequences are split over gloo processes, against one process."""
+"""Models of transformers with sequences split over gloo processes, against a single process."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ BATCHES = {
 
 
 def prepared(case):
-    """Model, batch and how to treat them."""
+    """Model, batch and context arguments."""
     kind, batch, treatment = CASES[case]
     model = tiny_model(kind).train()
     if treatment == "lora":
@@ -197,7 +197,7 @@ def test_bfloat16_is_as_close_as_in_one_process(results):
 def test_generation_is_that_of_one_process(results, name):
     model = tiny_model().eval()
     if name == "sampled":
-        # Which seed rank 0 draws.
+        # The seed that rank 0 draws.
         torch.manual_seed(5)
         torch.manual_seed(int(torch.randint(2**31, (1,))))
     expected = model.generate(**prompt(), **PROMPTS[name], pad_token_id=0)
@@ -219,7 +219,7 @@ def test_what_is_refused(results):
         "other tokens": "do not agree on tokens",
         "few tokens": "2 tokens are too few for 3 ranks",
         "empty": "The batch is empty: 1 rows of 0 tokens",
-        "mask": "The attention mask must be (2, 37)",
+        "mask": "The attention mask must have the shape (2, 37)",
         "odd tensor": "token_type_ids has shape (2, 5)",
         "right padding": "padded on the left",
         "assistant": "does not support assistant_model",

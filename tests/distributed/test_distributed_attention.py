@@ -1,4 +1,4 @@
-"""Every layout on several gloo processes against attention in one, outputs and gradients."""
+"""Every layout on several gloo processes against attention in a single process: outputs and gradients."""
 
 import itertools
 
@@ -62,7 +62,7 @@ def options_of(case):
 
 
 def reference(case, dtype=None):
-    """Output and gradients in one process, by the equation."""
+    """Output and gradients in a single process, by the equation."""
     sizes, options = options_of(case)
     query, key, value, cotangent = (x.double().requires_grad_() for x in tensors(*sizes, **options))
     groups, length = sizes[1] // sizes[2], sizes[3]
@@ -89,7 +89,7 @@ def _masked(logits, allowed):
 
 
 def computed(case, layout, group):
-    """The same from the shards of all ranks."""
+    """Output and gradients from the shards of all ranks."""
     sizes, options = options_of(case)
     peers = Peers(group)
     whole = tensors(*sizes, **options)
@@ -160,7 +160,7 @@ def everything(rank):
 
 
 def sent_bytes():
-    """Bytes that were sent, and those that the formulas say."""
+    """Bytes that were sent, and those according to the formulas."""
     found = {}
     for layout in ("ring", "query", "key", "ulysses", "grid"):
         for length, kv_heads in ((24, 4), (29, 2)):
@@ -206,7 +206,7 @@ def test_all_ranks_together_compute_what_one_does(results, case, layout):
             assert error < tolerance, (key, name, error)
 
 
-def test_rings_turn_again_and_again(results):
+def test_rings_can_be_used_repeatedly(results):
     for result in results:
         torch.testing.assert_close(result["many rounds"], reference("zigzag")[0])
 

@@ -1,4 +1,4 @@
-"""A rank that dies or hangs ends the others in bounded time, with a message."""
+"""If a rank dies or hangs, the others end in bounded time with a message."""
 
 import subprocess
 import sys

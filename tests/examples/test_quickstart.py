@@ -18,7 +18,7 @@ from hf_attn.training.output_folder import RECORD, OutputFolderError
 def fewer_photographs(monkeypatch):
     pytest.importorskip("skimage")
     photographs = module.load_photographs()
-    # Still three of them, the third is shown; the right quarter is what is measured.
+    # Keep three photographs: the third one is shown, and the right quarters are evaluated.
     monkeypatch.setattr(module, "load_photographs", lambda: [photograph[:160] for photograph in photographs[:3]])
     threads = torch.get_num_threads()
     yield
@@ -29,7 +29,7 @@ def test_from_photographs_to_a_folder_for_the_hub(tmp_path, capsys):
     results = quickstart(tmp_path, steps=12)
     assert [row["steps"] for row in results["course"]] == [2, 5, 8, 12]
     assert results["hat"] == results["course"][-1]
-    # It starts as interpolation: nothing that a few steps do makes it much worse than bicubic.
+    # Initialised as interpolation, so a few steps cannot make it much worse than bicubic.
     assert abs(results["hat"]["psnr"] - results["bicubic"]["psnr"]) < 3
     printed = capsys.readouterr().out
     for expected in (
@@ -58,7 +58,7 @@ def test_a_second_run_redoes_nothing(tmp_path, monkeypatch):
         quickstart(tmp_path, steps=5)
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_is_resumed(tmp_path, monkeypatch, capsys):
     measure = module._Quickstart.measure
     measured = []
 

@@ -3,7 +3,7 @@
 from hf_attn.examples.text_pairs import text_pairs
 
 
-def test_training_and_held_back_pairs_share_no_text():
+def test_training_and_held_out_pairs_share_no_text():
     train, test = text_pairs("train"), text_pairs("test")
     assert len(train) > 1000
     assert len(test) > 100

@@ -1,7 +1,7 @@
 """Run golden cases: `python -m tests.goldens [FOLDER ...]`.
 
-A folder is a case, or holds cases at any depth; without one, the cases of the repository are run. Prints a line a case
-and exits non-zero if one fails, cannot be run or compares nothing.
+A folder is a case, or contains cases at any depth; by default, all cases of the repository are run. Prints one line per case
+and exits with a non-zero code if a case fails, cannot be run or compares nothing.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A golden case: what a paper's official code computed on small random weights."""
+"""A golden case: outputs of a paper's official code with small random weights."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ class Case:
     """One folder with `case.json`, `weights.safetensors` and `io.safetensors`.
 
     Attributes:
-        folder: where it lies.
-        used: names of the arrays that the adapter has taken as inputs.
+        folder: its folder.
+        used: names of the arrays that the adapter has used as inputs.
     """
 
     folder: Path

@@ -14,13 +14,13 @@ from .case import Case
 
 @dataclass
 class Result:
-    """What a case came to.
+    """The result of a case.
 
     Attributes:
         case: name of the case.
         compared: array -> its largest error as a fraction of its tolerance (infinite if it cannot be compared at all).
-        not_compared: array -> why it was left out.
-        problems: what is wrong, a line each.
+        not_compared: array -> reason why it was left out.
+        problems: what is wrong, one line per problem.
     """
 
     case: str
@@ -43,7 +43,7 @@ class Result:
 
 
 def run_case(case: Case) -> Result:
-    """Run and compare a case; whatever goes wrong is a problem of the result, never an exception."""
+    """Run and compare a case; every error becomes a problem of the result, never an exception."""
     try:
         result = Result(case.name)
     except Exception as error:

@@ -1,6 +1,6 @@
-"""The runner finds what it has to find; the adapters of the two papers also serve cases that are not in the repository.
+"""The runner detects every kind of failure, and two adapters support cases that are not in the repository.
 
-The further cases are computed here, in NumPy and from the papers' equations, never by the code under test.
+The additional cases are computed here, in NumPy and from the papers' equations, not by the code under test.
 """
 
 import json
@@ -36,7 +36,7 @@ def edit(folder: Path, **changes) -> None:
 
 
 def edit_array(folder: Path, name: str, function) -> None:
-    """Replace an array by what a function makes of it."""
+    """Apply a function to an array of the case."""
     arrays = load_file(folder / "io.safetensors")
     arrays[name] = function(arrays[name]).contiguous()
     save_file(arrays, folder / "io.safetensors")
@@ -437,7 +437,7 @@ def test_gala_with_other_options(tmp_path, norm_structure, position, subtract, h
     input_ids[1, -4:] = 0
     input_ids[2, 3] = 0
     trailing = np.cumsum(input_ids[:, ::-1] != 0, axis=1)[:, ::-1] == 0
-    # The layer that tells segments apart is built for ALiBi only.
+    # Only models with ALiBi have the layer that distinguishes segments.
     same_segment = (trailing[:, :, None] == trailing[:, None, :])[:, None] | (position != "alibi")
 
     hidden_states = embedding[input_ids]

@@ -1,4 +1,4 @@
-"""What several adapters need."""
+"""Helpers for adapters."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,7 +66,7 @@ def expected_gradients(case: Case, official: Mapping[str, torch.Tensor]) -> dict
     """The gradients that a case expects, under its names.
 
     Args:
-        case: where they are called `grad.<key>`, or `grad_` and a key cut short (`grad_block0_qkv` means
+        case: where they are called `grad.<key>`, or `grad_` and an abbreviated key (`grad_block0_qkv` means
             `blocks.0.attn.qkv.weight`).
         official: gradients by official key.
     """

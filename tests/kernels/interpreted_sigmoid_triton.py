@@ -10,7 +10,7 @@ from hf_attn.kernels.sigmoid.triton import sigmoid_attention_triton
 from .sigmoid_cases import CASES, Case, assert_equals_eager, assert_within_low_precision_budget
 
 
-# The interpreter takes a block at a time, so fewer and larger tiles than those of a GPU are what makes it bearable.
+# The interpreter runs one block at a time, so fewer and larger tiles than on a GPU make it fast enough.
 TILES = {kernel: dict.fromkeys((128, 256, 512, 1024), (32, 16, 4)) for kernel in sigmoid.KERNELS}
 
 
@@ -26,7 +26,7 @@ def test_equals_eager(name):
 
 @pytest.mark.parametrize("name", ["causal", "additive", "boolean_causal_alibi"])
 def test_low_precision_budget(name):
-    """In float16: triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers."""
+    """In float16, because triton's interpreter multiplies bit patterns of bfloat16 as integers."""
     assert_within_low_precision_budget(sigmoid_attention_triton, CASES[name], torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""Python in a process of its own: triton reads TRITON_INTERPRET when a kernel is defined."""
+"""Python in a separate process, because triton reads TRITON_INTERPRET when a kernel is defined."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The calls that every fused kernel of sigmoid attention is compared with its specification on."""
+"""The calls on which every fused kernel of sigmoid attention is compared with the reference implementation."""
 
 from dataclasses import dataclass, field
 
@@ -129,7 +129,7 @@ def assert_within_low_precision_budget(function, case: Case, dtype: torch.dtype)
 
 
 def _in_float64(case: Case, dtype: torch.dtype) -> Case:
-    """The same numbers as ``case`` in ``dtype``, for float64."""
+    """The values of `case` in `dtype`, converted to float64."""
 
     class Rounded(Case):
         def inputs(self, _dtype):

@@ -85,7 +85,7 @@ def test_empty_tensors(shape):
 
 @pytest.mark.parametrize("name", ["causal", "padding"])
 def test_layout_of_models(name, blocks):
-    """Query, key and value as views of (batch, length, heads, head_dim), as projections make them."""
+    """Query, key and value as views of (batch, length, heads, head_dim), as after projections."""
 
     def transposed(call):
         inputs = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (call.query, call.key, call.value))
@@ -149,7 +149,7 @@ def test_reasons():
 
 
 def test_the_cases_tell_wrong_from_right():
-    """Guards the comparison itself: the specification with another alignment must not pass."""
+    """Check of the comparison itself: the reference implementation with another alignment must fail."""
     with pytest.raises(AssertionError):
         assert_equals_eager(
             lambda call: sigmoid_attention_eager(replace(call, query_offset=0)),

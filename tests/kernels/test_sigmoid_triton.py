@@ -39,7 +39,7 @@ def test_extreme_head_dims_fit(kernel, head_dim, dtype, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
     import triton_aot as aot
 
-    # 99 KiB is what a block may use on sm_86 and sm_89.
+    # Limit per block on sm_86 and sm_89: 99 KiB.
     assert aot.compile_kernel("sigmoid", kernel, "sm_80", head_dim, dtype).metadata.shared <= 99 * 1024
 
 

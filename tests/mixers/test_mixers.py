@@ -1,4 +1,4 @@
-"""Token mixers: definitions against fast forms, causality, padding, rows of a continued sequence, the facts of the card."""
+"""Token mixers: definitions against fast forms, causality, padding, continued sequences, properties from the paper."""
 
 import pytest
 import torch
@@ -143,14 +143,14 @@ def test_fourier_of_a_constant_and_convolution_with_a_delta():
     assert_close(delta(inputs()), inputs())
 
 
-# The inverse of nystrom_pinv, near singular for weights as small as these, magnifies roundings without a bound.
+# The inverse in nystrom_pinv is nearly singular for such small weights, and amplifies rounding without bound.
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "nystrom_pinv"])
 def test_half_precision_stays_near(name):
     mixer, x = make(name), inputs()
     mixed = mixer.bfloat16()(x.bfloat16())
     expected = mixer.double()(x.bfloat16().double())
     assert mixed.dtype == torch.bfloat16
-    # 8 bits of mantissa, through a handful of roundings
+    # 8 bits of mantissa and a few roundings
     assert (mixed.double() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
@@ -161,10 +161,10 @@ def test_half_precision_stays_near(name):
         (lambda: TokenMixer.from_name("fourier", 4, causal=True), "'fourier' has no causal form.*long_conv"),
         (lambda: TokenMixer.from_name("softmax", 0), "hidden_size must be at least 1, got 0"),
         (lambda: TokenMixer.from_name("pooling", 4, window=-1), "window must be at least 0, got -1"),
-        (lambda: TokenMixer.from_name("spatial_gating", 5), "hidden_size 5 is odd"),
+        (lambda: TokenMixer.from_name("spatial_gating", 5), "hidden_size must be even, got 5"),
         (lambda: TokenMixer.from_name("nystrom_pinv", 4, pseudo_inverse="fast"), "'exact' or 'iterative', got 'fast'"),
         (lambda: make("aft_full")(inputs(41)), "40 positions, but got 41 tokens"),
-        (lambda: make("softmax")(inputs()[..., :3]), r"must be \(batch, length, 6\), got shape \(2, 23, 3\)"),
+        (lambda: make("softmax")(inputs()[..., :3]), r"must have the shape \(batch, length, 6\), got \(2, 23, 3\)"),
         (lambda: make("softmax")(inputs(), torch.ones(2, 3)), r"\(2, 23\), got shape \(2, 3\)"),
         (lambda: make("fourier").matrix(inputs()), "'fourier' is not a matrix over tokens"),
     ],

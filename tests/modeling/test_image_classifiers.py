@@ -1,4 +1,4 @@
-"""What holds for every image classifier of the catalogue."""
+"""Tests of every image classifier of the catalogue."""
 
 import numpy as np
 import onnxruntime
@@ -99,7 +99,7 @@ def test_what_depends_on_the_size_is_not_exported_with_a_free_size(model_type, o
 #: family -> (the size to trace with, three others)
 SIZES = {
     "rmt": ((64, 96), (96, 64), (70, 50), (128, 100)),
-    # A map with a side of 1 would stay one.
+    # A side of length 1 would be exported as constant.
     "shvit": ((128, 192), (192, 128), (150, 70), (256, 128)),
     "biformer": ((64, 96), (96, 64), (32, 32), (128, 96)),
     "activator": ((16, 24), (24, 16), (8, 8), (32, 40)),
@@ -108,7 +108,7 @@ SIZES = {
 
 @every_family
 def test_onnx_computes_the_same_at_other_sizes(model_type, tmp_path):
-    """Batch size free in all families; height and width where the family takes other sizes than the configuration's."""
+    """Dynamic batch size in all families; dynamic height and width in families that accept other image sizes."""
     model = classifier(model_type)
     model.config.return_dict = True
     side = model.config.image_size

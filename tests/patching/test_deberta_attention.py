@@ -1,4 +1,4 @@
-"""Fast attention on transformers' DeBERTa: exact, reversible, and never with an old projection."""
+"""Fast attention on transformers' DeBERTa: exact, reversible, and never with an outdated projection."""
 
 import copy
 import inspect
@@ -69,7 +69,7 @@ def make_batch(length: int = 17) -> dict[str, torch.Tensor]:
 
 
 def states(model, batch) -> torch.Tensor:
-    """States of real tokens: padding is a matter of convention."""
+    """Hidden states of real tokens; those of padding are arbitrary."""
     return model(**batch).last_hidden_state[batch["attention_mask"].bool()]
 
 
@@ -108,7 +108,7 @@ def test_row_blocks_with_the_published_table(length):
             found[implementation] = states(model, batch)
             remove_fast_attention(model)
     torch.testing.assert_close(found["torch"], found["eager"], atol=EXACT, rtol=0)
-    # transformers forgets the clamp of the official code, which shows beyond the table and only there
+    # transformers lacks the clamp of the official code, which matters only beyond the table
     assert torch.allclose(found["eager"], expected, atol=EXACT) == (length <= 512)
 
 
@@ -197,7 +197,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_no_change_of_weights_meets_an_old_projection(change):
+def test_changed_weights_invalidate_the_projection(change):
     model, batch = make_model(), make_batch()
     apply_fast_attention(model)
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_onnx_export(tmp_path):
     model, batch = make_model(), make_batch(9)
     apply_fast_attention(model)
     arguments = (batch["input_ids"], batch["attention_mask"])
-    # Beyond the table of positions lengths are clamped, which is another graph.
+    # Beyond the table of positions, distances are clamped, which needs another graph.
     axes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=24)}
     path = tmp_path / "model.onnx"
     torch.onnx.export(
@@ -387,7 +387,7 @@ def test_buckets_of_the_published_models():
 # --- bad input -------------------------------------------------------------------------------------------------------------
 
 
-def test_no_deberta():
+def test_other_models_are_refused():
     with pytest.raises(ValueError, match="BertModel is not a DeBERTa"):
         apply_fast_attention(
             BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
@@ -422,8 +422,16 @@ def test_unknown_terms_are_refused():
 def test_text_of_length_0():
     model = make_model()
     apply_fast_attention(model)
-    with pytest.raises(ValueError, match="length 0"):
-        model(torch.zeros(2, 0, dtype=torch.long), attention_mask=torch.ones(2, 0))
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    for arguments in (
+        {"input_ids": ids, "attention_mask": torch.ones(2, 0)},
+        {"input_ids": ids},
+        {"inputs_embeds": torch.zeros(2, 0, 32)},
+    ):
+        with pytest.raises(ValueError, match="length 0"):
+            model(**arguments)
+    remove_fast_attention(model)
+    assert not model._forward_pre_hooks
 
 
 def test_pinned_implementation_says_why_not():
@@ -443,7 +451,7 @@ def test_cuda_packages_refuse_a_cpu(name, monkeypatch):
 
 
 def test_signatures_of_the_cuda_packages():
-    """Their kernels need a GPU; what can be checked is that they take the arguments that are passed."""
+    """Their kernels need a GPU; here only their signatures are compared with the passed arguments."""
     attention = pytest.importorskip("disentangled_flash.training.attention", reason="needs the extra deberta-cuda")
     other = pytest.importorskip("flashdeberta.ops.flash_attention", reason="needs the extra deberta-cuda")
     inspect.signature(attention.training_attention).bind(

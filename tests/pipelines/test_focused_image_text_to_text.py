@@ -52,7 +52,7 @@ def test_lists_in_batches_of_any_size(pipe, kind, batch_size):
     assert [len(answer["images"]) for answer in answers] == [1, 0, 1]
 
 
-def test_every_way_to_give_a_prompt(pipe, tmp_path):
+def test_every_form_of_prompt(pipe, tmp_path):
     image = picture(100, 70)
     image.save(tmp_path / "image.png")
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
@@ -76,7 +76,7 @@ def test_every_way_to_give_a_prompt(pipe, tmp_path):
 
 
 def test_a_data_set_is_answered_as_it_is_read(pipe):
-    """The second entry is read only when its answer is asked for."""
+    """The second entry is read only when its answer is requested."""
     read = []
 
     def entries():
@@ -131,7 +131,7 @@ def test_options_of_generate(pipe):
     assert "".join(streamer) == answer["generated_text"]
 
 
-def test_what_is_missing_is_said(pipe):
+def test_missing_inputs_are_named(pipe):
     with pytest.raises(ValueError, match="needs the region proposal network"):
         make_pipeline("llava", rpn=None)
     with pytest.raises(ValueError, match="its processor must be passed too"):

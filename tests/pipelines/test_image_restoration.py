@@ -52,7 +52,7 @@ def photo():
 
 
 def reference(model, array: np.ndarray) -> np.ndarray:
-    """What the network makes of an 8-bit RGB array."""
+    """The network's output for an 8-bit RGB array."""
     with torch.no_grad():
         pixel_values = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
         return to_uint8(model(pixel_values).reconstruction[0]).permute(1, 2, 0).numpy()
@@ -76,7 +76,7 @@ def test_loads_by_task_from_a_folder(model, photo, tmp_path):
     np.testing.assert_array_equal(np.array(again(photo)), reference(model, photo))
 
 
-def test_every_way_to_give_an_image(pipe, model, photo, tmp_path, httpserver_url):
+def test_every_form_of_image(pipe, model, photo, tmp_path, httpserver_url):
     path = tmp_path / "photo.png"
     Image.fromarray(photo).save(path)
     expected = reference(model, photo)
@@ -202,7 +202,7 @@ def test_16_bit_colour_files_and_their_orientation(pipe, tmp_path, orientation):
     path.write_bytes(png_16_bits(colour, orientation))
     with Image.open(path) as opened, pytest.raises(ValueError, match="16 bits per channel"):
         pipe(opened)
-    # What Pillow makes of the orientation, on an image of 8 bits that numbers the pixels.
+    # Pillow's result for the orientation, on an 8-bit image that numbers the pixels.
     numbers = Image.fromarray(np.arange(54, dtype=np.uint8).reshape(6, 9))
     numbers.getexif()[0x0112] = orientation
     buffer = io.BytesIO()
@@ -398,7 +398,7 @@ print(peak - before, peak)
 
 
 def measure(height: int, width: int, budget: str, family: str = "hat", dtype: str = "float32") -> tuple[int, int]:
-    """Bytes at most beyond those before the call, and at most in all."""
+    """Peak memory in bytes during the call, beyond that before it and in total."""
     arguments = (str(height), str(width), budget, family, dtype)
     done = subprocess.run([sys.executable, "-c", _MEASURE, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -436,7 +436,7 @@ def test_work_is_linear_in_the_pixels():
     assert work[1] == pytest.approx(4 * work[0], rel=0.02)
 
 
-# --- what cannot be restored ---------------------------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------------------------------
 
 
 def test_corrupt_and_missing_files(pipe, photo, tmp_path):
@@ -480,7 +480,7 @@ def test_bad_parameters(pipe, photo):
         pipe(photo, tile=10)
     with pytest.raises(ValueError, match="blend must be one of"):
         pipe(photo, blend="smooth")
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="pass only one of them"):
         pipe(photo, tile=8, max_memory="1GB")
     with pytest.raises(TypeError, match="no parameter tile_size"):
         pipe(photo, tile_size=8)
@@ -489,7 +489,7 @@ def test_bad_parameters(pipe, photo):
 def test_wrong_scale_of_a_checkpoint(photo):
     model = make_model(upscale=2)
     model.config.upscale = 4
-    # The shell crops to the scale of the configuration, which is more than the network makes.
+    # The output is cropped to the scale of the configuration, which is larger than the network's output.
     with pytest.raises(ValueError, match="does not match upscale=4"):
         pipeline("image-restoration", model=model, device="cpu")(photo)
 

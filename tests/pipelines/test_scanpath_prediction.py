@@ -1,4 +1,4 @@
-"""The pipeline `scanpath-prediction`: images and boxes in, objects, centres, scores and pictures out."""
+"""The pipeline `scanpath-prediction`: images and boxes in; objects, centres, scores and drawings out."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_several_scenes(pipe, image):
     assert all(index < 4 for index in second[0]["objects"])
 
 
-def test_pictures_have_the_target_and_the_path(pipe, image):
+def test_drawings_have_the_target_and_the_path(pipe, image):
     picture = pipe(image, boxes=BOXES, target_index=4, draw=True)[0]["picture"]
     assert picture.size == image.size
     colours = {colour for _, colour in picture.getcolors(maxcolors=10**6)}
@@ -74,7 +74,7 @@ def test_pictures_have_the_target_and_the_path(pipe, image):
 
 
 def test_drawing_marks_each_fixation():
-    """A circle at the centre of each object that is looked at, and none elsewhere."""
+    """A circle at the centre of each fixated object, and none elsewhere."""
     blank = Image.new("RGB", (150, 100), "white")
     picture = draw_scanpath(blank, BOXES, [0, 5], target_index=5)
     near = [picture.crop((x - 8, y - 8, x + 8, y + 8)).getcolors(10**6) for x, y in ((25, 25), (125, 75), (25, 75))]
@@ -92,7 +92,7 @@ def test_drawing_marks_each_fixation():
         ({"grid": (2, 3), "target_index": 6}, "target_index 6 is out of range"),
         ({"grid": (2, 3), "target_index": 0, "num_scanpaths": 0}, "num_scanpaths must be at least 1"),
         ({"boxes": [[0, 0, 200, 50]], "target_index": 0}, "not inside the image"),
-        ({"boxes": BOXES[:5], "grid": (2, 3), "target_index": 0}, "5 boxes and 6 places"),
+        ({"boxes": BOXES[:5], "grid": (2, 3), "target_index": 0}, "5 boxes, but 6 cells"),
         ({"grid": (2, 3), "target_index": 0, "num_scanpath": 3}, "num_scanpath"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pipeline `traffic-forecasting`: tables of any kind in, the next steps with timestamps and names out."""
+"""The pipeline `traffic-forecasting`: tables in; forecasts with timestamps and sensor names out."""
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ def test_files_and_lists(pipe, table, tmp_path):
     results = pipe([table, table.iloc[:20]])
     pd.testing.assert_frame_equal(results[0], expected)
     assert results[1].index[0] == table.index[20]
-    # What comes out can go in again.
+    # The output is a valid input.
     expected.to_csv(tmp_path / "forecast.csv")
     again = pd.read_csv(tmp_path / "forecast.csv", index_col="timestamp", parse_dates=True)
     pd.testing.assert_frame_equal(again, expected, check_freq=False, check_index_type=False)
@@ -70,10 +70,13 @@ def test_sensors_are_found_by_name(pipe, table):
         pipe(table, sensors="g")
 
 
-def test_sensors_without_names_are_taken_in_order(table, caplog):
+def test_sensors_without_names_are_taken_in_order(table, monkeypatch):
     pipe = make_pipeline(sensor_ids=None)
     renamed = table.set_axis([str(number) for number in range(6)], axis=1)
+    warnings = []
+    monkeypatch.setattr("hf_attn.pipelines.traffic_forecasting.logger.warning_once", warnings.append)
     np.testing.assert_array_equal(pipe(renamed), pipe(table))
+    assert warnings and "columns of the table are taken in their order" in warnings[0]
     # A view with negative strides.
     backwards = pd.DataFrame(np.ascontiguousarray(table.to_numpy()[:, ::-1]), table.index)
     np.testing.assert_array_equal(pipe(table.iloc[:, ::-1]), pipe(backwards))
@@ -115,7 +118,7 @@ def test_a_start_inside_the_table(pipe, table):
 )
 def test_bad_tables(pipe, table, spoil, message):
     if message is None:
-        # Half of the steps are missing, which is said by their values.
+        # Half of the steps are missing, and have missing values.
         assert pipe(spoil(table)).notna().all(axis=None)
         return
     with pytest.raises(ValueError, match=message):
@@ -135,7 +138,7 @@ def test_daylight_saving(pipe, table):
         pipe(local.tz_localize("America/Los_Angeles"), time_zone="Europe/Berlin")
 
 
-def test_what_the_forecast_looked_at(pipe, table):
+def test_sensor_attention(pipe, table):
     result = pipe(table, return_sensor_attention=True, sensors=["b", "a"])
     pd.testing.assert_frame_equal(result["forecast"], pipe(table)[["b", "a"]], rtol=1e-4)
     shares = result["sensor_attention"]
@@ -145,7 +148,7 @@ def test_what_the_forecast_looked_at(pipe, table):
         make_pipeline(group_size=3)(table, return_sensor_attention=True)
 
 
-def test_pictures(pipe, table, tmp_path):
+def test_plots(pipe, table, tmp_path):
     table.iloc[10, 0] = 0.0
     figure = pipe.plot(table, sensors=["a", "f"], start=table.index[20], show_attention=True)
     assert len(figure.axes) == 4

@@ -16,7 +16,7 @@ def vgg():
     return vgg19().eval()
 
 
-def test_discriminator_says_something_of_each_pixel():
+def test_discriminator_has_one_output_per_pixel():
     discriminator = UNetDiscriminator(num_features=4)
     assert discriminator(torch.rand(2, 3, 16, 24)).shape == (2, 1, 16, 24)
     with pytest.raises(ValueError, match=r"multiples of 8, got \(12, 16\)"):
@@ -47,7 +47,7 @@ def test_convolutions_of_the_discriminator_have_spectral_norm_one():
 
 
 def test_skip_connections_add():
-    """With the deeper levels silenced only the first convolution and the last ones are left."""
+    """With the deeper levels set to zero, only the first convolution and the last ones remain."""
     torch.manual_seed(0)
     discriminator = UNetDiscriminator(num_features=4).eval()
     nn.utils.parametrize.remove_parametrizations(discriminator.up[-1], "weight")
@@ -77,7 +77,7 @@ def test_perceptual_loss_by_hand(vgg):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
     def features(batch):
-        """What goes into the ReLU after the second, fourth, eighth, twelfth and sixteenth convolution."""
+        """Inputs of the ReLU after the second, fourth, eighth, twelfth and sixteenth convolution."""
         seen, batch, count = {}, (batch - mean.view(3, 1, 1)) / std.view(3, 1, 1), 0
         for layer in vgg.features[:-1]:
             batch = nn.functional.relu(batch) if isinstance(layer, nn.ReLU) else layer(batch)

@@ -1,4 +1,4 @@
-"""The adversarial stage in Trainer: what each network learns from, and that it resumes."""
+"""The adversarial stage in Trainer: the loss of each network, and resuming."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def make_trainer(folder, perceptual_loss=None, **options) -> Trainer:
 
 
 class Distance(torch.nn.Module):
-    """In place of VGG."""
+    """Replaces VGG."""
 
     def forward(self, images, targets):
         return (images - targets).square().mean()
@@ -48,7 +48,7 @@ def test_each_network_has_its_own_loss(tmp_path):
     trainer.create_optimizer_and_scheduler(1)
     model, discriminator = trainer.model, trainer.discriminator
     batch = {name: values[None] for name, values in pairs(1)[0].items()}
-    # Without training mode the power iteration of the spectral norm stands still.
+    # Outside of training mode, the power iteration of the spectral norm is not updated.
     trainer.discriminator.eval()
     before = [weight.detach().clone() for weight in discriminator.parameters()]
 
@@ -72,7 +72,7 @@ def test_each_network_has_its_own_loss(tmp_path):
     twin = UNetDiscriminator(num_features=4)
     twin.load_state_dict(state)
     with torch.no_grad():
-        twin(reconstruction)  # the pass of the generator moves the spectral norm on
+        twin(reconstruction)  # the generator's pass also updates the spectral norm
     real, generated = twin(torch.cat((batch["originals"], reconstruction))).chunk(2)
     discriminator_loss(real, generated).backward()
     for old, new, weight in zip(before, after, twin.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""`hf-attn convert` on checkpoint files as the papers' training code writes them, and what is made of the folder."""
+"""`hf-attn convert` on checkpoint files as written by the papers' training code, and use of the resulting folder."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_a_checkpoint_file_becomes_a_folder_for_models_and_pipelines(family, tmp
     raw = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
     torch.save({"params": raw, "params_ema": network.state_dict()}, tmp_path / "net_g_latest.pth")
     output = tmp_path / "folder"
-    # No option is needed: everything follows from the shapes.
+    # No option is needed: all sizes are inferred from the shapes.
     assert main(["convert", family, str(tmp_path / "net_g_latest.pth"), "--output", str(output)]) == 0
     assert f"parameters was saved to {output}." in capsys.readouterr().out
     assert "image-restoration" in (output / "README.md").read_text(encoding="utf-8")

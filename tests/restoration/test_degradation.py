@@ -41,7 +41,7 @@ def test_low_resolution_of_the_right_size_and_depth_by_seed(scale, channels):
         torch.testing.assert_close(result * 255, (result * 255).round(), atol=1e-4, rtol=0)
     assert torch.equal(results[3], results[-1])
     assert len({result.numpy().tobytes() for result in results}) == 12
-    # It is still that image: closer to its own small version than to another's.
+    # The result is closer to its own downscaled image than to another one.
     small = torch.nn.functional.interpolate(image[None], size=results[0].shape[1:], mode="area")[0]
     errors = [(result - small).abs().mean() for result in results]
     mirrored = [(result - small.flip(-1)).abs().mean() for result in results]

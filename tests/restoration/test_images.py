@@ -1,4 +1,4 @@
-"""Image files in and out: nothing of an image is lost, and what cannot be read is named."""
+"""Reading and writing image files: no information is lost, and unreadable files are named."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_profile_and_dpi_are_kept(pipe, pixels, tmp_path):
         info = pipe(str(tmp_path / name)).info
         assert info["icc_profile"] == profile
         assert [round(float(value)) for value in info["dpi"]] == [300, 300]
-    # The numbers that this profile describes are converted to RGB.
+    # Values in this profile are converted to RGB.
     Image.fromarray(pixels).convert("CMYK").save(
         tmp_path / "print.tif", icc_profile=profile[:16] + b"CMYK" + profile[20:]
     )

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and bicubic resizing beyond their golden."""
+"""PSNR, SSIM and bicubic resizing, beyond the golden case."""
 
 import math
 
@@ -68,7 +68,7 @@ def test_metrics_as_an_evaluate_module_and_in_a_trainer():
     assert scores["ssim"] == pytest.approx(
         (ssim(prediction, reference, 2) + ssim(other_prediction, other_reference, 2)) / 2
     )
-    # In two batches, as floating images, as `Trainer` hands them over with `batch_eval_metrics`.
+    # In two batches of floating-point images, as passed by `Trainer` with `batch_eval_metrics`.
     batches = [
         EvalPrediction(predictions=a[None].numpy() / np.float32(255), label_ids=b[None].numpy() / np.float32(255))
         for a, b in ((prediction, reference), (other_prediction, other_reference))
@@ -95,7 +95,7 @@ def test_images_that_cannot_be_measured(arguments, message):
 
 def test_ssim_needs_a_window():
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="11 pixels a side"):
+    with pytest.raises(ValueError, match="at least 11x11 pixels"):
         ssim(image, image, crop_border=3)
 
 

@@ -1,4 +1,4 @@
-"""Tiles: every pixel is restored once in sum, and a tile that covers the image changes nothing."""
+"""Tiles: the weights of every pixel sum to 1, and a tile that covers the image changes nothing."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hf_attn.restoration.tiling import BLENDS, count_tiles, restore_bands, resto
 
 
 def enlarge(images: torch.Tensor) -> torch.Tensor:
-    """A network of scale 2 that looks at single pixels only, so that tiles make no difference."""
+    """A network of scale 2 with a receptive field of one pixel, so that tiles make no difference."""
     return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
@@ -48,7 +48,7 @@ def test_bands_are_handed_out_from_top_to_bottom():
 
 
 def test_a_network_with_a_view_sees_the_surroundings():
-    """With `cut`, tiles that are extended by the reach of the network give exactly the whole image."""
+    """With `cut`, tiles that are extended by the receptive field of the network give exactly the whole image."""
     torch.manual_seed(0)
     convolution = torch.nn.Conv2d(1, 1, 5, padding=2)
     image = torch.rand(1, 1, 24, 32)

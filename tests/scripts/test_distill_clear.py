@@ -1,12 +1,10 @@
 """scripts/distill_clear.py on its tiny FLUX."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +14,14 @@ from safetensors.torch import load_file
 from hf_attn.patching.clear.distillation_data import SampleFolder, generate_samples
 from hf_attn.patching.clear.example import tiny_flux_pipeline
 from hf_attn.patching.clear.weights import load_clear_weights
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_clear.py"
+SCRIPT = SCRIPTS / "distill_clear.py"
 SMALL = [
     "--num_samples",
     "10",
-    "--num_held_back",
+    "--num_held_out",
     "4",
     "--resolution",
     "8",
@@ -43,16 +42,13 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("distill_clear", SCRIPT)
-    # dataclasses look their module up
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("distill_clear") as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)
 def without_process_group():
-    """Accelerate keeps its state for the whole process."""
+    """Reset Accelerate's state, which is global to the process."""
     yield
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -97,7 +93,7 @@ def test_it_ends_in_weights_that_have_the_error_of_the_curve(script, tmp_path, c
 
 @pytest.mark.slow
 def test_the_student_learns(script, tmp_path):
-    options = "--num_samples 64 --num_held_back 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
+    options = "--num_samples 64 --num_held_out 16 --resolution 16 --teacher_steps 200 --batch_size 16 --max_steps 75"
     curve = run(script, tmp_path, *options.split(), "--eval_steps", 25, "--checkpoint_steps", 75)
     assert curve[0]["error"] > 0.1 * curve[0]["teacher_power"]
     assert curve[-1]["error"] < 0.6 * curve[0]["error"]
@@ -138,7 +134,7 @@ def test_only_what_the_paper_trains_changes(script, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_with_both_batches_does(script, tmp_path):
-    # AdamW makes steps of the learning rate of any gradient, of rounding too.
+    # AdamW takes steps of the size of the learning rate for any gradient, even for rounding error.
     options = ["--max_steps", "2", "--checkpoint_steps", "2", "--learning_rate", "1e-4"]
     run(script, tmp_path / "one", "--batch_size", 6, *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
@@ -216,10 +212,10 @@ def test_prodigy_gets_the_official_settings(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts go together"),
+        (("--model_name_or_path", "somewhere"), "--model_name_or_path and --prompts must be used together"),
         (("--model_name_or_path", "somewhere", "--prompts", "nowhere.txt"), "there is no file nowhere.txt"),
-        (("--num_held_back", 10), "less than --num_samples"),
-        (("--optimizer", "sgd"), "adamw or prodigy, not sgd"),
+        (("--num_held_out", 10), "less than --num_samples"),
+        (("--optimizer", "sgd"), "adamw or prodigy, got sgd"),
         (("--down_factor", 3), "multiple of 6 pixels, got 8"),
         (("--radius", 0), "--radius=0 is out of range: it must be at least 1"),
         (("--batch_size", -1), "--batch_size=-1 is out of range"),

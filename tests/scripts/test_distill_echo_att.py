@@ -1,9 +1,5 @@
 """scripts/distill_echo_att.py on a tiny teacher."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,19 +12,14 @@ from transformers import (
 
 from hf_attn.modeling.echo_att.distillation import EchoAttDistillationTrainer
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM
+from tests.batteries.scripts import loaded_script
 from tests.batteries.text import byte_tokenizer, llama
-
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill_echo_att.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("distill_echo_att", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("distill_echo_att") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,7 @@ def test_two_stages_end_in_a_folder_for_the_hub(script, teacher, text, tmp_path,
     refined = tmp_path / "run" / "refined"
     output = capsys.readouterr().out
     assert "with the layer before" in output
-    assert f"The student is in {refined}." in output
+    assert f"The student was saved to {refined}." in output
     student = AutoModelForCausalLM.from_pretrained(refined)
     assert isinstance(student, EchoAttForCausalLM)
     assert len(student.config.shared_layers) == 2
@@ -135,7 +126,7 @@ def test_an_unsupported_teacher_names_the_supported_ones(script, teacher, text, 
     [
         (("--learning_rate", "1e-4"), "exactly one of --num_shared, --shared_layers and --student"),
         (("--num_shared", 1, "--shared_layers", 2), "exactly one of --num_shared"),
-        (("--num_shared", 1, "--loss_weights", 1, 2), "takes three numbers"),
+        (("--num_shared", 1, "--loss_weights", 1, 2), "needs three numbers"),
     ],
 )
 def test_contradicting_arguments(script, teacher, text, tmp_path, more, message):

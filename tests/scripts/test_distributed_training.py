@@ -1,30 +1,24 @@
 """scripts/train_long_context.py and scripts/train_zeppelin.py on a tiny base: one process, and two by torchrun and accelerate."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.batteries.text import byte_tokenizer, llama
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("train_long_context", "train_zeppelin")
 
 
 @pytest.fixture(params=NAMES)
 def script(request):
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location(request.param, SCRIPTS / f"{request.param}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script(request.param) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +107,12 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
     ("name", "more", "message"),
     [
         ("train_long_context", ["--layout", "spiral"], "--layout spiral is not one of ring"),
-        ("train_long_context", ["--split", "odd"], "--split odd is neither zigzag nor contiguous"),
-        ("train_long_context", ["--train_file", "nowhere"], "give either --dataset_name or --train_file"),
-        ("train_long_context", ["--block_size", "1"], "too short to predict anything"),
+        ("train_long_context", ["--split", "odd"], "--split must be zigzag or contiguous, got odd"),
+        ("train_long_context", ["--train_file", "nowhere"], "pass either --dataset_name or --train_file"),
+        ("train_long_context", ["--block_size", "1"], "too short: there must be at least one token to predict"),
         ("train_long_context", ["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
-        ("train_long_context", ["--block_size", "999999"], "is more than the"),
-        ("train_zeppelin", ["--max_length", "1"], "too short to predict anything"),
+        ("train_long_context", ["--block_size", "999999"], "exceeds the"),
+        ("train_zeppelin", ["--max_length", "1"], "too short: there must be at least one token to predict"),
         ("train_zeppelin", ["--num_nodes", "3"], "1 ranks cannot be distributed evenly over 3 nodes"),
         ("train_zeppelin", ["--capacity", "5"], "with a capacity of 5 take at most 5. A capacity of"),
     ],
@@ -126,9 +120,5 @@ def test_two_processes_report_equal_losses_and_bytes(name, launcher, more, base,
 def test_what_does_not_fit_is_told(name, more, message, base, dataset, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.raises(SystemExit, match=message):
+    with loaded_script(name) as module, pytest.raises(SystemExit, match=message):
         module.main([*arguments(name, base, dataset, tmp_path / "out"), *more])
-    del sys.modules[name]

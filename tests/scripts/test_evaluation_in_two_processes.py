@@ -1,13 +1,11 @@
-"""Every script that evaluates, in two processes with data that do not divide by two: the numbers are those of one process.
+"""Every script with an evaluation, in two processes with an odd amount of data: the metrics are those of one process.
 
-With a learning rate of zero what is measured is the same model, however many processes have trained it.
+With a learning rate of zero, the evaluated model does not depend on the number of processes that trained it.
 """
 
-import importlib.util
 import json
 import numbers
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 
 from hf_attn import GMANConfig, GMANForPrediction
+from tests.batteries.scripts import loaded_script
 from tests.batteries.text import byte_tokenizer, llama
 from tests.distributed.processes import free_port, in_processes, set_launcher_variables
 
@@ -27,7 +26,6 @@ pytest.importorskip("peft")
 pytest.importorskip("torchvision")
 pytest.importorskip("diffusers")
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PROCESSES = 2
 COMMON = "--report_to none --disable_tqdm true --seed 3 "
 STILL = (
@@ -42,7 +40,8 @@ CASES = {
     "num_attention_heads=2",
     "run_deberta": STILL
     + "--hidden_size 16 --num_hidden_layers 1 --finetune_epochs 0.01 --finetune_learning_rate 0 --num_topics 3 --seeds 1",
-    "run_embedding": STILL + "--model_name_or_path {data}/base --dataset_name {data}/pairs --held_back 9 --design 2 "
+    "run_embedding": STILL
+    + "--model_name_or_path {data}/base --dataset_name {data}/pairs --num_held_out 9 --design 2 "
     "--num_latents 2 --num_pooling_heads 2 --pooling_head_dim 4 --max_length 8",
     "run_image_classification": STILL + "--max_eval_samples 5 --model_type tnt --config_overrides image_size=16 "
     "hidden_size=48 inner_hidden_size=8 num_hidden_layers=1",
@@ -50,7 +49,7 @@ CASES = {
     "--validation_file {data}/short.txt --perplexity_lengths 16 --passkey_lengths 320 --passkey_depths 0 "
     "--passkey_trials 1 --cache_top_k 2 --mem_freq 7 --train_context_length 64",
     "run_scanpaths": STILL.replace("strategy no", "strategy epoch")
-    + "--num_images 20 --searches 1 --num_samples 1 --num_pictures 1",
+    + "--num_images 20 --searches 1 --num_samples 1 --num_drawings 1",
     "run_speech_classification": STILL + "--num_speakers 17 --num_seeds 1 --modalities text",
     "run_super_resolution": COMMON + "--do_eval --scale 2 --train_dir {data}/images --patch_size 8 --model_type hat "
     "--config_overrides embed_dim=8 depths=[1] num_heads=[2] window_size=4 compress_ratio=2 squeeze_factor=2",
@@ -78,7 +77,7 @@ def make_data(folder: Path) -> None:
     (folder / "pairs").mkdir()
     rows = [{"query": 2 * letter, "positive": letter.upper()} for letter in "abcdefghijklmnopqrs"]
     (folder / "pairs" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    # 193 times give 33 windows to test
+    # 193 time steps give 33 test windows
     index = pd.date_range("2012-03-01", periods=193, freq="15min")
     pd.DataFrame(rng.uniform(20, 70, (193, 4)), index, list("abcd")).to_hdf(folder / "speed.h5", key="df")
     torch.manual_seed(0)
@@ -96,7 +95,7 @@ def make_data(folder: Path) -> None:
 
 
 def numbers_of(result, name: str = "") -> dict[str, float]:
-    """The measures in what a script returns, without times and without the epoch, which counts the batches of a process."""
+    """The metrics in the return value of a script, without times and without the epoch, which counts batches per process."""
     if isinstance(result, dict):
         return {key: value for part in result for key, value in numbers_of(result[part], f"{name}/{part}").items()}
     timed = any(word in name for word in ("time", "second", "ms", "memory", "epoch"))
@@ -104,15 +103,9 @@ def numbers_of(result, name: str = "") -> dict[str, float]:
 
 
 def run(name: str, data: str, output: Path) -> dict[str, float] | str:
-    """What a script measures, or what it ends with."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    arguments = ["--output_dir", str(output), *CASES[name].format(data=data).split()]
-    with pytest.MonkeyPatch.context() as patch:
-        # Other tests have imported the scripts as well.
-        patch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        result = module.main(arguments)
+    """The metrics of a script, or the message with which it ends."""
+    with loaded_script(name) as module:
+        result = module.main(["--output_dir", str(output), *CASES[name].format(data=data).split()])
     if name == "run_deberta":
         # Each process masks at random.
         del result["pretraining"]

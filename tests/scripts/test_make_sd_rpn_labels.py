@@ -1,6 +1,5 @@
 """scripts/make_sd_rpn_labels.py on a tiny random LLaVA and a tiny random Qwen2.5-VL."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -16,20 +15,18 @@ import torch
 from hf_attn.modeling.sd_rpn.labels.answer_attention import AttentionRecipe, answer_attention
 from hf_attn.modeling.sd_rpn.labels.rule import llava_pseudo_labels, padded_cells
 from hf_attn.modeling.sd_rpn.training import labelling_inputs
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.modeling.sd_rpn.tiny import GRID, picture, tiny_base, tiny_processor
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_sd_rpn_labels.py"
+SCRIPT = SCRIPTS / "make_sd_rpn_labels.py"
 HEADS = ["--grounding_heads", "2:1", "--sink_heads", "1:all", "--rule", "llava", "--sink_threshold", "0.1"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_sd_rpn_labels", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("make_sd_rpn_labels") as module:
+        yield module
 
 
 def save_base(kind: str, folder: Path) -> Path:
@@ -127,7 +124,7 @@ def test_two_processes_share_the_images(script, base, images, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The labels are in") == 1
+    assert done.stdout.count("The labels were saved to") == 1
     together = datasets.load_from_disk(tmp_path / "two" / "labels")
     for column in ("question", "answer", "roi_labels"):
         assert together[column][:] == alone[column][:]
@@ -207,7 +204,7 @@ def test_official_files_need_no_model(script, images, tmp_path):
             ("--question", "What?", "--image_folder", "{images}", "--max_samples", 0),
             "--max_samples=0 is out of range: it must be at least 1",
         ),
-        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains is for --json_file and --question"),
+        (("--dataset_name", "data", "--path_contains", "gqa"), "--path_contains needs --json_file or --question"),
         (("--question", "What?", "--image_folder", "{images}", "--path_contains", "nowhere"), "no images to label"),
         (("--json_file", "{json}", "--image_folder", "{images}"), "entry 0 of .* has neither"),
         (
@@ -215,7 +212,10 @@ def test_official_files_need_no_model(script, images, tmp_path):
             "--batch_size=0 is out of range: it must be at least 1",
         ),
         (("--question", "What?", "--image_folder", "{images}", "--max_samples", 0), "--max_samples=0 is out of range"),
-        (("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"), "'2:x' is no layer with heads"),
+        (
+            ("--question", "What?", "--image_folder", "{images}", "--sink_heads", "2:x"),
+            "'2:x' is not a layer with heads",
+        ),
     ],
 )
 def test_arguments_that_are_wrong(script, base, images, tmp_path, more, message):

@@ -1,21 +1,20 @@
 """`scripts/random_feature_attention.py`: curves, resuming, and the orders of the paper."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+
+from tests.batteries.scripts import loaded_script
 
 
 pytest.importorskip("matplotlib", reason="the script draws its curves")
 
-SPEC = importlib.util.spec_from_file_location(
-    "random_feature_attention_script", Path(__file__).parents[2] / "scripts" / "random_feature_attention.py"
-)
-script = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(script)
+
+@pytest.fixture(scope="module")
+def script():
+    with loaded_script("random_feature_attention") as module:
+        yield module
 
 
-def test_a_run_is_continued_and_other_settings_are_refused(tmp_path, capsys):
+def test_a_run_is_continued_and_other_settings_are_refused(script, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path), "--samples", "8", "16", "--targets", "key p=1", "corr p=1 q=1"]
     script.main([*arguments, "--seeds", "1"])
     first = script.read_errors(tmp_path / "errors.csv")
@@ -32,7 +31,7 @@ def test_a_run_is_continued_and_other_settings_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_orders_of_the_paper_at_the_small_size(tmp_path):
+def test_the_orders_of_the_paper_at_the_small_size(script, tmp_path):
     summary = script.main(["--output_dir", str(tmp_path), "--seeds", "3"])
 
     def error(target, model, samples):
@@ -46,5 +45,5 @@ def test_the_orders_of_the_paper_at_the_small_size(tmp_path):
     assert error("corr p=3 q=1", "BRFA", 1024) < error("corr p=3 q=1", "RFA", 1024)
     for samples in (64, 256, 1024):
         assert error("key p=1", "RFA", samples) < error("key p=1", "BRFA", samples)
-    # Two powers are out of reach for the network at these numbers of samples; the card has 1.25 and 1.01.
+    # The network cannot learn two of the powers from these numbers of samples; the paper has 1.25 and 1.01.
     assert error("key p=2", "RFMLP", 256) > 1 and error("key p=2", "RFMLP", 1024) > 0.95

@@ -1,6 +1,5 @@
 """The training script of the causal language models: it learns, resumes, saves, pushes and refuses."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,29 +17,25 @@ from hf_attn.catalog import families
 from hf_attn.patching.sigma_reparam import SigmaReparamLinear
 from tests.batteries.families import tiny_config
 from tests.batteries.hub_server import HubServer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
 pytest.importorskip("datasets")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_clm.py"
+SCRIPT = SCRIPTS / "run_clm.py"
 CAUSAL = [family.model_type for family in families() if "AutoModelForCausalLM" in family.models]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def run_clm():
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_clm"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_clm"]
+    with loaded_script("run_clm") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    """Words in a fixed order: easy to predict for a model that looks back, and only for that."""
+    """Words in a fixed order: easy to predict for a model that uses the context, but not without it."""
     path = tmp_path_factory.mktemp("text") / "numbers.txt"
     path.write_text("one two three four five six seven " * 700, encoding="utf-8")
     return path
@@ -126,7 +121,7 @@ def test_published_variants_and_configuration_files_are_understood(run_clm, tmp_
     again = run_clm.make_config(model_args, data_args, tokenizer)
     assert (type(again), again.hidden_size, again.num_hidden_layers) == (type(config), 384, 3)
 
-    # A model from scratch is trained on sequences of this length, which is what its bias stands for.
+    # A model from scratch is trained on sequences of this length, from which its bias is derived.
     model_args = run_clm.ModelArguments(model_type="sigmoid_attention")
     assert run_clm.make_config(model_args, data_args, tokenizer).sigmoid_bias == -math.log(64)
     model_args = run_clm.ModelArguments(model_type="echo_att", config_overrides=["shared_layers=[2,3]"])
@@ -195,15 +190,15 @@ def test_a_dataset_folder_is_read(run_clm, with_validation, tmp_path, monkeypatc
 
     tokenizer = run_clm.train_tokenizer(documents["train"]["text"], 300)
     blocks = run_clm.make_blocks(documents, tokenizer, data_args, 16)
-    held_back = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
+    held_out = tokenizer.decode([token for block in blocks["validation"]["input_ids"] for token in block])
     if with_validation:
-        assert held_back.startswith("validation 0 validation 0")
+        assert held_out.startswith("validation 0 validation 0")
     else:
-        assert "train 19 train 19" in held_back
+        assert "train 19 train 19" in held_out
         total = len(blocks["train"]) + len(blocks["validation"])
         assert len(blocks["validation"]) == math.ceil(total * 0.25)
 
-    with pytest.raises(SystemExit, match="has no column 'text'; give one of body, title as --text_column"):
+    with pytest.raises(SystemExit, match="has no column 'text'; choose --text_column from body, title"):
         run_clm.load_documents(run_clm.DataArguments(dataset_name=str(folder)))
     (folder / "train.jsonl").unlink()
     (folder / "validation.jsonl").unlink(missing_ok=True)
@@ -244,11 +239,14 @@ def test_unigram_entropy_is_that_of_the_frequencies(run_clm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give exactly one of --model_name_or_path, --model_type, --config_name"),
-        (["--model_type", "sigmoid_attention", "--config_name", "x"], "give exactly one of"),
+        ([], "pass exactly one of --model_name_or_path, --model_type, --config_name"),
+        (["--model_type", "sigmoid_attention", "--config_name", "x"], "pass exactly one of"),
         (["--model_type", "llama"], "--model_type llama is not one of sigmoid_attention"),
-        (["--config_name", "x", "--variant", "gala_85m"], "--variant names a variant of a --model_type"),
-        (["--model_name_or_path", "x", "--config_overrides", "a=1"], "--config_overrides would not fit the weights"),
+        (["--config_name", "x", "--variant", "gala_85m"], "--variant needs --model_type"),
+        (
+            ["--model_name_or_path", "x", "--config_overrides", "a=1"],
+            "--config_overrides cannot be used with the weights",
+        ),
         (["--model_type", "echo_att", "--train_file", "missing.txt"], "--train_file missing.txt does not exist"),
         (["--model_type", "echo_att", "--validation_file", "x.txt"], "--validation_file needs a --train_file"),
         (["--model_type", "echo_att", "--dataset_name", "x", "--train_file", "y"], "either --dataset_name or files"),
@@ -271,8 +269,8 @@ def test_contradictory_arguments_are_refused(run_clm, arguments, message, tmp_pa
     [
         (["--config_overrides", "hiden_size=3"], "has no field 'hiden_size'; did you mean hidden_size?"),
         (["--config_overrides", "hidden_size"], "takes name=value, got 'hidden_size'"),
-        (["--block_size", "40000"], "the train text has 0 sequences of 40000 tokens and needs 2"),
-        (["--config_overrides", "max_position_embeddings=16"], "more than the 16 positions of the model"),
+        (["--block_size", "40000"], "the train text has 0 sequences of 40000 tokens, but at least 2 are needed"),
+        (["--config_overrides", "max_position_embeddings=16"], "exceeds the 16 positions of the model"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(run_clm, arguments, message, text_file, tmp_path):
@@ -291,7 +289,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_clm, text_fi
     documents = run_clm.datasets.Dataset.from_dict({"text": ["text"]})
     run_clm.train_tokenizer(documents["text"], 260).save_pretrained(tmp_path / "tokenizer")
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(tmp_path / "tokenizer")]
-    with pytest.raises(SystemExit, match=r"the tokenizer has \d+ tokens, the model only 100"):
+    with pytest.raises(SystemExit, match=r"the tokenizer has \d+ tokens, but the model only 100"):
         run_clm.main([*arguments, "--train_file", str(text_file), "--output_dir", str(tmp_path / "out")])
 
 

@@ -1,44 +1,35 @@
 """The training script of embedders: it learns, resumes, and saves what sentence-transformers loads."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from tests.batteries.scripts import loaded_script
 from tests.batteries.text import byte_tokenizer, llama
 
 
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_embedding.py"
 
-
-def load(name: str):
-    """A script as a module; dataclasses and other scripts look it up by name."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+@pytest.fixture(scope="module")
+def script():
+    with loaded_script("run_embedding") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
-def main():
-    """The script's function, called in this process with anything as arguments."""
-    module = load("run_embedding")
-    yield lambda *arguments: module.main([*map(str, arguments)])
-    for name in ("run_embedding", "compare_embedders"):
-        sys.modules.pop(name, None)
+def main(script):
+    """The main function of the script, called in this process with arguments of any type."""
+    return lambda *arguments: script.main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list:
-    """A tiny base, and words whose positive is the word in capitals."""
+    """A tiny base, and words whose positive is the word in capital letters."""
     folder = tmp_path_factory.mktemp("embedding")
     llama(num_hidden_layers=2).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
@@ -47,7 +38,7 @@ def arguments(tmp_path_factory) -> list:
     rows = [json.dumps({"query": word, "positive": word.upper()}) for word in words]
     (folder / "data" / "train.jsonl").write_text("\n".join(rows))
     return [
-        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--held_back", 20),
+        *("--model_name_or_path", folder / "base", "--dataset_name", folder / "data", "--num_held_out", 20),
         *("--num_latents", 2, "--num_pooling_heads", 2, "--pooling_head_dim", 4, "--max_length", 8),
         *(
             "--learning_rate",
@@ -80,6 +71,16 @@ def test_it_learns_resumes_and_saves(main, arguments, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "whole")("ab")["input_ids"][-1] == first.config.eos_token_id
 
 
+def test_lora_is_on_the_highest_layers(script):
+    from hf_attn import PoolingAttentionModel
+
+    base = llama(num_hidden_layers=3)
+    for count, expected in ((2, {"1", "2"}), (9, {"0", "1", "2"})):
+        model = PoolingAttentionModel.from_base(base, design=1)
+        names = [name for name, _ in script.add_lora(model, 2, count).named_parameters()]
+        assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == expected
+
+
 def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):
     from datasets import load_dataset
 
@@ -88,12 +89,12 @@ def test_designs_are_compared_over_tasks(main, arguments, tmp_path, capsys):
     lines = [json.dumps({**row, "task": row["query"][0]}) for row in rows]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
     shared = [*map(str, arguments), "--dataset_name", str(tmp_path / "data"), "--max_steps", "2"]
-    compare = load("compare_embedders")
-    own = ["--output_dir", str(tmp_path / "out"), "--designs", "1", "5", "--seeds", "0"]
-    result = compare.main([*own, "--", *shared])
-    assert len(result["scores"]["design 1"]) == len(result["tasks"]) > 2
-    assert [test["first"] for test in result["tests"]] == ["design 1"]
-    assert "design 1 - design 5" in capsys.readouterr().out
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
-    with pytest.raises(SystemExit, match="other settings"):
-        compare.main([*own, "--", *shared, "--scale", "10"])
+    with loaded_script("compare_embedders") as compare:
+        own = ["--output_dir", str(tmp_path / "out"), "--designs", "1", "5", "--seeds", "0"]
+        result = compare.main([*own, "--", *shared])
+        assert len(result["scores"]["design 1"]) == len(result["tasks"]) > 2
+        assert [test["first"] for test in result["tests"]] == ["design 1"]
+        assert "design 1 - design 5" in capsys.readouterr().out
+        assert (tmp_path / "out" / "comparison.png").stat().st_size > 0
+        with pytest.raises(SystemExit, match="other settings"):
+            compare.main([*own, "--", *shared, "--scale", "10"])

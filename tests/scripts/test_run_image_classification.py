@@ -1,6 +1,5 @@
 """The training script of the image classifiers: it learns, mixes, reads folders, continues and refuses."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -25,13 +24,14 @@ from hf_attn.analysis.vit import ViTLayout
 from hf_attn.catalog import families
 from hf_attn.cli.analyze_vit import TRAIN_DEFAULT
 from tests.batteries.families import tiny_config
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("torchvision")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_image_classification.py"
+SCRIPT = SCRIPTS / "run_image_classification.py"
 IMAGE = [family.model_type for family in families() if "AutoModelForImageClassification" in family.models]
 COMMON = ("--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true")
 TINY = {
@@ -42,13 +42,8 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_image_classification"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_image_classification"]
+    with loaded_script("run_image_classification") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +72,7 @@ def test_learns_the_digits(script, tmp_path):
     metrics = script.main(arguments(tmp_path / "out", "--num_train_epochs", 8, "--augmentation", "none"))
     assert metrics["eval_accuracy"] > 0.8
     assert metrics["eval_accuracy_top5"] >= metrics["eval_accuracy"]
-    # all of the 360 images, which are no whole number of batches
+    # all 360 images, which are not a multiple of the batch size
     hits = metrics["eval_accuracy"] * 360
     assert hits == pytest.approx(round(hits), abs=1e-6)
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
@@ -175,7 +170,7 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
         "--num_machines",
         "1",
     ]
-    # 15 images to evaluate on: the last batches of the two processes are uneven.
+    # 15 evaluation images: the last batches of the two processes have different sizes.
     options = ["--dataset_name", image_folder, "--max_steps", 2, "--per_device_train_batch_size", 8]
     options += ["--max_eval_samples", 15, "--per_device_eval_batch_size", 4]
     command = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
@@ -200,12 +195,12 @@ def test_under_accelerate_launch(script, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("single", r"fewer than 2 images none can be held out: y \(1\)"),
+        ("single", r"no image can be held out from classes with fewer than 2 images: y \(1\)"),
         ("cut", r"x/0\.jpg cannot be read: it is corrupt or truncated"),
-        ("few", "there are 16 images to train on, fewer than a batch of 32"),
+        ("few", "there are 16 training images, fewer than one batch of 32"),
     ],
 )
-def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypatch, broken, message):
+def test_unusable_images_are_named(script, tmp_path, monkeypatch, broken, message):
     monkeypatch.setattr(script.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     for name, count in {"x": 10, "y": 1 if broken == "single" else 10}.items():
@@ -225,7 +220,7 @@ def test_pictures_that_cannot_be_trained_on_are_named(script, tmp_path, monkeypa
     ("options", "message"),
     [
         (["--model_type", "resnet"], "--model_type resnet is not one of"),
-        (["--model_type", "tnt", "--model_name_or_path", "x"], "give either"),
+        (["--model_type", "tnt", "--model_name_or_path", "x"], "pass either"),
         (["--model_type", "tnt", "--mixup_alpha", "-1"], "--mixup_alpha=-1.0 is out of range: it must be at least 0"),
         (["--model_type", "tnt", "--config_overrides", "hiden_size=3"], "did you mean hidden_size"),
         (["--model_type", "biformer", "--variant", "huge"], "has no variant 'huge'; its variants: biformer_tiny"),
@@ -268,7 +263,7 @@ def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
         ]
     )
     assert metrics["eval_accuracy"] > 0.9
-    # The maps of labels say the contrary of the folders, of both halves of the images.
+    # The label maps say the contrary of the folders, of both halves of the images.
     folder = tmp_path / "mapped"
     shutil.copytree(image_folder, folder)
     words = [
@@ -277,7 +272,7 @@ def test_tokens_are_mixed_and_labelled(script, image_folder, tmp_path):
         *("projection_dim=32", "--mix_tokens", "--label_maps", "--augmentation", "shift", "--max_steps", "30"),
         *("--per_device_train_batch_size", "8", *COMMON, "--output_dir"),
     ]
-    with pytest.raises(FileNotFoundError, match=r"\.png has no map of labels beside it: there is no \d+\.npy"):
+    with pytest.raises(FileNotFoundError, match=r"\.png has no label map: there is neither \d+\.npy"):
         script.main([*words, str(tmp_path / "missing")])
     for image in folder.glob("train/*/*.png"):
         np.save(image.with_suffix(".npy"), np.full((2, 3), image.parent.name == "left"))

@@ -1,9 +1,6 @@
 """scripts/run_landmark.py on a tiny base."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +8,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn.modeling.landmark.modeling_landmark import LANDMARK_TOKEN, LandmarkForCausalLM
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.batteries.text import byte_tokenizer, llama
-
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("run_landmark", SCRIPTS / "run_landmark.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_landmark") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +66,7 @@ def test_train_evaluate_and_evaluate_again(script, base, text, tmp_path, capsys)
     further = ["--do_eval", "--model_name_or_path", output, "--evaluate", "landmark"]
     script.main(arguments(base, text, output, *further, "--perplexity_lengths", 16, 64, 9999))
     printed = capsys.readouterr().out
-    assert "The held-out text has 1,711 tokens: no perplexity of longer contexts." in printed
+    assert "The held-out text has 1,711 tokens, so perplexity is not measured for longer contexts." in printed
     again = json.loads((output / "evaluation_landmark.json").read_text())["perplexity"]
     assert again["16"] == pytest.approx(after["perplexity"]["16"])
     assert "Pass-key test of the base" in printed
@@ -96,12 +88,12 @@ def test_a_landmark_model_is_trained_further(script, base, text, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--mem_freq", 63], "has no room for two blocks of 64 tokens"),
+        (["--mem_freq", 63], "is too short for two blocks of 64 tokens"),
         (["--dataset_name", "x"], "either --dataset_name or --train_file"),
         (["--validation_file", "nowhere.txt"], "--validation_file nowhere.txt does not exist"),
-        (["--evaluate", "other"], "--evaluate takes base and landmark, got other"),
+        (["--evaluate", "other"], "--evaluate must be base or landmark, got other"),
         (["--retrieval", "nearest"], "--retrieval nearest is not one of per_token_and_head"),
-        (["--passkey_trials", 1, 2], "--passkey_trials takes one number, or one for each"),
+        (["--passkey_trials", 1, 2], "--passkey_trials must be one number, or one per value"),
         (["--do_eval"], "needs a landmark model as --model_name_or_path"),
     ],
 )

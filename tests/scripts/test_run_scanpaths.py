@@ -1,38 +1,35 @@
 """`run_scanpaths.py`: trains, evaluates, draws, goes on; and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hf_attn import AutoModelForScanpathPrediction
+from tests.batteries.scripts import loaded_script
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 QUIET = ["--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("run_scanpaths", SCRIPTS / "run_scanpaths.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_scanpaths") as module:
+        yield module
 
 
 def test_generated_scenes_end_to_end(script, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "out"), "--num_images", "20", "--searches", "2", "--num_samples", "2"]
-    arguments += ["--num_pictures", "1", *QUIET]
+    arguments += ["--num_drawings", "1", *QUIET]
     table = script.main([*arguments, "--num_train_epochs", "2"])
-    assert "32 scanpaths to train on, 4 to validate, 4 to test; no image is in two parts" in capsys.readouterr().out
+    assert (
+        "32 scanpaths to train on, 4 to validate, 4 to test; the splits have no images in common"
+        in capsys.readouterr().out
+    )
     assert set(table) == {"model, greedy", "model, sampled", "random walk", "saliency"}
     assert 0 <= table["model, greedy"]["sim"] <= 1
     assert json.loads((tmp_path / "out" / "test_results.json").read_text()) == table
-    assert Image.open(tmp_path / "out" / "pictures" / "0_true_and_predicted.png").size[0] > 1200
+    assert Image.open(tmp_path / "out" / "drawings" / "0_true_and_predicted.png").size[0] > 1200
     model = AutoModelForScanpathPrediction.from_pretrained(tmp_path / "out")
     assert model.config.num_columns == 6
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
@@ -52,9 +49,9 @@ def test_generated_scenes_end_to_end(script, tmp_path, capsys):
     [
         (["--variant", "amazon", "--model_name_or_path", "x"], "--variant is for models from scratch"),
         (["--variant", "beer"], "is not one of amazon"),
-        (["--variant", "wine", "--shelf_table", "a.csv", "--trials", "b.jsonl"], "give one of"),
-        (["--variant", "wine", "--shelf_table", "a.csv"], "--image_dir is missing"),
-        (["--trials", "b.jsonl"], "give --variant or --model_name_or_path"),
+        (["--variant", "wine", "--shelf_table", "a.csv", "--trials", "b.jsonl"], "pass one of"),
+        (["--variant", "wine", "--shelf_table", "a.csv"], "--image_dir, the folder with the images, is missing"),
+        (["--trials", "b.jsonl"], "pass --variant or --model_name_or_path"),
         (["--variant", "amazon", "--trials", "missing.jsonl"], "missing.jsonl"),
         (["--num_images", "2"], "2 images cannot be split"),
     ],

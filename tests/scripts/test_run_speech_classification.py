@@ -1,37 +1,29 @@
 """`run_speech_classification.py`: trains over seeds and modalities, measures, saves; and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import BertModel, DeiTModel, pipeline
 
 from hf_attn import DementiaFusionConfig
+from tests.batteries.scripts import loaded_script
 from tests.modeling.dementia_fusion.tiny import speech, tokenizer
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 QUIET = ["--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location(
-        "run_speech_classification", SCRIPTS / "run_speech_classification.py"
-    )
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("run_speech_classification") as module:
+        yield module
 
 
 def test_made_up_recordings_end_to_end(script, tmp_path, capsys):
     arguments = ["--num_speakers", "16", "--num_seeds", "2", "--num_train_epochs", "1", "--modalities", "both", "text"]
     table = script.main(["--output_dir", str(tmp_path / "out"), *arguments, *QUIET])
     output = capsys.readouterr().out
-    assert "no speaker is in two parts" in output and "best possible accuracy" in output
+    assert "the splits have no speakers in common" in output and "best possible accuracy" in output
     assert set(table) == {"both", "text"}
     assert {"accuracy", "f1", "specificity", "ece", "ace", "brier", "ece_scaled"} <= set(table["both"])
     assert table["both"]["brier"]["std"] >= 0
@@ -88,7 +80,7 @@ def test_two_learning_rates(script):
     ("arguments", "problem"),
     [
         (["--text_model", "bert"], "both --text_model and --vision_model"),
-        (["--table", "x.csv"], "go together"),
+        (["--table", "x.csv"], "must be used together"),
         (["--modalities", "video"], "both, text, audio"),
         (["--num_seeds", "0"], "num_seeds"),
         (["--label_smoothing_factor", "0.1"], "--loss_smoothing"),

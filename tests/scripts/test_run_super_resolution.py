@@ -1,8 +1,6 @@
 """The training script of the super-resolution models: it learns, resumes, changes scale and refuses."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +12,16 @@ from transformers import AutoModelForImageToImage
 
 from hf_attn.restoration.pairs import low_resolution
 from hf_attn.restoration.resize import crop_to_multiple
+from tests.batteries.scripts import loaded_script
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_super_resolution.py"
 TINY = ["embed_dim=8", "depths=[1]", "num_heads=[2]", "window_size=4", "compress_ratio=2", "squeeze_factor=2"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_super_resolution", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_super_resolution"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_super_resolution"]
+    with loaded_script("run_super_resolution") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +119,7 @@ def test_a_recipe_halves_the_learning_rate_at_its_milestones(script, folder, tmp
 
 
 def test_a_patch_is_cut_out_of_the_scaled_down_image(script, folder):
-    """The low resolution of a patch is what the whole image, scaled down, has there."""
+    """The low-resolution patch equals the corresponding part of the downscaled image."""
     images = script.Images(script.image_files(str(folder)))
     assert [len(image) for image in images] == [3, 3, 3]
     patches = script.Patches(images, 2, 8)
@@ -201,7 +194,7 @@ def test_the_recipes_of_real_photographs_one_after_the_other(script, folder, vgg
     script.main([*stage, "--resume_from_checkpoint", str(tmp_path / "gan" / "checkpoint-2")])
     again = torch.load(tmp_path / "gan" / "checkpoint-3" / "discriminator.pt", weights_only=True)
     assert {int(state["step"]) for state in again["optimizer"]["state"].values()} == {3}
-    # One step of Adam away, and patches are drawn anew; a fresh discriminator would be far off.
+    # One Adam step later with other patches; a new discriminator would differ much more.
     torch.testing.assert_close(again["discriminator"], last["discriminator"], atol=1e-3, rtol=0)
 
 
@@ -210,14 +203,14 @@ def test_without_weights_of_vgg_the_log_says_so(script, folder, tmp_path, caplog
     script.logging.enable_propagation()
     script.main(tiny(folder, tmp_path, *more, "--patch_size", "4"))
     script.logging.disable_propagation()
-    assert "perceptual loss is left out" in caplog.text
+    assert "without the perceptual loss" in caplog.text
     line = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][0]
     assert "adversarial_loss" in line
     assert "perceptual_loss" not in line
 
 
 def test_patches_of_the_second_order(script, folder, monkeypatch):
-    """The low resolution is made of the photograph, the labels are sharpened, and all are cut at the same place."""
+    """The low-resolution image comes from the photograph, the labels are sharpened, and all are cropped at the same position."""
     images = script.Images(script.image_files(str(folder)))
     options = {"degradation": "second_order", "sharpen_targets": True, "keep_originals": True}
     patches = script.Patches(images, 2, 8, **options)
@@ -242,9 +235,9 @@ def test_patches_of_the_second_order(script, folder, monkeypatch):
     ("more", "message"),
     [
         (["--degradation", "third_order"], "--degradation third_order is not one of bicubic, second_order"),
-        (["--perceptual_weights", "vgg.pth"], r"are for the adversarial training \(--adversarial true\)"),
+        (["--perceptual_weights", "vgg.pth"], r"need adversarial training \(--adversarial true\)"),
         (["--adversarial", "true", "--perceptual_weights", "vgg.pth"], "vgg.pth is not a file"),
-        (["--adversarial", "true", "--patch_size", "6"], "sides, 12, are multiples of 8; change --patch_size"),
+        (["--adversarial", "true", "--patch_size", "6"], r"side \(12\) is a multiple of 8; change --patch_size"),
     ],
 )
 def test_real_photographs_that_contradict_themselves(script, folder, tmp_path, more, message):

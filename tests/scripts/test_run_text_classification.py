@@ -1,29 +1,23 @@
 """The training script of text classifiers: ListOps, texts of one's own, resuming, refusals."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from tests.batteries.scripts import loaded_script
+
 
 pytest.importorskip("datasets")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_text_classification.py"
 COMMON = ["--disable_tqdm", "true", "--use_cpu", "true", "--report_to", "none", "--per_device_train_batch_size", "16"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("run_text_classification", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules["run_text_classification"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["run_text_classification"]
+    with loaded_script("run_text_classification") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +88,13 @@ def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
     [
         (["--variant", "huge"], "--variant huge is not one of byte_imdb_4x4"),
         (["--attention_type", "reformer"], "--attention_type reformer is not one of softmax"),
-        (["--num_layers", "3"], "8 heads cannot be spread evenly over num_layers=3"),
-        (["--model_name_or_path", "x", "--num_layers", "1"], "would not fit the weights"),
-        (["--push_to_hub"], "needs one model"),
+        (["--num_layers", "3"], "8 heads cannot be distributed evenly over num_layers=3"),
+        (["--model_name_or_path", "x", "--num_layers", "1"], "cannot be used with the weights"),
+        (["--push_to_hub"], "needs a single model"),
         (["--validation_split_percentage", "0"], "--validation_split_percentage=0 is out of range"),
-        (["--resume_from_checkpoint", "x"], "takes `last`"),
+        (["--resume_from_checkpoint", "x"], "must be `last`"),
         (["--resume_from_checkpoint", "last"], "no checkpoint in .* to resume from"),
-        (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "give one of them"),
+        (["--resume_from_checkpoint", "last", "--overwrite_output_dir"], "pass only one of them"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(script, tmp_path, arguments, message):

@@ -1,9 +1,6 @@
 """`scripts/run_traffic.py`: it learns the synthetic network, resumes, and reads files of the published layout."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,18 +9,21 @@ import torch
 
 from hf_attn import GMANConfig, GMANForPrediction
 from hf_attn.modeling.gman.training import BatchNormMomentumCallback, staircase_schedule
+from tests.batteries.scripts import loaded_script
 
 
-SPEC = importlib.util.spec_from_file_location("run_traffic", Path(__file__).parents[2] / "scripts" / "run_traffic.py")
-run_traffic = importlib.util.module_from_spec(SPEC)
-sys.modules["run_traffic"] = run_traffic  # dataclasses look their module up
-SPEC.loader.exec_module(run_traffic)
 QUIET = ("--report_to", "none", "--disable_tqdm", "true")
 
 
+@pytest.fixture(scope="module")
+def script():
+    with loaded_script("run_traffic") as module:
+        yield module
+
+
 @pytest.mark.slow
-def test_the_synthetic_network_is_learned(tmp_path, capsys):
-    metrics = run_traffic.main(["--output_dir", str(tmp_path), *QUIET])
+def test_the_synthetic_network_is_learned(script, tmp_path, capsys):
+    metrics = script.main(["--output_dir", str(tmp_path), *QUIET])
     assert metrics["test_mae"] <= 2.25
     printed = capsys.readouterr().out
     assert "15,153 parameters" in printed and "best possible MAE" in printed and "historical average" in printed
@@ -55,8 +55,8 @@ def arguments(files, *others):
     return [*data, "--output_dir", str(files / "out"), *small, *others, *QUIET]
 
 
-def test_files_of_the_published_layout(files):
-    metrics = run_traffic.main(arguments(files, "--spatial_embedding_file", str(files / "SE.txt")))
+def test_files_of_the_published_layout(script, files):
+    metrics = script.main(arguments(files, "--spatial_embedding_file", str(files / "SE.txt")))
     assert set(metrics) >= {"test_mae", "test_rmse", "test_mape", "test_mae_step_3"}
     model = GMANForPrediction.from_pretrained(files / "out")
     config = model.config
@@ -65,12 +65,12 @@ def test_files_of_the_published_layout(files):
     assert 20 < config.value_mean < 70
 
     data = ("--data_file", str(files / "speed.h5"), "--output_dir", str(files / "again"))
-    again = run_traffic.main(["--model_name_or_path", str(files / "out"), *data, "--do_eval", *QUIET])
+    again = script.main(["--model_name_or_path", str(files / "out"), *data, "--do_eval", *QUIET])
     assert again["test_mae"] == pytest.approx(metrics["test_mae"], rel=1e-5)
 
 
-def test_a_graph_gives_the_vectors(files):
-    run_traffic.main(arguments(files, "--adjacency_file", str(files / "Adj.txt"), "--group_size", "2"))
+def test_a_graph_gives_the_vectors(script, files):
+    script.main(arguments(files, "--adjacency_file", str(files / "Adj.txt"), "--group_size", "2"))
     embedding = GMANForPrediction.from_pretrained(files / "out").gman.embeddings.spatial_embedding
     assert (embedding[:, :3].abs().sum(0) > 0).all() and (embedding[:, 3:] == 0).all()
 
@@ -78,7 +78,7 @@ def test_a_graph_gives_the_vectors(files):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ((), "give one of --adjacency_file and --spatial_embedding_file"),
+        ((), "pass either --adjacency_file or --spatial_embedding_file"),
         (("--adjacency_file", "nothing.txt"), "no file nothing.txt"),
         (("--adjacency_file", "{files}/SE.txt"), "line 2: 65 numbers instead of 2"),
         (("--adjacency_file", "{files}/Adj.txt", "--horizons", "7"), "--horizons must be between 1 and 3"),
@@ -86,9 +86,9 @@ def test_a_graph_gives_the_vectors(files):
         (("--model_name_or_path", "x"), "has its own"),
     ],
 )
-def test_what_does_not_fit(files, others, message):
+def test_what_does_not_fit(script, files, others, message):
     with pytest.raises(SystemExit, match=message):
-        run_traffic.main(arguments(files, *(word.format(files=files) for word in others)))
+        script.main(arguments(files, *(word.format(files=files) for word in others)))
 
 
 def test_the_stairs_of_the_official_recipe():

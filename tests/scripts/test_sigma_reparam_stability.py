@@ -1,30 +1,23 @@
 """The script that compares trainings with and without sigma-reparametrisation."""
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.batteries.scripts import loaded_script
 
 
 pytest.importorskip("sklearn", reason="the digits are in scikit-learn")
 pytest.importorskip("matplotlib", reason="the curves need matplotlib")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "sigma_reparam_stability.py"
 SMALL = ["--depth", "2", "--hidden_size", "16", "--steps", "4", "--entropy_every", "2", "--seeds", "0"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("sigma_reparam_stability", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("sigma_reparam_stability") as module:
+        yield module
 
 
 def test_both_forms_start_with_the_same_loss_and_the_curves_are_kept(script, tmp_path, capsys):

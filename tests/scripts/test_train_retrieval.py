@@ -1,21 +1,16 @@
 """scripts/train_retrieval.py with models that learn nothing."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-
-PATH = Path(__file__).parents[2] / "scripts" / "train_retrieval.py"
+from tests.batteries.scripts import loaded_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_retrieval", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded_script("train_retrieval") as module:
+        yield module
 
 
 def test_train_evaluate_and_continue(script, tmp_path, capsys):
@@ -23,7 +18,7 @@ def test_train_evaluate_and_continue(script, tmp_path, capsys):
     command = f"--output_dir {output} --seeds 0 1 --texts 1 --steps 2 --hidden_size 16 --num_tokens 128".split()
     script.main([*command, "--lengths", "64", "96"])
     printed = capsys.readouterr().out
-    for expected in ("landmark, seed 1, 96 tokens: ", "llama: right answers by length", " ± "):
+    for expected in ("landmark, seed 1, 96 tokens: ", "llama: correct answers by length", " ± "):
         assert expected in printed
     results = json.loads((output / "results.json").read_text())["models"]
     assert list(results) == ["landmark", "llama"] and list(results["llama"]) == ["64", "96"]

@@ -1,6 +1,5 @@
-"""scripts/train_sd_rpn.py: its default task, data sets of labels, resuming, several processes, and what it refuses."""
+"""scripts/train_sd_rpn.py: its default task, datasets of labels, resuming, several processes, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,22 +16,19 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from hf_attn.modeling.sd_rpn.generation import SdRpnGenerator
 from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel
 from hf_attn.modeling.sd_rpn.training import SdRpnTrainer
+from tests.batteries.scripts import SCRIPTS, loaded_script
 from tests.modeling.sd_rpn.tiny import BRANCH, GRID, picture, tiny_base, tiny_processor
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train_sd_rpn.py"
+SCRIPT = SCRIPTS / "train_sd_rpn.py"
 QUIET = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--per_device_train_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    # By its name too: the training arguments, which a checkpoint pickles, belong to the module.
-    spec = importlib.util.spec_from_file_location("train_sd_rpn", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded_script("train_sd_rpn") as module:
+        yield module
 
 
 def planted(output, *more) -> list[str]:
@@ -70,7 +66,7 @@ def weights(folder):
     return load_file(folder / "rpn" / "model.safetensors")
 
 
-def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path, capsys):
+def test_the_default_task_ends_in_a_base_a_network_and_overlays(script, tmp_path, capsys):
     metrics = script.main(planted(tmp_path / "out"))
     output = capsys.readouterr().out
     assert "8 images to train on, 4 held out" in output
@@ -79,9 +75,9 @@ def test_the_default_task_ends_in_a_base_a_network_and_pictures(script, tmp_path
         assert f"\n{name} " in output
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
     assert metrics["target_mean_iou"] > 0.6
-    pictures = sorted((tmp_path / "out" / "overlays").iterdir())
-    assert [picture.name for picture in pictures] == ["00.png", "01.png"]
-    assert Image.open(pictures[0]).size[1] > 200
+    overlays = sorted((tmp_path / "out" / "overlays").iterdir())
+    assert [overlay.name for overlay in overlays] == ["00.png", "01.png"]
+    assert Image.open(overlays[0]).size[1] > 200
 
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "base")
     processor = AutoProcessor.from_pretrained(tmp_path / "out" / "base")
@@ -177,7 +173,7 @@ def test_two_processes_train_one_network(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The network is in") == 1
+    assert done.stdout.count("The network was saved to") == 1
     assert "destroy_process_group" not in done.stderr
     assert json.loads((tmp_path / "out" / "_hf_attn_run.json").read_text())["settings"]["world_size"] == 2
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()).keys() >= {"mean_iou"}
@@ -186,8 +182,8 @@ def test_two_processes_train_one_network(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--labels", "x"), "--model_name_or_path and --labels go together"),
-        (("--num_overlays", 9), "--num_overlays is larger than --validation_size"),
+        (("--labels", "x"), "--model_name_or_path and --labels must be used together"),
+        (("--num_overlays", 9), "--num_overlays must be at most --validation_size"),
         (("--rpn", "x", "--branch_layer", 2), "--branch_layer is for a new network"),
     ],
 )
@@ -201,12 +197,12 @@ def test_data_that_do_not_fit(script, base, labels, tmp_path):
     text = tmp_path / "bert"
     text.mkdir()
     (text / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(SystemExit, match=r"is a 'bert'; SD-RPN is for llava, llava_next, qwen2_5_vl"):
+    with pytest.raises(SystemExit, match=r"is a 'bert', but SD-RPN supports only llava, llava_next, qwen2_5_vl"):
         script.main(labelled(text, labels, tmp_path / "a"))
-    with pytest.raises(SystemExit, match="have 16 images, not more than --validation_size 16"):
+    with pytest.raises(SystemExit, match="have 16 images, but must have more than --validation_size 16"):
         script.main(labelled(base, labels, tmp_path / "b", "--validation_size", 16))
     datasets.load_from_disk(labels).remove_columns("roi_labels").save_to_disk(tmp_path / "bare")
-    with pytest.raises(SystemExit, match=r"has no roi_labels; scripts/make_sd_rpn_labels\.py makes labels"):
+    with pytest.raises(SystemExit, match=r"has no roi_labels; create labels by scripts/make_sd_rpn_labels\.py"):
         script.main(labelled(base, tmp_path / "bare", tmp_path / "c"))
     with pytest.raises(ValueError, match=r"is for a llava whose decoder has 7 layers of width 32"):
         SdRpnModel.from_base(tiny_base("llava"), branch_layer=BRANCH).save_pretrained(tmp_path / "rpn")

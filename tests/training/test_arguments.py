@@ -1,9 +1,7 @@
-"""Command lines of the scripts: each mistake is one line that says what to write instead."""
+"""Command lines of the scripts: each mistake gives one line that says what to write instead."""
 
-import importlib.util
 import json
 import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +9,9 @@ import pytest
 from transformers import LlamaConfig, TrainingArguments
 
 from hf_attn.training.arguments import parse_arguments, parse_overrides, resolve_resume, run_script
+from tests.batteries.scripts import SCRIPTS, loaded_script
 
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 #: those with the arguments of `hf_attn.training.arguments`
 NAMES = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "make_docs")
 
@@ -132,13 +130,9 @@ def test_an_interruption_and_a_fault_of_ours_keep_their_kind():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_script_has_these_manners(name, capsys, tmp_path):
-    # Under a name of its own: other tests have imported the scripts as well.
-    spec = importlib.util.spec_from_file_location(f"manners_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
+def test_every_script_reports_mistakes_alike(name, capsys, tmp_path):
+    # Loaded under another name, because other tests load the scripts as well.
+    with loaded_script(name, f"manners_{name}") as module:
         assert Path(module.NAME).stem == name
         with pytest.raises(SystemExit) as stopped:
             module.main(["--output_dir", str(tmp_path / "out"), "--overwrite_output_di"])
@@ -150,8 +144,6 @@ def test_every_script_has_these_manners(name, capsys, tmp_path):
         assert stopped.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "an earlier run" in text
-        # One name for the model that somebody starts from.
+        # The argument for the base model has only one name.
         assert "--base" not in text
         assert "--teacher " not in text
-    finally:
-        del sys.modules[spec.name]

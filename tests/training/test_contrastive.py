@@ -68,7 +68,7 @@ def test_a_batch_has_queries_then_positives_then_negatives():
 def test_ranks_of_the_first_relevant_document():
     documents = torch.eye(3)[[0, 1, 1, 2]]
     ranks = retrieval_ranks(torch.eye(3), documents, [[0], [1], [3]])
-    assert ranks.tolist() == [1, 2, 1]  # of equal ones the relevant one is the last
+    assert ranks.tolist() == [1, 2, 1]  # among equal scores, the relevant one is last
     assert retrieval_ranks(torch.eye(3), documents, [[0], [1, 2], [3]]).tolist() == [1, 1, 1]
     assert retrieval_ranks(torch.eye(3), documents, [[0], [1], [3]], [(), {2}, ()]).tolist() == [1, 1, 1]
     scores = retrieval_scores(ranks)

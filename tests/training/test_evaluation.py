@@ -1,4 +1,4 @@
-"""The mean loss of an evaluation in two processes is that of one, whatever fills up the last batches."""
+"""The mean loss of an evaluation in two processes equals that of one, also if the last batches are padded."""
 
 import pytest
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -13,7 +13,7 @@ class ExactTrainer(ExactEvaluationMixin, Trainer):
 
 
 def losses(output: str) -> list[float]:
-    """Of 5, 6, 7 and 8 sequences, two in a batch."""
+    """Losses of 5, 6, 7 and 8 sequences, with batch size 2."""
     arguments = TrainingArguments(
         output, per_device_eval_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
     )

@@ -1,4 +1,4 @@
-"""What is written whole is never half there."""
+"""Files and folders are written completely or not at all."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whether the probabilities of a classifier can be believed: calibration errors, their picture, and a remedy."""
+"""Calibration of a classifier's probabilities: errors, the reliability diagram, and temperature scaling."""
 
 from .errors import (
     ReliabilityBins,

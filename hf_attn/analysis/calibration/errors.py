@@ -79,7 +79,7 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 10) -> Rel
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 10) -> float:
     """ECE: mean distance of confidence and accuracy over bins of equal width, weighted by their predictions.
 
-    See :func:`reliability_bins` for the arguments.
+    See [`reliability_bins`] for the arguments.
     """
     bins = reliability_bins(probabilities, labels, num_bins)
     there = bins.counts > 0

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-#: what :func:`behaviour` measures, in order
+#: what [`behaviour`] measures, in order
 MEASURES = ("found", "length", "search", "refixation", "revisit")
 
 
 def behaviour(scanpath: Sequence[int], target: int) -> np.ndarray:
-    """Five metrics of a scanpath, see :data:`MEASURES`.
+    """Five metrics of a scanpath, see [`MEASURES`].
 
     `found` is 1 if the last fixation is at the target. `length` counts the fixations. The other three are shares of them: a
     fixation of the object that was looked at just before is a refixation; else it is a revisit if the object was seen earlier, or
@@ -44,7 +44,7 @@ def behavioural_distance(model: Iterable[np.ndarray], people: Iterable[np.ndarra
         people: behaviours of people's scanpaths.
 
     Returns:
-        The distance; infinite if people never do something that the model does. What neither does is no difference.
+        The distance; infinite if people never do something that the model does. What neither does counts as no difference.
 
     Raises:
         ValueError: if either is empty.

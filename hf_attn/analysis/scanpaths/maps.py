@@ -46,7 +46,7 @@ def normalized_scanpath_saliency(saliency: np.ndarray, fixations: np.ndarray | S
     """NSS: the mean of a map, standardised to mean 0 and deviation 1, at people's fixations.
 
     Args:
-        saliency: `(height, width)`, for example the :func:`fixation_map` of 100 sampled scanpaths.
+        saliency: `(height, width)`, for example the [`fixation_map`] of 100 sampled scanpaths.
         fixations: `(fixations, 2)`, x and y in pixels.
 
     Raises:

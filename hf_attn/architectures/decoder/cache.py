@@ -196,8 +196,8 @@ def adopt_cache(cache: Cache, mixers: Iterable[nn.Module]) -> None:
         adopted_as = getattr(layer, "adopted_as", mixer.cache_kind)
         if adopted_as is not mixer.cache_kind:
             raise ValueError(
-                f"Layer {mixer.layer_idx} of the cache was made for a mixer that keeps {_content(adopted_as)}, and "
-                f"{type(mixer).__name__} keeps {_content(mixer.cache_kind)}. Start with a cache of this model, or without one."
+                f"Layer {mixer.layer_idx} of the cache was made for a mixer that keeps {_content(adopted_as)}, but "
+                f"{type(mixer).__name__} keeps {_content(mixer.cache_kind)}. Use a cache of this model, or none."
             )
         if adopted_as is None or isinstance(layer, adopted_as) or hasattr(layer, "adopted_as"):
             continue

@@ -73,7 +73,7 @@ def partition_windows(feature_map: torch.Tensor, window_size: int) -> torch.Tens
 
 
 def merge_windows(windows: torch.Tensor, window_size: int, height: int, width: int) -> torch.Tensor:
-    """Inverse of :func:`partition_windows`."""
+    """Inverse of [`partition_windows`]."""
     windows = windows.reshape(
         -1, height // window_size, width // window_size, window_size, window_size, windows.shape[-1]
     )

@@ -35,7 +35,7 @@ def entropic_plan_eager(
     row_mask: torch.Tensor | None = None,
     column_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sweeps as in the equations, in the log domain; see :func:`entropic_plan`.
+    """The sweeps as in the equations, in the log domain; see [`entropic_plan`].
 
         f_i = reg log a_i - reg LSE_j((g_j - c_ij) / reg),   g_j = reg log b_j - reg LSE_i((f_i - c_ij) / reg)
         P = exp((f_i + g_j - c_ij) / reg)
@@ -119,7 +119,7 @@ def entropic_plan(
     """Entropic transport plans between uniform marginals.
 
     Args:
-        cost: `(batch, n, m)`, at most 1 in size (:func:`~hf_attn.architectures.transport.squared_distances` sees to that);
+        cost: `(batch, n, m)`, at most 1 in size ([`~hf_attn.architectures.transport.squared_distances`] sees to that);
             larger ones are computed in the log domain.
         reg: weight of the entropy, the epsilon of the papers and POT's `reg_e`.
         num_iterations: sweeps.

@@ -1,1 +1,1 @@
-"""One module for each claim with a run, named after the slug of its paper; see :mod:`hf_attn.claims`."""
+"""One module for each claim with a run, named after the slug of its paper; see [`hf_attn.claims`]."""

@@ -16,7 +16,7 @@ def conclude(data: dict) -> Conclusion:
     own, peer = (test_losses(data["runs"][name]) for name in (OWN, PEER))
     size = data["parameters"]
     figures = (
-        Figure.of("loss on held-back text", "bits/character", own, PEER, peer),
+        Figure.of("loss on held-out text", "bits/character", own, PEER, peer),
         Figure.of("parameters", "thousand", size[OWN] / 1e3, PEER, size[PEER] / 1e3),
     )
     order = agreement(peer, own)

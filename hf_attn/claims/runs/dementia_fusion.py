@@ -2,7 +2,7 @@
 
 The class of a recording is the sign of a sum of two independent values, one in the sound and one in the words: an accuracy of 75 % is the
 best possible with either alone. The peers are the DeiT and the BERT of transformers, of the sizes that the fusion's encoders have, with the same
-label smoothing. Shown in small if for every seed the fusion is more accurate than both peers, and its calibration error (ECE) on held-back
+label smoothing. Shown in small if for every seed the fusion is more accurate than both peers, and its calibration error (ECE) on held-out
 speakers is smaller with label smoothing than without; contradicted if the seeds agree on the opposite of any of the three; otherwise
 not shown here.
 """
@@ -135,7 +135,7 @@ def conclude(data: dict) -> Conclusion:
     smooth, hard = (_values(data, side, "ece") for side in (OWN, HARD))
     calibrated = agreement(hard, smooth)
     figures = [
-        Figure.of("accuracy on held-back speakers", "%", accuracies[OWN], PEER_NAMES[peer], accuracies[peer])
+        Figure.of("accuracy on held-out speakers", "%", accuracies[OWN], PEER_NAMES[peer], accuracies[peer])
         for peer in PEERS
     ]
     figures.append(Figure.of("calibration error (ECE) of the fusion", "%", smooth, "without label smoothing", hard))
@@ -167,7 +167,7 @@ def conclude(data: dict) -> Conclusion:
 def draw(data: dict, figure) -> None:
     left, right = figure.subplots(1, 2)
     sides = {side.replace(" ", "\n"): _values(data, side, "accuracy") for side in (OWN, *PEERS)}
-    bars(left, sides, "accuracy in %", "held-back speakers")
+    bars(left, sides, "accuracy in %", "held-out speakers")
     for side, color, label in ((HARD, "tab:red", "no label smoothing"), (OWN, "tab:blue", "label smoothing")):
         for index, run in enumerate(data["runs"][side]):
             _, confidences, accuracies = zip(*run["bins"], strict=True)

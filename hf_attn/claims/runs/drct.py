@@ -1,6 +1,6 @@
 """DRCT against a Swin2SR of transformers that is a little larger: PSNR of enlarged photographs, and intensity of the features by depth.
 
-The intensity is the mean absolute value of the features behind each group, on held-back photographs. It is kept up if the last group has a
+The intensity is the mean absolute value of the features behind each group, on held-out photographs. It is kept up if the last group has a
 large share of the highest one. The rule is that of `EnlargementContest`, with this share as what else is to be higher; DRCT has 90 to 99 % of
 the parameters of the Swin2SR.
 """

@@ -70,7 +70,7 @@ def conclude(data: dict) -> Conclusion:
     figures = (
         Figure.of(f"operations of a block for a token ({name})", "million", ours, "linear layers", theirs),
         Figure.of(
-            f"loss on held-back text, width {WIDTH}, {LAYERS} layers",
+            f"loss on held-out text, width {WIDTH}, {LAYERS} layers",
             "bits/character",
             memory,
             "GPT-NeoX of transformers",
@@ -102,4 +102,4 @@ def draw(data: dict, figure) -> None:
     left.legend()
     sides = {"MemoryFormer": data["memory"], "GPT-NeoX": data["linear"]}
     losses = {name: [run["test"] for run in runs] for name, runs in sides.items()}
-    bars(right, losses, "bits/character", "loss on held-back text\n(lower is better)")
+    bars(right, losses, "bits/character", "loss on held-out text\n(lower is better)")

@@ -1,9 +1,9 @@
 """Paths of a trained ViT: accuracy without the worst ones, and without as many random ones.
 
 A ViT of transformers learns digits and textures. Paths are ranked by what they add to the accuracy on the validation part, as `path_scores`
-does; the accuracy is that on the test part, without a quarter of the paths. Shown in small if on both data sets pruning the worst loses at
+does; the accuracy is that on the test part, without a quarter of the paths. Shown in small if on both datasets pruning the worst loses at
 most half a point in the mean over seeds, and all seeds agree that random ones (mean of twenty draws) lose more. Contradicted if on
-both data sets the seeds agree that random ones lose less.
+both datasets the seeds agree that random ones lose less.
 """
 
 from functools import partial

@@ -24,7 +24,7 @@ measure, draw = _contest.measure, _contest.draw
 def conclude(data: dict) -> Conclusion:
     own, without, peer = (test_losses(data["runs"][name]) for name in (OWN, WITHOUT, PEER))
     figures = (
-        Figure.of("loss on held-back text", "bits/character", own, PEER, peer),
+        Figure.of("loss on held-out text", "bits/character", own, PEER, peer),
         Figure.of("the same without bias and norms", "bits/character", without, PEER, peer),
     )
     excess, excess_without = (100 * (fmean(losses) / fmean(peer) - 1) for losses in (own, without))

@@ -32,7 +32,7 @@ def sample_lengths(name: str, tokens: int, seed: int = 0) -> list[int]:
     """Draw sequence lengths until they sum to `tokens`; the last one is cut to fit.
 
     Args:
-        name: one of :data:`DISTRIBUTIONS`.
+        name: one of [`DISTRIBUTIONS`].
         tokens: of the batch.
         seed: of the generator.
 

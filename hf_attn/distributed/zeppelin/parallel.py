@@ -1,4 +1,4 @@
-"""Batches of uneven documents for :func:`~hf_attn.distributed.context.sequence_parallel` and the Trainer mixin."""
+"""Batches of uneven documents for [`~hf_attn.distributed.context.sequence_parallel`] and the Trainer mixin."""
 
 import itertools
 from dataclasses import dataclass

@@ -10,8 +10,9 @@ Everything is integer arithmetic on the list of lengths, so every rank computes 
 import heapq
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ..pieces import pieces
@@ -76,7 +77,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan written by :meth:`save`."""
+        """Read a plan written by [`save`]."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         tuples = {name: tuple(content[name]) for name in ("lengths", "intra_thresholds", "zones")}
         shares = tuple(tuple((rank, count) for rank, count in shares) for shares in content["shares"])
@@ -104,7 +105,7 @@ def partition(lengths: Sequence[int], nodes: int, gpus_per_node: int, capacity: 
     Raises:
         PlanError: for lengths below 1, an empty cluster, or more tokens than the capacity of the cluster.
     """
-    lengths = tuple(int(length) for length in lengths)
+    lengths = _whole(lengths)
     _check(lengths, nodes, gpus_per_node, capacity)
     # Sequences are visited longest first, those of equal length by index.
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -142,9 +143,9 @@ def even_partition(lengths: Sequence[int], nodes: int, gpus_per_node: int) -> Pl
     """Every sequence shared by all ranks: plain context parallelism, for comparison.
 
     Raises:
-        PlanError: as :func:`partition`.
+        PlanError: as [`partition`].
     """
-    lengths = tuple(int(length) for length in lengths)
+    lengths = _whole(lengths)
     ranks = nodes * gpus_per_node
     capacity = sum(-(-length // ranks) for length in lengths)
     _check(lengths, nodes, gpus_per_node, capacity)
@@ -153,10 +154,16 @@ def even_partition(lengths: Sequence[int], nodes: int, gpus_per_node: int) -> Pl
     return Plan(lengths, nodes, gpus_per_node, capacity, 1, (1,) * nodes, (zone,) * len(lengths), shares)
 
 
+def _whole(lengths: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(lengths, Iterable) or not all(isinstance(length, Integral) for length in lengths):
+        raise PlanError(f"The lengths of sequences are a list of whole numbers, got {lengths!r}.")
+    return tuple(map(int, lengths))
+
+
 def _check(lengths: tuple[int, ...], nodes: int, gpus_per_node: int, capacity: int) -> None:
     for name, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node), ("capacity", capacity)):
-        if value < 1:
-            raise PlanError(f"{name} must be at least 1, got {value}.")
+        if not isinstance(value, Integral) or value < 1:
+            raise PlanError(f"{name} must be a whole number, at least 1, got {value!r}.")
     if not lengths:
         raise PlanError("There are no sequences to plan: the list of lengths is empty.")
     empty = [i for i, length in enumerate(lengths) if length < 1]

@@ -1,6 +1,6 @@
 """Predicted time of a training step with Zeppelin and with three other placements of a batch of uneven sequences.
 
-Predictions under the constants of :class:`~hf_attn.distributed.zeppelin.cost.Hardware`, not measurements.
+Predictions under the constants of [`~hf_attn.distributed.zeppelin.cost.Hardware`], not measurements.
 """
 
 import math
@@ -30,7 +30,7 @@ class LayerTime:
 
 
 def simulate(plan: Plan, model: ModelShape, hardware: Hardware) -> dict[str, float]:
-    """Predicted seconds of a step (all layers, forward and backward pass) by each of :data:`METHODS`.
+    """Predicted seconds of a step (all layers, forward and backward pass) by each of [`METHODS`].
 
     `te_cp` splits every sequence evenly over all ranks in one ring; `llama_cp` gathers keys and values instead; `hybrid_dp` gives
     sequences groups of a power of two of ranks, in as many micro-batches as the capacity requires.

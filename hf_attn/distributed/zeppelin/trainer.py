@@ -44,7 +44,7 @@ class ZeppelinCollator(DataCollatorWithFlattening):
 
 
 class ZeppelinTrainerMixin(SequenceParallelTrainerMixin):
-    """:class:`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin` for a model with `attn_implementation="distributed_zeppelin"`.
+    """[`~hf_attn.distributed.trainer.SequenceParallelTrainerMixin`] for a model with `attn_implementation="distributed_zeppelin"`.
 
     `per_device_train_batch_size` is the number of documents of all processes together. The linear layers work on the same
     number of tokens in each process, attention on the shares of the plan, and the loss is the sum over tokens divided by the

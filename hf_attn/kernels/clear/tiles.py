@@ -115,7 +115,7 @@ class _Tiles(NamedTuple):
         return bands.unfold(1, self.columns.keys, TILE).permute(0, 1, 4, 2, 3).flatten(2, 3)
 
     def add_to_keys(self, target: torch.Tensor, gathered: torch.Tensor) -> None:
-        """The transpose of :meth:`keys_of`: add the values for the keys of each tile to `(pairs, height, width, head_dim)`."""
+        """The transpose of [`keys_of`]: add the values for the keys of each tile to `(pairs, height, width, head_dim)`."""
         target = target[self.pairs]
         gathered = gathered.unflatten(0, (target.shape[0], self.rows.count))
         gathered = gathered.unflatten(3, (self.columns.keys, self.rows.keys)).transpose(3, 4)

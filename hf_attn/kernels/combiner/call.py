@@ -18,14 +18,14 @@ class CombinerCall(AttentionCall):
     """Arguments of Combiner attention.
 
     Attributes:
-        kind: the plan, see :mod:`hf_attn.kernels.combiner.plan`.
+        kind: the plan, see [`hf_attn.kernels.combiner.plan`].
         segment_length: tokens of a segment; near the square root of the number of keys if not given.
-        pool: how the queries and the keys of a span become one, ``"max"``, ``"mean"`` or ``"sum"``.
+        pool: how the queries and the keys of a span become one, `"max"`, `"mean"` or `"sum"`.
         own_segment_summary: whether, without causality, a token also attends to the summary of its own segment.
-        row_key: of ``rowmajor``: ``(row outputs (batch, heads, tokens, head_dim), row inputs (batch, tokens, width)) -> keys
-            (batch, heads, tokens, head_dim)``.
-        row_input: of ``rowmajor``: input of the attention module, ``(batch, length, width)``.
-        state: what is kept of earlier tokens, a :class:`~hf_attn.kernels.combiner.decoding.CombinerState`.
+        row_key: of `rowmajor`: `(row outputs (batch, heads, tokens, head_dim), row inputs (batch, tokens, width)) -> keys
+            (batch, heads, tokens, head_dim)`.
+        row_input: of `rowmajor`: input of the attention module, `(batch, length, width)`.
+        state: what is kept of earlier tokens, a [`~hf_attn.kernels.combiner.decoding.CombinerState`].
     """
 
     kind: str = "fixed"
@@ -63,10 +63,10 @@ class Sequences:
 
     Attributes:
         is_causal: whether a token attends only to itself and earlier tokens.
-        index: ``(sequences, longest)``, where their tokens are in the flattened batch; ``None`` if the rows of the batch
+        index: `(sequences, longest)`, where their tokens are in the flattened batch; `None` if the rows of the batch
             are the sequences.
-        valid: boolean ``(sequences, longest)``, false where a sequence is over; ``None`` if they are all as long.
-        start: ``(batch,)``, the first token of each row; ``None`` for 0.
+        valid: boolean `(sequences, longest)`, false where a sequence is over; `None` if they are all as long.
+        start: `(batch,)`, the first token of each row; `None` for 0.
     """
 
     is_causal: bool
@@ -75,7 +75,7 @@ class Sequences:
     start: torch.Tensor | None = None
 
     def gather(self, states: torch.Tensor, dim: int = 2) -> torch.Tensor:
-        """States with the tokens in dimension ``dim`` by sequences; zeros where a sequence is over."""
+        """States with the tokens in dimension `dim` by sequences; zeros where a sequence is over."""
         if self.index is None:
             return states
         moved = states.movedim(dim, 1).flatten(0, 1)
@@ -84,7 +84,7 @@ class Sequences:
         return picked.masked_fill(blank, 0).movedim(1, dim)
 
     def scatter(self, states: torch.Tensor, batch: int, length: int, dim: int = 2) -> torch.Tensor:
-        """The inverse of :meth:`gather`; zeros for padding."""
+        """The inverse of [`gather`]; zeros for padding."""
         if self.index is None:
             return states
         moved = states.movedim(dim, 1)
@@ -100,7 +100,7 @@ HOLES = (
 
 
 def allowed_pairs(mask: torch.Tensor) -> torch.Tensor | Refusal:
-    """A mask, boolean or additive, as boolean ``(batch, q_len, kv_len)``."""
+    """A mask, boolean or additive, as boolean `(batch, q_len, kv_len)`."""
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
         if bool((mask.masked_fill(~allowed, 0) != 0).any()):
@@ -126,6 +126,11 @@ def find_sequences(call: CombinerCall) -> Sequences | Refusal:
         )
     found = Sequences(call.is_causal)
     if call.attention_mask is not None:
+        if torch.compiler.is_exporting():
+            return Refusal(
+                "a graph for torch.export or ONNX cannot read off the values of the mask where sequences begin; run the model in "
+                "PyTorch"
+            )
         found = _from_mask(call, batch, length)
     if isinstance(found, Refusal) or found.is_causal:
         return found

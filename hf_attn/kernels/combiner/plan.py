@@ -1,6 +1,6 @@
 """Plans of Combiner attention: which tokens attend directly, and which through the summary of a span.
 
-Position ``i`` is in row ``i // s`` and column ``i % s`` of a grid whose rows are the segments of length ``s``.
+Position `i` is in row `i // s` and column `i % s` of a grid whose rows are the segments of length `s`.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Plan:
     """A plan as masks.
 
     Attributes:
-        direct: boolean ``(length, length)``, the positions that a query attends to directly.
-        members: boolean ``(spans, length)``, the positions of each span.
-        uses: boolean ``(length, spans)``, the spans that a query attends to.
-        asking: position ``(spans,)`` whose query reads the span, for spans that have one; otherwise the query of a span is
+        direct: boolean `(length, length)`, the positions that a query attends to directly.
+        members: boolean `(spans, length)`, the positions of each span.
+        uses: boolean `(length, spans)`, the spans that a query attends to.
+        asking: position `(spans,)` whose query reads the span, for spans that have one; otherwise the query of a span is
             pooled.
     """
 
@@ -47,7 +47,7 @@ def make_plan(
     """The plan of a kind for a length.
 
     Args:
-        kind: one of :data:`KINDS`, or :data:`ROWMAJOR`.
+        kind: one of [`KINDS`], or [`ROWMAJOR`].
         length: number of tokens.
         segment_length: tokens of a segment; `logsparse` has none.
         is_causal: whether a token attends only to itself and earlier tokens.
@@ -95,12 +95,12 @@ def make_plan(
 
 
 def levels(length: int) -> int:
-    """Number of span lengths 1, 2, 4, ... that positions below ``length`` need."""
+    """Number of span lengths 1, 2, 4, ... that positions below `length` need."""
     return (length - 1).bit_length()
 
 
 def _logsparse(position: torch.Tensor) -> Plan:
-    """Each set bit ``t`` of a position stands for a span of ``2 ** t`` tokens; from the highest bit down they tile what is
+    """Each set bit `t` of a position stands for a span of `2 ** t` tokens; from the highest bit down they tile what is
     before it."""
     length = len(position)
     members, uses = [torch.zeros(0, length, dtype=torch.bool, device=position.device)], []

@@ -12,14 +12,14 @@ from ..call import AttentionCall
 class DisentangledCall(AttentionCall):
     """A call with the positions of the pairs as rows of a table.
 
-    The attention mask is boolean, ``(batch, 1, 1 or q_len, kv_len)``.
+    The attention mask is boolean, `(batch, 1, 1 or q_len, kv_len)`.
 
     Attributes:
-        position_key: ``(heads, rows, head_dim)``, the positions as keys of the content; none leaves the term out.
-        position_query: ``(heads, rows, head_dim)``, the positions as queries of the content; none leaves the term out.
-        rows: row of every distance from 1 - length to length - 1, ascending, ``(2 * length - 1,)``; none if positions were
+        position_key: `(heads, rows, head_dim)`, the positions as keys of the content; none leaves the term out.
+        position_query: `(heads, rows, head_dim)`, the positions as queries of the content; none leaves the term out.
+        rows: row of every distance from 1 - length to length - 1, ascending, `(2 * length - 1,)`; none if positions were
             given pair by pair or a graph is captured.
-        index: without `rows`, makes the row of each pair, ``(q_len, kv_len)`` or ``(batch, q_len, kv_len)``.
+        index: without `rows`, makes the row of each pair, `(q_len, kv_len)` or `(batch, q_len, kv_len)`.
         buckets: `position_buckets`.
         max_distance: `max_relative_positions`.
         hf_compat: distances beyond the table as in transformers.
@@ -48,7 +48,7 @@ class DisentangledCall(AttentionCall):
         return super().needs_gradient or (torch.is_grad_enabled() and any(table.requires_grad for table in tables))
 
     def row_of_pairs(self) -> torch.Tensor:
-        """Row of each pair, ``(q_len, kv_len)`` or ``(batch, q_len, kv_len)``."""
+        """Row of each pair, `(q_len, kv_len)` or `(batch, q_len, kv_len)`."""
         if self.rows is None:
             return self.index()
         # Row i of the windows over ascending distances ends at key 0.

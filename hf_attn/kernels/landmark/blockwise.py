@@ -1,7 +1,7 @@
 """Landmark attention with regular blocks, a block of queries at a time, in plain PyTorch: memory linear in the length.
 
 For the queries of one block a whole earlier block is one entry of the softmax, with its landmark's score as logit and
-``sum_j softmax_block(s)_j v_j`` as value (arXiv 2305.16300, the fused form). The backward pass computes each block of
+`sum_j softmax_block(s)_j v_j` as value (arXiv 2305.16300, the fused form). The backward pass computes each block of
 queries again.
 """
 
@@ -15,11 +15,11 @@ def landmark_attention_blockwise(call: LandmarkCall, block_size: int) -> torch.T
     """Causal landmark attention with regular blocks.
 
     Args:
-        call: one that :func:`hf_attn.kernels.landmark.call.check_blockwise` does not refuse.
+        call: one that [`hf_attn.kernels.landmark.call.check_blockwise`] does not refuse.
         block_size: what that returned.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)``.
+        Output `(batch, heads, q_len, value_dim)`.
     """
     query, key, value, attention_mask, scaling = call.query, call.key, call.value, call.attention_mask, call.scaling
     heads, q_len = query.shape[1:3]

@@ -15,12 +15,12 @@ TRITON_BLOCK_SIZES = (16, 32, 64, 128)
 
 @dataclass(eq=False)
 class LandmarkCall(AttentionCall):
-    """A call of landmark attention; the queries are the last ``q_len`` tokens of the sequence.
+    """A call of landmark attention; the queries are the last `q_len` tokens of the sequence.
 
     Attributes:
-        is_landmark: boolean ``(batch, kv_len or more)``; without it there are no landmarks, and the softmax is an ordinary
+        is_landmark: boolean `(batch, kv_len or more)`; without it there are no landmarks, and the softmax is an ordinary
             one.
-        block_size: size of the blocks, if the caller knows it already, as :func:`landmark_block_size` finds it; 0 if they
+        block_size: size of the blocks, if the caller knows it already, as [`landmark_block_size`] finds it; 0 if they
             are not regular. Finding it out waits for the device.
     """
 
@@ -36,7 +36,7 @@ class LandmarkCall(AttentionCall):
 
 def landmark_block_size(is_landmark: torch.Tensor | None, kv_len: int) -> int:
     """Size of the blocks if they are regular: every row has its landmarks at the ends of blocks of one size, counted from
-    the first key. It is ``kv_len + 1`` if there are no landmarks, and 0 if the blocks are not regular."""
+    the first key. It is `kv_len + 1` if there are no landmarks, and 0 if the blocks are not regular."""
     if is_landmark is None:
         return kv_len + 1
     is_landmark = is_landmark[:, :kv_len]
@@ -49,7 +49,7 @@ def landmark_block_size(is_landmark: torch.Tensor | None, kv_len: int) -> int:
 
 
 def check_blockwise(call: LandmarkCall) -> Refusal | int:
-    """Whether :func:`hf_attn.kernels.landmark.blockwise.landmark_attention_blockwise` supports a call.
+    """Whether [`hf_attn.kernels.landmark.blockwise.landmark_attention_blockwise`] supports a call.
 
     Returns:
         The size of the blocks, or why not.
@@ -84,7 +84,7 @@ def check_blockwise(call: LandmarkCall) -> Refusal | int:
 
 
 def check_triton(call: LandmarkCall) -> Refusal | int:
-    """Whether :func:`hf_attn.kernels.landmark.triton.landmark_attention_triton` supports a call.
+    """Whether [`hf_attn.kernels.landmark.triton.landmark_attention_triton`] supports a call.
 
     Returns:
         The size of its tiles, which are the blocks; where there are fewer keys than a block has, any tile that holds them

@@ -1,9 +1,9 @@
 """Landmark attention with regular blocks in Triton, forward and backward (arXiv 2305.16300, the fused form).
 
-The landmark is the last token of each block of ``BLOCK`` keys. To a query, an earlier block is one entry of its softmax, with
-the landmark's score as logit and ``o_b = sum_j s_j v_j`` as value, s the softmax within the block; its own block is ordinary
+The landmark is the last token of each block of `BLOCK` keys. To a query, an earlier block is one entry of its softmax, with
+the landmark's score as logit and `o_b = sum_j s_j v_j` as value, s the softmax within the block; its own block is ordinary
 causal attention without the landmark. The forward pass saves the logarithm of each query's normaliser. With p the weight of
-a block, ``D = dO . O`` and ``D_b = dO . o_b``:
+a block, `D = dO . O` and `D_b = dO . o_b`:
 
     dV_j = p s_j dO;  dscore_landmark = p (D_b - D);  dscore_j = p s_j (dO . v_j - D_b)
 
@@ -378,11 +378,11 @@ def landmark_attention_triton(call: LandmarkCall, block_size: int) -> torch.Tens
     """Causal landmark attention on a GPU with memory linear in the sequence lengths, forward and backward.
 
     Args:
-        call: one that :func:`hf_attn.kernels.landmark.call.check_triton` does not refuse.
+        call: one that [`hf_attn.kernels.landmark.call.check_triton`] does not refuse.
         block_size: what that returned, a power of two from 16 on: each `block_size`-th key is a landmark.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query. Products of float32 input are computed in
+        Output `(batch, heads, q_len, value_dim)` in the dtype of the query. Products of float32 input are computed in
         float32, not in TF32.
     """
     if call.query.shape[2] == 0:

@@ -39,8 +39,8 @@ FEW_ROWS = 32
 class _Blocks:
     """The weights of one call, block by block.
 
-    Several (batch, key/value head) pairs are computed together, which is what :meth:`pairs` iterates over. All query
-    heads of one key/value head share their products: the rows of a block are ``(position, query head of the group)``.
+    Several (batch, key/value head) pairs are computed together, which is what [`pairs`] iterates over. All query
+    heads of one key/value head share their products: the rows of a block are `(position, query head of the group)`.
     """
 
     def __init__(self, operands: SigmoidOperands):
@@ -103,7 +103,7 @@ class _Blocks:
         self.num_pairs = self.num_batches * self.num_heads
 
     def _mask_by_group(self, mask: torch.Tensor) -> torch.Tensor:
-        """View of a broadcastable mask as ``(batch, kv_heads, q_len, groups, kv_len)``, of size 1 wherever it repeats."""
+        """View of a broadcastable mask as `(batch, kv_heads, q_len, groups, kv_len)`, of size 1 wherever it repeats."""
         mask = mask[(None,) * (4 - mask.dim())]
         for dim in range(4):
             if mask.stride(dim) == 0:
@@ -117,7 +117,7 @@ class _Blocks:
         return self.query.new_empty(self.num_pairs * rows * self.block_columns, dtype=self.dtype)
 
     def pairs(self) -> Iterator[tuple[slice, slice]]:
-        """Go through batches and key/value heads; :meth:`weights` then is about the slices yielded last."""
+        """Go through batches and key/value heads; [`weights`] then is about the slices yielded last."""
         for batch in range(0, self.batch, self.num_batches):
             for head in range(0, self.kv_heads, self.num_heads):
                 self.batches = slice(batch, min(batch + self.num_batches, self.batch))
@@ -126,11 +126,11 @@ class _Blocks:
                 yield self.batches, self.heads
 
     def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """View of the current pairs of a ``(batch, heads, q_len, dim)`` tensor as ``(batch, kv_heads, q_len, groups, dim)``."""
+        """View of the current pairs of a `(batch, heads, q_len, dim)` tensor as `(batch, kv_heads, q_len, groups, dim)`."""
         return tensor[self.batches].unflatten(1, (self.kv_heads, self.groups))[:, self.heads].transpose(2, 3)
 
     def columns_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The current pairs of a ``(batch, kv_heads, kv_len, dim)`` tensor as ``(pairs, kv_len, dim)``."""
+        """The current pairs of a `(batch, kv_heads, kv_len, dim)` tensor as `(pairs, kv_len, dim)`."""
         return tensor[self.batches, self.heads].flatten(0, 1)
 
     def _prepare(self):
@@ -164,7 +164,7 @@ class _Blocks:
             self.values = self.values.to(self.dtype)
 
     def _additive(self, mask: torch.Tensor) -> torch.Tensor:
-        """A mask as a new tensor that is added to logits, ``-inf`` where masked."""
+        """A mask as a new tensor that is added to logits, `-inf` where masked."""
         if mask.dtype == torch.bool:
             return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
         return mask.to(self.dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
@@ -197,14 +197,14 @@ class _Blocks:
             yield slice(start, min(start + self.block_positions, self.q_len))
 
     def column_blocks(self, positions: slice) -> Iterator[slice]:
-        """The blocks of keys that causality and window allow for queries at ``positions``."""
+        """The blocks of keys that causality and window allow for queries at `positions`."""
         first, last = positions.start + self.offset, positions.stop - 1 + self.offset
         start, stop = self._columns(first, last)
         for column in range(start, stop, self.block_columns):
             yield slice(column, min(column + self.block_columns, stop))
 
     def _columns(self, first: int, last: int) -> tuple[int, int]:
-        """Range of keys with the ones seen from position ``first`` at its start, from position ``last`` at its end."""
+        """Range of keys with the ones seen from position `first` at its start, from position `last` at its end."""
         start, stop = 0, self.kv_len
         if self.is_causal:
             stop = min(stop, last + 1)
@@ -240,11 +240,11 @@ class _Blocks:
             edge_of_weights.masked_fill_(self.position_masks[shape], 0)
 
     def queries_of(self, positions: slice) -> torch.Tensor:
-        """The scaled queries of a block, ``(pairs, rows, head_dim)``, further columns behind if anything is folded in."""
+        """The scaled queries of a block, `(pairs, rows, head_dim)`, further columns behind if anything is folded in."""
         return self.scaled_query[:, positions.start * self.groups : positions.stop * self.groups]
 
     def operands_of(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys of a block, ``(pairs, columns, head_dim)`` like the queries, and its values."""
+        """The keys of a block, `(pairs, columns, head_dim)` like the queries, and its values."""
         where = (columns.start, columns.stop)
         if where not in self.operands:
             dtype = self.keys.dtype if self.multiplies_in_bfloat16 else self.dtype
@@ -254,7 +254,7 @@ class _Blocks:
     def weights(
         self, queries: torch.Tensor, keys: torch.Tensor, positions: slice, columns: slice, buffer: torch.Tensor
     ) -> torch.Tensor | None:
-        """The weights of a block, ``(pairs, rows, columns)`` in ``buffer``; ``None`` if the mask leaves none."""
+        """The weights of a block, `(pairs, rows, columns)` in `buffer`; `None` if the mask leaves none."""
         any_allowed, mask = self._needed_mask(positions, columns)
         if not any_allowed:
             return None
@@ -325,7 +325,7 @@ def _(query, key, value, *arguments):
 
 
 def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """In memory ``(batch, q_len, heads, value_dim)``, which is how models go on with it."""
+    """In memory `(batch, q_len, heads, value_dim)`, which is how models go on with it."""
     batch, heads, q_len, _ = query.shape
     return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
 
@@ -399,9 +399,9 @@ def sigmoid_attention_blockwise(call: SigmoidCall) -> torch.Tensor:
     Query, key and value get gradients. Blocks that causality, window or mask forbid altogether are not computed.
 
     Args:
-        call: one that :func:`hf_attn.kernels.sigmoid.call.check_blockwise` does not refuse.
+        call: one that [`hf_attn.kernels.sigmoid.call.check_blockwise`] does not refuse.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query.
+        Output `(batch, heads, q_len, value_dim)` in the dtype of the query.
     """
     return _blockwise(*call.operands())

@@ -43,9 +43,9 @@ class SigmoidCall(AttentionCall):
     """A call of sigmoid attention.
 
     Attributes:
-        bias: ``b``, one number or one for each head ``(heads,)``; it is not scaled.
-        alibi_slopes: ``(heads,)`` or ``(batch, heads)``, slope of the penalty on the distance in tokens.
-        query_offset: position of the first query among the keys; ``kv_len - q_len`` if not given.
+        bias: `b`, one number or one for each head `(heads,)`; it is not scaled.
+        alibi_slopes: `(heads,)` or `(batch, heads)`, slope of the penalty on the distance in tokens.
+        query_offset: position of the first query among the keys; `kv_len - q_len` if not given.
     """
 
     bias: float | torch.Tensor = 0.0
@@ -75,7 +75,7 @@ class SigmoidCall(AttentionCall):
 
 
 def check_blockwise(call: SigmoidCall) -> Refusal | None:
-    """Whether :func:`hf_attn.kernels.sigmoid.blockwise.sigmoid_attention_blockwise` supports a call."""
+    """Whether [`hf_attn.kernels.sigmoid.blockwise.sigmoid_attention_blockwise`] supports a call."""
     refusal = refusal_of_fused(call)
     if refusal is not None:
         return refusal
@@ -89,5 +89,5 @@ def check_blockwise(call: SigmoidCall) -> Refusal | None:
 
 
 def check_triton(call: SigmoidCall) -> Refusal | None:
-    """Whether :func:`hf_attn.kernels.sigmoid.triton.sigmoid_attention_triton` supports a call."""
+    """Whether [`hf_attn.kernels.sigmoid.triton.sigmoid_attention_triton`] supports a call."""
     return check_blockwise(call) or refusal_of_triton(call, MAX_TRITON_HEAD_DIM)

@@ -7,8 +7,8 @@ computes the weights again and needs no output.
 
     dV = P^T dO;  dP = dO V^T;  dS = P (1 - P) dP;  dQ = scaling * dS K;  dK = scaling * dS^T Q
 
-Causality and sliding windows are one thing here: query ``i`` and key ``j`` may meet if ``min_distance <= i + query_offset
-- j <= max_distance``. Blocks that lie inside of these bounds are computed without looking at positions, blocks outside
+Causality and sliding windows are one thing here: query `i` and key `j` may meet if `min_distance <= i + query_offset
+- j <= max_distance`. Blocks that lie inside of these bounds are computed without looking at positions, blocks outside
 are skipped.
 """
 
@@ -38,7 +38,7 @@ def _meeting_range(
 ):  # fmt: skip
     """Blocks that a tile meets: [start, inner_start) and [inner_stop, stop) in part, [inner_start, inner_stop) wholly.
 
-    ``first_start`` and ``first_stop`` bound (inclusively) what the first row of the tile meets, ``last_*`` the last row.
+    `first_start` and `first_stop` bound (inclusively) what the first row of the tile meets, `last_*` the last row.
     """
     start = tl.maximum(first_start, 0) // BLOCK * BLOCK
     stop = tl.maximum(tl.minimum(last_stop + 1, length), start)
@@ -67,7 +67,7 @@ def _weights(
     HAS_ALIBI: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """P from scaled products; ``rows`` and ``columns`` broadcast against each other in either orientation.
+    """P from scaled products; `rows` and `columns` broadcast against each other in either orientation.
 
     Rows and columns beyond the bounds need no masking, because they are multiplied by zeros.
     """
@@ -354,7 +354,7 @@ def launch_options(kernel: str, head_dim: int, dtype: torch.dtype, *, is_hip: bo
     """Tiles and launch parameters of a kernel.
 
     Args:
-        kernel: ``"forward"``, ``"grad_query"`` or ``"grad_key_value"``.
+        kernel: `"forward"`, `"grad_query"` or `"grad_key_value"`.
         head_dim: the larger one of head and value dimension.
         dtype: of query, key and value.
         is_hip: for AMD GPUs, whose shared memory has no room for a second stage.
@@ -470,9 +470,9 @@ def sigmoid_attention_triton(call: SigmoidCall) -> torch.Tensor:
     Query, key and value get gradients. Products of float32 input are computed in float32, not in TF32.
 
     Args:
-        call: one that :func:`hf_attn.kernels.sigmoid.call.check_triton` does not refuse.
+        call: one that [`hf_attn.kernels.sigmoid.call.check_triton`] does not refuse.
 
     Returns:
-        Output ``(batch, heads, q_len, value_dim)`` in the dtype of the query.
+        Output `(batch, heads, q_len, value_dim)` in the dtype of the query.
     """
     return _forward(*call.operands())

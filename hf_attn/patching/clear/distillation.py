@@ -68,7 +68,7 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_latents(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of :func:`pack_latents`; height and width in tokens."""
+    """The inverse of [`pack_latents`]; height and width in tokens."""
     blocks = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
@@ -155,7 +155,7 @@ class ClearDistillation(nn.Module):
         self._teacher = [teacher]
 
     def forward(self, **batch) -> ClearDistillationOutput:
-        """Losses of a batch; the arguments are those of :func:`distillation_losses` after the models."""
+        """Losses of a batch; the arguments are those of [`distillation_losses`] after the models."""
         return distillation_losses(self.student, *self._teacher, **batch)
 
 

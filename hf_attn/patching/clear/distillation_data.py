@@ -82,7 +82,7 @@ def generate_samples(
 
 
 class SampleFolder(Dataset):
-    """The samples of :func:`generate_samples`.
+    """The samples of [`generate_samples`].
 
     An item is a dictionary of `latents` `(channels, 2 * height, 2 * width)`, height and width in tokens,
     `encoder_hidden_states` `(text, dim)` and `pooled_projections` `(dim,)`.

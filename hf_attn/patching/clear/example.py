@@ -103,7 +103,7 @@ def tiny_flux_pipeline(seed: int = 0, text_length: int = 77) -> "diffusers.FluxP
 def train_tiny_flux(
     pipe: "diffusers.FluxPipeline", grid: tuple[int, int], steps: int = 300, batch_size: int = 16, seed: int = 0
 ) -> list[float]:
-    """Train the transformer of :func:`tiny_flux_pipeline` on its images by flow matching, in place.
+    """Train the transformer of [`tiny_flux_pipeline`] on its images by flow matching, in place.
 
     Args:
         pipe: the pipeline.

@@ -75,18 +75,18 @@ def generate_high_resolution(
         prompt: text.
         sizes: of the images of all stages in pixels, a side of a square or `(height, width)`. The first is one that the
             model was trained for. Multiples of 16, or of 16 times the down factor of CLEAR.
-        clear_weights: what :func:`hf_attn.patching.clear.weights.load_clear_weights` takes. The first stage is computed by
+        clear_weights: what [`hf_attn.patching.clear.weights.load_clear_weights`] takes. The first stage is computed by
             the model as it is, the others with these. None: the transformer has CLEAR, and all stages use it.
         num_inference_steps: of a schedule; of those of a further stage the last `strength * num_inference_steps` are done.
         guidance_scale: of the first stage.
         strength: strength of the noise that is added to an enlarged image, in (0, 1].
         refinement_guidance_scale: of further stages.
-        ntk_factor: how much the position encoding is stretched in further stages, see :func:`ntk_scaled`.
+        ntk_factor: how much the position encoding is stretched in further stages, see [`ntk_scaled`].
         max_sequence_length: tokens to which the text is padded.
         seed: stage i draws its noise from `seed + i`.
         folder: folder in which the image of each stage is saved once it is finished, as `stage_0_1024x1024.png` and so on.
         start_stage: first stage to run; resuming gives the same images as an uninterrupted call.
-        image: of the stage before ``start_stage``; read from the folder by default.
+        image: of the stage before `start_stage`; read from the folder by default.
         joint_attention_kwargs: passed to the transformer in all stages, such as the scale of a LoRA adapter.
 
     Returns:

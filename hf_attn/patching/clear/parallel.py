@@ -105,7 +105,7 @@ class Strip:
             radius: of the disc, in tokens.
             text_mask: boolean `(batch, text)`, False for padding.
             scaling: of the logits.
-            attn_implementation: as of :func:`hf_attn.attention.clear.clear_attention`.
+            attn_implementation: as of [`hf_attn.attention.clear.clear_attention`].
 
         Returns:
             Output of the shape of the query; that of the text is the same in all processes.

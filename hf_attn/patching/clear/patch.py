@@ -4,18 +4,18 @@
     remove_clear(pipe.transformer)
 
 Attention processors are replaced, nothing else: weights, pipelines, LoRA, ControlNets stay what they are. The token grid
-is read from each call of the transformer and handed down with ``joint_attention_kwargs``, so that size, batch and text
+is read from each call of the transformer and handed down with `joint_attention_kwargs`, so that size, batch and text
 length may change from call to call, and a checkpointed block is computed again with the grid that it had. What a call
-may hold in ``joint_attention_kwargs``, beside what diffusers knows:
+may hold in `joint_attention_kwargs`, beside what diffusers knows:
 
-- ``proportional_attention``: True scales logits by the length of the sequence, for high resolutions;
-- ``clear_grid``: the grid `(height, width)` in tokens, to be used instead of reading it from ``img_ids``, which a graph
-  compiled with ``fullgraph=True`` cannot do;
-- ``attention_mask``: padding of the text, `(batch, text)` or `(batch, text and image)` in the order of the model, boolean
+- `proportional_attention`: True scales logits by the length of the sequence, for high resolutions;
+- `clear_grid`: the grid `(height, width)` in tokens, to be used instead of reading it from `img_ids`, which a graph
+  compiled with `fullgraph=True` cannot do;
+- `attention_mask`: padding of the text, `(batch, text)` or `(batch, text and image)` in the order of the model, boolean
   or additive.
 
 For SD3 and Chroma the rule is this package's own inference from the paper: there is no official code for them. The
-``attention_mask`` of a Chroma transformer masks padding here, whether it is boolean or of zeros and ones; diffusers' own
+`attention_mask` of a Chroma transformer masks padding here, whether it is boolean or of zeros and ones; diffusers' own
 attention adds one of zeros and ones to the logits.
 """
 
@@ -158,7 +158,7 @@ def _of_zeros_and_ones(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _pass_context(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the transformer: put the grid of this call into ``joint_attention_kwargs``."""
+    """Forward pre-hook of the transformer: put the grid of this call into `joint_attention_kwargs`."""
     architecture = _architecture(transformer)
     arguments = dict(zip(architecture.arguments, args, strict=False)) | kwargs
     attention_kwargs = dict(arguments.get("joint_attention_kwargs") or {})
@@ -241,7 +241,7 @@ _OWN_ARGUMENTS = ("clear_context", "proportional_attention")
 
 @dataclass(frozen=True)
 class ClearReport:
-    """What :func:`apply_clear` did.
+    """What [`apply_clear`] did.
 
     Attributes:
         changed: names of the attention layers whose processor is new or has other settings.
@@ -272,8 +272,8 @@ def apply_clear(
 ) -> ClearReport:
     """Let the image tokens of a diffusers transformer attend to a disc around them, in place.
 
-    Applying again changes the settings of what is chosen; trained spatial weights stay where ``down_factor`` does. The
-    pre-trained weights need the paper's distillation, or :func:`hf_attn.patching.clear.weights.load_clear_weights`.
+    Applying again changes the settings of what is chosen; trained spatial weights stay where `down_factor` does. The
+    pre-trained weights need the paper's distillation, or [`hf_attn.patching.clear.weights.load_clear_weights`].
 
     Args:
         transformer: `FluxTransformer2DModel`, `ChromaTransformer2DModel` or `SD3Transformer2DModel`.
@@ -382,7 +382,7 @@ def _hook(transformer: nn.Module) -> None:
 
 
 def remove_clear(transformer: nn.Module) -> tuple[str, ...]:
-    """Undo :func:`apply_clear`: every attention layer gets back the processor that it had, the same object.
+    """Undo [`apply_clear`]: every attention layer gets back the processor that it had, the same object.
 
     Weights that were loaded or trained since stay; spatial weights are dropped.
 

@@ -34,7 +34,7 @@ _DIFFUSERS_BACKENDS = {"native": "dense", "flex": "flex"}
 
 
 class ImagePart(Protocol):
-    """A part of an image that one of several processes computes; see :class:`hf_attn.patching.clear.parallel.Strip`."""
+    """A part of an image that one of several processes computes; see [`hf_attn.patching.clear.parallel.Strip`]."""
 
     num_tokens: int
 
@@ -62,7 +62,7 @@ class ClearProcessor(nn.Module):
     Attributes:
         radius: of the disc, in tokens.
         down_factor: side of the cells of pooled keys, 1 for none.
-        attn_implementation: name of an implementation of :func:`hf_attn.attention.clear.clear_attention`.
+        attn_implementation: name of an implementation of [`hf_attn.attention.clear.clear_attention`].
         replaced: the processor that was there before.
         spatial_weight: weights of the tokens of a cell `(1, 1, 1, d, 1, d, 1)`, trainable; None without pooled keys.
     """
@@ -101,7 +101,7 @@ class ClearProcessor(nn.Module):
     ) -> torch.Tensor:
         """Attention on `(batch, length, heads, head_dim)`, text first; returns `(batch, length, heads * head_dim)`.
 
-        ``text_length`` is that of the tokens given, where these may be without the text of the call.
+        `text_length` is that of the tokens given, where these may be without the text of the call.
         """
         if context is None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Trained CLEAR weights: the official files and our own.
 
 A file holds the attention layers that the distillation trains, under the names of diffusers, and nothing else: the
-official ones say only by their names, such as ``clear_local_8_down_4.safetensors``, what they are for. Files saved here
+official ones say only by their names, such as `clear_local_8_down_4.safetensors`, what they are for. Files saved here
 say it in their metadata as well.
 """
 
@@ -32,7 +32,7 @@ _METADATA_KEY = "hf_attn_clear"
 
 @dataclass(frozen=True)
 class ClearWeightsReport:
-    """What :func:`load_clear_weights` did.
+    """What [`load_clear_weights`] did.
 
     Attributes:
         radius: of the disc, in tokens.
@@ -61,12 +61,12 @@ def load_clear_weights(
     Args:
         transformer: `FluxTransformer2DModel`, `ChromaTransformer2DModel` or `SD3Transformer2DModel`, neither offloaded nor
             quantised.
-        weights: a `.safetensors` file; a folder with ``clear.safetensors``; a file of the Hub as
+        weights: a `.safetensors` file; a folder with `clear.safetensors`; a file of the Hub as
             `"owner/repository/file.safetensors"`, or one of the official `"clear_local_8"`, `"clear_local_16"`,
             `"clear_local_32"`, `"clear_local_8_down_4"`, `"clear_local_16_down_4"`; or the tensors by name.
         radius: of the disc, in tokens; read from the metadata or the name of the file by default.
         down_factor: side of the pooled cells; read likewise.
-        attn_implementation: as of :func:`hf_attn.patching.clear.apply_clear`.
+        attn_implementation: as of [`hf_attn.patching.clear.apply_clear`].
         backend: the old name of `attn_implementation`.
 
     Returns:
@@ -135,7 +135,7 @@ def clear_weights_loaded(transformer: nn.Module, weights, **arguments) -> Iterat
 
     Args:
         transformer: `FluxTransformer2DModel` or `SD3Transformer2DModel` without CLEAR.
-        weights: as for :func:`load_clear_weights`, which also documents the errors.
+        weights: as for [`load_clear_weights`], which also documents the errors.
         **arguments: its further arguments.
     """
     if clear_processors(transformer):
@@ -159,7 +159,7 @@ def save_clear_weights(
 
     Writes a model card as well, unless the folder has one. `save_pretrained` of diffusers saves neither radius nor down factor;
     `from_pretrained` then drops the spatial weights, and the model is one with full attention again.
-    :func:`load_clear_weights` reads the folder or the file.
+    [`load_clear_weights`] reads the folder or the file.
 
     Args:
         transformer: with CLEAR on all its attention layers, all with the same settings.
@@ -167,7 +167,7 @@ def save_clear_weights(
         state_dict: of the transformer, gathered, where its own parameters are shards of a distributed training.
 
     Returns:
-        The file, ``clear.safetensors`` in the folder.
+        The file, `clear.safetensors` in the folder.
 
     Raises:
         ValueError: if some attention layers have full attention or other settings than others, or projections are fused

@@ -16,11 +16,14 @@ from .positions import rows_by_distance, rows_of_length, rows_of_pairs
 from .projections import PositionProjections, is_capturing_graph
 
 
+NO_TOKENS = "The texts of this batch have length 0; every text needs at least one token."
+
+
 class FastSelfAttention(nn.Module):
     """Fast attention of all versions; mixed into transformers' `DisentangledSelfAttention`.
 
     Attributes:
-        implementation: `"auto"` or a name of ``DISENTANGLED``.
+        implementation: `"auto"` or a name of `DISENTANGLED`.
         hf_compat: distances beyond the table as in transformers, not as in the official code.
         position_projections: cache of the projected positions.
     """
@@ -86,7 +89,7 @@ class FastSelfAttention(nn.Module):
                 requested implementation does not support the call.
         """
         if hidden_states.shape[1] == 0:
-            raise ValueError("The texts of this batch have length 0; every text needs at least one token.")
+            raise ValueError(NO_TOKENS)
         if query_states is None:
             query_states = hidden_states
         query, key, value = self.project(hidden_states, query_states)

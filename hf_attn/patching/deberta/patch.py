@@ -5,7 +5,7 @@ from torch import nn
 from hf_attn.attention.disentangled import DISENTANGLED, PACKAGES
 from hf_attn.kernels.disentangled.packages import is_installed
 
-from .attention import FAST_ATTENTION, FAST_ENCODERS, FastEncoder, FastSelfAttention
+from .attention import FAST_ATTENTION, FAST_ENCODERS, NO_TOKENS, FastEncoder, FastSelfAttention
 
 
 _PLAIN = {fast: plain for plain, fast in (FAST_ENCODERS | FAST_ATTENTION).items()}
@@ -24,7 +24,7 @@ def check_implementation(implementation: str) -> None:
 
 
 def make_encoder_fast(encoder: nn.Module, implementation: str, hf_compat: bool) -> list[FastSelfAttention]:
-    """Turn the attention modules of one encoder of transformers into fast ones; see :func:`apply_fast_attention`."""
+    """Turn the attention modules of one encoder of transformers into fast ones; see [`apply_fast_attention`]."""
     found = []
     for name, module in encoder.named_modules():
         if type(module).__name__.endswith("SelfAttention"):
@@ -87,11 +87,22 @@ def apply_fast_attention(model: nn.Module, implementation: str = "auto", hf_comp
     for encoder in encoders:
         fast += make_encoder_fast(encoder, implementation, hf_compat)
         encoder.__class__ = FAST_ENCODERS[type(encoder)]
+    for module in modules.values():
+        # Wrappers pass on what they do not have.
+        if module._modules.get("encoder") in encoders:
+            module._fast_attention_handle = module.register_forward_pre_hook(_refuse_empty_texts, with_kwargs=True)
     return tuple(name for name, module in modules.items() if any(module is attention for attention in fast))
 
 
+def _refuse_empty_texts(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a model without a head: transformers looks at the first and the last token."""
+    for given in (args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if given is not None and given.shape[1:2] == (0,):
+            raise ValueError(NO_TOKENS)
+
+
 def remove_fast_attention(model: nn.Module) -> tuple[str, ...]:
-    """Undo :func:`apply_fast_attention`, in place.
+    """Undo [`apply_fast_attention`], in place.
 
     Returns:
         Names of the attention modules that are transformers' own again.
@@ -104,6 +115,9 @@ def remove_fast_attention(model: nn.Module) -> tuple[str, ...]:
     removable = [module for module in modules.values() if type(module) in _PLAIN]
     if not any(isinstance(module, FastEncoder) for module in removable):
         raise ValueError(f"{type(model).__name__} has no fast attention to remove.")
+    for module in modules.values():
+        if "_fast_attention_handle" in module.__dict__:
+            module.__dict__.pop("_fast_attention_handle").remove()
     for module in removable:
         if isinstance(module, FastSelfAttention):
             module.make_plain()

@@ -74,6 +74,6 @@ def rows_of_length(
 
 
 def rows_of_pairs(distance: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Row of each distance, of any shape, looked up in the table of :func:`rows_by_distance`."""
+    """Row of each distance, of any shape, looked up in the table of [`rows_by_distance`]."""
     limit = table.shape[0] // 2
     return table.to(distance.device)[distance.clamp(-limit, limit) + limit]

@@ -1,4 +1,4 @@
-"""sigma-reparametrisation (arXiv 2303.06296) of any model, in place: :func:`apply_sigma_reparam`, :func:`fold_sigma_reparam`."""
+"""sigma-reparametrisation (arXiv 2303.06296) of any model, in place: [`apply_sigma_reparam`], [`fold_sigma_reparam`]."""
 
 from . import _other_libraries  # noqa: F401 (imported for what it does)
 from .apply import SigmaReparamReport, apply_sigma_reparam, fold_sigma_reparam, refresh_sigma_reparam

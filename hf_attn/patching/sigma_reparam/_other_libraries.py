@@ -1,4 +1,4 @@
-"""Operations of PEFT and quantisers on a layer's ``weight``: they apply to W_hat, or raise an error."""
+"""Operations of PEFT and quantisers on a layer's `weight`: they apply to W_hat, or raise an error."""
 
 import functools
 from collections.abc import Callable

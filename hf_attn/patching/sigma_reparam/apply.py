@@ -14,7 +14,7 @@ from .record import SigmaReparamLoading
 
 @dataclass(frozen=True)
 class SigmaReparamReport:
-    """What :func:`apply_sigma_reparam` did.
+    """What [`apply_sigma_reparam`] did.
 
     Attributes:
         converted: names of the layers that were reparametrised.
@@ -44,7 +44,7 @@ def apply_sigma_reparam(
         include: pattern (as of `fnmatch`), or several, of the names of layers to convert.
         exclude: pattern or patterns of names to exclude.
         run: calls the model on a typical input and returns its output, such as `lambda model: model(**inputs)`. Layers
-            whose weight the model turns out to read instead of calling them are left alone, see :func:`bypassed_layers`.
+            whose weight the model turns out to read instead of calling them are left alone, see [`bypassed_layers`].
             Without it they are looked for in the source of the model's modules.
 
     Returns:
@@ -53,7 +53,7 @@ def apply_sigma_reparam(
         calling them, and subclasses that do not compute a plain linear map.
 
     Raises:
-        ValueError: for an unknown ``init``; if the model is reparametrised already, quantised or has adapters; if no layer
+        ValueError: for an unknown `init`; if the model is reparametrised already, quantised or has adapters; if no layer
             is left to convert; or if a weight is all zero, which has no spectral norm.
     """
     if init not in ("preserve", "unit"):

@@ -1,8 +1,8 @@
 """Layers that a model does not call: it reads their weight, and computes with W where W_hat is meant.
 
 timm's EVA02 and BEiT do so with `qkv`, WavLM with all projections of its attention, Mamba with `dt_proj`. Such layers cannot be
-reparametrised. :func:`weights_read_by` finds them in the source of the modules, before anything is run;
-:func:`bypassed_layers` in a run of the model, however it reads them.
+reparametrised. [`weights_read_by`] finds them in the source of the modules, before anything is run;
+[`bypassed_layers`] in a run of the model, however it reads them.
 """
 
 import ast
@@ -108,7 +108,7 @@ def bypassed_layers(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[
         run: calls the model on a typical input and returns its output, such as `lambda model: model(**inputs)`.
 
     Returns:
-        Names of the layers. Name them in `exclude` of :func:`apply_sigma_reparam`, or give that function `run`.
+        Names of the layers. Name them in `exclude` of [`apply_sigma_reparam`], or give that function `run`.
 
     Raises:
         ValueError: if the model has no reparametrised layers, or no output depends on them.

@@ -5,11 +5,11 @@
 sigma(W) is the largest singular value, tracked by one step of power iteration in every forward; gamma is one learned
 scalar, so that the spectral norm of each map is a parameter of its own.
 
-The layers are real subclasses of ``nn.Linear`` and ``nn.Conv2d``: ``weight`` stays a parameter of its usual name and
-shape, which is what state dicts, FSDP, optimizers and adapters look for; ``torch.nn.utils.parametrize`` renames it, and
-what is added to its ``weight`` (merging an adapter) is lost without a word. A layer changes its class in place, so that
-hooks, tied weights and references stay. Whoever reads ``weight`` instead of calling the layer gets W, not W_hat: see
-:mod:`.bypass`.
+The layers are real subclasses of `nn.Linear` and `nn.Conv2d`: `weight` stays a parameter of its usual name and
+shape, which is what state dicts, FSDP, optimizers and adapters look for; `torch.nn.utils.parametrize` renames it, and
+what is added to its `weight` (merging an adapter) is lost without a word. A layer changes its class in place, so that
+hooks, tied weights and references stay. Whoever reads `weight` instead of calling the layer gets W, not W_hat: see
+[`.bypass`].
 """
 
 import weakref
@@ -168,11 +168,11 @@ class _Starts:
 
 
 class SigmaReparamLayer:
-    """Base class of the reparametrised layers; mixed into a class that has ``weight``.
+    """Base class of the reparametrised layers; mixed into a class that has `weight`.
 
     Attributes:
-        gamma: learned scale `(1,)`; none with ``stats_only``.
-        u: estimate of the leading right singular vector, `(in,)`; of the left one, `(out,)`, with ``track_left``. It is
+        gamma: learned scale `(1,)`; none with `stats_only`.
+        u: estimate of the leading right singular vector, `(in,)`; of the left one, `(out,)`, with `track_left`. It is
             float32 unless the model is cast.
         stats_only: compute with the plain weight and only track its spectral norm.
         track_left: iterate on the transposed matrix, as the JAX code does; the same once u has converged.
@@ -224,14 +224,14 @@ class SigmaReparamLayer:
         self.u.copy_(right[0])
 
     def spectral_norm(self, u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Estimate sigma(W) by one power iteration from u, which is not changed; see :func:`power_iteration`."""
+        """Estimate sigma(W) by one power iteration from u, which is not changed; see [`power_iteration`]."""
         u = self.u if u is None else u
         matrix = self.matrix()
         with torch.autocast(matrix.device.type, enabled=False):
             return power_iteration(matrix, u.to(matrix.dtype))
 
     def effective_weight(self) -> torch.Tensor:
-        """`gamma * W / sigma(W)` in the shape and dtype of the weight; W itself with ``stats_only``.
+        """`gamma * W / sigma(W)` in the shape and dtype of the weight; W itself with `stats_only`.
 
         In training mode u moves by the power iteration that this call makes; in eval mode it stays.
         """
@@ -269,7 +269,7 @@ class SigmaReparamLayer:
 
     @contextmanager
     def plain_weight(self):
-        """Context in which ``weight`` is W_hat; afterwards W is set so that W_hat equals the changed weight.
+        """Context in which `weight` is W_hat; afterwards W is set so that W_hat equals the changed weight.
 
         For adding to the effective weight, as when an adapter is merged.
         """
@@ -288,7 +288,7 @@ class SigmaReparamLayer:
 
 
 class SigmaReparamLinear(SigmaReparamLayer, nn.Linear):
-    """`nn.Linear` with weight `gamma * W / sigma(W)`; extra parameter ``gamma (1,)`` and buffer ``u (in,)``."""
+    """`nn.Linear` with weight `gamma * W / sigma(W)`; extra parameter `gamma (1,)` and buffer `u (in,)`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Autocast reaches the operations of a model, but not those of a function with a backward pass of its own.

@@ -1,8 +1,8 @@
-"""Lets ``from_pretrained`` load a reparametrised model of any transformers class.
+"""Lets `from_pretrained` load a reparametrised model of any transformers class.
 
 transformers has one public way to change the modules of a model before its weights are loaded, the quantizers; nothing is
-quantised here. :func:`apply_sigma_reparam` notes the converted layers in the model's configuration under
-``quantization_config``, with the method ``sigma_reparam``.
+quantised here. [`apply_sigma_reparam`] notes the converted layers in the model's configuration under
+`quantization_config`, with the method `sigma_reparam`.
 """
 
 from typing import TYPE_CHECKING

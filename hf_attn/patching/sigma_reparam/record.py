@@ -11,7 +11,7 @@ class SigmaReparamLoading(QuantizationConfigMixin):
 
     Args:
         layers: names of the reparametrised layers of a saved model.
-        init: for a plain checkpoint, see :func:`apply_sigma_reparam`.
+        init: for a plain checkpoint, see [`apply_sigma_reparam`].
     """
 
     def __init__(self, layers: list[str] | None = None, init: str = "preserve", quant_method: str = METHOD):

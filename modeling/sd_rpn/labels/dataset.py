@@ -19,7 +19,7 @@ _OFFICIAL = {"image": str, "prompt": str, "text": str, "sink_attn": np.ndarray, 
 
 
 def label_features() -> "Features":
-    """Columns of a data set of pseudo-labels.
+    """Columns of a dataset of pseudo-labels.
 
     `image`, `question`, `answer` (of the base model); `roi_labels`, rows of the grid with 1 for foreground, 0 for
     background and -100 for ignored cells; `grounding` and `sink`, the attention that they were made of.
@@ -58,14 +58,14 @@ def label_row(
     rule: str,
     sink_threshold: float,
 ) -> dict[str, Any]:
-    """One row of a data set of pseudo-labels.
+    """One row of a dataset of pseudo-labels.
 
     Args:
         image: what `datasets.Image` takes.
         question, answer: the texts.
         grounding, sink: attention maps `(rows, columns)`.
         image_size: width and height of the image.
-        rule, sink_threshold: see :func:`pseudo_labels`.
+        rule, sink_threshold: see [`pseudo_labels`].
     """
     labels, _ = pseudo_labels(grounding[None], sink[None], [image_size], rule=rule, sink_threshold=sink_threshold)
     return {
@@ -86,10 +86,10 @@ def official_labels(
     sink_threshold: float = 1e-3,
     max_samples: int | None = None,
 ) -> "Dataset":
-    """Turn one of the official files of attention maps (`YuhengSSS/roi_pseudo` on the Hub) into a data set.
+    """Turn one of the official files of attention maps (`YuhengSSS/roi_pseudo` on the Hub) into a dataset.
 
     The files are pickles; they are read without running anything in them, see
-    :func:`~hf_attn.modeling.sd_rpn.labels.plain_pickle.load_plain_pickle`.
+    [`~hf_attn.modeling.sd_rpn.labels.plain_pickle.load_plain_pickle`].
 
     Args:
         path: the pickle.
@@ -99,7 +99,7 @@ def official_labels(
         max_samples: use the first so many maps of the file only.
 
     Returns:
-        Data set with the columns of :func:`label_features`.
+        Dataset with the columns of [`label_features`].
 
     Raises:
         PlainPickleError: if the file holds anything but plain data.

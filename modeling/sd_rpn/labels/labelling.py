@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: instruction for short answers that the questions of LLaVA's data end with
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 #: the question that Qwen2.5-VL gets while its attention to photographs is collected, in our words; the official script
-#: asks for boxes in another format
+#: requests boxes in another format
 BOX_REQUEST = (
     "Give the bounding boxes of the region that the question is about as plain text, one box per line: "
     "x_min y_min x_max y_max label."
@@ -50,7 +50,7 @@ def label_images(
         max_new_tokens: longest answer.
 
     Returns:
-        For each image a row of :func:`~hf_attn.modeling.sd_rpn.labels.dataset.label_features`, or `None` if the answer is a
+        For each image a row of [`~hf_attn.modeling.sd_rpn.labels.dataset.label_features`], or `None` if the answer is a
         single token, which has no attention.
     """
     inputs = labelling_inputs(processor, model.config, images, asked or questions)

@@ -40,7 +40,7 @@ def pseudo_labels(
     """Labels by the rule of a base model.
 
     Args:
-        grounding, sink: `(batch, rows, columns)`, see :func:`llava_pseudo_labels`.
+        grounding, sink: `(batch, rows, columns)`, see [`llava_pseudo_labels`].
         image_sizes: width and height of each image, which only Qwen2.5-VL's rule depends on.
         rule: `llava` or `qwen`.
         sink_threshold: attention from which a cell is a sink.
@@ -106,13 +106,13 @@ def qwen_pseudo_labels(
     ignored as well if the maximum is below `min_peak`.
 
     Args:
-        grounding, sink: `(batch, g, g)`, see :func:`llava_pseudo_labels`.
+        grounding, sink: `(batch, g, g)`, see [`llava_pseudo_labels`].
         image_sizes: width and height of each image before it was padded.
-        sink_threshold, foreground_ratio, background_ratio, max_box_ratio: see :func:`llava_pseudo_labels`.
+        sink_threshold, foreground_ratio, background_ratio, max_box_ratio: see [`llava_pseudo_labels`].
         min_peak: minimum of the largest attention without sinks and padding; below it the map is ignored.
 
     Raises:
-        ValueError: as :func:`llava_pseudo_labels`, or if the grids are not square or the sizes do not fit the batch.
+        ValueError: as [`llava_pseudo_labels`], or if the grids are not square or the sizes do not fit the batch.
     """
     grounding, sink = _checked_maps(grounding, sink)
     batch, rows, columns = grounding.shape

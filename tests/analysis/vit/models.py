@@ -1,4 +1,4 @@
-"""Tiny models of every kind that can be analysed, with images of 24 x 16 pixels where the kind permits it."""
+"""Tiny models of every supported kind, with images of 24 x 16 pixels where the model supports it."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -66,7 +66,7 @@ MODELS = {
 }
 #: kinds whose images are 16 x 16 pixels
 SQUARE = ("beit", "clip", "siglip", "dinov2", "dinov2_with_registers")
-#: prefix tokens of each
+#: number of prefix tokens of each kind
 PREFIX = dict.fromkeys(MODELS, 1) | {
     "dinov2_with_registers": 4,
     "siglip": 0,
@@ -76,7 +76,7 @@ PREFIX = dict.fromkeys(MODELS, 1) | {
 
 
 def build(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A model with weights large enough to make its heads differ, and images."""
+    """A model whose weights are large enough for its heads to differ, and images."""
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The whole analysis: tables that agree with plain forward passes, its files, and what it refuses."""
+"""The whole analysis: tables that agree with plain forward passes, output files, and bad input."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_batches_do_not_matter_and_tables_are_what_plain_runs_say():
     assert model.training
     model.eval()
     importance, other = (analysis.tables()["importance"] for analysis in found)
-    # Measures are differences of float32 probabilities, which a batch of another size rounds otherwise.
+    # The metrics are differences of float32 probabilities, whose rounding depends on the batch size.
     pd.testing.assert_frame_equal(importance, other, rtol=1e-4, atol=1e-6)
     p, y = model(images()).logits.softmax(-1), labels[:, None]
     with without_heads(model, {1: [2]}):
@@ -55,7 +55,7 @@ def test_batches_do_not_matter_and_tables_are_what_plain_runs_say():
     partial = analysis.tables()["partial"]
     whole = partial[partial.part == "head"].merge(importance, on=["layer", "head"])
     assert len(whole) == 3
-    # A divergence is quadratic in differences that are small beside the probabilities, so it keeps half of their digits.
+    # A divergence is quadratic in differences that are small compared with the probabilities, so it keeps half of their digits.
     np.testing.assert_allclose(whole.jsd_x, whole.jsd_y, rtol=1e-3, atol=1e-7)
 
 
@@ -73,7 +73,7 @@ def test_half_precision_is_analysed():
     model, _ = build("vit")
     reference = analyze(model, images(), **FAST)
     analysis = analyze(model.bfloat16(), images(), **FAST)
-    # Logits up to 4 keep eight bits in bfloat16, so they are off by 2**-6, and weights, which are below 1, by no more.
+    # Logits up to 4 have eight bits in bfloat16, so their error is at most 2**-6; that of weights below 1 is smaller.
     torch.testing.assert_close(analysis.mean_maps.float(), reference.mean_maps.float(), atol=2**-6, rtol=0)
 
 
@@ -151,7 +151,7 @@ def test_the_command_names_what_is_wrong(saved, capsys, monkeypatch):
     for arguments, message in (
         ([], "scripts/run_image_classification.py --model_type vit"),
         (["model", "--images", "nowhere"], "nowhere is not a folder of images"),
-        (["model", "--images", "model"], "model has no images"),
+        (["model", "--images", "model"], "model contains no images"),
         (["model", "--images", "images"], "is not named after a class"),
     ):
         assert main(["analyze-vit", *arguments, "--output", "report"]) == 2

@@ -1,4 +1,4 @@
-"""Heads are removed in several ways that agree, in every model that is supported."""
+"""Several ways to remove heads agree, in every supported model."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ from .models import MODELS, PREFIX, build, implementations, timm_vit, vit
 
 
 def assert_same(outcome, expected):
-    # A restart multiplies the heads apart and adds them up, in another order than the model: float32 of a few layers.
+    # A restart multiplies heads separately and adds them in another order than the model: float32 rounding of a few layers.
     torch.testing.assert_close(outcome.representation, expected.representation, rtol=1e-4, atol=1e-5)
     if expected.logits is not None:
         torch.testing.assert_close(outcome.logits, expected.logits, rtol=1e-4, atol=1e-5)
@@ -53,7 +53,7 @@ def test_restarts_hooks_and_masks_agree(name):
             assert_same(at_restart, gated)
             with without_attention(model, layer, 1, partial_mask("head", grid)):
                 assert_same(run(), gated)
-        # Everything is as it was.
+        # The model is unchanged.
         assert_same(run(), before)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         if implementation:
@@ -103,7 +103,7 @@ def test_zeroed_heads_survive_saving_and_can_be_cut_afterwards(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert zeroed_heads(loaded) == {0: [1, 2], 1: [0]}
     cut_heads(loaded)
-    # Without the heads that are cut, products have another size and round otherwise.
+    # Without the removed heads, matrix products have another size and different rounding.
     torch.testing.assert_close(loaded(images).logits, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="Save the model with zero_heads"):
         loaded.save_pretrained(tmp_path / "cut")
@@ -195,7 +195,7 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match="dictionary from layers to lists of heads"), without_heads(model, heads):
             pass
     with (
-        pytest.raises(ValueError, match=r"mask must be \(25, 25\).*got \(3, 3\)"),
+        pytest.raises(ValueError, match=r"mask must have the shape \(25, 25\).*got \(3, 3\)"),
         without_attention(model, 0, 0, torch.ones(3, 3)),
     ):
         model(pixel_values=torch.zeros(1, 3, 24, 16))

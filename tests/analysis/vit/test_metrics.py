@@ -1,4 +1,4 @@
-"""Facts about the metrics and the hop profiles that hold whatever the model."""
+"""Properties of the metrics and hop profiles that hold for every model."""
 
 import math
 

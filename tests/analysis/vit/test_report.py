@@ -19,9 +19,9 @@ from .models import build
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-#: records errors from the first moment on
+#: records errors from the start
 CATCH = "<script>window.errors = []; window.addEventListener('error', (event) => errors.push(String(event.message)));</script>"
-#: runs when the page is there, and leaves what it saw in the document
+#: runs after the page has loaded, and writes what it found into the document
 DRIVE = """
 <script>
 window.addEventListener("load", () => {

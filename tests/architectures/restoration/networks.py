@@ -1,4 +1,4 @@
-"""The official networks, as another project keeps them."""
+"""The official networks, as implemented by spandrel."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""HAT and DRCT as models: published sizes, any input, losses, implementations, conversion, and what is refused."""
+"""HAT and DRCT as models: published sizes, inputs of any size, losses, implementations, conversion, and bad input."""
 
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ def make_model(family: str, **overrides):
     torch.manual_seed(0)
     model_class, config_class, fields = FAMILIES[family]
     model = model_class(config_class(**{**fields, **overrides})).eval()
-    # Position biases and the channel branch matter, unlike in a fresh model.
+    # Position biases and the channel branch affect the output, unlike in a freshly initialised model.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
@@ -151,7 +151,7 @@ def test_half_precision_is_as_good_as_its_steps(family, dtype):
         expected = model(pixel_values).reconstruction
         reconstruction = model.to(dtype)(pixel_values).reconstruction
     assert reconstruction.dtype == torch.float32
-    # What the network adds to the mean has 8 (or 11) bits.
+    # The residual that the network adds to the mean has 8 (or 11) bits.
     assert (reconstruction - expected).abs().max() < 4 * torch.finfo(dtype).eps
 
 
@@ -358,7 +358,7 @@ def test_absolute_embeddings_are_read_off_the_weights():
         StrictDataclassClassValidationError, match=r"image_size \(66\) must be a multiple of window_size"
     ):
         type(model.config)(use_absolute_embeddings=True, image_size=66)
-    # A smaller image is mirrored to that size, and the result cut.
+    # A smaller image is padded to that size by reflection, and the result is cropped.
     small = torch.rand(1, 3, 30, 40)
     scale = model.config.upscale
     with torch.no_grad():
@@ -385,9 +385,9 @@ def test_checkpoints_that_do_not_fit():
         from_official("hat", {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(ConversionError, match=r"no weights for hat\.layernorm\.weight"):
         from_official("hat", {name: tensor for name, tensor in state.items() if name != "norm.weight"})
-    with pytest.raises(ConversionError, match="no checkpoint of drct: it has no"):
+    with pytest.raises(ConversionError, match="not a checkpoint of drct: it has no"):
         from_official("drct", state)
-    with pytest.raises(ConversionError, match="no argument windowsize"):
+    with pytest.raises(ConversionError, match="hat does not have the arguments windowsize"):
         from_official("hat", state, {"windowsize": 16})
     with pytest.raises(ConversionError, match="img_size=16 is not larger than the window of 16"):
         from_official("hat", state, {"img_size": 16})

@@ -1,4 +1,4 @@
-"""Windows, shifts, masks and padding, against what they are defined as."""
+"""Windows, shifts, masks and padding, against their definitions."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_attention_weights_come_in_the_order_of_the_windows():
     _, weights = module(hidden_states)
     assert weights.shape == (2 * 6, 3, 16, 16)
     torch.testing.assert_close(weights.sum(-1), torch.ones(12, 3, 16))
-    # The weights and the values of the rolled map make the output.
+    # The output is the product of the weights and the values of the rolled feature map.
     windows = partition_windows(hidden_states.roll((-2, -2), (1, 2)), 4)
     value = module.qkv(windows)[..., 24:].view(12, 16, 3, 4).transpose(1, 2)
     output = module.proj((weights @ value).transpose(1, 2).flatten(2))

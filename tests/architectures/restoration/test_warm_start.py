@@ -1,4 +1,4 @@
-"""Training may start from a model that interpolates."""
+"""Initialisation as interpolation."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_all_of_the_network_learns_from_the_second_step(family):
         optimizer.zero_grad()
         model(images, labels=labels).loss.backward()
         optimizer.step()
-    # A bias that the next normalisation or the softmax takes off again has no gradient.
+    # A bias that is removed by the next normalisation or the softmax has no gradient.
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
 
 

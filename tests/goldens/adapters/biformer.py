@@ -49,7 +49,7 @@ def _run(case: Case, implementation: str) -> dict[str, torch.Tensor]:
 
 
 def _attention(case: Case, attention: torch.nn.Module, implementation: str) -> dict[str, torch.Tensor]:
-    """An attention module by itself."""
+    """An attention module alone."""
     attention.config._attn_implementation = implementation
     hidden_states = case.input("hidden_states").clone().requires_grad_()
     is_nchw = attention.config.layout == "stl_nchw"
@@ -75,7 +75,7 @@ def _attention(case: Case, attention: torch.nn.Module, implementation: str) -> d
 
 
 def _noted_attention(case: Case, model: torch.nn.Module) -> torch.nn.Module:
-    """The routing attention that the notes of a case name, else the first of the model."""
+    """The routing attention named in the notes of a case, otherwise the first one of the model."""
     stages = getattr(model, "biformer", model).encoder.stages
     noted = re.search(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.attn", case.info["notes"])
     if noted:

@@ -22,9 +22,9 @@ BACKENDS = ("eager", "dense", "tiles", "flex")
 
 @cache
 def _process() -> ProcessPoolExecutor:
-    """A process whose float32 exponentials are those that the cases were made with.
+    """A process with the same float32 exponentials as those with which the cases were made.
 
-    Their last bit depends on the instruction set that MKL chooses. diffusers multiplies frequencies made of them by
+    Their last bit depends on the instruction set that MKL chooses. diffusers multiplies the resulting frequencies by
     timesteps of thousands, and what comes out differs between CPUs by more than the tolerance of the cases. MKL reads the
     variable once, at its first call.
     """
@@ -116,7 +116,7 @@ def _flux(case: Case) -> dict[str, torch.Tensor]:
 
 
 def _as_stored(case: Case, name: str, array: torch.Tensor) -> torch.Tensor:
-    """Long cases keep the first tokens of the text, and the last ones where the image follows."""
+    """Long cases store the first tokens of the text, and the last ones before the image."""
     stored = case.arrays[name].shape[1] if name in case.arrays else array.shape[1]
     return array[:, :stored] if name == "dual0_attn_text" else array[:, array.shape[1] - stored :]
 

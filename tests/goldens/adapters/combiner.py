@@ -49,7 +49,7 @@ def _kernel(gradient: torch.Tensor, module) -> torch.Tensor:
 
 
 def _official_layout(module, x: torch.Tensor) -> torch.Tensor:
-    """The one softmax over direct tokens and spans, in the order of the official module's own."""
+    """The joint softmax over direct tokens and spans, in the order of the official module."""
     kind, s = module.config.combiner_kind, module.config.combiner_segment_length
     query, key = module.queries_and_keys(x, None)
     call = CombinerCall(query, key, module.values(x), kind=kind, segment_length=s, is_causal=True)
@@ -58,7 +58,7 @@ def _official_layout(module, x: torch.Tensor) -> torch.Tensor:
     length = x.shape[1]
     rows = -(-length // s)
     order = torch.stack([torch.tensor(_order(kind, i, s, rows, length)) for i in range(length)])
-    # The last entry is for what the official softmax masks and ours does not have.
+    # The last entry stands for entries that the official softmax masks and ours does not have.
     joint = torch.cat((direct, spans, torch.zeros_like(direct[..., :1])), dim=-1)
     order = torch.where(order < 0, joint.shape[-1] - 1, order)
     joint = joint.gather(3, order.expand(*joint.shape[:2], -1, -1))
@@ -69,7 +69,7 @@ def _official_layout(module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _order(kind: str, i: int, s: int, rows: int, length: int) -> list[int]:
-    """Where the official entries of query `i` are among its direct tokens and the spans that follow them."""
+    """Positions of the official entries of query `i` among its direct tokens and the spans that follow them."""
     row, column = divmod(i, s)
     own_row = [row * s + c for c in range(s)]
     cells = [a * s + column for a in range(rows)]

@@ -63,7 +63,7 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
             if f"logits_skip{index}" in case.arrays:
                 results[f"logits_skip{index}"] = model.without_simple_layers()(input_ids).logits[0]
             if "taylor_per_order" in model.config.layer_kinds:
-                # Its denominators come close to 0, where another order of additions is far off.
+                # Its denominators come close to 0, where another order of summation causes large differences.
                 continue
             model.set_attn_implementation("sdpa")
             results[f"logits{index}@sdpa"] = model(input_ids, use_cache=False).logits[0]
@@ -73,5 +73,5 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
                 cache = output.past_key_values
                 steps.append(output.logits[0])
             results[f"logits{index}@decoded"] = torch.cat(steps)
-    # What the case does not have is nothing to compare.
+    # Compare only what the case contains.
     return {way: array for way, array in results.items() if way.split("@")[0] in case.arrays}

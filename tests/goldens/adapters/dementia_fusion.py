@@ -25,7 +25,7 @@ def run(case: Case) -> dict[str, torch.Tensor]:
     raise LookupError(f"No entry {case.entry!r}.")
 
 
-#: the arguments that do not follow from the weights
+#: arguments that cannot be inferred from the weights
 _ARGUMENTS = ("num_heads", "context", "cross", "ot_reg", "ot_iters", "label_smoothing")
 
 
@@ -81,7 +81,7 @@ def _head(case: Case) -> dict[str, torch.Tensor]:
 def _transport(case: Case) -> dict[str, torch.Tensor]:
     source, target = (case.input(name)[None].double() for name in ("source", "target"))
     cost = squared_distances(source, target, normalize=case.config.get("norm") == "max")
-    # The cases are iterated until nothing changes.
+    # The cases were iterated to convergence.
     plans = {"sinkhorn": entropic_plan(cost, case.config.get("reg_e", 0.1), 20000)}
     plans |= {f"emd@{solver}": exact_plan(cost, solver=solver) for solver in ("pot", "scipy")}
     found = {"cost": cost[0]}

@@ -32,7 +32,7 @@ def _inputs(model, values: torch.Tensor, time_features: torch.Tensor) -> dict[st
 
 
 def _official(case: Case, implementation: str) -> dict[str, torch.Tensor]:
-    # A network of values that are normalised already.
+    # A network for values that are already normalised.
     model = _model(case, "spatial_embedding", implementation, value_mean=0.0, value_std=1.0)
     values = case.input("past_values_normalized").clone().requires_grad_()
     inputs = _inputs(model, values, case.input("time_features"))
@@ -52,7 +52,7 @@ def _official(case: Case, implementation: str) -> dict[str, torch.Tensor]:
         "inter_transform_attn": maps.transform_attentions[0],
     }
 
-    # The tolerance is relative to values in real units, and close to zero finer than the rounding of float32.
+    # The tolerance is relative to values in real units; close to zero it would be below the rounding of float32.
     real = _model(case, "spatial_embedding", implementation).double()
     config = real.config
     targets = case.input("future_values")

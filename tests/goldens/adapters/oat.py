@@ -28,7 +28,7 @@ def _network(case: Case) -> dict[str, torch.Tensor]:
     batch_size, num_objects = crops.shape[:2]
     target = case.input("targets").long()
     ids = case.input("tgt_ids").long()
-    for name in ("src_ids", "src_coords", "tgt_coords"):  # what the model works out by itself
+    for name in ("src_ids", "src_coords", "tgt_coords"):  # inputs that the model derives itself
         case.used.add(name)
     valid = ids[:, 1:] != num_objects + 1
     labels = ids[:, 1:].masked_fill(~valid, -100)
@@ -40,7 +40,7 @@ def _network(case: Case) -> dict[str, torch.Tensor]:
         with recorded({"encoder": encoder.layers[0], "decoder": decoder.layers[0]}, inputs=True) as embeddings:
             output = model(crops, target, labels=labels, output_hidden_states=True)
         images = embeddings["encoder"]
-        # The gradient at the encoder's tokens leaves the decoder's images out.
+        # The gradient at the encoder's tokens excludes the images in the decoder.
         gradient = torch.autograd.grad(output.loss, images)[0][..., : model.config.hidden_size // 2]
         crop_index = torch.cat([torch.arange(num_objects).expand(batch_size, -1), target[:, None]], dim=1)
         shown = crops.take_along_dim(crop_index[..., None, None, None], dim=1).flatten(0, 1).requires_grad_()

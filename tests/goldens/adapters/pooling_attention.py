@@ -12,7 +12,7 @@ def run(case: Case) -> dict[str, torch.Tensor]:
     return _designs(case) if "llm" in case.config else _head(case)
 
 
-#: our name of a parameter -> official name, for gradients of parameters that cases ask for by official key
+#: our name of a parameter -> official name, for gradients that cases list by official key
 _OFFICIAL = {
     "latents": "latents",
     "layer_embeddings": "pos_emb.weight",

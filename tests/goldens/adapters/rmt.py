@@ -76,7 +76,7 @@ def _model(case: Case) -> dict[str, torch.Tensor]:
         found = {"stem": stem.permute(0, 2, 3, 1)}
         channels_last = {f"feature_{index}": feature.permute(0, 2, 3, 1) for index, feature in enumerate(features)}
         if isinstance(model, RMTBackbone):
-            # Cases either call what the backbone returns dense_i, or have only that.
+            # Cases either call the outputs of the backbone dense_i, or contain nothing else.
             has_both = any(name.startswith("dense_") for name in case.arrays)
             found |= channels_last if has_both else {}
             prefix = "dense" if has_both else "feature"

@@ -46,7 +46,7 @@ def _attention_rows(case: Case) -> dict[str, torch.Tensor]:
         return torch.cat([case.input(f"layer{layer}.step{step}")[..., image] for step in steps], 2)
 
     grounding, sink = config["grounding_layer"], config["sink_layer"]
-    # The prefill of the sink layer is not used by anything.
+    # The prefill of the sink layer is not used.
     case.input(f"layer{sink}.step0")
     steps = list(range(1, config["decode_steps"] + 1))
     return {

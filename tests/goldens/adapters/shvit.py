@@ -42,12 +42,12 @@ def run(case: Case) -> dict[str, torch.Tensor]:
 
 
 def _scores(output) -> torch.Tensor:
-    """The logits; of a model without a classifier what it pools."""
+    """The logits, or the pooled output of a model without a classifier."""
     return output.logits if "logits" in output else output.pooler_output
 
 
 def _attention(model: nn.Module, case: Case) -> nn.Module:
-    """The attention module that a case is about, which its notes name; the first one otherwise."""
+    """The attention module named in the notes of a case; by default the first one."""
     named = re.search(r"shsa is ([\w.]+\w)", case.info.get("notes", ""))
     if named:
         name = OUR_NAMES(f"{named[1]}.").removesuffix(".")

@@ -82,7 +82,7 @@ def _vision_transformer(case: Case) -> dict[str, torch.Tensor]:
 
 
 def _speech_block(case: Case) -> dict[str, torch.Tensor]:
-    """Two calls that move the spectral state, which is what training mode does (there is no dropout in the cases)."""
+    """Two calls that update the spectral state, as in training mode (the cases have no dropout)."""
     block = from_official("sigma_reparam", case.weights, config=case.config).train()
     hidden_states, lengths = case.input("x").requires_grad_(), case.input("x_length")
     maps = {name: module for name, module in block.named_modules() if hasattr(module, "spectral_norm")}

@@ -96,7 +96,7 @@ def _mask(
 
 
 def _cross_attention(case: Case) -> dict[str, torch.Tensor]:
-    # The official classes differ in their positions and nothing else, which no argument of theirs says.
+    # The official classes differ only in their positions, for which they have no argument.
     position = "rope" if case.entry.startswith("RoPE") else None
     model = from_official("sigmoid_attention", case.weights, config={**case.config, "position": position})
     query, key_value = (case.input(name).requires_grad_() for name in ("q", "kv"))
@@ -133,7 +133,7 @@ def _language_model(case: Case) -> dict[str, torch.Tensor]:
             output = model(
                 input_ids,
                 attention_mask=attention_mask,
-                # Positions count from the first place of a row, padding or not.
+                # Positions count from the first token of a row, including padding.
                 position_ids=torch.arange(input_ids.shape[1])[None],
                 output_attentions=implementation == "eager",
             )

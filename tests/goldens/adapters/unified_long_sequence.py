@@ -21,7 +21,7 @@ _NAME = re.compile(r"(head|query|ring|key|grid|ulysses)\.(contiguous|zigzag)\.ra
 
 
 class _Attention:
-    """What a process of a case has: the weights, the input and the ranks of a layout."""
+    """Weights, input and ranks of a layout in one process of a case."""
 
     def __init__(self, config: dict, weights: dict, x: torch.Tensor, cotangent: torch.Tensor):
         self.heads, self.causal, self.grid = config["num_heads"], config["causal"], tuple(config["grid"])
@@ -32,7 +32,7 @@ class _Attention:
         return [y.unflatten(-1, (self.heads, -1)).transpose(1, 2)[:, heads] for y in projected]
 
     def tokens(self, layout: str, split: str, group) -> dict[str, torch.Tensor]:
-        """A layout that splits tokens: what this rank holds, and what all of them have in the end."""
+        """A layout that splits tokens: the result of this rank, and the result of all ranks together."""
         peers = Peers(group)
         sharding = Sharding.make(self.x.shape[1], peers.size, split)
         x = shard_tensor(self.x, sharding, peers.rank).requires_grad_()

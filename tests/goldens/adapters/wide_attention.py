@@ -35,7 +35,7 @@ def _classifier(case: Case, model) -> dict[str, torch.Tensor]:
 
 
 def _matching(case: Case, model) -> dict[str, torch.Tensor]:
-    """Arrays of states hold those of the first texts and then those of the second ones."""
+    """Arrays of hidden states contain those of the first texts, followed by those of the second ones."""
     first, second = (ids.long() for ids in _inputs(case, "input_ids"))
     masks = _inputs(case, "attention_mask") or [None, None]
     masks = dict(zip(("attention_mask", "other_attention_mask"), masks, strict=True))

@@ -1,4 +1,4 @@
-"""Activator: the facts of the paper and its code, and bad input."""
+"""Activator: properties from the paper and its code, and bad input."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""BiFormer: the facts of the paper and its code, padding, and bad input."""
+"""BiFormer: properties from the paper and its code, padding, and bad input."""
 
 import math
 from functools import partial
@@ -83,7 +83,7 @@ def test_cost_of_the_published_variants(variant, expected):
     ("n_win", "size", "official"), [(7, 256, 7.446), (7, 512, 33.15), (8, 512, 27.72), (16, 512, 23.82)]
 )
 def test_cost_of_larger_images(n_win, size, official):
-    """The official code projects the padding as well and crops afterwards; the result is the same."""
+    """The official code also projects the padding and crops afterwards; the result is the same."""
     config = BiFormerConfig.from_variant("biformer_small", n_win=n_win, auto_pad=True)
     projected_padding = 0
     for stage in range(3):
@@ -151,7 +151,7 @@ def test_all_regions_are_dense_attention(layout, n_win, topk):
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 12)])
 def test_tokens_attend_to_the_chosen_regions(height, width):
-    """Against dense attention with a mask, in which no region is gathered."""
+    """Against dense attention with a mask instead of gathered regions."""
     attention = routing_attention(n_win=2, topks=[2])
     hidden_states = torch.randn(3, height, width, 16)
     query, key, value = attention.qkv(hidden_states).split(16, dim=-1)
@@ -213,7 +213,7 @@ def test_layouts_agree_where_regions_divide_the_map_and_nowhere_else():
 
 
 def test_padding_of_the_input_is_attended_to():
-    """Padded tokens carry the biases as keys and values and count in the means (`auto_pad`)."""
+    """Keys and values of padded tokens are the biases, and count in the means (`auto_pad`)."""
     attention = routing_attention(n_win=3, topks=[4], auto_pad=True)
     hidden_states = torch.randn(2, 7, 8, 16)
     padded = nn.functional.pad(hidden_states, (0, 0, 0, 1, 0, 2))
@@ -418,7 +418,7 @@ class TestBadInput:
             ({"topks": [1, 3]}, r"one entry per stage, got .*'topks': 2"),
             ({"n_win": [2, 2]}, r"one entry per stage, got .*'n_win': 2"),
             ({"n_win": 0}, r"n_win=0 is out of range: it must be at least 1"),
-            ({"head_dim": 32}, r"qk_dims=16 with head_dim=32 makes 0 heads"),
+            ({"head_dim": 32}, r"qk_dims=16 with head_dim=32 results in 0 heads"),
             ({"hidden_sizes": [16, 24, 36]}, r"8 heads, which must divide hidden_sizes=36"),
             ({"kv_pool": "ada_avgpool"}, r"kv_per_wins must have one entry"),
             ({"diff_routing": True}, r"needs soft_routing"),

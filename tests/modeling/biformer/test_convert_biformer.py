@@ -134,7 +134,7 @@ def test_routing_with_weights_of_its_own():
     for stage, width in enumerate(LEGACY.config["embed_dim"][:3]):
         for layer in range(LEGACY.config["depth"][stage]):
             router = f"stages.{stage}.{layer}.attn.router.emb."
-            # The identity chooses the regions that there are without it.
+            # The identity chooses the same regions as without a projection.
             weights |= {f"{router}weight": torch.eye(width), f"{router}bias": torch.zeros(width)}
     options = {"soft_routing": True, "diff_routing": True, "param_routing": True}
     model = from_official("biformer", weights, config={**LEGACY.config, **options})

@@ -1,4 +1,4 @@
-"""Combiner models: decoding from summaries, other models with its functions, bases, and bad input."""
+"""Combiner models: decoding from summaries, other models with Combiner attention, bases, and bad input."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ class CombinerUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
     model_type = "combiner"
     skipped = {
         "test_prompt_lookup_matches_greedy": _STATE,
-        "test_generation_returns_what_is_asked_for": _STEPS,
+        "test_generation_returns_requested_outputs": _STEPS,
         "test_model_rope_scaling_from_config*": _POSITIONS,
     }
 

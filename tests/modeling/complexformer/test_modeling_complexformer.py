@@ -1,4 +1,4 @@
-"""ComplexFormer: what its scores are, bases, positions, and bad input."""
+"""ComplexFormer: scores, bases, positions, and bad input."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_angles_are_float32_in_a_bfloat16_model():
     exact = scores(attention, states, first_position=30000)
     low = scores(attention.bfloat16(), states.bfloat16().float().bfloat16(), first_position=30000)
     near = scores(attention, states.bfloat16(), first_position=0)
-    # Roundings of weights and states stay; angles rounded to bfloat16 would be off by whole turns.
+    # The rounding of weights and states remains; angles rounded to bfloat16 would be wrong by whole turns.
     torch.testing.assert_close(low.float(), near.float(), atol=0.15 * float(exact.abs().max()), rtol=0)
 
 
@@ -165,7 +165,7 @@ def test_from_base_computes_what_the_base_computes(name, tmp_path):
     assert loaded.config.score_scale == model.config.score_scale
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-    # from a model of the family: what has been learned stays
+    # from a model of the family: learned parameters are kept
     with torch.no_grad():
         loaded.model.layers[0].self_attn.delta_params.fill_(0.5)
     again = ComplexFormerForCausalLM.from_base(loaded)

@@ -53,7 +53,7 @@ def make_batch(vocab_size: int = 60):
 
 @pytest.mark.parametrize("version", (1, 3))
 def test_encoder_of_a_converted_checkpoint_is_that_of_transformers(version):
-    """The layout of v1 becomes that of v2, with biases of zero: the states stay."""
+    """The layout of v1 is converted to that of v2, with zero biases: the hidden states do not change."""
     state = official_state(version)
     arguments = ARGUMENTS if version == 1 else V3
     model = from_official("deberta", state, config=arguments)
@@ -68,7 +68,7 @@ def test_encoder_of_a_converted_checkpoint_is_that_of_transformers(version):
         found = model.deberta(input_ids, attention_mask=mask).last_hidden_state[mask.bool()]
         wanted = expected.deberta(input_ids, attention_mask=mask).last_hidden_state[mask.bool()]
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-        # transformers decodes the last state, without absolute positions: quite other scores
+        # transformers decodes the last hidden state without absolute positions, so the scores differ
         ours, theirs = (m(input_ids, attention_mask=mask).logits[mask.bool()] for m in (model, expected))
         assert (ours - theirs).abs().max() > 0.1 * theirs.std()
 
@@ -181,7 +181,7 @@ def test_checkpoint_without_mask_decoder(missing):
         from_official("deberta", state, config=V3)
 
 
-def test_key_that_nobody_knows():
+def test_unknown_key():
     with pytest.raises(ConversionError, match="surprise"):
         from_official("deberta", official_state(3) | {"deberta.surprise": torch.zeros(1)}, config=V3)
 

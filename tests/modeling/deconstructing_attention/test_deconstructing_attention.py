@@ -1,4 +1,4 @@
-"""Facts of the paper, decoding with every kind of state, and bad input."""
+"""Properties from the paper, decoding with every kind of state, and bad input."""
 
 import copy
 import subprocess
@@ -32,7 +32,7 @@ STATIC = ("rnd_emb_qk", "fixed_seq_qk")
 
 
 def make_model(*kinds: str, **fields) -> DeconstructedForCausalLM:
-    """All kinds as given, with maps that matter."""
+    """A model with these kinds of layers, whose maps affect the output."""
     set_seed(0)
     fields = {"static_length": 40, "static_std": 1.0, "num_key_value_heads": 2, **fields}
     config = DeconstructedConfig.from_variant("tiny", **fields, num_hidden_layers=len(kinds), layer_kinds=list(kinds))
@@ -50,7 +50,7 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
     return model(*args, **kwargs).logits
 
 
-# Per-order denominators vanish somewhere for random queries and keys, which multiplies rounding.
+# Per-order denominators come close to zero for random queries and keys, which amplifies rounding.
 EXACT = [kind for kind in LAYER_KINDS if kind != "taylor_per_order"]
 MIXES = [(kind, kind) for kind in EXACT] + [
     ("rnd_emb_qk", "standard", "fixed_seq_qk", "taylor_joint"),
@@ -365,10 +365,10 @@ def test_bad_inputs():
         model(ids(1, 1), past_key_values=cache, position_ids=torch.tensor([[6]]))
     with pytest.raises(ValueError, match="No layer is 'fixed_seq_qk'"):
         model.model.set_static_ids(ids(8))
-    with pytest.raises(ValueError, match="must be 40 ids"):
+    with pytest.raises(ValueError, match="must be 40 token ids"):
         make_model("fixed_seq_qk").model.set_static_ids(ids(8))
     causal = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="do not support masks of token pairs"):
+    with pytest.raises(ValueError, match="masks of token pairs"):
         make_model("taylor_joint")(ids(1, 4), attention_mask=causal)
     other = make_model("standard")
     filled = DynamicCache(config=other.config)
@@ -380,9 +380,9 @@ def test_bad_inputs():
     for kind, other in (("standard", "mlp"), ("standard", "rnd_emb_qk"), ("rnd_emb_qk", "mlp")):
         filled = make_model(other)(ids(1, 3), use_cache=True).past_key_values
         with pytest.raises(
-            ValueError, match=r"Layer 0 of the cache was made for a mixer that keeps a S.* Start with a cache of"
+            ValueError, match=r"Layer 0 of the cache was made for a mixer that keeps a S.* Use a cache of"
         ):
             make_model(kind)(ids(1, 1), past_key_values=filled)
     filled = make_model("non_approximate")(ids(1, 3), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="holds maximum, sums, the state of another mixer"):
+    with pytest.raises(ValueError, match="contains maximum, sums, the state of another mixer"):
         make_model("taylor_joint")(ids(1, 1), past_key_values=filled)

@@ -65,7 +65,7 @@ def test_tables(tmp_path):
         ([], None, "no rows"),
     ],
 )
-def test_tables_that_make_no_sense(tmp_path, rows, header, problem):
+def test_bad_tables(tmp_path, rows, header, problem):
     table = write_table(tmp_path, rows, *([header] if header else []))
     with pytest.raises(ValueError, match=problem):
         read_table(table)

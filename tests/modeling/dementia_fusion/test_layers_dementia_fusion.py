@@ -168,7 +168,7 @@ def test_the_whole_head(kind, cross, fusion, generator):
     assert output.loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_converter_that_is_told_something_else_says_so(generator):
+def test_arguments_that_contradict_the_weights(generator):
     with pytest.raises(ConversionError, match="fusion=attention"):
         weights = head_weights("global", "attention", 4, generator)
         from_official("dementia_fusion", weights, config={**HEAD, "fusion": "concat"})

@@ -1,4 +1,4 @@
-"""The model: encoders that are put together, outputs, padding, saving, adapters; and what it refuses."""
+"""The model: combined encoders, outputs, padding, saving, adapters, and bad input."""
 
 import pytest
 import torch
@@ -109,7 +109,7 @@ def test_half_precision(inputs, dtype):
     model = tiny_model()
     expected = model(**inputs).logits
     found = model.to(dtype)(**inputs, labels=LABELS)
-    # Three layers round to eight or eleven bits.
+    # Three layers with eight or eleven bits.
     torch.testing.assert_close(found.logits.float(), expected, atol=0.05, rtol=0.05)
     found.loss.backward()
 
@@ -139,11 +139,11 @@ def test_configurations_that_make_no_model(fields, problem):
         DementiaFusionConfig.from_variant("tiny", **fields)
 
 
-def test_inputs_that_make_no_sense(inputs):
+def test_bad_inputs(inputs):
     model = tiny_model()
     with pytest.raises(ValueError, match="pixel_values"):
         model(inputs["input_ids"])
-    with pytest.raises(ValueError, match="3 transcripts and 2 spectrograms"):
+    with pytest.raises(ValueError, match="3 transcripts but 2 spectrograms"):
         model(inputs["input_ids"], inputs["pixel_values"][:2])
     with pytest.raises(ValueError, match="batch is empty"):
         model(inputs["input_ids"][:0], inputs["pixel_values"][:0])

@@ -213,7 +213,7 @@ def test_gradient_accumulation_equals_one_big_batch(tmp_path, reduction):
 
 
 class Interrupt(TrainerCallback):
-    """Ends the process's work in the middle of a stage, as a kill would."""
+    """Interrupts the process in the middle of a stage, as a kill would."""
 
     def __init__(self, step):
         self.step = step
@@ -228,7 +228,7 @@ def test_an_interrupted_stage_ends_with_the_same_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_stage(make_trainer(tmp_path / "b", callbacks=[Interrupt(5)]), tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
-    # A checkpoint that was being written when the process died.
+    # A checkpoint that was incomplete when the process ended.
     torn = tmp_path / "b" / "checkpoint-5"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")

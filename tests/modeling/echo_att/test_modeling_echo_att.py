@@ -1,4 +1,4 @@
-"""The EchoAtt family: the facts of its paper, its bases, decoding, training, saving."""
+"""The EchoAtt family: properties from the paper, bases, decoding, training, saving."""
 
 import json
 import subprocess
@@ -22,33 +22,20 @@ from transformers import (
     QuantizedCache,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     StaticCache,
-    set_seed,
 )
 
 from hf_attn.analysis import AttentionSimilarity
 from hf_attn.modeling.echo_att.configuration_echo_att import EchoAttConfig
 from hf_attn.modeling.echo_att.modeling_echo_att import EchoAttForCausalLM, evenly_shared_layers
+from tests.batteries import bases
 from tests.batteries.adapters import CAN_ADD_ADAPTERS
 
 
-VOCAB = 40
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-}
+SIZES = {**bases.SIZES, "num_hidden_layers": 6, "max_position_embeddings": 64}
+VOCAB = SIZES["vocab_size"]
 BASES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama_with_biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
-    "llama_tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    **bases.BASES,
     "llama3_rope": (
         LlamaForCausalLM,
         LlamaConfig,
@@ -65,13 +52,11 @@ BASES = {
     ),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4, "head_dim": 16}),
     "mistral_full": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen2_mixed": (
         Qwen2ForCausalLM,
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
     ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
 TINY_LLAMA = {
     "vocab_size": 32000,
@@ -84,14 +69,7 @@ TINY_LLAMA = {
 
 
 def make_base(name: str = "llama", **overrides):
-    set_seed(0)
-    model_class, config_class, special = BASES[name]
-    model = model_class(config_class(**{**SIZES, **special, **overrides})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-    return model
+    return bases.base_model(*BASES[name], **{**SIZES, **overrides})
 
 
 def make_student(name: str = "llama", shared_layers=(2, 3, 5), **overrides):
@@ -102,7 +80,7 @@ def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- facts of the paper ----------------------------------------------------------------------------------------------
+# --- properties from the paper ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +167,7 @@ def test_every_shared_layer_trains_the_queries_and_keys_of_its_source(implementa
     gradients = []
     for own_values in (True, False):
         student.zero_grad()
-        # Without the values of the source its projections are trained through layer 5 only.
+        # Without the values of the source, its projections are trained only through layer 5.
         with torch.no_grad():
             if not own_values:
                 student.model.layers[4].self_attn.o_proj.weight.zero_()
@@ -312,7 +290,7 @@ def test_a_quantised_cache_keeps_values_of_shared_layers():
 
 
 def test_a_filled_cache_gives_shared_layers_its_values():
-    """As prefix tuning does: keys and values for all layers. Those keys of a shared layer have no part in anything."""
+    """As in prefix tuning: keys and values for all layers. The keys of shared layers are not used."""
     student, ids = make_student(), random_ids(2, 9)
     with torch.no_grad():
         prefix = student(ids[:, :4], use_cache=True).past_key_values

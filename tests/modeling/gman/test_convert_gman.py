@@ -1,4 +1,4 @@
-"""Converting GMAN: both layouts, the port with heads that its own code cannot mask, and what does not fit."""
+"""Converting GMAN: both layouts, the port with numbers of heads that its own code cannot mask, and bad checkpoints."""
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,7 @@ def case():
 
 
 def port_network(**arguments):
-    """torch-geometric-temporal's network, from the file of its module alone: its package needs torch-sparse."""
+    """torch-geometric-temporal's network, loaded from a single module because its package needs torch-sparse."""
     package = importlib.util.find_spec("torch_geometric_temporal")
     if package is None:
         pytest.skip("torch-geometric-temporal is not installed (pip install --no-deps torch-geometric-temporal)")

@@ -46,7 +46,13 @@ class TestTables:
         [
             (lambda t: t.reset_index(drop=True), "got numbers"),
             (lambda t: t.set_axis(["x"] * len(t), axis=0), "must have timestamps"),
+            (
+                lambda t: t[:2].set_axis(["2024-03-10 01:00-08:00", "2024-03-10 03:00-07:00"]),
+                "several time zones",
+            ),
             (lambda t: t.assign(b="fast"), "column b is not numeric"),
+            (lambda t: t.assign(b=np.inf), "sensor b has infinite values"),
+            (lambda t: t.iloc[:0], "The table has no rows"),
             (lambda t: t.set_axis(["a", "b", "a"], axis=1), "sensor a more than once"),
         ],
     )
@@ -57,8 +63,23 @@ class TestTables:
     def test_no_file_and_no_table(self):
         with pytest.raises(FileNotFoundError, match=r"no file nothing\.csv"):
             read_table("nothing.csv")
-        with pytest.raises(TypeError, match="not as list"):
+        with pytest.raises(TypeError, match="got list"):
             read_table([1])
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("t.csv", b"", r"t\.csv is not a CSV table"),
+            ("t.csv", bytes(range(256)), r"t\.csv is not a CSV table"),
+            ("t.csv", b"time,a,b\n", r"t\.csv has no rows"),
+            ("t.h5", b"nothing", r"t\.h5 is not an HDF5 file written by pandas: .*"),
+        ],
+    )
+    def test_bad_files(self, name, content, message, tmp_path):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{message}") as caught:
+            read_table(tmp_path / name)
+        assert "\n" not in str(caught.value)
 
     def test_sensors_by_name(self, table):
         assert list(order_sensors(table[["c", "a", "b"]], ["a", "b", "c"]).columns) == ["a", "b", "c"]
@@ -92,7 +113,7 @@ class TestTimeSteps:
         assert len(regular_grid(local, 288)) == 288
         grid = regular_grid(local, 288, "America/Los_Angeles")
         assert len(grid) == 276 and not grid.isna().any(axis=None)
-        # 01:55 is followed by 03:00, whose slot is that of three o'clock.
+        # 01:55 is followed by 03:00, which has the slot of three o'clock.
         assert time_features(grid.index[23:25], 288)[:, 1].tolist() == [23, 36]
 
     def test_an_hour_that_daylight_saving_repeats(self):
@@ -101,6 +122,11 @@ class TestTimeSteps:
         with pytest.raises(ValueError, match="pass time_zone if daylight saving"):
             regular_grid(local.sort_index(), 288)
         assert len(regular_grid(local, 288, "America/Los_Angeles")) == 300
+        once = local[~local.index.duplicated()]
+        with pytest.raises(ValueError, match=r"2017-11-05 01:00:00 is an ambiguous time.*Leave time_zone out"):
+            regular_grid(once, 288, "America/Los_Angeles")
+        with pytest.raises(ValueError, match="no time zone 'Mars/Olympus'"):
+            regular_grid(once, 288, "Mars/Olympus")
 
     def test_features_are_local_day_and_slot(self):
         index = pd.DatetimeIndex(["2024-01-01 00:00", "2024-01-07 23:59:59", "2024-01-03 12:30"])
@@ -156,6 +182,7 @@ class TestGraphs:
             ("2 2\n2 5 6\n0 1 2\n", "node 2 is not an index between 0 and 1"),
             ("2 2\n1 5 6 7\n0 1 2\n", "line 2: 4 numbers instead of 3"),
             ("2 2\n1 5 six\n0 1 2\n", "line 2: could not convert"),
+            ("2 2\n1 5 nan\n0 1 2\n", "the vector of node 1 is not finite"),
             ("nodes\n", "must be 'nodes width'"),
         ],
     )
@@ -208,7 +235,7 @@ class TestErrors:
 
     def test_nothing_observed(self):
         assert np.isnan(forecast_errors(np.ones((1, 2, 3)), np.zeros((1, 2, 3)))["mae"]).all()
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="the same shape"):
             forecast_errors(np.ones((1, 2, 3)), np.ones((1, 2)))
 
 
@@ -225,7 +252,7 @@ def test_baselines():
 
 
 def test_the_best_forecast_of_the_synthetic_data_is_as_good_as_promised():
-    """Errors of the card, and those of the forecast that knows everything, on the data themselves."""
+    """Documented errors against those of the ideal forecast on the data."""
     data = synthetic_traffic(missing=0.0)
     promised = data.best_mae(6)
     np.testing.assert_allclose(promised, [1.20, 1.42, 1.55, 1.64, 1.71, 1.76], atol=0.005)

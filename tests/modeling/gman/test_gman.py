@@ -1,4 +1,4 @@
-"""GMAN: what the paper and its code say about the network, and what users do with it."""
+"""GMAN: properties from the paper and its code, and usage."""
 
 import subprocess
 import sys
@@ -228,7 +228,7 @@ class TestGroups:
     @pytest.mark.parametrize("group_size", [1, 2, 4, 6])
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
     def test_against_loops(self, group_size, implementation):
-        """Sensor by sensor and group by group, from the paper's description."""
+        """Loops over sensors and groups, from the paper's description."""
         config = GMANConfig.from_variant("tiny", group_size=group_size, attn_implementation=implementation)
         torch.manual_seed(0)
         attention = GMANGroupSpatialAttention(config).double().eval()
@@ -299,7 +299,7 @@ def test_half_precision(dtype):
     model.to(dtype)
     outputs = model(**{**batch, "past_values": batch["past_values"].to(dtype)}, labels=expected)
     assert outputs.prediction_outputs.dtype == torch.float32
-    # 16 layers in a row, each of which rounds its output
+    # 16 consecutive layers, each of which rounds its output
     budget = 16 * torch.finfo(dtype).eps * expected.std() * 2
     assert outputs.loss < budget
 

@@ -47,9 +47,9 @@ def test_bad_inputs_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"retrieval must be one of per_token_and_head, .*'nearest'"):
         LandmarkCache(model.config, retrieval="nearest")
     changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ValueError, match=r"rotary embedding of the model \('dynamic'\) changes with the length"):
+    with pytest.raises(ValueError, match=r"rotary embedding of the model \('dynamic'\) changes with the input length"):
         LandmarkCache(LandmarkConfig(**SIZES, rope_parameters=changing), top_k=2)
-    with pytest.raises(ValueError, match="changes with the length"):
+    with pytest.raises(ValueError, match="changes with the input length"):
         dynamic = LandmarkForCausalLM(LandmarkConfig(**SIZES, rope_parameters=changing))
         dynamic(ids, past_key_values=dynamic(ids).past_key_values)
     with pytest.raises(ValueError, match=r"max_blocks \(1\) must be at least top_k \(2\)"):
@@ -58,7 +58,7 @@ def test_bad_inputs_say_what_is_wrong():
         LandmarkCache(LlamaConfig())
     with pytest.raises(ValueError, match=r"Retrieval \(top_k=2\) needs a landmark after every 4 regular tokens"):
         model(ids, past_key_values=LandmarkCache(model.config, top_k=2))
-    with pytest.raises(ValueError, match="padding inside a row"):
+    with pytest.raises(ValueError, match="padding within a row"):
         mask = torch.ones_like(ids)
         mask[0, 4] = 0
         model(ids, attention_mask=mask)
@@ -106,9 +106,9 @@ def test_padding_inside_a_sequence_is_refused_with_a_memory_too():
     mask = torch.ones_like(ids)
     mask[1, 3:5] = 0
     for arguments in ({"insert_landmarks": True}, {"past_key_values": LandmarkCache(model.config)}):
-        with pytest.raises(ValueError, match="padding inside a row"):
+        with pytest.raises(ValueError, match="padding within a row"):
             model(ids, attention_mask=mask, **arguments)
-    with pytest.raises(ValueError, match="padding inside a row"):
+    with pytest.raises(ValueError, match="padding within a row"):
         model.generate(ids, attention_mask=mask, cache_top_k=2, max_new_tokens=2)
 
 

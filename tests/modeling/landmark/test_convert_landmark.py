@@ -1,4 +1,4 @@
-"""Official weights: the gradient that its golden cannot judge, the published difference."""
+"""Official weights: the gradient that the golden case cannot test, and the published difference."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_gradient_of_the_embeddings_is_as_exact_as_the_official_one():
 
 @pytest.fixture
 def difference(tmp_path):
-    """A raw model in a folder, a difference, and the weights that they are to give."""
+    """A raw model in a folder, a difference, and the resulting weights."""
     set_seed(0)
     raw = LlamaForCausalLM(LlamaConfig(vocab_size=38, **SIZES))
     raw.save_pretrained(tmp_path / "raw")
@@ -86,7 +86,7 @@ def test_a_wrong_raw_model_is_found(difference):
 
 
 def test_the_command_recovers_a_folder(difference, capsys):
-    """`difference_to` and `checksum` stand in the file of `--config`."""
+    """`difference_to` and `checksum` are in the file of `--config`."""
     folder, changes, recovered, checksum = difference
     save_file(changes, folder / "difference.safetensors")
     arguments = {**ARGUMENTS, "difference_to": str(folder / "raw"), "checksum": checksum}

@@ -1,4 +1,4 @@
-"""The collator: where landmarks go, and who predicts what."""
+"""The collator: positions of landmarks, and targets."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_bad_sequences_are_refused():
 
 @pytest.mark.parametrize("included", [True, False])
 def test_trainer_learns_and_inference_agrees(included, tmp_path):
-    """After training on one text it is recited by `generate`, which inserts the landmarks where training had them."""
+    """After training on one text, `generate` reproduces it and inserts the landmarks at the same positions."""
     set_seed(0)
     config = make_config(include_landmark_in_loss=included, train_context_length=24)
     text = torch.randperm(38)[:20].tolist()

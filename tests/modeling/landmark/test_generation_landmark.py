@@ -32,7 +32,7 @@ def test_old_blocks_tie_in_the_first_layer_and_rounding_does_not_decide():
     ids = random_ids(1, 60)
     cache = LandmarkCache(model.config, top_k=3, max_chunk_length=5, record_retrieved=True)
     logits_of(model, ids, past_key_values=cache, insert_landmarks=True)
-    # At the last step there are 14 blocks. 11 of them are at one place, and their landmarks have one key.
+    # At the last step there are 14 blocks. 11 of them have the same position, so their landmarks have the same key.
     chosen = cache.retrieved_blocks[0][-1].flatten(0, 2)
     for numbers in chosen.tolist():
         old = [number for number in numbers if number < 14 - 3]

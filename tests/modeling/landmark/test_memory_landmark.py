@@ -1,4 +1,4 @@
-"""How the memory stores blocks and reads them: the fast ways against the plain ones, and what they hold."""
+"""How the memory stores and reads blocks: fast implementations against plain ones, and memory use."""
 
 import gc
 from itertools import pairwise
@@ -40,7 +40,7 @@ def filled_layer(blocks: int, rows: int = 2, paged: bool = False):
 @pytest.mark.parametrize("blocks", [3, 40], ids="blocks_{}".format)
 @pytest.mark.parametrize("elements", [2**22, 100], ids="elements_{}".format)
 def test_reading_in_tiles_equals_reading_query_by_query(paged, blocks, elements, monkeypatch):
-    """A block has as many readers as fit into a tile, or fewer, or some more; 100 elements are two blocks at once."""
+    """A block has exactly as many readers as fit into a tile, fewer, or more; 100 elements are two blocks at once."""
     set_seed(0)
     monkeypatch.setattr(retrieval_landmark, "GATHERED_ELEMENTS", elements)
     layer, _, _ = filled_layer(blocks, paged=paged)
@@ -120,8 +120,8 @@ def test_a_page_is_never_copied():
 
 
 def peak_bytes(function) -> int:
-    """Bytes that are held at most while a function runs, beyond those at its start."""
-    gc.collect()  # a cache and its layers know each other, and what they hold shall not be freed meanwhile
+    """Peak memory in bytes while a function runs, beyond that at its start."""
+    gc.collect()  # a cache and its layers reference each other, and must not be freed meanwhile
     held = peak = 0
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
@@ -164,7 +164,7 @@ def test_the_working_set_of_an_offloaded_memory_is_bounded(monkeypatch):
         arguments = {"past_key_values": memory, "insert_landmarks": True, "logits_to_keep": 1}
         filling.append(working)
         landmarks.append(memory.layers[0].landmark_keys.nbytes)
-        # A page and the landmark keys have room for one token more.
+        # A page and the landmark keys have room for one more token.
         ids = random_ids(1, 40)
         reading.append(peak_bytes(lambda ids=ids, arguments=arguments: logits_of(model, ids, **arguments)))
     assert filling[1] - filling[0] <= 2 * (landmarks[1] - landmarks[0])

@@ -1,4 +1,4 @@
-"""The landmark family: the facts of its paper, its bases, memory, generation, saving."""
+"""The landmark family: properties from the paper, bases, memory, generation, saving."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from hf_attn.modeling.landmark.reading import plot_reading, reading_counts
 from .tiny import BASES, BLOCK, CLOSE, FREQ, VOCAB, logits_of, make_base, make_model, random_ids, with_landmarks
 
 
-# --- facts of the paper ----------------------------------------------------------------------------------------------
+# --- properties from the paper ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("variant", "parameters"), [("llama_7b", 6_738_432_000), ("gpt_pg19", 202_531_840)])
@@ -101,7 +101,7 @@ def test_blocks_that_are_not_retrieved_do_not_exist():
 
 @pytest.mark.parametrize("retrieval", RETRIEVALS)
 def test_retrieval_equals_the_paper_written_out(retrieval):
-    """A single layer, one row, query by query: the k blocks of the largest scores at their stingy places, the rest gone."""
+    """A single layer and one row, query by query: the k blocks with the largest scores at their stingy positions, and no others."""
     model = make_model(num_key_value_heads=2)
     attention, norm = model.model.layers[0].self_attn, model.model.layers[0].input_layernorm
     ids, top_k, past = with_landmarks(random_ids(1, 26)), 2, 23
@@ -182,7 +182,7 @@ def test_retrieval_equals_the_paper_written_out(retrieval):
 @pytest.mark.parametrize("retrieval", RETRIEVALS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_do_not_touch_each_other(retrieval, side):
-    """Rows of different lengths give what each gives alone, prompts and further tokens."""
+    """Rows of different lengths give the same results as alone, for prompts and further tokens."""
     model, ids, more = make_model(), random_ids(3, 33), random_ids(3, 6, seed=2)
     lengths = [33, 20, 9]
 
@@ -213,7 +213,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(retrieval, side):
 
 
 def test_old_blocks_are_forgotten():
-    """If all that is remembered is read, it is attention to the last two blocks, which a mask says as well."""
+    """If all stored blocks are read, the result equals masked attention to the last two blocks."""
     model, ids = make_model(), with_landmarks(random_ids(2, 41))
     memory = LandmarkCache(model.config, top_k=2, max_chunk_length=BLOCK, max_blocks=2, record_retrieved=True)
     logits = logits_of(model, ids, past_key_values=memory)
@@ -282,7 +282,7 @@ def test_generate_inserts_landmarks(options):
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_beams_and_samples_never_hold_a_landmark(options, top_k):
     model, ids = make_model(), random_ids(2, 30)
-    # A landmark would be the most probable token always.
+    # A landmark would always be the most probable token.
     with torch.no_grad():
         model.lm_head.weight[VOCAB] = 3 * model.lm_head.weight[:VOCAB].abs().max(0).values
     mask = torch.ones_like(ids)
@@ -324,7 +324,7 @@ def test_what_was_read_is_counted_and_drawn(tmp_path):
         for number in numbers[1].flatten().tolist():
             expected[number] += number >= 0
     assert torch.equal(counts[1], expected)
-    # The last step has 2 tokens, each of 4 heads reads 2 blocks.
+    # The last step has 2 tokens, and each of 4 heads reads 2 blocks.
     assert reading_counts(memory, last_steps=1).sum(-1).tolist() == [16, 16]
     plot_reading(memory, tmp_path / "read.png")
     assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Facts of the paper, training with sparse gradients, conversion of linear layers, bad input."""
+"""Properties from the paper, training with sparse gradients, conversion of linear layers, bad input."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_equal_rows_forget_the_signs():
 
 
 def test_nothing_as_large_as_the_gathered_rows_is_made():
-    """The largest tensor that forward and backward make."""
+    """The largest tensor in forward and backward pass."""
     layer, states = make_layer(64, 64, code_length=4), drawn(512, 64).requires_grad_()
     largest = 0
 
@@ -188,7 +188,7 @@ def test_convert_linear_refuses():
         convert_linear(model, "lm_head")
     with pytest.raises(ValueError, match="16 inputs, which is not a multiple of code_length=3"):
         convert_linear(model, ["q_proj"], code_length=3)
-    with pytest.raises(ValueError, match="hold 2 tokens"):
+    with pytest.raises(ValueError, match="contain 2 tokens"):
         convert_linear(model, ["q_proj"], [torch.tensor([[1, 2]])], progress=False)
 
 
@@ -202,7 +202,7 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match=r"last dimension must be 8, got shape \(2, 6\)"):
         MemoryLayer(8, 4, code_length=4)(torch.ones(2, 6))
     for fields, message in (
-        ({"num_tables": 3}, "must equal hidden_size"),
+        ({"num_tables": 3}, "must be hidden_size"),
         ({"code_length": 0}, "code_length=0 is out of range"),
         ({"intermediate_size": 50}, "intermediate_size follows from the tables"),
         ({"temperature": 0.0}, "temperature"),
@@ -213,7 +213,7 @@ def test_bad_sizes():
             MemoryFormerConfig.from_variant("tiny", **fields)
 
 
-def test_converter_refuses_what_it_does_not_serve():
+def test_converter_refuses_unsupported_configurations():
     weights = {"tables": torch.zeros(48, 10), "bias": torch.zeros(10)}
     arguments = {"level": "memory_layer", "hidden_size": 12, "ffn_num_table": 3, "code_length": 4}
     assert from_official("memoryformer", weights, config=arguments).out_features == 10

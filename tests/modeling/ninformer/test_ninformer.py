@@ -1,4 +1,4 @@
-"""NiNformer: the facts of the paper and its code, and bad input."""
+"""NiNformer: properties from the paper and its code, and bad input."""
 
 from functools import partial
 

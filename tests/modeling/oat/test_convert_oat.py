@@ -1,4 +1,4 @@
-"""Official checkpoints: the table beside them, what is read off the weights, and what does not fit."""
+"""Official checkpoints: the position table in a separate file, sizes inferred from the weights, and bad checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""OAT: what the paper's code says about the network, generation, and what users may get wrong."""
+"""OAT: properties of the official network, generation, and bad input."""
 
 import subprocess
 import sys
@@ -136,7 +136,7 @@ def test_scores_of_sampled_steps_do_not_depend_on_what_is_kept(scenes, heads):
             model.generate(**scenes, **settings, use_cache=use_cache, output_logits=True, return_dict_in_generate=True)
         )
         hook.remove()
-    # With a cache the first step, BOS for all scanpaths of a scene, is decoded once a scene.
+    # With a cache, the first step (BOS for all scanpaths of a scene) is decoded once per scene.
     assert rows == [2, 8, 8, 8, 8, 8, 8, 8]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), **TOLERANCE)
@@ -150,7 +150,7 @@ def test_samples_of_a_scene_share_its_encoding(model, scenes):
     ids = model.generate(**scenes, do_sample=True, num_return_sequences=5, min_new_tokens=4, max_new_tokens=4)
     assert ids.shape == (10, 5)
     assert (ids[:, 1:] < 6).all()
-    assert encodings == [13]  # twelve objects, and the white image of BOS, EOS and PAD
+    assert encodings == [13]  # twelve objects, and the white image for BOS, EOS and PAD
     assert keys == [(2, 7)]
 
 
@@ -230,15 +230,15 @@ POSITIONS = torch.zeros(2, 6, 2, dtype=torch.long)
     [
         ({"target_index": None}, "target_index"),
         ({"target_index": torch.tensor([1, 6])}, "target_index 6 is out of range"),
-        ({"target_index": torch.tensor([1])}, r"must be \(2,\)"),
+        ({"target_index": torch.tensor([1])}, r"must have the shape \(2,\)"),
         ({"pixel_values": torch.rand(2, 5, *SIZE)}, "grid of the configuration has 2 x 3"),
         ({"pixel_values": torch.rand(2, 6, 1, 24, 20)}, "batch, objects, 3"),
         ({"pixel_values": torch.rand(2, 6, 3, 12, 20)}, "at least 19 x 19"),
-        ({"object_positions": POSITIONS[:, :5]}, r"must be \(2, 6, 2\)"),
+        ({"object_positions": POSITIONS[:, :5]}, r"must have the shape \(2, 6, 2\)"),
         ({"object_positions": POSITIONS + 3}, "position table of this model covers 0 to 2"),
         ({"object_mask": torch.zeros(2, 6, dtype=torch.bool)}, "target 1 of a scene is masked out"),
-        ({"labels": torch.tensor([[7, 6], [0, 6]])}, "label 7"),
-        ({"labels": torch.tensor([[-1, 6], [0, 6]])}, "label -1"),
+        ({"labels": torch.tensor([[7, 6], [0, 6]])}, "Label 7"),
+        ({"labels": torch.tensor([[-1, 6], [0, 6]])}, "Label -1"),
     ],
 )
 def test_bad_input(model, scenes, change, message):

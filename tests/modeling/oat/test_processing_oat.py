@@ -37,7 +37,7 @@ def test_crops_are_the_pixels_of_the_boxes(image):
 
 
 def test_resize_is_bilinear_without_antialiasing():
-    """A box of two by two pixels: half-pixel centres, as OpenCV resizes."""
+    """A box of two by two pixels: half-pixel centres, as in OpenCV."""
     image = np.zeros((2, 2, 3), dtype=np.uint8)
     image[:, 1] = 255
     crop = OATImageProcessor(size={"height": 2, "width": 4})(image, [[0, 0, 2, 2]], 0)["pixel_values"][0, 0, 0]
@@ -66,7 +66,7 @@ def test_target_of_a_box(image):
 
 
 def test_reading_order_and_grid():
-    """Tops that differ by some pixels are one row; the order of the boxes does not matter."""
+    """Boxes whose tops differ by a few pixels are in one row; the order of the boxes does not matter."""
     boxes = torch.tensor([[50, 103, 60, 120], [0, 3, 10, 20], [50, 1, 60, 20], [0, 100, 10, 120]])
     assert reading_order(boxes, 10).tolist() == [1, 2, 3, 0]
     assert grid_positions(boxes, (2, 2)).tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
@@ -122,7 +122,7 @@ def test_bad_boxes(image, boxes, message):
         ({"target_index": 4}, "target_index 4 is out of range: there are 4 boxes"),
         ({"target_index": -1}, "target_index -1"),
         ({}, "either target_index or target_boxes"),
-        ({"target_index": 0, "grid": (3, 3)}, "9 places in the grid"),
+        ({"target_index": 0, "grid": (3, 3)}, "9 cells in the grid"),
         ({"target_index": 0, "return_tensors": "np"}, "return_tensors"),
     ],
 )

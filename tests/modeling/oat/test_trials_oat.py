@@ -100,7 +100,7 @@ def test_bad_tables(tmp_path, old, new, message):
         read_shelves(tmp_path / "table.csv", tmp_path)
 
 
-def test_trials_of_ones_own(tmp_path):
+def test_custom_trials(tmp_path):
     save_image(tmp_path, "a.png", (30, 20))
     lines = [
         {

@@ -7,7 +7,7 @@ from tests.batteries.upstream import UpstreamImageTests
 
 
 def tiny_config(**overrides) -> PathEnsembleConfig:
-    """Nothing pruned and nothing scaled, unless asked for."""
+    """By default nothing is pruned and nothing is scaled."""
     return PathEnsembleConfig.from_variant("tiny", **{"pruned_paths": [], "ensemble_scale": None, **overrides})
 
 

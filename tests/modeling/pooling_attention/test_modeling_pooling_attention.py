@@ -1,4 +1,4 @@
-"""What the paper's card says about the designs, and making embedders from pretrained decoders."""
+"""Properties of the designs from the paper, and embedders made from pretrained decoders."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_half_precision_stays_near_float32(design):
         expected = model(**padded("left")).pooler_output
         found = model.bfloat16()(**padded("left")).pooler_output
     assert found.dtype == torch.bfloat16
-    # Rounding to 8 bits of each of a dozen maps; a wrong form is off by the length of the vector.
+    # A dozen layers round to 8 bits; a wrong implementation would differ by the norm of the vector.
     assert (found.float() - expected).norm(dim=-1).max() < 12 * 2**-8
 
 
@@ -141,7 +141,7 @@ def test_a_head_can_start_as_the_mean_of_what_it_pools(design, head_dim):
     model.head.register_forward_pre_hook(lambda _, inputs: states.update(pooled=inputs[0]))
     embeddings = model(ids).pooler_output
     expected = torch.nn.functional.layer_norm(states["pooled"], [32], eps=1e-5).mean(dim=1)
-    if design != 2:  # one key has the weight 1; the weights of several are near each other
+    if design != 2:  # a single key has weight 1; the weights of several keys are nearly equal
         model.head.attention.query.weight.data.zero_()
         embeddings = model(ids).pooler_output
     torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected, dim=-1))
@@ -189,6 +189,18 @@ def test_from_base_has_the_states_of_the_base(base):
         states = decoder(ids).last_hidden_state
         torch.testing.assert_close(model(ids).last_hidden_state, states, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(ids).pooler_output, normalize(states[:, -1], dim=-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("design", [3, 5])
+def test_the_lowest_layers_of_a_base_are_a_base(design):
+    set_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, "num_hidden_layers": 4}))
+    model = PoolingAttentionModel.from_base(base, design=design, num_hidden_layers=3, **HEAD)
+    assert len(model.config.layer_types) == len(model.model.layers) == len(model.head.layer_embeddings) == 3
+    assert {name.split(".")[2] for name in model.base_report.dropped if "layers." in name} == {"3"}
+    torch.testing.assert_close(model.model.layers[2].state_dict(), base.model.layers[2].state_dict(), atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r"layers\.4"):
+        PoolingAttentionModel.from_base(base, design=5, num_hidden_layers=5, **HEAD)
 
 
 def test_bidirectional_states_are_those_of_transformers_without_causality():

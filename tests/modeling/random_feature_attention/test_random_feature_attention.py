@@ -109,7 +109,7 @@ def test_primal_and_dual_agree_for_several_targets_and_minimise():
     assert_close(gram_matrix(features), features @ features.T)
     exact = ridge_values(features, features @ primal, 0.0, "primal")
     assert_close(exact, primal)
-    # A penalty below the rounding of the Gram matrix.
+    # A penalty below the rounding error of the Gram matrix.
     tiny = ridge_values(1e8 * torch.ones(3, 2), torch.ones(3), 1e-9)
     assert_close(1e8 * tiny.sum(), torch.tensor(1.0, dtype=torch.float64))
 
@@ -213,7 +213,7 @@ def test_the_estimator_passes_the_checks_of_scikit_learn_and_takes_sequences():
     for rows, message in (
         (x.flatten(1), "set input_dim"),
         (x[:, :1], "at least one key"),
-        (x[..., None], "3 axes"),
+        (x[..., None], "two axes with input_dim"),
     ):
         with pytest.raises(ValueError, match=message):
             RandomFeatureAttentionRegressor(5).fit(rows.numpy(), y)
@@ -237,12 +237,12 @@ def test_conversion_names_what_does_not_fit():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: attention()(inputs(keys=4)), r"must be \(batch, 4, 4\).*got shape \(40, 5, 4\)"),
+        (lambda: attention()(inputs(keys=4)), r"must have the shape \(batch, 4, 4\).*got \(40, 5, 4\)"),
         (lambda: attention()(), "inputs_embeds of shape .* is required"),
-        (lambda: attention()(inputs(), labels=torch.ones(3)), r"labels must be \(40,\).*got \(3,\)"),
+        (lambda: attention()(inputs(), labels=torch.ones(3)), r"labels must have the shape \(40,\).*got \(3,\)"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), -1e-3), "at least 0, got -0.001"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), math.nan), "at least 0, got nan"),
-        (lambda: attention().fit_ridge(inputs(), torch.ones(39), 1e-3), r"labels must be \(40,\)"),
+        (lambda: attention().fit_ridge(inputs(), torch.ones(39), 1e-3), r"labels must have the shape \(40,\)"),
         (lambda: attention().fit_ridge(inputs(0), torch.ones(0), 1e-3), "at least one sample, got none"),
         (lambda: attention().fit_ridge(inputs(), torch.full((40,), math.nan), 1e-3), "NaN or infinity"),
         (lambda: attention().fit_ridge(inputs(), torch.ones(40), 1.0, "qr"), "'dual', got 'qr'"),

@@ -1,4 +1,4 @@
-"""Official checkpoints of RMT: what the goldens do not hold. There is no other implementation to compare with."""
+"""Official checkpoints of RMT: cases beyond the goldens. There is no other implementation to compare with."""
 
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_named(weights, config):
         from_official("rmt", weights, config={**config, "heads_ranges": [3, 4, 6, 6]})
     with pytest.raises(ConversionError, match="keys that rmt does not use: extra"):
         from_official("rmt", {**weights, "extra.weight": torch.zeros(1)}, config=config)
-    with pytest.raises(ConversionError, match="no official layout of RMT"):
+    with pytest.raises(ConversionError, match="not an official layout of RMT"):
         from_official("rmt", {"weight": torch.zeros(1)})
     del weights["layers.2.blocks.1.pos.conv.bias"]
     with pytest.raises(ConversionError, match=r"no weights for .*stages\.2\.layers\.1\.position_conv\.conv\.bias"):

@@ -1,4 +1,4 @@
-"""Maps of labels are cut as the images are, in all forms, and other shapes are refused."""
+"""Label maps are cut as the images are, in all forms, and other shapes are refused."""
 
 import numpy as np
 import pytest
@@ -63,14 +63,14 @@ def test_the_forms_of_a_map_agree():
     [
         (
             torch.ones(3, 2, 2),
-            r"map of labels has the shape \(3, 2, 2\); it must be \(height, width\), \(4, height, width\)",
+            r"label map has the shape \(3, 2, 2\); it must be \(height, width\), \(4, height, width\)",
         ),
         (torch.ones(3, 2, 2, 2), r"has the shape \(3, 2, 2, 2\)"),
         (torch.ones(0, 2), r"has the shape \(0, 2\)"),
-        (torch.full((2, 2), 4), "classes from 4 to 4; they must be whole numbers from 0 to 3"),
-        (torch.full((4, 2, 2), -1.0), "apply a softmax to scores"),
-        (torch.zeros(4, 2, 2), "in each cell one above 0"),
-        (torch.full((4, 2, 2), torch.nan), "numbers from 0 on"),
+        (torch.full((2, 2), 4), "classes from 4 to 4; they must be integers between 0 and 3"),
+        (torch.full((4, 2, 2), -1.0), "apply a softmax first"),
+        (torch.zeros(4, 2, 2), "at least one of them positive in each cell"),
+        (torch.full((4, 2, 2), torch.nan), "non-negative numbers"),
     ],
 )
 def test_what_is_no_map_is_refused(label_map, message):

@@ -1,4 +1,4 @@
-"""RMT: facts of the paper, both forms of its attention, and what every image family has."""
+"""RMT: properties from the paper, both forms of its attention, and the tests of every image family."""
 
 import math
 import random
@@ -241,7 +241,7 @@ def test_tokens_are_mixed_after_the_stem_and_back():
     plain = model(pixel_values)
     with mixed_tokens(model, (0, 0, 2, 5)):
         swapped = model(pixel_values)
-    # The whole map in the box: the images in reverse order.
+    # If the box covers the whole map, the images are in reverse order.
     torch.testing.assert_close(swapped.token_logits, plain.token_logits.flip(0))
     unmixed = unmix_token_logits(swapped.token_logits, (0, 0, 2, 5), width=5)
     torch.testing.assert_close(unmixed, plain.token_logits)
@@ -257,7 +257,7 @@ def test_boxes_have_every_area():
     boxes = [draw_box(7, 7, generator) for _ in range(2000)]
     areas = [(bottom - top) * (right - left) / 49 for top, left, bottom, right in boxes]
     assert min(areas) == 0 and max(areas) > 0.7
-    # Cut at the border: a mean below a half.
+    # Boxes are clipped at the border, so the mean is below a half.
     assert 0.2 < sum(areas) / len(areas) < 0.4
     assert all(0 <= top <= bottom <= 7 and 0 <= left <= right <= 7 for top, left, bottom, right in boxes)
 

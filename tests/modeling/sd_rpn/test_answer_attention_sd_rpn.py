@@ -1,4 +1,4 @@
-"""Attention of answers to images: equal to the maps of eager generation, from one pass, of the published heads."""
+"""Attention of answers to images: equal to the maps of eager generation, but from one pass; published heads."""
 
 import copy
 
@@ -44,7 +44,7 @@ def generated(model, inputs, tokens=5):
 
 
 def eager_means(attentions, heads, rows, sample, is_image):
-    """Mean over decoding steps and heads of the maps that generation returns."""
+    """Mean over decoding steps and heads of the maps returned by generation."""
     maps = [
         attentions[step][layer][sample, head, 0, : len(is_image)][is_image]
         for step in range(1, rows + 1)
@@ -57,12 +57,12 @@ def eager_means(attentions, heads, rows, sample, is_image):
 @pytest.mark.parametrize("base", BASES)
 def test_equals_the_maps_of_eager_generation(base):
     inputs = prompts(base)
-    # A copy: the implementation of the shared one stays as it is.
+    # A copy, because the attention implementation of the shared model must not change.
     model = copy.deepcopy(tiny_base(base))
     model.set_attn_implementation("eager")
     answers, attentions = generated(model, inputs)
     model.set_attn_implementation("sdpa")
-    # The second answer is said to be shorter.
+    # The second answer is marked as shorter.
     lengths = (5, 3)
     found = answer_attention(model, inputs, [a[:n] for a, n in zip(answers, lengths, strict=True)], RECIPE)
     images = find_images(model.config, inputs["input_ids"], inputs.get("image_sizes"), inputs.get("image_grid_thw"))
@@ -150,7 +150,7 @@ def test_inputs_that_are_wrong():
         answer_attention(model, {**inputs, "input_ids": inputs["input_ids"] * 0 + 9}, two, RECIPE)
     with pytest.raises(ValueError, match="non-empty answer for each of the 2 prompts"):
         answer_attention(model, inputs, two[:1], RECIPE)
-    with pytest.raises(ValueError, match="image token in it"):
+    with pytest.raises(ValueError, match="contains an image token"):
         answer_attention(model, inputs, [two[0], torch.tensor([9, model.config.image_token_id])], RECIPE)
     with pytest.raises(ValueError, match="needs the processor's mm_token_type_ids"):
         qwen = prompts("qwen2_5_vl")

@@ -1,4 +1,4 @@
-"""Official checkpoints: complete, filled and pruned ones, of LLaVA and of Qwen2.5-VL."""
+"""Official checkpoints: complete, filled and pruned ones, of LLaVA and Qwen2.5-VL."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def pruned(case: Case) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in case.weights.items() if name not in dropped}
 
 
-def test_the_network_is_the_same_whatever_stands_beside_it(case, tmp_path):
+def test_the_network_does_not_depend_on_the_other_tensors(case, tmp_path):
     complete = from_official("sd_rpn", case.weights, config=case.config)
     alone = {name: tensor for name, tensor in case.weights.items() if "twig" in name}
     from_official("sd_rpn", pruned(case), config=case.config).save_pretrained(tmp_path)
@@ -90,7 +90,7 @@ def convert(checkpoint: Path, output: Path) -> int:
 
 def test_a_sharded_checkpoint_is_converted_by_command(case, shards, tmp_path):
     expected = from_official("sd_rpn", case.weights, config=case.config).state_dict()
-    # Nothing is needed of the base.
+    # No tensor of the base is needed.
     (shards / "model-00001-of-00002.safetensors").unlink()
     for number, checkpoint in enumerate((shards, shards / "model.safetensors.index.json")):
         assert convert(checkpoint, tmp_path / f"rpn{number}") == 0
@@ -103,7 +103,7 @@ def test_a_shard_with_the_network_has_to_be_there(shards, tmp_path, capsys):
     (shards / "model-00002-of-00002.safetensors").unlink()
     assert convert(shards, tmp_path / "rpn") == 2
     error = capsys.readouterr().err
-    assert "is in model-00002-of-00002.safetensors, which is not in" in error and "Download it" in error
+    assert "is in model-00002-of-00002.safetensors, but this file is not in" in error and "Download it" in error
     assert not (tmp_path / "rpn").exists()
 
 

@@ -1,4 +1,4 @@
-"""Predictions for evaluation tasks, on made-up rows with the columns of the real data sets."""
+"""Predictions for evaluation tasks, on synthetic rows with the columns of the real datasets."""
 
 import datasets
 import pytest
@@ -72,7 +72,7 @@ def test_a_split_without_answers_has_no_references():
     assert found.reference is None
 
 
-def test_what_is_wrong_is_said_before_anything_is_computed():
+def test_bad_input_is_refused_before_any_computation():
     rows = split("textvqa")
     with pytest.raises(ValueError, match=r"There is no task 'mmmu'\. Tasks: textvqa, docvqa, vstar"):
         predictions(None, rows, "mmmu")

@@ -1,4 +1,4 @@
-"""The first pass: the states that the network gets, where it ends, and where the images stand."""
+"""The first pass: hidden states for the network, the layer at which it stops, and the positions of the images."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def encoded(kind: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_it_gives_what_the_branch_layer_would_get(kind):
+def test_it_returns_the_inputs_of_the_branch_layer(kind):
     base, inputs = tiny_base(kind), encoded(kind)
     first = run_first_pass(base, BRANCH, **inputs)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_maps_are_cut_by_image():
     assert torch.equal(torch.cat([roi_map.flatten() for roi_map in maps]), logits[0])
 
 
-# --- where the images stand ----------------------------------------------------------------------------------------
+# --- positions of the images ----------------------------------------------------------------------------------------
 
 
 def llava_ids(*runs: int) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_image_tokens_that_make_no_image_are_refused():
     qwen = tiny_base("qwen2_5_vl").config
     grid = torch.tensor([[1, 4, 6]])
     six = torch.tensor([[1] + [qwen.image_token_id] * 6])
-    with pytest.raises(ValueError, match="There are 2 images, but the prompts have image tokens for 1 only"):
+    with pytest.raises(ValueError, match="There are 2 images, but the prompts have image tokens for only 1"):
         find_images(qwen, six, image_grid_thw=grid.repeat(2, 1))
     with pytest.raises(ValueError, match="6 tokens from position 1 on, for no image"):
         find_images(qwen, six)
@@ -144,7 +144,7 @@ def test_positions_of_plain_text_are_not_taken_for_those_of_images():
         run_first_pass(tiny_base("qwen2_5_vl"), BRANCH, **inputs)
 
 
-# --- the base that a network is for --------------------------------------------------------------------------------
+# --- the base of a network --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -164,7 +164,7 @@ def test_a_network_for_another_base_is_refused(fields):
 
 
 def test_questions_stand_behind_the_first_image():
-    """Two prompts, one with two images and padding, and one without an image."""
+    """Two prompts: one with two images and padding, and one without an image."""
     kind = "qwen2_5_vl"
     processor, config = tiny_processor(kind), tiny_base(kind).config
     given = [("Which?", [picture(60, 60), picture(60, 60)]), ("A longer question?", picture(60, 60)), ("Hello", None)]

@@ -43,7 +43,7 @@ def kind(request):
     return request.param
 
 
-# --- what the second pass sees -------------------------------------------------------------------------------------
+# --- inputs of the second pass -------------------------------------------------------------------------------------
 
 
 def test_without_a_region_the_answer_is_that_of_the_base(kind):
@@ -62,7 +62,7 @@ def test_one_region_adds_exactly_the_tokens_of_its_crop(kind):
     if kind == "qwen2_5_vl":
         (binary,) = (region.binary for region in found.regions)
         assert binary.all()
-        # The crop is enlarged to the smallest size that the image processor makes, and stands between two tokens.
+        # The crop is enlarged to the minimum size of the image processor, and is enclosed by two special tokens.
         rows = tiny_processor(kind).image_processor(images=found.crops[0])["image_grid_thw"][0]
         added = int(rows.prod()) // 4
         assert found.num_crop_tokens == added
@@ -103,7 +103,7 @@ def test_llava_answers_as_to_two_images():
 
 
 def test_qwen_answers_as_to_two_images():
-    """With all tokens of the crop the positions are those that the base computes by itself."""
+    """With all tokens of the crop, the positions are those that the base computes."""
     image = square()
     generator = make_generator("qwen2_5_vl", ONE)
     crop = generator.prepare("What?", image, threshold=0.4).images[0][0].crops[0]
@@ -113,7 +113,7 @@ def test_qwen_answers_as_to_two_images():
 
 
 def test_qwen_s_positions_are_those_of_the_whole_crop():
-    """Tokens that are not kept leave gaps, and the text goes on behind the whole crop."""
+    """Dropped tokens leave gaps in the positions, and the text continues after the whole crop."""
     image = square()
     generator = make_generator("qwen2_5_vl", SEVERAL)
     focused = generator.prepare("What?", image, threshold=0.2)
@@ -134,13 +134,13 @@ def test_qwen_s_positions_are_those_of_the_whole_crop():
 
 
 def hardly_looking(generator: SdRpnGenerator) -> SdRpnGenerator:
-    """With probabilities that for many tokens are next to nothing, whatever the query."""
+    """With probabilities that are close to zero for many tokens, for every query."""
     generator.rpn.register_forward_hook(lambda rpn, arguments, output: SdRpnOutput(logits=output.logits * 3 - 15))
     return generator
 
 
 def test_qwen_reads_again_what_the_question_looks_at(monkeypatch):
-    """Of a large image; what stays has the place that it has among all tokens."""
+    """For a large image; the kept tokens have their positions among all tokens."""
     generator = hardly_looking(make_generator("qwen2_5_vl"))
     read = read_prompt(generator.processor, "What?", square())
     first = run_first_pass(
@@ -188,7 +188,7 @@ def test_without_a_crop_a_large_image_is_read_as_a_whole(monkeypatch):
 
 
 def test_a_batch_with_large_images_answers_as_its_prompts_alone(monkeypatch):
-    """Two images in a prompt, of which the second is small, and prompts of different lengths."""
+    """Two images in a prompt, the second of which is small, and prompts of different lengths."""
     monkeypatch.setattr(generation_sd_rpn, "UNASKED_LEFT_OUT_ABOVE", 20)
     generator = hardly_looking(make_generator("qwen2_5_vl"))
     prompts = ["Do they differ?", "What?", "Hello"]
@@ -299,7 +299,7 @@ def test_a_network_for_another_base_is_refused():
 
 
 def test_keyword_arguments_of_generate(kind):
-    """Without a region they give what the base gives; beams and several answers a prompt too."""
+    """Without a region the result is that of the base, also with beams and several answers per prompt."""
     prompts, images = ["What?", "Hello"], [square(), None]
     generator = make_generator(kind, NONE)
     for options in ({"num_beams": 3}, {"repetition_penalty": 5.0}, {"num_beams": 2, "num_return_sequences": 2}):
@@ -310,7 +310,7 @@ def test_keyword_arguments_of_generate(kind):
     assert sampled == plain_tokens(kind, prompts, images, do_sample=True)
 
 
-def test_several_answers_a_prompt(kind):
+def test_several_answers_per_prompt(kind):
     generator = make_generator(kind, ONE)
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
     answers = generator.generate(["What?", "Hello"], [square(), None], threshold=0.4, **options)
@@ -438,12 +438,12 @@ def test_the_image_of_llava_is_padded_with_the_mean_colour():
     processor = tiny_processor("llava")
     read = read_prompt(processor, "What?", Image.new("RGB", (40, 20), (255, 0, 0)))
     pixel_values = encode_prompts(processor, tiny_base("llava").config, [read])["pixel_values"]
-    # The mean colour is zero after normalisation, up to its rounding to eight bits.
+    # The mean colour is zero after normalisation, up to rounding to eight bits.
     assert pixel_values[0, :, 0].abs().max() < 0.02
     assert pixel_values[0, :, IMAGE_SIZE // 2].abs().min() > 0.5
 
 
-# --- what cannot be answered ---------------------------------------------------------------------------------------
+# --- bad input ---------------------------------------------------------------------------------------
 
 
 def test_images_and_prompts_that_do_not_fit(kind):
@@ -480,7 +480,7 @@ def test_without_a_chat_template_the_prompt_has_to_be_written_out(kind):
     assert len(generator.generate("Hello", **GREEDY)) == 1
 
 
-# --- the picture ---------------------------------------------------------------------------------------------------
+# --- the overlay ---------------------------------------------------------------------------------------------------
 
 
 def test_the_overlay_shows_map_and_boxes():
@@ -489,8 +489,8 @@ def test_the_overlay_shows_map_and_boxes():
     found = generator.prepare("What?", image, threshold=0.4).images[0][0]
     (box,) = found.boxes
     assert box == (60, 10, 120, 50)
-    picture = found.overlay()
-    assert picture.getpixel((60, 30)) == picture.getpixel((119, 30)) == (0, 255, 90)
-    hot, cold = picture.getpixel((90, 30)), picture.getpixel((15, 30))
+    overlay = found.overlay()
+    assert overlay.getpixel((60, 30)) == overlay.getpixel((119, 30)) == (0, 255, 90)
+    hot, cold = overlay.getpixel((90, 30)), overlay.getpixel((15, 30))
     assert hot[0] > cold[0] + 60 and hot[2] < cold[2]
     assert image.getpixel((90, 30)) == (90, 90, 90)

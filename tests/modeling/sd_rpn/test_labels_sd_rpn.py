@@ -1,4 +1,4 @@
-"""Pseudo-labels: facts of the paper's rules, and input that is no attention."""
+"""Pseudo-labels: properties of the paper's rules, and input that is not attention."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_foreground_lies_in_the_box_and_background_outside(rule):
 
 
 @RULES
-def test_maps_that_say_nothing_are_ignored(rule):
+def test_uninformative_maps_are_ignored(rule):
     nothing = torch.zeros(SIDE, SIDE)
     far = blob(2, 2) + blob(20, 20)
     grounding = torch.stack([nothing, blob(10, 10), far, blob(10, 10)])
@@ -58,7 +58,7 @@ def test_maps_that_say_nothing_are_ignored(rule):
     assert set(labels[3].unique().tolist()) > {FOREGROUND, BACKGROUND}
 
 
-def test_scale_does_not_matter_to_llava_but_to_qwen():
+def test_scale_matters_for_qwen_but_not_for_llava():
     grounding = torch.stack([blob(5, 6), blob(15, 15, 3)])
     expected = label(llava_pseudo_labels, grounding)
     for scale in (2**-20, 2**-3, 2**10):
@@ -111,7 +111,7 @@ def test_padding_is_background_and_never_foreground():
     [
         ((640, 480), (3, 21), (0, 24)),
         ((300, 900), (0, 24), (8, 16)),
-        # 9 rows of padding; a cell that is partly padding counts as image
+        # 9 rows of padding; a cell that is partly padding counts as part of the image
         ((600, 390), (4, 20), (0, 24)),
         ((5000, 3), (11, 13), (0, 24)),
         ((77, 77), (0, 24), (0, 24)),

@@ -16,7 +16,7 @@ from hf_attn.modeling.sd_rpn.modeling_sd_rpn import SdRpnModel, roi_loss
 from .tiny import BASES, BRANCH, LAYERS, tiny_base, tiny_rpn
 
 
-#: variant -> parameters that are stored, and those that the map depends on (the card's table)
+#: variant -> stored parameters, and parameters that affect the map (table of the paper)
 PARAMETERS = {
     "llava_v1.5_7b": (607_154_176, 438_329_344),
     "llava_v1.5_13b": (951_618_560, 686_848_000),
@@ -79,14 +79,14 @@ def test_thresholds_go_by_task():
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
     ],
 )
-def test_configurations_that_make_no_sense_are_refused(fields, message):
+def test_bad_configurations(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         small_config(**fields)
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_fresh_layers_continue_as_the_base_does(kind):
-    """Before training the network repeats layers K .. K+T-2 of the base, bit for bit."""
+    """Before training, the network repeats layers K .. K+T-2 of the base exactly."""
     base = tiny_base(kind)
     rpn = SdRpnModel.from_base(base, branch_layer=BRANCH, num_hidden_layers=LAYERS)
     input_ids = torch.tensor([[1, 50, 60, 70, 80], [0, 1, 55, 65, 75]])
@@ -340,7 +340,7 @@ def test_the_paper_s_choices_are_taken_for_bases_of_its_sizes():
 def test_bases_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match=r"'clip_vision_model'.*Supported bases: llava"):
         SdRpnModel.config_from_base(CLIPVisionConfig())
-    with pytest.raises(ValueError, match=r"no published SD-RPN for a llava with 7 layers of width 32.*branch_layer="):
+    with pytest.raises(ValueError, match=r"no published SD-RPN for a llava with 7 layers of width 32.*branch_layer"):
         SdRpnModel.from_base(tiny_base("llava"))
     with pytest.raises(ValueError, match="does not support the language model 'gpt2'"):
         SdRpnModel.config_from_base(LlavaConfig(text_config={"model_type": "gpt2"}), branch_layer=2)

@@ -1,4 +1,4 @@
-"""The official pickles become a data set, and nothing in them is run."""
+"""The official pickles are converted to a dataset, and no code in them is run."""
 
 import os
 import pickle
@@ -42,7 +42,7 @@ def test_plain_data_comes_out_as_it_went_in(tmp_path, protocol):
 
 
 class Reduced:
-    """Pickles as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -80,8 +80,8 @@ MANY_TIMES = (
         (np.array([1, "a"], dtype=object), "array of 'O8'"),
         (np.array(["abc"]), "array of 'U3'"),
         (np.zeros(2, dtype=[("a", "f4")]), "array of 'V4'"),
-        (np.ma.array([1.0], mask=[True]), r"asks for numpy\.ma"),
-        (Reduced(eval, "1 + 1"), "asks for builtins.eval"),
+        (np.ma.array([1.0], mask=[True]), r"refers to numpy\.ma"),
+        (Reduced(eval, "1 + 1"), "refers to builtins.eval"),
         (torch.zeros(2), r"refers to torch"),
         ({1, 2}, "object of the type set"),
         ({(1, 2): 3}, "keys are neither"),
@@ -89,10 +89,10 @@ MANY_TIMES = (
         (SETS_AN_ATTRIBUTE, "bad.pkl"),
         (TOO_LARGE, "bytes do not fit"),
         (pickle.dumps([1.5] * 9)[:-9], "bad.pkl"),
-        # What an unpickler would reserve 64 GB for, and 8 TB.
+        # An unpickler would allocate 64 GB and 8 TB for these.
         (b"\x80\x02]r\xff\xff\xff\xff.", "memoises object 4294967295 after 0"),
         (b"\x80\x04\x95" + (2**43).to_bytes(8, "little") + b"].", "declares more data than it contains"),
-        # 1 kB of text as bytes a thousand times
+        # 1 kB of text, repeated a thousand times
         (MANY_TIMES, "creates more data than it contains"),
         (b"PK\x03\x04 no pickle", "bad.pkl"),
         (b"", "exhausted before seeing STOP"),
@@ -110,7 +110,7 @@ def test_anything_else_is_refused(tmp_path, content, message):
     assert not hasattr(_ArrayClass, "x")
 
 
-def test_the_attack_works_on_those_who_are_not_careful(tmp_path):
+def test_the_attack_works_on_a_plain_unpickler(tmp_path):
     marker = tmp_path / "marker"
     pickle.loads(pickle.dumps(Reduced(os.system, f"touch {marker}")))
     assert marker.exists()
@@ -173,7 +173,11 @@ def test_qwens_maps_become_a_data_set_and_know_their_padding(images):
     [
         (lambda content: {"a": 1}, ValueError, "does not contain a list"),
         (lambda content: [content[0], {"image": "x"}], ValueError, "Entry 1 of .* lacks prompt, text, sink_attn"),
-        (lambda content: [{**content[0], "image": "gqa/c.png"}], FileNotFoundError, "There is no gqa/c.png"),
+        (
+            lambda content: [{**content[0], "image": "gqa/c.png"}],
+            FileNotFoundError,
+            "The image of entry 0, gqa/c.png, is not in",
+        ),
         (lambda content: [{**content[0], "sink_attn": np.zeros(35)}], ValueError, "35 cells is not square"),
     ],
 )

@@ -1,4 +1,4 @@
-"""One generator in other programs: threads, offloading, adapters, chats, thresholds."""
+"""Use of a generator in applications: threads, offloading, adapters, chats, thresholds."""
 
 import base64
 import copy
@@ -44,7 +44,7 @@ def test_several_threads_use_one_generator():
 
 
 def partly_offloaded(base: PreTrainedModel) -> PreTrainedModel:
-    """The vision tower alone, whose weights are the first."""
+    """Offloads the vision tower only, whose weights come first."""
     cpu_offload(getattr(base.model, "visual", None) or base.model.vision_tower, torch.device("cpu"))
     return base
 

@@ -91,10 +91,10 @@ def test_extent():
 def test_pixels_of_a_padded_image():
     assert padded_to_image((9, 4, 17, 10), G24, (640, 480)) == (240, 26, 453, 186)
     assert padded_to_image((0, 0, 24, 24), G24, (640, 480)) == (0, 0, 640, 480)
-    # Corners on whole pixels, which floats would make one pixel less.
+    # Corners on whole pixels, which rounding of floats could shift by one pixel.
     assert padded_to_image((9, 10, 15, 13), G24, (600, 200)) == (225, 50, 375, 125)
     assert padded_to_image((1, 1, 6, 6), G24, (1000, 250))[::2] == (41, 250)
-    # Wholly in the padding on the left of an upright image.
+    # Entirely in the padding on the left of an upright image.
     assert padded_to_image((0, 1, 7, 8), G24, (300, 900))[::2] == (0, 0)
 
 
@@ -120,7 +120,7 @@ def test_one_region_is_cropped_with_all_tokens():
 
 def test_of_several_regions_the_tokens_inside_are_kept():
     roi_map = blob(G24, (4, 6, 8, 10), (14, 12, 18, 16))
-    # A cell alone is no region, but belongs to the extent.
+    # A single cell is not a region, but belongs to the extent.
     roi_map[18, 1] = 1.0
     (region,) = llava_regions(roi_map, 0.15, (480, 480))
     binary = above_threshold(blur(roi_map), 0.15)
@@ -173,7 +173,7 @@ def test_qwen_takes_the_extent_of_everything():
 
 
 def test_the_border_of_large_maps_is_cleared():
-    """28 x 28 cells: what is at rows 0 .. 6 of column 0 and columns 0 .. 6 of row 0 is an artefact."""
+    """28 x 28 cells: rows 0 .. 6 of column 0 and columns 0 .. 6 of row 0 are artefacts."""
     roi_map = blob((28, 28), (10, 10, 14, 14))
     roi_map[:7, 0] = roi_map[0, :7] = 1.0
     (region,) = qwen_regions(roi_map, 0.15, (784, 784))

@@ -1,4 +1,4 @@
-"""Training of the network alone: batches, loss, gradients, and a task that it learns."""
+"""Training of the network: batches, loss, gradients, and a task that it learns."""
 
 import copy
 
@@ -16,7 +16,7 @@ from .tiny import BRANCH, GRID, LAYERS, picture, tiny_base, tiny_processor, tiny
 
 
 def rows(cells: int = GRID) -> list[dict]:
-    """Two images with labels, as a data set has them."""
+    """Two images with labels, as in a dataset."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([1, 0, -100])[torch.randint(0, 3, (2, cells, cells), generator=generator)].tolist()
     images = [picture(90, 60), picture(50, 80, seed=1)]
@@ -92,7 +92,7 @@ def test_a_base_in_half_precision_trains_a_network_in_full(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
 def test_query_is_the_last_token_of_the_prompt(kind):
-    """The token before the answer: an answer behind it changes nothing."""
+    """The token before the answer: the answer after it changes nothing."""
     base, rpn = tiny_base(kind), tiny_rpn(kind)
     batch = RoiCollator(tiny_processor(kind), base.config)(rows()[:1])
     del batch["roi_target_map"]
@@ -127,7 +127,7 @@ def test_rows_and_networks_that_do_not_fit(tmp_path):
 
 
 def test_labels_of_a_box_follow_its_share_of_a_cell():
-    # 40x20 in a square of 40: 4 cells of 10 pixels a side, 10 pixels of padding above
+    # 40x20 in a square of 40: 4x4 cells of 10x10 pixels, 10 pixels of padding above
     labels = box_labels((5, 0, 26, 10), (40, 20), 4)
     assert labels[1].tolist() == [1, 1, 1, 0]
     assert (labels[[0, 2, 3]] == 0).all()
@@ -147,7 +147,7 @@ def test_planted_squares_are_where_they_are_said_to_be():
 
 
 def test_learns_where_the_only_square_is(tmp_path):
-    """A quick version of what the training script does by default."""
+    """A short version of the default task of the training script."""
     base, processor = tiny_llava(GRID, hidden_size=32)
     torch.manual_seed(0)
     rpn = SdRpnModel.from_base(base, branch_layer=1, num_hidden_layers=LAYERS)
@@ -169,7 +169,7 @@ def test_learns_where_the_only_square_is(tmp_path):
         data_collator=RoiCollator(processor, base.config),
     )
     trainer.train()
-    # What knowing the share of foreground, and nothing about the image, would come to.
+    # The loss of a model that knows only the fraction of foreground, and nothing about the image.
     labels = torch.stack([row["roi_labels"] for row in trainer.eval_dataset])
     share = (labels == 1).sum() / (labels != -100).sum()
     blind = F.binary_cross_entropy(share, share).item()
@@ -177,7 +177,7 @@ def test_learns_where_the_only_square_is(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path):
-    """Images with unequal numbers of labelled cells, so that a mean of means is another number."""
+    """Images with different numbers of labelled cells, so that a mean of means would differ."""
     data = rows()
     data[1]["roi_labels"] = torch.full((GRID, GRID), -100).index_fill_(0, torch.tensor([2]), 1).tolist()
     data += [{**data[1], "roi_labels": torch.full((GRID, GRID), -100).tolist()}]

@@ -1,4 +1,4 @@
-"""Tiny LLaVA, LLaVA-Next and Qwen2.5-VL models with random weights, and processors for them, made without any file."""
+"""Tiny LLaVA, LLaVA-Next and Qwen2.5-VL models with random weights, and their processors, created without files."""
 
 from functools import cache
 
@@ -125,7 +125,7 @@ def _qwen_config() -> Qwen2_5_VLConfig:
 
 @cache
 def tiny_base(kind: str) -> PreTrainedModel:
-    """A base with random weights, in eval mode; shared, so that no test may change it."""
+    """A base with random weights, in eval mode. It is shared, so tests must not change it."""
     torch.manual_seed(0)
     if kind == "llava":
         base = LlavaForConditionalGeneration(_llava_config(LlavaConfig))
@@ -138,13 +138,13 @@ def tiny_base(kind: str) -> PreTrainedModel:
         for name, parameter in base.named_parameters():
             if name.endswith(("norm.weight", "layernorm.weight")):
                 parameter.uniform_(0.5, 1.5)
-    # An answer always has the length that is asked for.
+    # Answers always have the requested length.
     base.generation_config.eos_token_id = None
     return base.eval()
 
 
 def tiny_rpn(kind: str) -> SdRpnModel:
-    """A network for `tiny_base(kind)` with weights of its own."""
+    """A network for `tiny_base(kind)` with its own random weights."""
     rpn = SdRpnModel.from_base(tiny_base(kind), branch_layer=BRANCH, num_hidden_layers=LAYERS)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -173,13 +173,13 @@ def tiny_processor(kind: str) -> ProcessorMixin:
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Blocks of random colours."""
+    """An image with blocks of random colours."""
     blocks = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
 
 
 def blob(grid: tuple[int, int], *boxes: tuple[int, int, int, int], value: float = 0.9) -> torch.Tensor:
-    """A map of probabilities: `value` inside the boxes `(x0, y0, x1, y1)`, next to nothing elsewhere."""
+    """A map of probabilities: `value` inside the boxes `(x0, y0, x1, y1)`, close to zero elsewhere."""
     roi_map = torch.full(grid, 1e-4)
     for x0, y0, x1, y1 in boxes:
         roi_map[y0:y1, x0:x1] = value
@@ -187,7 +187,7 @@ def blob(grid: tuple[int, int], *boxes: tuple[int, int, int, int], value: float 
 
 
 def force_maps(rpn: SdRpnModel, *maps: torch.Tensor) -> None:
-    """Let a network answer with these maps, one for each image of a batch, whatever else it is given."""
+    """Let a network return these maps, one per image of a batch, for any input."""
 
     def forward(image_mask, query_positions=None, **inputs):
         logits = torch.full(image_mask.shape, -torch.inf)
@@ -205,12 +205,12 @@ def force_maps(rpn: SdRpnModel, *maps: torch.Tensor) -> None:
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-#: regions in maps of all grids that the pictures of these tests have: none, one, several
+#: regions in maps of all grids that the images of these tests have: none, one, several
 NONE, ONE, SEVERAL = (), ((2, 2, 4, 4),), ((0, 0, 2, 2), (3, 3, 6, 6))
 
 
 def make_generator(kind: str, *regions) -> SdRpnGenerator:
-    """A generator; with `regions`, one that finds these in square images, one entry for each image."""
+    """A generator; with `regions`, one that finds these in square images, one entry per image."""
     rpn = tiny_rpn(kind)
     if regions:
         force_maps(rpn, *(blob((GRID, GRID), *boxes) for boxes in regions))
@@ -218,7 +218,7 @@ def make_generator(kind: str, *regions) -> SdRpnGenerator:
 
 
 def square(seed: int = 0) -> Image.Image:
-    """A picture that all bases see as GRID x GRID cells: Qwen2.5-VL has cells of 28 pixels."""
+    """An image that all bases divide into GRID x GRID cells: Qwen2.5-VL has cells of 28 pixels."""
     return picture(28 * GRID, 28 * GRID, seed)
 
 
@@ -229,7 +229,7 @@ def tokens(generator: SdRpnGenerator, *arguments, threshold=0.4, **options) -> l
 
 
 def plain_tokens(kind: str, prompts: list, images: list, **options) -> list[list[int]]:
-    """What the base answers by itself."""
+    """The answer of the base alone."""
     processor, base = tiny_processor(kind), tiny_base(kind)
     read = [read_prompt(processor, prompt, given) for prompt, given in zip(prompts, images, strict=True)]
     inputs = encode_prompts(processor, base.config, read)

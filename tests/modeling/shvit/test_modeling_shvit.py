@@ -1,4 +1,4 @@
-"""SHViT: facts of the paper, the fused form, and what every image family has."""
+"""SHViT: properties from the paper, the fused form, and the tests of every image family."""
 
 from functools import partial
 

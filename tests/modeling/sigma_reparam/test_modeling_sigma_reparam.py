@@ -1,4 +1,4 @@
-"""Facts about the vision transformers and the speech block."""
+"""Properties of the vision transformers and the speech block."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_patch_embedding_has_an_initial_scale_of_its_own():
     assert model.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_classifier_of_another_size_is_drawn_anew(tmp_path):
+def test_classifier_of_another_size_is_initialised_again(tmp_path):
     SigmaReparamViTForImageClassification(SigmaReparamViTConfig(**TINY, num_labels=3)).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="mismatch"):
         SigmaReparamViTForImageClassification.from_pretrained(tmp_path, num_labels=5)
@@ -73,7 +73,7 @@ def test_classifier_of_another_size_is_drawn_anew(tmp_path):
 def test_folded_model_is_equal_and_plain_also_after_loading(spectral_init, tmp_path):
     torch.manual_seed(0)
     model = SigmaReparamViTForImageClassification(SigmaReparamViTConfig(**TINY, spectral_init=spectral_init)).eval()
-    with torch.no_grad():  # as after training, where gamma is what neither initialisation gives
+    with torch.no_grad():  # as after training, where gamma differs from both initialisations
         for module in model.modules():
             if isinstance(module, SigmaReparamLayer):
                 module.gamma.uniform_(0.5, 2)

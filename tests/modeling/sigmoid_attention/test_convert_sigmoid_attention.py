@@ -1,4 +1,4 @@
-"""Official checkpoints of sigmoid attention: layouts, and the way back."""
+"""Official checkpoints of sigmoid attention: layouts, and round trips."""
 
 import math
 

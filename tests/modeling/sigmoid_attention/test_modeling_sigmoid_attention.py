@@ -1,4 +1,4 @@
-"""The causal LM family of sigmoid attention: the facts of its paper, decoding, training, saving."""
+"""The causal LM family of sigmoid attention: properties from the paper, decoding, training, saving."""
 
 import math
 import subprocess
@@ -145,7 +145,7 @@ def test_far_below_zero_the_normalised_weights_are_softmax():
 
 
 def test_the_bias_depends_on_training_length_only():
-    """It is not the length at hand, the number of pads or the step of decoding."""
+    """It does not depend on the current length, the amount of padding or the decoding step."""
     model = tiny_model("eager")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -259,7 +259,7 @@ def test_positions_matter_except_without_any():
         ids = random_ids(1, 6)
         swapped = ids[:, [1, 0, 2, 3, 4, 5]]
         same = torch.allclose(model(ids).logits[:, -1], model(swapped).logits[:, -1], atol=1e-5)
-        # Even without positions a causal model of two layers sees order: compare its first layer.
+        # Even without positions, a causal model of two layers depends on the order, so the first layer is compared.
         if position != "none":
             assert not same, position
     model = tiny_model(position_embedding_type="none", num_hidden_layers=1)
@@ -272,7 +272,7 @@ def test_trailing_padding_is_a_segment_of_its_own():
     ids[0, 3] = 0
     ids[1, 5:] = 0
     logits = model(ids).logits
-    # Tokens, an interior pad included, are computed as without the padding; the padding as if it stood alone.
+    # Tokens, including an interior padding token, are computed as without the padding; the padding as if it were alone.
     torch.testing.assert_close(logits[:1], model(ids[:1, :8]).logits, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(logits[1:, :5], model(ids[1:, :5]).logits, atol=1e-6, rtol=1e-5)
     alone = model(torch.zeros(1, 3, dtype=torch.long)).logits
@@ -289,7 +289,7 @@ def test_trailing_padding_is_a_segment_of_its_own():
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("position", POSITIONS)
 def test_decoding_equals_the_full_forward(position, cache_class, splits, attn_implementation):
-    # A bias of 0 makes far keys count, which a wrong distance would show.
+    # With a bias of 0, distant keys matter, so a wrong distance would change the result.
     model = tiny_model(attn_implementation, position_embedding_type=position, sigmoid_bias=0.0)
     ids = random_ids(2, 10)
     options = {"max_cache_len": 13} if cache_class is StaticCache else {}
@@ -376,7 +376,7 @@ def test_bfloat16_stays_close_to_float32():
         exact = model(ids).logits
         logits = model.to(torch.bfloat16)(ids).logits
     assert logits.dtype == torch.bfloat16
-    # a bfloat16 number has 8 significant bits; two layers accumulate a handful of roundings
+    # a bfloat16 number has 8 significant bits; two layers accumulate a few roundings
     assert (logits.float() - exact).abs().max() < 8 * 2**-8 * exact.abs().max()
 
 
@@ -425,7 +425,7 @@ def test_trailing_padding_compiles_into_one_graph():
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Rows with labels of unequal number, so that a mean of means differs from the mean over tokens."""
+    """Rows with different numbers of labels, so that a mean of means differs from the mean over tokens."""
 
     def __len__(self):
         return 8

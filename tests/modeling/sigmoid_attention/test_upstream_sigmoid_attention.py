@@ -17,7 +17,7 @@ class SigmoidAttentionUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
 
 
 class SigmoidAttentionRopeUpstreamTest(UpstreamCausalLMTests, unittest.TestCase):
-    """The other pole: rotary embedding, LayerNorm before each branch, LayerScale, plain MLP, biases."""
+    """The opposite configuration: rotary embedding, LayerNorm before each branch, LayerScale, plain MLP, biases."""
 
     model_type = "sigmoid_attention"
     is_further_configuration = True

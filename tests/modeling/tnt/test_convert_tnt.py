@@ -91,7 +91,7 @@ def test_official_layout_equals_timm():
 
 
 def test_squeeze_excitation():
-    """No other implementation has it: the gate on the branch, as the card of the paper words it."""
+    """No other implementation has it, so the gate on the branch is tested against its definition."""
     weights = official_weights(randomize(timm.models.tnt.TNT(**TINY)))
     for block in range(2):
         for name, shape in (("0.weight", (48,)), ("0.bias", (48,)), ("1.weight", (12, 48)), ("1.bias", (12,))):
@@ -118,7 +118,7 @@ def test_without_classifier():
 
 def test_what_does_not_fit_is_named():
     weights = timm.models.tnt.TNT(**TINY).state_dict()
-    with pytest.raises(ConversionError, match="how many heads"):
+    with pytest.raises(ConversionError, match="the number of heads"):
         from_official("tnt", weights)
     with pytest.raises(ConversionError, match="legacy=False"):
         from_official("tnt", weights, config={**TINY, "legacy": True})

@@ -1,4 +1,4 @@
-"""TNT: facts of the paper, and what every image family has."""
+"""TNT: properties from the paper, and the tests of every image family."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Models with a token mixer by name: caches, padding, classification, learning, conversion, bad input."""
+"""Models with a selectable token mixer: caches, padding, classification, training, conversion, bad input."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_cache_and_left_padding_change_nothing(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_classifies_whatever_the_padding(mixer, tmp_path):
+def test_every_mixer_classifies_independent_of_padding(mixer, tmp_path):
     model, ids = make(mixer, TokenMixerForSequenceClassification), token_ids(3, 9)
     ids[1, 5:] = 0
     mask = (ids != 0).long()
@@ -114,10 +114,10 @@ def test_conversion_takes_what_a_mixer_needs():
         (lambda: TokenMixerConfig(mixer="fourier"), "no causal form; use a classifier with causal=False"),
         (lambda: TokenMixerConfig(num_attention_heads=4), "one head, got num_attention_heads=4"),
         (lambda: TokenMixerConfig(mixer_window=-1), "mixer_window=-1 is out of range"),
-        (lambda: TokenMixerConfig(mixer="spatial_gating", hidden_size=33), "hidden_size 33 is odd"),
+        (lambda: TokenMixerConfig(mixer="spatial_gating", hidden_size=33), "hidden_size must be even, got 33"),
         (lambda: make("fourier", causal=False), "needs causal=True"),
-        (lambda: make("softmax")(token_ids(1, 65)), "64 positions .max_position_embeddings. and got 65 tokens"),
-        (lambda: make("softmax")(token_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4)), "mask for pairs of tokens"),
+        (lambda: make("softmax")(token_ids(1, 65)), "64 positions .max_position_embeddings., but got 65 tokens"),
+        (lambda: make("softmax")(token_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4)), "masks of token pairs"),
         (
             lambda: make("fourier", TokenMixerForSequenceClassification)(token_ids(1, 4), use_cache=True),
             "does not support a cache",

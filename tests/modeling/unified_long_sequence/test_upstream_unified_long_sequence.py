@@ -1,4 +1,4 @@
-"""transformers' common model tests for the models with a token mixer by name."""
+"""transformers' common model tests for the models with a selectable token mixer."""
 
 import unittest
 

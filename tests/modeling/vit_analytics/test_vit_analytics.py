@@ -1,4 +1,4 @@
-"""The auto-encoder of attention patterns."""
+"""The autoencoder of attention patterns."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hf_attn import VitPatternAutoencoder, VitPatternAutoencoderConfig
 
 
 def maps(heads=24, patches=12, seed=0):
-    """Half of the heads look at themselves, the others at two fixed patches."""
+    """In half of the heads every patch attends to itself, in the others to two fixed patches."""
     noise = torch.randn(heads, patches, patches, generator=torch.Generator().manual_seed(seed))
     noise[::2] += 4 * torch.eye(patches)
     noise[1::2, :, :2] += 4
@@ -54,7 +54,7 @@ def test_bad_input_is_refused():
         model(maps(3, 13))
     with pytest.raises(ValueError, match="at least 2 heads, got 1"):
         model.fit(maps(1))
-    with pytest.raises(ValueError, match="all the same"):
+    with pytest.raises(ValueError, match="All maps are equal"):
         model.fit(torch.full((3, 12, 12), 1 / 12))
     with pytest.raises(StrictDataclassClassValidationError, match="cannot be halved 3 times"):
         VitPatternAutoencoderConfig(num_patches=4)

@@ -12,7 +12,7 @@ from hf_attn.modeling.wide_attention.modeling_wide_attention import WideTransfor
 from tests.batteries.imaging import randomize
 
 
-#: sizes at which a short text shows what the type does
+#: sizes at which a short text tests the pattern of each type
 ARGUMENTS = {
     "linformer": {"rank": 4},
     "local": {"block_size": 4},
@@ -23,7 +23,7 @@ ARGUMENTS = {
     "bigbird": {"block_size": 4, "num_random_blocks": 1},
     "performer": {"num_features": 16},
 }
-#: the types whose weights are those of single keys
+#: types with weights for single keys
 WEIGHTED = ("softmax", "local", "sparse", "longformer", "synthesizer", "bigbird")
 BOTH = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 EVERY_TYPE = pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -116,6 +116,34 @@ def test_weights_of_single_keys_are_recorded_where_there_are_any(attention_type)
 # --- patterns -----------------------------------------------------------------------------------------------------------
 
 
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+@pytest.mark.parametrize("attention_type", ["longformer", "sinkhorn", "bigbird"])
+def test_onnx_computes_the_same_at_other_sizes(attention_type, tmp_path):
+    """Those of which blocks, random blocks or global tokens depend on the length."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path = Logits(make_model(attention_type, "sdpa")), tmp_path / "model.onnx"
+    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    shapes = {"input_ids": free, "attention_mask": free}
+    example = (some_ids(), torch.ones(2, 21, dtype=torch.long))
+    torch.onnx.export(model, example, path, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in ((2, 21), (1, 7), (3, 33)):
+        ids, mask = some_ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+        mask[0, length - length // 3 :] = 0
+        (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(ids, mask)
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-5, rtol=1e-5, msg=f"{batch}, {length}")
+
+
 def pattern(function, length: int) -> torch.Tensor:
     index = torch.arange(length)
     return function(index[:, None], index[None])
@@ -148,7 +176,8 @@ def test_bigbird_sees_neighbours_ends_and_random_blocks():
     )
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 31:] = False
-    function, index = patterns.mask_function(config, mask), torch.arange(40)
+    function = patterns.mask_function(config, mask, patterns.draw_random_blocks(config))
+    index = torch.arange(40)
     allowed = torch.stack([function(torch.tensor(b), None, index[:, None], index[None]) for b in (0, 1)])
     for row, last in enumerate((19, 15)):
         for block in (5, 10):

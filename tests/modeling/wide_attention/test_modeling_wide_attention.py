@@ -1,4 +1,4 @@
-"""Wide transformers: the facts of the paper, documents, training and bad input."""
+"""Wide transformers: properties from the paper, documents, training and bad input."""
 
 import math
 from functools import partial
@@ -94,7 +94,7 @@ def test_aspect_ratio_keeps_the_heads_and_all_else():
         == aspect_ratio(WideTransformerConfig.from_variant("heads48_6x8"), 1).to_dict()
     )
     with pytest.raises(
-        ValueError, match=r"48 heads cannot be spread evenly over num_layers=5\. Possible: 1, 2, 3, 4, 6"
+        ValueError, match=r"48 heads cannot be distributed evenly over num_layers=5\. Possible: 1, 2, 3, 4, 6"
     ):
         aspect_ratio(deep, 5)
 
@@ -251,7 +251,7 @@ def test_labels_out_of_range_are_named():
         ({"head_dim": 0}, "head_dim"),
     ],
 )
-def test_configurations_that_make_no_sense_are_refused(overrides, message):
+def test_bad_configurations(overrides, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         tiny_config(**overrides)
 

@@ -42,7 +42,7 @@ class WideTransformerUpstreamTest(UpstreamTextTests, unittest.TestCase):
 
 
 class WideTransformerClassTokenUpstreamTest(UpstreamTextTests, unittest.TestCase):
-    """With a class token, which the states have in front of the texts."""
+    """With a class token, which precedes the text in the hidden states."""
 
     model_type = "wide_attention"
     is_further_configuration = True

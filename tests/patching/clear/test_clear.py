@@ -1,4 +1,4 @@
-"""CLEAR on tiny FLUX and SD3 transformers of diffusers: applied, removed, and all that a call may bring."""
+"""CLEAR on tiny FLUX and SD3 transformers of diffusers: applying, removing, and all kinds of calls."""
 
 import copy
 import subprocess
@@ -331,7 +331,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
         if checkpointing:
             model.enable_gradient_checkpointing()
         first = model(**make_inputs(height=6, width=8)).sample
-        run(model, make_inputs(height=4, width=4))  # another grid before the blocks are computed again
+        run(model, make_inputs(height=4, width=4))  # another grid before the blocks are recomputed
         first.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -409,7 +409,7 @@ def test_a_whole_graph_with_a_given_grid():
     apply_clear(model, radius=2, attn_implementation="tiles")
     expected = run(model, inputs)
     compiled = torch.compile(model, fullgraph=True)
-    # The compiler's vectorised exponentials and sines are off by some units in the last place, of outputs up to 25.
+    # The compiler's vectorised exponentials and sines differ by some units in the last place, for outputs up to 25.
     atol = 2e-5 * expected.abs().max().item()
     torch.testing.assert_close(run(compiled, inputs, clear_grid=(10, 7)), expected, rtol=0, atol=atol)
 
@@ -471,7 +471,7 @@ def test_foreign_processors_are_not_overwritten():
     assert model.transformer_blocks[1].attn.processor is foreign
 
 
-def test_processors_that_somebody_replaces_are_noticed():
+def test_replaced_processors_are_detected():
     model, inputs = tiny_sd3(), sd3_inputs()
     apply_clear(model, radius=2)
     model.set_attn_processor(JointAttnProcessor2_0())

@@ -1,4 +1,4 @@
-"""CLEAR where other parts of diffusers and accelerate move weights, replace processors or average parameters."""
+"""CLEAR with features of diffusers and accelerate that move weights, replace processors or average parameters."""
 
 import copy
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def sequential(model: nn.Module) -> nn.Module:
-    """What `enable_sequential_cpu_offload()` does."""
+    """The same offloading as `enable_sequential_cpu_offload()`."""
     return cpu_offload(model, execution_device=CPU)
 
 
@@ -109,7 +109,7 @@ def test_weights_of_a_quantised_transformer_are_out_of_reach(tmp_path, dtype):
 @pytest.mark.parametrize("kind", MODELS)
 def test_autocast(kind, backend):
     make, inputs = MODELS[kind]
-    model, inputs = make(), inputs(23, 24, text_length=300)  # so many tokens that "auto" takes tiles
+    model, inputs = make(), inputs(23, 24, text_length=300)  # enough tokens for "auto" to choose tiles
     apply_clear(model, 3, attn_implementation=backend)
     expected = run(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +211,7 @@ def test_chroma(mask_type):
         inputs["attention_mask"] = mask.to(mask_type)
     assert len(apply_clear(model, 99).changed) == 4
     torch.testing.assert_close(run(model, inputs), full, atol=1e-5, rtol=1e-4)
-    # A radius that is smaller than the image changes it, and pooled keys do again.
+    # A radius smaller than the image changes the output, and so do pooled keys.
     apply_clear(model, 2)
     local = run(model, inputs)
     apply_clear(model, 2, 2)

@@ -23,7 +23,7 @@ def pipe():
 
 
 def weights_file(pipe, folder, down_factor=1):
-    """CLEAR weights that are not those of the pipeline."""
+    """CLEAR weights that differ from those of the pipeline."""
     transformer = tiny_flux_pipeline(seed=1).transformer
     apply_clear(transformer, radius=2, down_factor=down_factor)
     return save_clear_weights(transformer, folder)
@@ -74,7 +74,7 @@ def test_stages_and_what_the_transformer_is_called_with(pipe, monkeypatch, tmp_p
     assert set(attended) == scalings
 
 
-def test_the_pipeline_is_left_as_it_came(pipe, tmp_path):
+def test_the_pipeline_is_not_changed(pipe, tmp_path):
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     settings = dict(pipe.scheduler.config), pipe.scheduler, dict(pipe._progress_bar_config)
     arguments = {"sizes": SIZES[:2], "clear_weights": weights_file(pipe, tmp_path), **SHORT}
@@ -145,7 +145,7 @@ def test_progress_says_which_stage_it_is(pipe, capsys):
         ({"sizes": [16, 8]}, ValueError, r"\(8, 8\) follows \(16, 16\)"),
         ({"strength": 0.1}, ValueError, "large enough for at least one of 4 steps, got 0.1"),
         ({"start_stage": 3}, ValueError, "one of the 3 stages, counted from 0, got 3"),
-        ({"start_stage": 1}, ValueError, "pass the `image` of stage 0 or the `folder`"),
+        ({"start_stage": 1}, ValueError, "pass the `image` of stage 0, or the `folder`"),
         ({"clear_weights": "clear_local_8"}, ValueError, "already has CLEAR attention"),
     ],
 )

@@ -32,7 +32,7 @@ CASES = {
 def set_up(
     height, radius, attn_implementation="auto", mask=False, control=False, text_queries="exact", **attention_kwargs
 ):
-    """A transformer with CLEAR, what it is called with, and how it computes text queries."""
+    """A transformer with CLEAR, its inputs, and its computation of text queries."""
     model, inputs = tiny_flux(), flux_inputs(height=height)
     apply_clear(model, radius, attn_implementation=attn_implementation)
     if mask:
@@ -48,7 +48,7 @@ def computed(case, group):
     model, inputs, attention_kwargs, text_queries = set_up(**CASES[case])
     with clear_parallel(model, text_queries, group):
         output = run(model, inputs, **attention_kwargs)
-    # The model is as it was.
+    # The model is unchanged.
     assert len(model._forward_pre_hooks) == 1 and not model._forward_hooks
     return output
 
@@ -110,7 +110,7 @@ def process(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each process computed; started once, because each imports diffusers."""
+    """The results of each process; the processes are started once, because each imports diffusers."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(process, args=(str(folder),), nprocs=PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
@@ -118,7 +118,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "averaged"])
-def test_several_processes_compute_what_one_does(results, case, processes):
+def test_several_processes_compute_the_same_as_one(results, case, processes):
     model, inputs, attention_kwargs, _ = set_up(**CASES[case])
     expected = run(model, inputs, **attention_kwargs)
     outputs = [result[key] for result in results if (key := f"{case}, {processes} processes") in result]

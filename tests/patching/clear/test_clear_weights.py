@@ -1,4 +1,4 @@
-"""CLEAR weights: official layouts, files of our own, and models that hold their weights elsewhere."""
+"""CLEAR weights: official layouts, our own files, and models whose weights are stored elsewhere."""
 
 import re
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ADAPTER = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], i
 
 
 def trained(radius=2, down_factor=1):
-    """A FLUX transformer with other attention weights than `tiny_flux`, and its official file as a dictionary."""
+    """A FLUX transformer with different attention weights from `tiny_flux`, and its official file as a dictionary."""
     model = tiny_flux()
     apply_clear(model, radius, down_factor)
     torch.manual_seed(3)
@@ -103,7 +103,7 @@ def test_saved_weights_have_a_model_card(tmp_path):
     assert (path.parent / "README.md").read_text() == "mine"
 
 
-def test_weights_for_a_while_only(tmp_path):
+def test_weights_are_loaded_temporarily(tmp_path):
     expected, path = official_file(tmp_path)
     for fused in (False, True):
         model, inputs = tiny_flux(), flux_inputs()
@@ -248,9 +248,9 @@ def test_a_file_that_does_not_fit_changes_nothing(change, message):
 
 def test_contradictions(tmp_path):
     _, path = official_file(tmp_path, 2, 4)
-    with pytest.raises(ValueError, match="trained with radius = 2, and radius = 3 is asked for"):
+    with pytest.raises(ValueError, match="trained with radius = 2, but radius = 3 was passed"):
         load_clear_weights(tiny_flux(), path, radius=3)
-    with pytest.raises(ValueError, match="trained with down_factor = 4, and down_factor = 1 is asked for"):
+    with pytest.raises(ValueError, match="trained with down_factor = 4, but down_factor = 1 was passed"):
         load_clear_weights(tiny_flux(), path, down_factor=1)
     renamed = path.rename(tmp_path / "clear_local_2.safetensors")
     with pytest.raises(ValueError, match=r"has down factor 1 .* its spatial weights have down factor 4"):

@@ -1,4 +1,4 @@
-"""sigma-reparametrisation where models and libraries read, share or compute weights themselves."""
+"""sigma-reparametrisation of models and libraries that read, share or compute weights."""
 
 import copy
 import io
@@ -69,7 +69,7 @@ def eva() -> tuple[nn.Module, tuple]:
 
 
 def t5() -> tuple[nn.Module, tuple]:
-    """Asks the weight of `wo` for its dtype, and calls it."""
+    """Reads the dtype of the weight of `wo`, and calls the layer."""
     config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
     return model, (input_ids(), None, input_ids(1))
@@ -100,7 +100,7 @@ def test_layers_that_a_model_reads_are_left_alone(make, left):
 
 
 class Sly(nn.Module):
-    """Reads one weight in a way that its source does not show, and another one beside calling its layer."""
+    """Reads one weight in a way that is not visible in its source, and another weight in addition to calling its layer."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ def test_computed_weights_are_left_alone(wrap):
 # --- what comes after a layer ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [4, 400])  # fewer and more numbers than the weight
+@pytest.mark.parametrize("tokens", [4, 400])  # fewer and more elements than the weight
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_may_be_changed_in_place(tokens, bias):
     torch.manual_seed(0)
@@ -225,7 +225,7 @@ def test_deberta_changes_outputs_in_place():
 
 
 def gradients_of_two_passes(order: str, **checkpointing) -> dict[str, torch.Tensor]:
-    """Of the sum of two losses, by passes from a u that is far from converged."""
+    """Gradients of the sum of two losses, with two passes from a u far from convergence."""
     model = tiny_llama()
     apply_sigma_reparam(model, init="unit", exclude="lm_head")
     torch.manual_seed(1)
@@ -254,7 +254,7 @@ def gradients_of_two_passes(order: str, **checkpointing) -> dict[str, torch.Tens
         ("together", False, "together"),
         ("first first", False, "first first"),
         ("each before the next", False, "each before the next"),
-        # Passes without a graph do not see each other, and begin one after the other.
+        # Passes without a graph are independent and run one after the other.
         ("together", True, "each before the next"),
         ("each before the next", True, "each before the next"),
     ],
@@ -340,7 +340,7 @@ def test_pre_trained_model_gets_other_heads(tmp_path):
         assert all("pooler" in name or "classifier" in name for name in info["missing_keys"])
         assert type(model.classifier) is nn.Linear
         torch.testing.assert_close(model.bert(input_ids()).last_hidden_state, expected, atol=1e-6, rtol=1e-5)
-    # The record is that of the new model.
+    # The recorded layers are those of the new model.
     model.save_pretrained(tmp_path / "classifier")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
     torch.testing.assert_close(again(input_ids()).logits, model(input_ids()).logits, atol=1e-6, rtol=1e-5)
@@ -353,7 +353,7 @@ def test_a_head_of_another_size_gets_a_u_of_its_own(auto_class, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_config(BertConfig(**TINY, num_labels=2))
     apply_sigma_reparam(model)
-    # what was loaded keeps its u, also one that trails its weight
+    # loaded layers keep their u, even if it lags behind the weight
     dense = model.bert.encoder.layer[0].output.dense
     dense.u.copy_(dense.u.roll(1))
     model.save_pretrained(tmp_path)

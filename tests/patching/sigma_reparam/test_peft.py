@@ -1,4 +1,4 @@
-"""Adapters on reparametrised layers: right, or refused."""
+"""Adapters on reparametrised layers: either correct or refused."""
 
 import copy
 

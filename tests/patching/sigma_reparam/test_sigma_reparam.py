@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_formula(converged, track_left):
 
 @pytest.mark.parametrize("gamma", [1.7, 0.0])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])  # the last is larger than the weight
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])  # the last one has more elements than the weight
 def test_layer_is_the_linear_map_of_its_effective_weight(shape, bias, gamma):
     torch.manual_seed(0)
     layer = SigmaReparamLinear(7, 5, bias=bias).double().eval()
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_moves_u_once(use_re
     model = tiny_bert()
     apply_sigma_reparam(model)
     for module in model.modules():
-        if isinstance(module, SigmaReparamLayer):  # far from converged, where a second iteration shows
+        if isinstance(module, SigmaReparamLayer):  # far from convergence, where a second iteration makes a difference
             nn.init.normal_(module.u)
     checkpointed = copy.deepcopy(model)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -239,7 +239,7 @@ def test_from_pretrained_loads_what_was_saved(make, auto_class, input_ids, tmp_p
 
     loaded, info = auto_class.from_pretrained(tmp_path / "reparametrised", output_loading_info=True)
     assert not any(info.values())
-    # Equal weights, at other addresses, which kernels may treat differently.
+    # Equal weights at other addresses, for which kernels may round differently.
     torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=1e-6, rtol=1e-5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
@@ -333,7 +333,7 @@ class TestBadInput:
 
 
 class TestOtherLibraries:
-    """Models of timm and diffusers, whose layers and forward passes are their own."""
+    """Models of timm and diffusers, which have their own layers and forward passes."""
 
     @staticmethod
     def check(model: nn.Module, run) -> None:
