@@ -71,7 +71,7 @@ def test_an_interrupted_run_is_resumed(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module._Quickstart, "measure", interrupted)
         quickstart(tmp_path, steps=8)
-    assert "The same command continues it" in capsys.readouterr().err
+    assert "Run the same command to continue it" in capsys.readouterr().err
     results = quickstart(tmp_path, steps=8)
     assert [row["steps"] for row in results["course"]] == [2, 3, 5, 8]
     assert not (tmp_path / "training.pt").exists()

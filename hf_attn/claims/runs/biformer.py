@@ -70,14 +70,15 @@ def conclude(data: dict) -> Conclusion:
 
 
 def draw(data: dict, figure) -> None:
-    axes = figure.subplots(1, 1 + len(data["runs"]))
-    for column, name, style in ((2, "attending to all regions", "s--"), (1, "routed", "o-")):
+    axes = figure.subplots(1, 1 + len(data["runs"]), width_ratios=(4, 3, 3))
+    for column, name, style in ((2, "all regions", "s--"), (1, "routed", "o-")):
         points = [(row[0], row[column]) for row in data["counts"]]
         axes[0].loglog(*zip(*points, strict=True), style, label=name)
     axes[0].set_xticks([row[0] for row in data["counts"]], [str(row[0]) for row in data["counts"]])
     axes[0].tick_params(axis="x", which="minor", labelbottom=False)
     axes[0].set_xlabel("pixels of a side")
-    axes[0].set_title("billion operations, BiFormer-T")
+    axes[0].set_ylabel("billion operations")
+    axes[0].set_title("BiFormer-T")
     axes[0].legend(fontsize=8)
     for panel, (dataset, sides) in zip(axes[1:], data["runs"].items(), strict=True):
         names = {name.removesuffix(" of timm"): [run["accuracy"] for run in runs] for name, runs in sides.items()}

@@ -1,12 +1,13 @@
 """DeBERTa: loss on masked characters of the whole model, and without each of its parts.
 
-Left out in turn are the content-to-position term, the position-to-content term, and the enhanced mask decoder: then a model has absolute
-positions at its input, as BERT has, or none. Models without the decoder are the DebertaV2 of transformers; a BERT of transformers has no
-relative positions either. All are trained on the beginnings of paragraphs.
+Left out in turn are the content-to-position term, the position-to-content term, and the enhanced mask decoder: then a
+model has absolute positions at its input, as BERT has, or none. Models without the decoder are the DebertaV2 of
+transformers; a BERT of transformers has no relative positions either. All are trained on the beginnings of paragraphs.
 
-Shown in small if the loss of the whole model on held-out text is lower than without each part, and lower than BERT's, for every seed and by
-more than the spread. Contradicted if it is higher in the same sense than without some part, or higher than BERT's. Otherwise not shown here. The time of
-the attention module beside transformers' is reported and decides nothing.
+Shown in small if the loss of the whole model on held-out text is lower than without each part, and lower than BERT's,
+for every seed and by more than the spread. Contradicted if it is higher in the same sense than without some part, or
+higher than BERT's. Otherwise not shown here. The time of the attention module beside transformers' is reported and
+decides nothing.
 """
 
 import copy

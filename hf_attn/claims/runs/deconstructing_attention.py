@@ -1,15 +1,17 @@
-"""Mixers that relax a principle of attention, in every layer (uniform) and in every second layer (hybrid), in language models of one size.
+"""Mixers that relax a principle of attention, in every layer (uniform) and in every second layer (hybrid).
 
-The standard model is a Qwen2 of transformers; the others differ from it only in their mixers. The rule has three parts:
+The standard model is a Qwen2 of transformers; the others differ from it only in their mixers. The rule has three
+parts:
 
-1. in every layer each mixer except `mlp` has a higher loss on held-out text than the standard model, for every seed and by more than
-   the spread;
+1. in every layer each mixer except `mlp` has a higher loss on held-out text than the standard model, for every seed
+   and by more than the spread;
 2. in every second layer the mean loss of each of them is at most 5 % above that of the standard model;
-3. `mlp`, which mixes no tokens, has the highest mean loss of the hybrids, and of the uniform models except `non_approximate`, as in the
-   paper's table.
+3. `mlp`, which mixes no tokens, has the highest mean loss of the hybrids, and of the uniform models except
+   `non_approximate`, as in the paper's table.
 
-Shown in small if all three hold. Contradicted if for most of the other mixers the hybrid is not better in the mean than the uniform model, or if
-`mlp` in every layer is not clearly worse than the standard model. Otherwise not shown here.
+Shown in small if all three hold. Contradicted if for most of the other mixers the hybrid is not better in the mean
+than the uniform model, or if `mlp` in every layer is not clearly worse than the standard model. Otherwise not shown
+here.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
-"""EchoAtt: how alike attention maps of neighbouring layers are, and a student that shares maps against one with a dropped layer.
+"""EchoAtt: similarity of neighbouring attention maps, and a student that shares maps against one with a dropped layer.
 
-The maps are those of SmolLM2-135M on text. The students are made from a small Llama of transformers that was trained first: half of
-the layers share a map, or one layer is dropped, the one whose removal costs the least on the validation split; both need the same number
-of operations. They are trained by the paper's two stages, pseudo-labels of the teacher and then text. The teacher is trained for as many
-more steps on text.
+The maps are those of SmolLM2-135M on text. The students are made from a small Llama of transformers that was trained
+first: half of the layers share a map, or one layer is dropped, the one whose removal costs the least on the validation
+split; both need the same number of operations. They are trained by the paper's two stages, pseudo-labels of the
+teacher and then text. The teacher is trained for as many more steps on text.
 
 Shown in small if
 
@@ -11,7 +11,8 @@ Shown in small if
 2. the student's loss on held-out text is at most 3 % above that of the teacher trained on, in the mean over seeds,
 3. and it is lower than that with a layer dropped for every seed, by more than the spread.
 
-Contradicted if its loss is higher than with a layer dropped in the same sense, or if inner layers are not more alike. Otherwise not shown here.
+Contradicted if its loss is higher than with a layer dropped in the same sense, or if inner layers are not more alike.
+Otherwise not shown here.
 """
 
 from functools import cache, partial

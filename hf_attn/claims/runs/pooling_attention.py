@@ -1,18 +1,19 @@
-"""The five designs of text embedders, from one small decoder under one budget, over tasks of three kinds, with the paper's statistics.
+"""The five designs of text embedders over tasks of three kinds, with one budget and the paper's statistics.
 
-The decoder is a Llama of transformers that was trained on Python's documentation. An embedder is trained to find paragraphs by
-their heading, by the paragraph before, and by their own first part. Each held-out topic is a task of each kind: retrieval
-(heading) and similarity (paragraph before), both by the mean reciprocal rank, and classification (the topic of a paragraph, by
-the nearest mean). Scores are means over seeds; designs are compared over tasks by Wilcoxon's signed-rank test, without correction
-as in the paper.
+The decoder is a Llama of transformers that was trained on Python's documentation. An embedder is trained to find
+paragraphs by their heading, by the paragraph before, and by their own first part. Each held-out topic is a task of
+each kind: retrieval (heading) and similarity (paragraph before), both by the mean reciprocal rank, and classification
+(the topic of a paragraph, by the nearest mean). Scores are means over seeds; designs are compared over tasks by
+Wilcoxon's signed-rank test, without correction as in the paper.
 
 Shown in small if
 
-1. over the tasks of retrieval and similarity together design 5 (mean of each layer, bidirectional, trainable head) has the highest mean, and is
-   significantly better than design 1 (last token, causal), the usual one,
+1. over the tasks of retrieval and similarity together design 5 (mean of each layer, bidirectional, trainable head) has
+   the highest mean, and is significantly better than design 1 (last token, causal), the usual one,
 2. no design has the highest mean in all three kinds of tasks.
 
-Contradicted if over retrieval and similarity some design is significantly better than design 5. Otherwise not shown here.
+Contradicted if over retrieval and similarity some design is significantly better than design 5. Otherwise not shown
+here.
 """
 
 import random
@@ -216,13 +217,16 @@ def conclude(data: dict) -> Conclusion:
         verdict = "shown in small"
     elif better:
         verdict = "contradicted here"
-    listed = {True: lambda some: ", ".join(some), False: lambda some: "none"}
     why = (
         f"The best design is {', '.join(f'{design} in {kind}' for kind, design in best.items())}; over the {len(scores['5'])} tasks of "
-        f"retrieval and similarity design 5 is significantly better than {listed[bool(beats)](beats)} of the others, and significantly "
-        f"worse than {listed[bool(better)](better)}."
+        f"retrieval and similarity design 5 is significantly better than {_listed(beats)}, and significantly "
+        f"worse than {_listed(better)}."
     )
     return Conclusion(tuple(figures), verdict, why)
+
+
+def _listed(designs: list[str]) -> str:
+    return f"designs {', '.join(designs)}" if designs else "none of the others"
 
 
 def draw(data: dict, figure) -> None:

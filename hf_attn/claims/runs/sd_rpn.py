@@ -1,15 +1,16 @@
-"""SD-RPN on planted details: where the trained network looks, what the first pass costs, and what the second look is worth.
+"""SD-RPN on planted details: where the network looks, what the first pass costs, what the second look is worth.
 
-Images show coloured squares with fine lines in one of four directions, which are lost at the resolution at which a small LLaVA of
-transformers sees the whole image. It is trained first to name the direction of the lines of a square, from a rough crop of the square,
-then from the image and the crop. Then it is frozen, and the network of SD-RPN is trained to find the square that a question names. On
-held-out images LLaVA answers from the image alone, with the region that the network finds, with a random region of the same size as the
-square, and with the square itself, which is the best possible.
+Images show coloured squares with fine lines in one of four directions, which are lost at the resolution at which a
+small LLaVA of transformers sees the whole image. It is trained first to name the direction of the lines of a square,
+from a rough crop of the square, then from the image and the crop. Then it is frozen, and the network of SD-RPN is
+trained to find the square that a question names. On held-out images LLaVA answers from the image alone, with the
+region that the network finds, with a random region of the same size as the square, and with the square itself, which
+is the best possible.
 
-Shown in small if, for every seed and by more than the spread, the regions overlap with the squares more after training than before, and
-the answers with the second look are correct more often than those without it and those with a random region; and if the first pass, at
-the proportions of LLaVA-1.5-7B, takes less time than the prefill. Contradicted if the second look makes answers worse in the same sense.
-Otherwise not shown here.
+Shown in small if, for every seed and by more than the spread, the regions overlap with the squares more after training
+than before, and the answers with the second look are correct more often than those without it and those with a random
+region; and if the first pass, at the proportions of LLaVA-1.5-7B, takes less time than the prefill. Contradicted if
+the second look makes answers worse in the same sense. Otherwise not shown here.
 """
 
 from functools import cache, partial

@@ -1,18 +1,19 @@
 """Token mixers: time against the length, and what a longer context is worth to them in two tasks.
 
-Softmax attention, by torch's `scaled_dot_product_attention`, is timed against the mixers whose cost is not quadratic. Language
-models with attention and with two other causal mixers learn the characters of text, and to recall: a stream states facts, a key
-with its value, and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens, with the same total number of
-tokens, and evaluated on the same last tokens; under this budget a longer context can also do harm.
+Softmax attention, by torch's `scaled_dot_product_attention`, is timed against the mixers whose cost is not quadratic.
+Language models with attention and with two other causal mixers learn the characters of text, and to recall: a stream
+states facts, a key with its value, and asks for the value of a key. They are trained on pieces of 16 or of 64 tokens,
+with the same total number of tokens, and evaluated on the same last tokens; under this budget a longer context can
+also do harm.
 
 Shown in small if
 
 1. each of the other mixers takes less time than attention at the greatest length,
-2. with attention the longer context reduces the loss in both tasks together, and by a share that differs between them for every seed by
-   more than the spread.
+2. with attention the longer context reduces the loss in both tasks together, and by a share that differs between them
+   for every seed by more than the spread.
 
-Contradicted if none of the mixers takes less time, or if the longer context raises the loss in both tasks for every seed. Otherwise not shown
-here. The quality of the other mixers is reported and decides nothing.
+Contradicted if none of the mixers takes less time, or if the longer context raises the loss in both tasks for every
+seed. Otherwise not shown here. The quality of the other mixers is reported and decides nothing.
 """
 
 import math
