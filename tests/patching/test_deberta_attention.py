@@ -406,7 +406,7 @@ def test_patched_twice_and_removed_twice():
 
 
 def test_unknown_implementation_and_missing_package(monkeypatch):
-    with pytest.raises(ValueError, match=r"must be one of auto, .*, eager;"):
+    with pytest.raises(ValueError, match=r"must be one of auto, .*, eager, got"):
         apply_fast_attention(make_model(), "fast")
     monkeypatch.setattr("hf_attn.patching.deberta.patch.is_installed", lambda package: False)
     with pytest.raises(ValueError, match="deberta-cuda"):
@@ -437,7 +437,7 @@ def test_text_of_length_0():
 def test_pinned_implementation_says_why_not():
     model = make_model().train()
     apply_fast_attention(model, "flex")
-    with pytest.raises(ValueError, match="gradients"):
+    with pytest.raises(ValueError, match="backward pass"):
         model(**make_batch())
 
 

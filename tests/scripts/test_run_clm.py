@@ -157,7 +157,7 @@ def test_a_reparametrised_model_learns_and_is_trained_further(run_clm, init, tex
     further.append("--overwrite_output_dir")
     assert run_clm.main([*further, "--do_eval"])["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     run_clm.main([*further, "--max_steps", "1", "--learning_rate", "1e-3"])
-    with pytest.raises(SystemExit, match="is reparametrised already"):
+    with pytest.raises(SystemExit, match="is already reparametrised"):
         run_clm.main([*further, "--sigma_reparam", init])
 
 

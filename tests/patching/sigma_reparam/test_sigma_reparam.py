@@ -299,7 +299,7 @@ class TestBadInput:
     def test_twice(self):
         model = tiny_bert()
         apply_sigma_reparam(model)
-        with pytest.raises(ValueError, match="reparametrised already"):
+        with pytest.raises(ValueError, match="already reparametrised"):
             apply_sigma_reparam(model)
         fold_sigma_reparam(model)
         with pytest.raises(ValueError, match="nothing to fold"):
