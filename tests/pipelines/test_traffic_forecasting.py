@@ -76,7 +76,7 @@ def test_sensors_without_names_are_taken_in_order(table, monkeypatch):
     warnings = []
     monkeypatch.setattr("hf_attn.pipelines.traffic_forecasting.logger.warning_once", warnings.append)
     np.testing.assert_array_equal(pipe(renamed), pipe(table))
-    assert warnings and "columns of the table are taken in their order" in warnings[0]
+    assert warnings and "columns of the table are used in their order" in warnings[0]
     # A view with negative strides.
     backwards = pd.DataFrame(np.ascontiguousarray(table.to_numpy()[:, ::-1]), table.index)
     np.testing.assert_array_equal(pipe(table.iloc[:, ::-1]), pipe(backwards))
