@@ -4,7 +4,7 @@
 
     python scripts/compare_embedders.py --output_dir comparison
 
-takes about ten minutes on one core: three seeds of each design, a few steps, and the lowest layers of SmolLM2-135M only. What follows
+takes about twelve minutes on one core: three seeds of each design, a few steps, and the lowest layers of SmolLM2-135M only. What follows
 `--` are arguments of `run_embedding.py` in the place of these (`BUDGET`), the same for all designs:
 
     python scripts/compare_embedders.py --output_dir comparison --seeds 0 1 2 3 4 -- --max_steps 200
