@@ -97,7 +97,7 @@ def test_maps():
 
 def test_similarity():
     assert object_similarity(np.array([[0.2, 0.8], [0.6, 0.4]]), np.array([1, 0])) == pytest.approx(0.7)
-    with pytest.raises(ValueError, match="below the number of classes"):
+    with pytest.raises(ValueError, match="the number of classes minus one"):
         object_similarity(np.ones((1, 2)), np.array([2]))
 
 

@@ -153,7 +153,7 @@ def test_bfloat16_is_as_exact_as_in_one_process(results, one_process, tmp_path):
 def test_what_is_refused(results):
     for result in results:
         smoothing, implementation = result["refused"]
-        assert "leave out label_smoothing_factor" in smoothing
+        assert "do not use label_smoothing_factor" in smoothing
         assert "attn_implementation='distributed_zeppelin'" in implementation
 
 
@@ -169,7 +169,7 @@ def test_the_collator_refuses_what_the_cluster_does_not_take():
     batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]
-    with pytest.raises(PlanError, match="has 21 tokens, and 2 GPUs with a capacity of 10 take 20"):
+    with pytest.raises(PlanError, match="has 21 tokens, and 2 GPUs with a capacity of 10 take at most 20"):
         collator([{"input_ids": [5] * 21}])
-    with pytest.raises(PlanError, match="number 1 of the batch has none"):
+    with pytest.raises(PlanError, match="document 1 of the batch has none"):
         collator([{"input_ids": [5]}, {"input_ids": []}])

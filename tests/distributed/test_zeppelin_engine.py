@@ -160,7 +160,7 @@ def test_a_model_has_the_loss_and_gradients_of_one_process(results):
 def test_plans_that_do_not_fit_are_refused_in_all_ranks(results):
     for result in results:
         ranks, different = result["errors"]
-        assert ranks == "The plan is for 1 x 2 = 2 ranks, and the group has 4."
+        assert ranks == "The plan is for 1 x 2 = 2 ranks, but the group has 4."
         assert "do not agree on plan" in different
 
 

@@ -351,7 +351,7 @@ def test_a_budget_chooses_the_largest_tile_that_fits(model, pipe, monkeypatch):
         if tile is not None:
             assert tile % 4 == 0
             assert activation_bytes_per_pixel(model) * (tile + 16) ** 2 < budget
-    with pytest.raises(ValueError, match=r"does not fit 0.05 GB: with the smallest tile, 4, it takes about"):
+    with pytest.raises(ValueError, match=r"does not fit into 0.05 GB: with the smallest tile, 4, it takes about"):
         pipe(photo, max_memory="50MB")
 
 
@@ -496,5 +496,5 @@ def test_wrong_scale_of_a_checkpoint(photo):
 
 def test_models_of_other_channels(photo):
     pipe = pipeline("image-restoration", model=make_model(num_channels=4), device="cpu")
-    with pytest.raises(ValueError, match="images of 4 channels"):
+    with pytest.raises(ValueError, match="The model has 4 channels"):
         pipe(photo)

@@ -144,7 +144,7 @@ def test_sensor_attention(pipe, table):
     shares = result["sensor_attention"]
     assert list(shares.index) == ["b", "a"] and list(shares.columns) == SENSORS
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
-    with pytest.raises(ValueError, match="With group attention"):
+    with pytest.raises(ValueError, match="with group attention"):
         make_pipeline(group_size=3)(table, return_sensor_attention=True)
 
 

@@ -105,7 +105,7 @@ def test_zeroed_heads_survive_saving_and_can_be_cut_afterwards(tmp_path):
     cut_heads(loaded)
     # Without the removed heads, matrix products have another size and different rounding.
     torch.testing.assert_close(loaded(images).logits, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="Save the model with zero_heads"):
+    with pytest.raises(ValueError, match="Save a model with zero_heads"):
         loaded.save_pretrained(tmp_path / "cut")
 
 

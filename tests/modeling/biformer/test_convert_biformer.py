@@ -164,5 +164,5 @@ def test_arguments_that_would_change_the_function():
 
 
 def test_another_model():
-    with pytest.raises(ConversionError, match="no checkpoint of BiFormer"):
+    with pytest.raises(ConversionError, match="not a checkpoint of BiFormer"):
         from_official("biformer", {"layers.0.weight": torch.zeros(1)})

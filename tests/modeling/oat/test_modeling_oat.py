@@ -249,7 +249,7 @@ def test_bad_input(model, scenes, change, message):
 def test_label_of_an_absent_object(model, scenes):
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 0] = False
-    with pytest.raises(ValueError, match="label 0"):
+    with pytest.raises(ValueError, match="Label 0"):
         model(**scenes, object_mask=mask, labels=torch.tensor([[0, 6], [0, 6]]))
 
 

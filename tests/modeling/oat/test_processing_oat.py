@@ -71,7 +71,7 @@ def test_reading_order_and_grid():
     assert reading_order(boxes, 10).tolist() == [1, 2, 3, 0]
     assert grid_positions(boxes, (2, 2)).tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
     assert torch.equal(grid_positions(boxes), grid_positions(boxes, (2, 2)))
-    with pytest.raises(ValueError, match="4 boxes and 6 places in the grid of 2 x 3"):
+    with pytest.raises(ValueError, match="4 boxes, but 6 cells in the grid of 2 x 3"):
         grid_positions(boxes, (2, 3))
 
 

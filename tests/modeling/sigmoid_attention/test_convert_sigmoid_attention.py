@@ -212,7 +212,7 @@ def test_incomplete_and_foreign_checkpoints_are_refused():
         from_official(
             "sigmoid_attention", official, config={name: value for name, value in GALA.items() if name != "ffn_dim"}
         )
-    with pytest.raises(ConversionError, match=r"num_layers is 3, but the checkpoint holds 2 layers"):
+    with pytest.raises(ConversionError, match=r"num_layers is 3, but the checkpoint has 2 layers"):
         from_official("sigmoid_attention", official, config={**GALA, "num_layers": 3})
-    with pytest.raises(ConversionError, match=r"num_layers is 1, but the checkpoint holds 2 layers"):
+    with pytest.raises(ConversionError, match=r"num_layers is 1, but the checkpoint has 2 layers"):
         from_official("sigmoid_attention", official, config={**GALA, "num_layers": 1})

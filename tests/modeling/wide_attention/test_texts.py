@@ -139,7 +139,7 @@ def test_the_text_is_drawn_once_for_each_head(tmp_path):
     assert [text.get_text() for text in figure.axes[0].texts] == ["a", "$", "ü", "·"]
     figure.savefig(tmp_path / "attention.png")
     assert len(plot_attention_over_text(["a"], weights[:, :1], heads=[1]).axes) == 1
-    with pytest.raises(ValueError, match="no heads"):
+    with pytest.raises(ValueError, match="out of range"):
         plot_attention_over_text(["a"], weights[:, :1], heads=[2])
     with pytest.raises(ValueError, match="for 1 tokens"):
         plot_attention_over_text(["a"], weights)
