@@ -109,7 +109,7 @@ def test_what_is_in_the_output_folder_is_not_overwritten_unasked(script, teacher
 
 def test_a_student_with_another_vocabulary_is_refused(script, teacher, text, tmp_path):
     EchoAttForCausalLM.from_base(llama(vocab_size=300), shared_layers=[1]).save_pretrained(tmp_path / "student")
-    with pytest.raises(ValueError, match="vocab_size is 257 and 300"):
+    with pytest.raises(ValueError, match="vocab_size is 257 in the teacher and 300 in the student"):
         script.main(arguments(teacher, text, tmp_path / "run", "--student", tmp_path / "student"))
 
 

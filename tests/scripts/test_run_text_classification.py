@@ -77,7 +77,7 @@ def test_a_file_says_how_many_texts_were_cut(script, tmp_path, capsys):
     ]
     script.main([*arguments, "--output_dir", str(tmp_path / "out"), "--num_layers", "1", "--max_steps", "1", *COMMON])
     output = capsys.readouterr().out
-    cut = [int(line.split(": ")[1].split(" ")[0]) for line in output.splitlines() if "were cut" in line]
+    cut = [int(line.split(": ")[1].split(" ")[0]) for line in output.splitlines() if "were truncated" in line]
     assert sum(cut) == 20
     with pytest.raises(SystemExit, match="no column 'text', only review, stars"):
         script.main(["--dataset_name", str(path), "--output_dir", str(tmp_path / "other"), *COMMON])
