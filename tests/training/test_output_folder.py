@@ -59,7 +59,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path, capsys):
     assert names(tmp_path) == ["run", "run.earlier-1", "run.earlier-2"]
     assert [(tmp_path / name / "weights").read_text() for name in names(tmp_path)] == ["3", "1", "2"]
     assert all(names(tmp_path / name) == [RECORD, "weights"] for name in names(tmp_path))
-    assert "run.earlier-2 now" in capsys.readouterr().out
+    assert "run.earlier-2" in capsys.readouterr().out
 
 
 def test_neither_the_current_folder_nor_an_input_is_moved(tmp_path, monkeypatch):
@@ -76,9 +76,9 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     for overwrite in (False, True):
         with output_folder(tmp_path / "run", SETTINGS, overwrite):
             (tmp_path / "run" / "weights").touch()
-            with pytest.raises(OutputFolderError, match="another run is at work"):
+            with pytest.raises(OutputFolderError, match="another run is active"):
                 output_folder(tmp_path / "run", SETTINGS).__enter__()
-            with pytest.raises(OutputFolderError, match="another run is at work"):
+            with pytest.raises(OutputFolderError, match="another run is active"):
                 output_folder(tmp_path / "run", SETTINGS, overwrite=True).__enter__()
     with output_folder(tmp_path / "run", SETTINGS) as continued:
         assert continued
@@ -98,7 +98,7 @@ def test_runs_that_do_not_continue_by_themselves(tmp_path):
 @pytest.mark.parametrize(
     ("options", "checkpoint", "advice"),
     [
-        ({}, False, "The same command continues"),
+        ({}, False, "Run the same command to continue"),
         ({"continues": False}, True, "`--resume_from_checkpoint last`"),
         ({"continues": False}, False, "There is no checkpoint yet"),
     ],
