@@ -46,7 +46,8 @@ def test_a_text_states_facts_and_asks_for_them():
 
 
 @pytest.mark.parametrize(
-    ("length", "facts", "message"), [(40, 7, "between 1 and 6"), (8, 3, "take 9 tokens, but length is 8"), (40, 0, "between 1 and 6")]
+    ("length", "facts", "message"),
+    [(40, 7, "between 1 and 6"), (8, 3, "take 9 tokens, but length is 8"), (40, 0, "between 1 and 6")],
 )
 def test_impossible_texts_are_refused(length, facts, message):
     with pytest.raises(ValueError, match=message):

@@ -104,5 +104,7 @@ def test_perceptual_loss_reaches_the_image_and_not_the_network(vgg, tmp_path):
 
 
 def test_weights_of_something_else(tmp_path):
-    with pytest.raises(ValueError, match=r"not weights of torchvision's vgg19: features\.0\.weight is missing\. Save `"):
+    with pytest.raises(
+        ValueError, match=r"not weights of torchvision's vgg19: features\.0\.weight is missing\. Save `"
+    ):
         PerceptualLoss({"conv.weight": torch.zeros(1)})

@@ -370,7 +370,9 @@ def test_model_without_any_of_the_layers(tmp_path):
     model = tiny_llama()
     apply_sigma_reparam(model, include="lm_head")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"LlamaModel has none of its 1 reparametrised layers, such as lm_head.*fold_sigma_reparam"):
+    with pytest.raises(
+        ValueError, match=r"LlamaModel has none of its 1 reparametrised layers, such as lm_head.*fold_sigma_reparam"
+    ):
         AutoModel.from_pretrained(tmp_path)
 
 
