@@ -18,8 +18,8 @@ class Family:
         processors: name of the Auto class (`AutoProcessor`, `AutoImageProcessor`, `AutoFeatureExtractor`,
             `AutoTokenizer`) -> name of the class in `processing_<folder>`.
         pipeline_tag: task of the Hub, where the Auto class does not say it.
-        compares: fields that switch the mechanism of a causal language model on in `hf-attn compare`; none, and it does
-            not be compared.
+        compares: fields that switch the mechanism of a causal language model on in `hf-attn compare`; without them the
+            family is not compared.
     """
 
     model_type: str
