@@ -15,6 +15,7 @@ from transformers import (
 
 from hf_attn import SiFTTrainerMixin, apply_fast_attention
 from hf_attn.training.sift import sift_loss
+from tests.distributed.processes import in_processes
 
 
 FIELDS = {
@@ -102,3 +103,28 @@ def test_bad_input(tmp_path):
     gpt = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
     with pytest.raises(ValueError, match=r"embeddings\.LayerNorm"):
         SiFTTrainer(gpt, TrainingArguments(str(tmp_path), report_to="none"))
+
+
+def gradients_in_a_process(rank: int, folder: str) -> tuple[dict, dict]:
+    """Gradients of a step on the samples of this process, with DistributedDataParallel and without."""
+    torch.manual_seed(0)
+    fields = FIELDS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**fields, num_labels=3)).train()
+    trainer = SiFTTrainer(model, TrainingArguments(folder, report_to="none", use_cpu=True), sift_lambda=5.0)
+    torch.manual_seed(rank)
+    inputs = {"input_ids": torch.randint(1, 40, (2 + rank, 8)), "labels": torch.arange(2 + rank)}
+    found = []
+    # As Trainer wraps it.
+    for wrapped in (torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), model):
+        model.zero_grad()
+        torch.manual_seed(10 + rank)
+        trainer.compute_loss(wrapped, dict(inputs)).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return tuple(found)
+
+
+def test_two_processes_have_the_mean_of_their_gradients(tmp_path):
+    (together, first), (others, second) = in_processes(gradients_in_a_process, 2, str(tmp_path))
+    torch.testing.assert_close(together, others)
+    expected = {name: (first[name] + second[name]) / 2 for name in first}
+    torch.testing.assert_close(together, expected)
