@@ -57,7 +57,7 @@ def _between(text: str, markers: tuple[str, str], written: str, name: str) -> st
 def generated_readme(readme: str) -> str:
     """The text of the README with the table of papers and the featured result between their markers."""
     readme = _between(readme, PAPERS_MARKERS, papers_table("docs/papers/"), "README.md")
-    return _between(readme, FEATURED_MARKERS, featured_section(RESULTS, "docs/results"), "README.md")
+    return _between(readme, FEATURED_MARKERS, featured_section(RESULTS), "README.md")
 
 
 def with_claim(slug: str, page: str) -> str:

@@ -57,12 +57,11 @@ def paper_section(slug: str, results: str | Path, path_to_results: str) -> str:
     return "\n".join([*lines, f"![What was measured of {slug}]({path_to_results}/{slug}.png)"])
 
 
-def featured_section(results: str | Path, path_to_results: str) -> str:
+def featured_section(results: str | Path) -> str:
     """The figure of the featured paper with its measurements, for the README.
 
     Args:
         results: folder with the results.
-        path_to_results: path from the README to that folder.
 
     Raises:
         ValueError: if the featured claim has no result.
@@ -74,7 +73,7 @@ def featured_section(results: str | Path, path_to_results: str) -> str:
         )
     figure = figures_of(record)[0]
     return (
-        f"![What was measured of {FEATURED}]({path_to_results}/{FEATURED}.png)\n\n"
+        f"![What was measured of {FEATURED}](docs/results/{FEATURED}.png)\n\n"
         f"*[{FEATURED}](docs/papers/{FEATURED}.md): {PAPERS[FEATURED].claim[:-1]}. Here: {figure}; mean and standard deviation over"
         f" {record['seeds']} seeds (`{record['command']}`).*"
     )
